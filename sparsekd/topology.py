@@ -1,0 +1,438 @@
+"""Where the nonzeros of a weight are (`Topology`) and what a rewire moved (`TopologyDelta`)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekd.errors import ShapeError, TopologyError
+
+try:  # torch comes first: the compiled module shares its OpenMP runtime
+    from sparsekd import _C
+except ImportError:
+    _C = None
+
+INT32_MAX = 2**31 - 1
+
+
+class TransposedCSR(NamedTuple):
+    """Hold the structure seen by columns, and where each of its slots lies in the original."""
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    permutation: Tensor
+
+
+class Topology:
+    """Hold the positions of a weight's nonzeros: immutable, validated, comparable.
+
+    Rows are output channels (or output features); columns run over `C_in/groups * kh * kw` (or the
+    input features) in the weight's own row-major order. So the values of a weight with this
+    topology are its nonzeros in row-major order.
+
+    Args:
+        crow_indices: where each row starts in `col_indices`; integer, copied.
+        col_indices: the columns of the nonzeros, ascending within a row; integer, copied.
+        shape: shape of the weight, two dimensions or more.
+        version: how many rewires led here.
+
+    Shape:
+        - crow_indices: `[rows + 1]`
+        - col_indices: `[nnz]`
+
+    Raises:
+        TopologyError: the arguments do not describe a structure; the text says why.
+
+    Example:
+        >>> topology = Topology(torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), (2, 3))
+        >>> topology.nnz, topology.density
+        (3, 0.5)
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_col",
+        "_counters",
+        "_crow",
+        "_hash",
+        "_shape",
+        "_transpose",
+        "_version",
+    )
+
+    def __init__(
+        self,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        shape: Sequence[int],
+        *,
+        version: int = 0,
+    ) -> None:
+        size = _checked_shape(shape)
+        _validate(crow_indices, col_indices, size[0], math.prod(size[1:]))
+        with torch.inference_mode(False):  # an inference tensor would not count its mutations
+            crow = crow_indices.detach().to(torch.int32, copy=True).contiguous()
+            col = col_indices.detach().to(torch.int32, copy=True).contiguous()
+        self._own(crow, col, size, version)
+
+    def _own(self, crow: Tensor, col: Tensor, size: torch.Size, version: int) -> None:
+        self._crow, self._col, self._shape, self._version = crow, col, size, int(version)
+        self._counters = (crow._version, col._version)
+        self._hash: int | None = None
+        self._transpose: TransposedCSR | None = None
+        if _C is not None and crow.device.type == "cpu":
+            weakref.finalize(self, _release, crow, col).atexit = False
+
+    @classmethod
+    def _adopt(cls, crow: Tensor, col: Tensor, shape: Sequence[int], version: int) -> Topology:
+        """Rebuild without copying, so that copies and pickles keep tensors shared as they were."""
+        size = _checked_shape(shape)
+        _validate(crow, col, size[0], math.prod(size[1:]))
+        topology = cls.__new__(cls)
+        topology._own(crow, col, size, version)
+        return topology
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, version: int = 0) -> Topology:
+        """Build the topology whose nonzeros are the True entries of `mask`.
+
+        Args:
+            mask: bool tensor of the weight's shape.
+            version: how many rewires led here.
+
+        Returns:
+            The topology, on the device of `mask`.
+
+        Raises:
+            TopologyError: `mask` is not bool, or its shape cannot be a weight's.
+
+        Example:
+            >>> Topology.from_mask(torch.tensor([[True, False], [True, True]])).nnz
+            3
+        """
+        if mask.dtype != torch.bool:
+            raise TopologyError(f"mask: expected dtype torch.bool, got {mask.dtype}")
+        size = _checked_shape(mask.shape)
+        with torch.inference_mode(False):
+            flat = mask.detach().reshape(size[0], math.prod(size[1:]))
+            crow = torch.zeros(size[0] + 1, dtype=torch.int32, device=mask.device)
+            torch.cumsum(flat.sum(1), 0, dtype=torch.int32, out=crow[1:])
+            col = flat.nonzero()[:, 1].to(torch.int32)
+            topology = cls.__new__(cls)
+            topology._own(crow, col, size, version)
+        return topology
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return self._shape
+
+    @property
+    def rows(self) -> int:
+        """Number of output channels or features."""
+        return self._shape[0]
+
+    @property
+    def cols(self) -> int:
+        """Number of weights a row would have if it were dense."""
+        return math.prod(self._shape[1:])
+
+    @property
+    def numel(self) -> int:
+        """Number of weights, zeros included."""
+        return math.prod(self._shape)
+
+    @property
+    def nnz(self) -> int:
+        """Number of nonzeros."""
+        return self._col.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that are nonzeros (0 for a weight without elements)."""
+        return self.nnz / self.numel if self.numel else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are zero: `1 - density`."""
+        return 1.0 - self.density
+
+    @property
+    def version(self) -> int:
+        """Number of rewires since the first topology."""
+        return self._version
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the index tensors."""
+        return self._crow.device
+
+    @property
+    def crow_indices(self) -> Tensor:
+        """Start of each row, int32 `[rows + 1]`; not to be written to."""
+        return self._crow
+
+    @property
+    def col_indices(self) -> Tensor:
+        """Column of each nonzero, int32 `[nnz]`; not to be written to."""
+        return self._col
+
+    def flat_indices(self) -> Tensor:
+        """Return the positions of the nonzeros in the flat weight.
+
+        Returns:
+            int64 `[nnz]`, ascending.
+        """
+        self._check_unmodified()
+        return flat_indices(self._crow, self._col, self.cols)
+
+    def mask(self) -> Tensor:
+        """Return the nonzero positions as a bool tensor of the weight's shape."""
+        mask = torch.zeros(self.numel, dtype=torch.bool, device=self.device)
+        mask[self.flat_indices()] = True
+        return mask.view(self._shape)
+
+    def transpose(self) -> TransposedCSR:
+        """Return the structure by columns (computed once).
+
+        Returns:
+            `crow_indices [cols + 1]`, `col_indices [nnz]` (the row of each nonzero) and
+            `permutation [nnz]`: `values[permutation]` are the values in the transposed order.
+        """
+        self._check_unmodified()
+        if self._transpose is None:
+            order = torch.argsort(self._col, stable=True)
+            rows = row_indices(self._crow, self.nnz)
+            crow = torch.zeros(self.cols + 1, dtype=torch.int32, device=self.device)
+            counts = torch.bincount(self._col, minlength=self.cols)
+            torch.cumsum(counts, 0, dtype=torch.int32, out=crow[1:])
+            self._transpose = TransposedCSR(
+                crow, rows[order].to(torch.int32), order.to(torch.int32)
+            )
+        return self._transpose
+
+    def rewire(self, mask: Tensor) -> tuple[Topology, TopologyDelta]:
+        """Return the topology of another mask and the way there.
+
+        Args:
+            mask: bool tensor of the weight's shape.
+
+        Returns:
+            The new topology, its version one higher, and the `TopologyDelta` from this one.
+
+        Raises:
+            ShapeError: `mask` does not have the weight's shape.
+            TopologyError: `mask` is not bool.
+
+        Example:
+            >>> old = Topology.from_mask(torch.tensor([[True, False], [True, True]]))
+            >>> new, delta = old.rewire(torch.tensor([[True, True], [False, True]]))
+            >>> delta.source.tolist()
+            [0, -1, 2]
+        """
+        if mask.shape != self._shape:
+            raise ShapeError(f"mask: expected shape {tuple(self._shape)}, got {tuple(mask.shape)}")
+        new = Topology.from_mask(mask.to(self.device), version=self._version + 1)
+        before, after = self.flat_indices(), new.flat_indices()
+        if self.nnz == 0:
+            source = torch.full_like(after, -1)
+        else:
+            slot = torch.searchsorted(before, after).clamp_(max=self.nnz - 1)
+            source = torch.where(before[slot] == after, slot, -1)
+        return new, TopologyDelta(self, new, source)
+
+    def to(self, device: torch.device | str) -> Topology:
+        """Return the topology with its index tensors on `device` (itself if they are there)."""
+        crow = self._crow.to(device)
+        if crow is self._crow:
+            return self
+        self._check_unmodified()
+        return Topology(crow, self._col.to(device), self._shape, version=self._version)
+
+    def _check_unmodified(self) -> None:
+        if (self._crow._version, self._col._version) != self._counters:
+            raise TopologyError(
+                "crow_indices / col_indices of this Topology were modified in place; "
+                "a Topology is immutable: build another, or use rewire(mask)"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Topology):
+            return NotImplemented
+        if self is other:
+            return True
+        self._check_unmodified()
+        other._check_unmodified()
+        return (
+            self._shape == other._shape
+            and self.nnz == other.nnz
+            and torch.equal(self._crow, other._crow.to(self.device))
+            and torch.equal(self._col, other._col.to(self.device))
+        )
+
+    def __hash__(self) -> int:
+        self._check_unmodified()
+        if self._hash is None:
+            digest = hashlib.blake2b(digest_size=8)
+            digest.update(self._crow.cpu().numpy())
+            digest.update(self._col.cpu().numpy())
+            self._hash = hash((self._shape, digest.digest()))
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._check_unmodified()
+        return Topology._adopt, (self._crow, self._col, tuple(self._shape), self._version)
+
+    def __copy__(self) -> Topology:
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"Topology(shape={tuple(self._shape)}, nnz={self.nnz}, "
+            f"density={self.density:.4g}, version={self._version})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TopologyDelta:
+    """Say where each weight of a new topology was in the old one.
+
+    Args:
+        old: the topology before.
+        new: the topology after.
+        source: int64 `[new.nnz]`: the old slot of each weight, -1 for one that has been grown.
+    """
+
+    old: Topology
+    new: Topology
+    source: Tensor
+
+    @property
+    def grown(self) -> Tensor:
+        """bool `[new.nnz]`: True for the weights that the old topology did not have."""
+        return self.source < 0
+
+    @property
+    def dropped(self) -> Tensor:
+        """int64: the old slots that the new topology no longer has, ascending."""
+        gone = torch.ones(self.old.nnz, dtype=torch.bool, device=self.source.device)
+        gone[self.source[~self.grown]] = False
+        return gone.nonzero().squeeze(1)
+
+    def carry(self, tensor: Tensor, fill: float = 0) -> Tensor:
+        """Move one number per nonzero (values, a momentum) to the new topology.
+
+        Args:
+            tensor: one entry per nonzero of the old topology.
+            fill: what the grown weights get.
+
+        Shape:
+            - tensor: `[old.nnz]`
+            - result: `[new.nnz]`, dtype and device of `tensor`
+
+        Raises:
+            ShapeError: `tensor` does not have one entry per old nonzero.
+
+        Example:
+            >>> old = Topology.from_mask(torch.tensor([[True, False], [True, True]]))
+            >>> _, delta = old.rewire(torch.tensor([[True, True], [False, True]]))
+            >>> delta.carry(torch.tensor([1.0, 2.0, 3.0])).tolist()
+            [1.0, 0.0, 3.0]
+        """
+        if tensor.shape != (self.old.nnz,):
+            raise ShapeError(
+                f"tensor: expected shape [{self.old.nnz}], one entry per nonzero of the old "
+                f"topology, got {list(tensor.shape)}"
+            )
+        source = self.source.to(tensor.device)
+        kept = source >= 0
+        carried = tensor.new_full((self.new.nnz,), fill)
+        carried[kept] = tensor[source[kept]]
+        return carried
+
+
+def row_indices(crow: Tensor, nnz: int) -> Tensor:
+    """Return the row of each nonzero, int64 `[nnz]`."""
+    rows = torch.arange(crow.shape[0] - 1, device=crow.device)
+    return torch.repeat_interleave(rows, crow.diff(), output_size=nnz)
+
+
+def flat_indices(crow: Tensor, col: Tensor, cols: int) -> Tensor:
+    """Return the position of each nonzero in the flat weight, int64 `[nnz]`."""
+    return row_indices(crow, col.shape[0]) * cols + col
+
+
+def _release(crow: Tensor, col: Tensor) -> None:
+    _C.release(crow.numpy(), col.numpy())
+
+
+def _checked_shape(shape: Sequence[int]) -> torch.Size:
+    size = torch.Size(shape)
+    if len(size) < 2 or min(size) < 0:
+        raise TopologyError(
+            f"shape: expected two or more dimensions, none negative, got {tuple(shape)}"
+        )
+    if math.prod(size) > INT32_MAX:
+        raise TopologyError(
+            f"shape: {tuple(size)} has {math.prod(size)} elements, "
+            f"too many for int32 indices (at most {INT32_MAX})"
+        )
+    return size
+
+
+def _validate(crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
+    """Raise TopologyError unless (crow, col) is a CSR structure of `rows` x `cols`."""
+    for name, tensor in (("crow_indices", crow), ("col_indices", col)):
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TopologyError(f"{name}: expected dtype int32 or int64, got {tensor.dtype}")
+        if tensor.ndim != 1:
+            raise TopologyError(f"{name}: expected one dimension, got shape {list(tensor.shape)}")
+    if crow.device != col.device:
+        raise TopologyError(f"crow_indices is on {crow.device} but col_indices on {col.device}")
+    nnz = col.shape[0]
+    if crow.shape[0] != rows + 1:
+        raise TopologyError(
+            f"crow_indices: expected length rows + 1 = {rows + 1}, got {crow.shape[0]}"
+        )
+    if crow[0] != 0:
+        raise TopologyError(f"crow_indices: expected to start at 0, got {crow[0].item()}")
+    if crow[-1] != nnz:
+        raise TopologyError(
+            f"crow_indices: expected to end at nnz = {nnz}, the length of col_indices, "
+            f"got {crow[-1].item()}"
+        )
+    falling = (crow[1:] < crow[:-1]).nonzero()
+    if len(falling):
+        row = int(falling[0])
+        raise TopologyError(
+            f"crow_indices: not monotone, falls from {crow[row].item()} to "
+            f"{crow[row + 1].item()} at row {row}"
+        )
+    outside = ((col < 0) | (col >= cols)).nonzero()
+    if len(outside):
+        slot = int(outside[0])
+        raise TopologyError(
+            f"col_indices: out of range, expected 0 <= column < {cols}, "
+            f"got {col[slot].item()} at position {slot}"
+        )
+    _validate_order(crow, col)
+
+
+def _validate_order(crow: Tensor, col: Tensor) -> None:
+    row = row_indices(crow, col.shape[0])
+    wrong = ((row[1:] == row[:-1]) & (col[1:] <= col[:-1])).nonzero()
+    if len(wrong):
+        slot = int(wrong[0]) + 1
+        before, here = col[slot - 1].item(), col[slot].item()
+        what = "duplicated" if before == here else "not sorted"
+        raise TopologyError(
+            f"col_indices: {what} within row {row[slot].item()}: column {here} follows {before} "
+            f"at position {slot}"
+        )
