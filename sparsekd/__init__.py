@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sparsekd import errors
+from sparsekd import errors, functional, ops
+from sparsekd.ops import backend
 from sparsekd.topology import Topology, TopologyDelta
 
-__all__ = ["Topology", "TopologyDelta", "errors"]
+__all__ = ["Topology", "TopologyDelta", "backend", "errors", "functional", "ops"]

@@ -15,9 +15,9 @@ from torch import Tensor
 from sparsekd.errors import ShapeError, TopologyError
 
 try:  # torch comes first: the compiled module shares its OpenMP runtime
-    from sparsekd import _C
+    from sparsekd._C import release as _release_plan
 except ImportError:
-    _C = None
+    _release_plan = None
 
 INT32_MAX = 2**31 - 1
 
@@ -76,7 +76,7 @@ class Topology:
         version: int = 0,
     ) -> None:
         size = _checked_shape(shape)
-        _validate(crow_indices, col_indices, size[0], math.prod(size[1:]))
+        validate(crow_indices, col_indices, size[0], math.prod(size[1:]))
         with torch.inference_mode(False):  # an inference tensor would not count its mutations
             crow = crow_indices.detach().to(torch.int32, copy=True).contiguous()
             col = col_indices.detach().to(torch.int32, copy=True).contiguous()
@@ -87,14 +87,14 @@ class Topology:
         self._counters = (crow._version, col._version)
         self._hash: int | None = None
         self._transpose: TransposedCSR | None = None
-        if _C is not None and crow.device.type == "cpu":
-            weakref.finalize(self, _release, crow, col).atexit = False
+        if _release_plan is not None and crow.device.type == "cpu":
+            weakref.finalize(self, _release_plan, crow.numpy(), col.numpy()).atexit = False
 
     @classmethod
     def _adopt(cls, crow: Tensor, col: Tensor, shape: Sequence[int], version: int) -> Topology:
         """Rebuild without copying, so that copies and pickles keep tensors shared as they were."""
         size = _checked_shape(shape)
-        _validate(crow, col, size[0], math.prod(size[1:]))
+        validate(crow, col, size[0], math.prod(size[1:]))
         topology = cls.__new__(cls)
         topology._own(crow, col, size, version)
         return topology
@@ -256,8 +256,20 @@ class Topology:
         self._check_unmodified()
         return Topology(crow, self._col.to(device), self._shape, version=self._version)
 
+    def owns(self, crow_indices: Tensor, col_indices: Tensor) -> bool:
+        """Say whether these are this topology's own tensors, still as they were when it was built.
+
+        A module shares them as its buffers; this is how it notices that something else (a device
+        move, an averaged model, a broadcast) has replaced or overwritten them.
+        """
+        return (
+            crow_indices is self._crow
+            and col_indices is self._col
+            and (self._crow._version, self._col._version) == self._counters
+        )
+
     def _check_unmodified(self) -> None:
-        if (self._crow._version, self._col._version) != self._counters:
+        if not self.owns(self._crow, self._col):
             raise TopologyError(
                 "crow_indices / col_indices of this Topology were modified in place; "
                 "a Topology is immutable: build another, or use rewire(mask)"
@@ -281,8 +293,8 @@ class Topology:
         self._check_unmodified()
         if self._hash is None:
             digest = hashlib.blake2b(digest_size=8)
-            digest.update(self._crow.cpu().numpy())
-            digest.update(self._col.cpu().numpy())
+            digest.update(self._crow.cpu().numpy().tobytes())
+            digest.update(self._col.cpu().numpy().tobytes())
             self._hash = hash((self._shape, digest.digest()))
         return self._hash
 
@@ -369,10 +381,6 @@ def flat_indices(crow: Tensor, col: Tensor, cols: int) -> Tensor:
     return row_indices(crow, col.shape[0]) * cols + col
 
 
-def _release(crow: Tensor, col: Tensor) -> None:
-    _C.release(crow.numpy(), col.numpy())
-
-
 def _checked_shape(shape: Sequence[int]) -> torch.Size:
     size = torch.Size(shape)
     if len(size) < 2 or min(size) < 0:
@@ -387,7 +395,7 @@ def _checked_shape(shape: Sequence[int]) -> torch.Size:
     return size
 
 
-def _validate(crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
+def validate(crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
     """Raise TopologyError unless (crow, col) is a CSR structure of `rows` x `cols`."""
     for name, tensor in (("crow_indices", crow), ("col_indices", col)):
         if tensor.dtype not in (torch.int32, torch.int64):

@@ -1,0 +1,26 @@
+"""The ops of sparsekd as torch sees them, and the backends that run them."""
+
+from __future__ import annotations
+
+from sparsekd.ops.backends import backend, info
+from sparsekd.ops.register import (
+    conv2d,
+    conv2d_dgrad,
+    conv2d_wgrad,
+    grow_topk,
+    linear,
+    linear_dgrad,
+    linear_wgrad,
+)
+
+__all__ = [
+    "backend",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "grow_topk",
+    "info",
+    "linear",
+    "linear_dgrad",
+    "linear_wgrad",
+]

@@ -1,0 +1,179 @@
+"""Which implementation runs an op: the table of backends, the choice, and how to see it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from sparsekd.errors import BackendError, UnsupportedError
+
+VARIABLE = "SPARSEKD_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Describe one implementation of the ops.
+
+    Args:
+        name: what users call it.
+        module: where its functions are, one per op; None for one this build does not have.
+        device: the device type it runs on, None for any.
+        dtypes: the dtypes it takes, None for any floating one.
+        how_to_get: what a user must do to have it.
+    """
+
+    name: str
+    module: str | None
+    device: str | None
+    dtypes: tuple[torch.dtype, ...] | None
+    how_to_get: str
+
+
+_NO_GPU_KERNELS = (
+    "this build of sparsekd has no GPU kernels; move the model to the CPU, or run it densely on "
+    'any device with `with sparsekd.backend("reference"):`'
+)
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "cpp",
+            "sparsekd.ops.cpp",
+            "cpu",
+            (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+            "build the compiled module sparsekd._C with `pip install .` (needs a C++17 compiler)",
+        ),
+        Backend("reference", "sparsekd.ops.reference", None, None, "it is always there"),
+        Backend("triton", None, "cuda", None, _NO_GPU_KERNELS),
+        Backend("cuda", None, "cuda", None, _NO_GPU_KERNELS),
+    )
+}
+
+_override: str | None = None
+
+
+@cache
+def _load(name: str) -> tuple[Any, str]:
+    """Return the backend's module, or None and the reason why it cannot run here."""
+    module = BACKENDS[name].module
+    if module is None:
+        return None, "not part of this build"
+    try:
+        return importlib.import_module(module), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def _get(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    module, reason = _load(name)
+    if module is None:
+        raise BackendError(
+            f"backend {name!r} cannot run here ({reason}): {BACKENDS[name].how_to_get}"
+        )
+    return BACKENDS[name]
+
+
+def forced() -> str | None:
+    """Return the backend asked for by `backend(...)` or SPARSEKD_BACKEND, None for automatic."""
+    return _override or os.environ.get(VARIABLE) or None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op of sparsekd on the named backend while the context lasts.
+
+    It holds for the whole process, and for the backward passes that run inside it. Outside, the
+    environment variable SPARSEKD_BACKEND decides, and without it the device and dtype do.
+
+    Args:
+        name: "cpp", "reference", "triton" or "cuda".
+
+    Raises:
+        BackendError: there is no such backend, or it cannot run here; the text says how to get it.
+
+    Example:
+        >>> import sparsekd as skd
+        >>> with skd.backend("reference"):
+        ...     y = skd.nn.SparseLinear(8, 4, sparsity=0.5)(torch.ones(2, 8))
+    """
+    global _override
+    _get(name)
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def choose(op: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return the function that runs `op` on tensors like `x`."""
+    name = forced()
+    if name is None:
+        name = _automatic(x.device.type)
+    chosen = _get(name)
+    if chosen.device is not None and x.device.type != chosen.device:
+        raise BackendError(
+            f"backend {name!r} runs on device {chosen.device!r}, got a tensor on {x.device}"
+        )
+    if not x.is_floating_point() or (chosen.dtypes is not None and x.dtype not in chosen.dtypes):
+        supported = "floating dtypes" if chosen.dtypes is None else chosen.dtypes
+        raise UnsupportedError(f"backend {name!r} supports {supported}, got {x.dtype}")
+    return getattr(_load(name)[0], op)
+
+
+@cache
+def _automatic(device: str) -> str:
+    if device != "cpu":
+        raise BackendError(f"no backend for device {device!r}: {_NO_GPU_KERNELS}")
+    module, reason = _load("cpp")
+    if module is not None:
+        return "cpp"
+    warnings.warn(
+        f"sparsekd runs on the slow reference backend, its compiled module is missing ({reason}): "
+        f"{BACKENDS['cpp'].how_to_get}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "reference"
+
+
+def info() -> dict[str, Any]:
+    """Return what runs here: versions, threads, every backend and whether it can run.
+
+    Returns:
+        A dict of plain values: `torch`, `python`, `machine`, `threads`, `forced` (the backend
+        asked for, or None), `default` (what CPU tensors get), `backends` (name to `available` and
+        `detail`) and `cpp`, what the compiled module says of itself (empty without it).
+
+    Example:
+        >>> info()["backends"]["reference"]["available"]
+        True
+    """
+    table = {}
+    for name, entry in BACKENDS.items():
+        module, reason = _load(name)
+        detail = "" if module is not None else f"{reason}: {entry.how_to_get}"
+        table[name] = {"available": module is not None, "detail": detail}
+    compiled = _load("cpp")[0]
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "forced": forced(),
+        "default": "cpp" if compiled is not None else "reference",
+        "backends": table,
+        "cpp": {} if compiled is None else dict(compiled.info()),
+    }

@@ -1,0 +1,149 @@
+"""The compiled CPU backend: allocate the result, lend the buffers to `sparsekd._C`.
+
+Kernels compute in float32 and float64; half precision is computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import sparsekd._C as _C
+from sparsekd.ops.checks import conv2d_shape
+from sparsekd.ops.layout import memory_format_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype in _HALF else tensor).numpy()
+
+
+def _optional(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else _array(tensor)
+
+
+def _matrix(tensor: Tensor) -> np.ndarray:
+    """Return the rows of `tensor` as a matrix; a view whenever its strides allow one."""
+    if tensor.ndim != 2:
+        tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return _array(tensor)
+
+
+def _empty(shape: list[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
+    dtype = torch.float32 if like.dtype in _HALF else like.dtype
+    return torch.empty(shape, dtype=dtype, memory_format=memory_format)
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    shape = conv2d_shape(x.shape, weight_shape, stride, padding, dilation, groups)
+    y = _empty(shape, x, memory_format_of(x))
+    _C.conv2d(
+        _array(x), _array(values), _array(crow), _array(col), _optional(bias), y.numpy(),
+        weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
+    )  # fmt: skip
+    return y.to(x.dtype)
+
+
+def conv2d_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    input_shape: list[int],
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    dx = _empty(input_shape, grad, memory_format_of(grad))
+    _C.conv2d_dgrad(
+        _array(grad), _array(values), _array(crow), _array(col), dx.numpy(),
+        weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx.to(grad.dtype)
+
+
+def conv2d_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    dvalues = _empty([col.shape[0]], x, torch.contiguous_format)
+    _C.conv2d_wgrad(
+        _array(grad), _array(x), _array(crow), _array(col), dvalues.numpy(),
+        weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
+    )  # fmt: skip
+    return dvalues.to(x.dtype)
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+) -> Tensor:
+    y = _empty([*x.shape[:-1], weight_shape[0]], x, torch.contiguous_format)
+    _C.linear(
+        _matrix(x), _array(values), _array(crow), _array(col), _optional(bias),
+        _matrix(y), torch.get_num_threads(),
+    )  # fmt: skip
+    return y.to(x.dtype)
+
+
+def linear_dgrad(
+    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+) -> Tensor:
+    dx = _empty([*grad.shape[:-1], weight_shape[1]], grad, torch.contiguous_format)
+    _C.linear_dgrad(
+        _matrix(grad), _array(values), _array(crow), _array(col),
+        _matrix(dx), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx.to(grad.dtype)
+
+
+def linear_wgrad(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+) -> Tensor:
+    dvalues = _empty([col.shape[0]], x, torch.contiguous_format)
+    _C.linear_wgrad(
+        _matrix(grad), _matrix(x), _array(crow), _array(col),
+        dvalues.numpy(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dvalues.to(x.dtype)
+
+
+def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
+    rows = crow.shape[0] - 1
+    grown = _C.grow_topk(
+        _array(score.reshape(-1)), _array(crow), _array(col),
+        rows, score.numel() // max(rows, 1), k, torch.get_num_threads(),
+    )  # fmt: skip
+    return torch.from_numpy(grown)

@@ -1,0 +1,21 @@
+"""Memory layout of results, and the weight seen as a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return the memory format that the result of an op on the maps `x` takes."""
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def rows_cols(weight_shape: Sequence[int]) -> tuple[int, int]:
+    """Return the shape of the weight as a matrix: output channels by everything else."""
+    return weight_shape[0], math.prod(weight_shape[1:])
