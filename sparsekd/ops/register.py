@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsekd.ops import checks
+from sparsekd.ops import checks, observe
 from sparsekd.ops.backends import choose
 from sparsekd.ops.layout import memory_format_of
 from sparsekd.ops.schemas import SCHEMAS
@@ -28,6 +28,8 @@ def _kernel(name: str) -> Callable[..., Tensor]:
 
     def run(*args: Any) -> Tensor:
         check(*args)
+        if observe.listeners:
+            observe.tell(name, args)
         return choose(name, args[0])(*args)
 
     return run

@@ -1,0 +1,27 @@
+"""Let others see the operands of the ops as they run, in eager and in compiled code alike.
+
+A weight-gradient op is the one place that holds a layer's output gradient together with its input,
+after padding and casts. Methods that need the gradient of weights that are not there (RigL) collect
+the operands here on the iterations that ask for it; nothing is stored otherwise.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+
+class Listener(Protocol):
+    """See the calls of every op of sparsekd while it is one of the `listeners`."""
+
+    def saw(self, op: str, args: tuple[Any, ...]) -> None:
+        """Take note of a call; the tensors may be overwritten after it, so keep copies."""
+
+
+listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+
+
+def tell(op: str, args: tuple[Any, ...]) -> None:
+    """Show a call to all listeners; `args` are those of the op's schema, in order."""
+    for listener in listeners:
+        listener.saw(op, args)
