@@ -1,0 +1,245 @@
+"""The loop of dynamic sparse training: methods replace what is dropped and what is grown."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekd.dst import scores
+from sparsekd.dst.capture import GradientCapture
+from sparsekd.dst.schedules import UpdateSchedule
+from sparsekd.errors import CheckpointError
+from sparsekd.nn import sparse_modules
+from sparsekd.optim import check_remappable, remap_
+from sparsekd.topology import Topology
+
+
+class NonFiniteGradient(ArithmeticError):
+    """Stop an update, before it changes anything, whose gradients rank nothing."""
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """Count what one update did to one layer.
+
+    Args:
+        dropped: weights that the drop rule took out.
+        grown: positions that the grow rule put in.
+        regrown: how many of `grown` were among the dropped, and so kept their value.
+    """
+
+    dropped: int
+    grown: int
+    regrown: int
+
+
+class Updater:
+    """Rewire the sparse modules of a model while it trains.
+
+    A method is a schedule (when, and which fraction), a drop score and a grow rule. Subclasses
+    replace `grow` or `drop_score`, or `plan` for anything wider than one layer. The loop is
+
+        opt.zero_grad(); loss.backward()
+        if not dst.step():
+            opt.step()
+
+    Survivors keep their value, optimizer state and gradient, and so does a weight that is dropped
+    and grown again in one update. A weight that was not there before starts at 0 with state 0.
+
+    Args:
+        model: holds the sparse modules. Those with frozen values are never rewired, nor those
+            that store every weight.
+        optimizer: holds the values of these modules.
+        schedule: iteration (from 1) -> drop fraction, or None where there is no update.
+        seed: of the generator that random growth draws from.
+        skip_sgd_on_update: whether an update takes the place of the optimizer step. If False,
+            `step()` returns False after an update as well, and the optimizer is to step with the
+            gradients of the surviving weights; those of grown weights are 0.
+
+    Raises:
+        ValueError: `model` has no sparse module.
+        OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+    """Whether `grow` uses `gradient(name)`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        schedule: UpdateSchedule,
+        seed: int = 0,
+        skip_sgd_on_update: bool = True,
+    ) -> None:
+        self.model = model
+        self.modules = dict(sparse_modules(model))
+        if not self.modules:
+            raise ValueError(
+                f"model: expected a model with sparse modules, got a {type(model).__name__} "
+                "without any; call skd.sparsify(model, sparsity=...) first"
+            )
+        self.optimizer = optimizer
+        for name in self._trainable():
+            check_remappable(optimizer, self.modules[name].values, name=f"{name}.values")
+        self.skip_sgd_on_update = skip_sgd_on_update
+        self.generator = torch.Generator().manual_seed(seed)
+        self.iteration = 0
+        self.last_update: dict[str, LayerUpdate] = {}
+        self._capture = GradientCapture(self.modules)
+        self.schedule = schedule
+
+    @property
+    def schedule(self) -> UpdateSchedule:
+        """Iteration -> drop fraction or None; may be replaced between two iterations."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: UpdateSchedule) -> None:
+        self._schedule = schedule
+        self._prepare_next()
+
+    def step(self) -> bool:
+        """Count one iteration, and update the topology if it is due.
+
+        Call it after `backward` and before gradients are unscaled or clipped. A gradient that is
+        not finite skips the update with a RuntimeWarning that names the parameter, and False comes
+        back: whether the optimizer steps is then for the caller or the GradScaler to decide.
+
+        Returns:
+            True if this iteration rewired the topology instead of stepping.
+
+        Raises:
+            RuntimeError: the update needs gradients and there was no backward pass.
+            ValueError: a weight is NaN.
+            OptimizerStateError: the optimizer has state that cannot follow its weights.
+        """
+        self.iteration += 1
+        fraction = self.schedule(self.iteration)
+        try:
+            rewired = fraction is not None and self.update(fraction)
+        finally:
+            self._prepare_next()
+        return rewired and self.skip_sgd_on_update
+
+    @torch.no_grad()
+    def update(self, fraction: float) -> bool:
+        """Drop `fraction` of every layer's weights and grow as many; all layers or none.
+
+        Returns:
+            Whether there was anything to rewire.
+        """
+        self.last_update = {}
+        if self.needs_gradient and not self._capture:
+            raise RuntimeError(
+                f"{type(self).__name__} grows by gradient, but no sparse module has seen a "
+                f"backward pass in iteration {self.iteration}; call loss.backward() before step()"
+            )
+        try:
+            self._check_finite()
+            plan = self.plan(fraction)
+        except NonFiniteGradient as problem:
+            self.last_update = {}
+            message = f"iteration {self.iteration}: topology update skipped, {problem}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            return False
+        for name in plan:
+            check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
+        for name, positions in plan.items():
+            self._rewire(name, positions)
+        return bool(plan)
+
+    def plan(self, fraction: float) -> dict[str, Tensor]:
+        """Return where the nonzeros of each layer that changes will be; change nothing yet.
+
+        Returns:
+            name -> int64 positions in the flat weight.
+        """
+        plan = {}
+        for name in self._trainable():
+            topology = self.modules[name].topology
+            k = math.floor(fraction * topology.nnz)
+            unused = self.needs_gradient and name not in self._capture
+            if k > 0 and topology.nnz < topology.numel and not unused:
+                plan[name] = self.drop_and_grow(name, drop=k, grow=k)
+        return plan
+
+    def drop_and_grow(self, name: str, *, drop: int, grow: int) -> Tensor:
+        """Return the positions of layer `name` less `drop` weights and with `grow` others."""
+        topology = self.modules[name].topology
+        kept = scores.without(topology, scores.smallest(self.drop_score(name), drop))
+        grown = self.grow(name, kept, grow)
+        regrown = torch.isin(grown, topology.flat_indices(), assume_unique=True)
+        self.last_update[name] = LayerUpdate(drop, len(grown), int(regrown.sum()))
+        return torch.cat([kept.flat_indices(), grown])
+
+    def drop_score(self, name: str) -> Tensor:
+        """Return one score per weight of layer `name`; the lowest are dropped."""
+        score = scores.magnitude(self.modules[name].values)
+        if score.isnan().any():
+            raise ValueError(f"{name}.values: expected numbers, got NaN")
+        return score
+
+    def grow(self, name: str, kept: Topology, k: int) -> Tensor:
+        """Return `k` positions of layer `name` outside `kept`, ascending."""
+        raise NotImplementedError(f"{type(self).__name__} grows nothing")
+
+    def gradient(self, name: str) -> Tensor:
+        """Return the dense gradient of layer `name`, once an update."""
+        gradient = self._capture.take(name)
+        if not gradient.isfinite().all():
+            raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
+        return gradient
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, next to the model's and the optimizer's state."""
+        return {
+            "method": type(self).__name__,
+            "iteration": self.iteration,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict()` was taken; load model and optimizer as well.
+
+        Raises:
+            CheckpointError: `state` is of another method, or incomplete.
+        """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise CheckpointError(f"state: expected the keys {sorted(missing)} as well")
+        if state["method"] != type(self).__name__:
+            raise CheckpointError(
+                f"state: expected that of {type(self).__name__}, got that of {state['method']}"
+            )
+        self.iteration = int(state["iteration"])
+        self.generator.set_state(state["generator"].cpu())
+        self.last_update = {}
+        self._prepare_next()
+
+    def _trainable(self) -> list[str]:
+        return [name for name, module in self.modules.items() if module.values.requires_grad]
+
+    def _prepare_next(self) -> None:
+        due = self.schedule(self.iteration + 1) is not None
+        self._capture.switch(on=due and self.needs_gradient)
+
+    def _check_finite(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                raise NonFiniteGradient(f"the gradient of {name} is not finite")
+
+    def _rewire(self, name: str, positions: Tensor) -> None:
+        module = self.modules[name]
+        mask = torch.zeros(module.topology.numel, dtype=torch.bool, device=positions.device)
+        mask[positions] = True
+        delta = module.rewire(mask.view(module.topology.shape))
+        remap_(self.optimizer, module.values, delta)

@@ -1,0 +1,60 @@
+"""Which positions to grow: pure functions of a structure, never selecting what it already has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekd.topology import Topology
+
+
+def random(kept: Topology, k: int, generator: torch.Generator) -> Tensor:
+    """Return exactly `k` positions outside `kept`, uniformly at random.
+
+    Args:
+        kept: the structure to grow from.
+        k: how many; clamped to the number of free positions.
+        generator: a CPU generator, so that every device draws the same positions.
+
+    Returns:
+        int64 `[k]` positions in the flat weight, ascending.
+
+    Source: Sparse Evolutionary Training (arXiv 1707.04780), algorithm 1.
+
+    Example:
+        >>> kept = Topology.from_mask(torch.tensor([[True, False], [True, True]]))
+        >>> random(kept, 1, torch.Generator().manual_seed(0)).tolist()
+        [1]
+    """
+    taken = kept.flat_indices()
+    # The r-th free position is r plus the number of taken positions before it.
+    gaps = taken - torch.arange(len(taken), device=taken.device)
+    rank = torch.randperm(kept.numel - kept.nnz, generator=generator)[:k].sort().values
+    rank = rank.to(taken.device)
+    return rank + torch.searchsorted(gaps, rank, right=True)
+
+
+def largest(score: Tensor, kept: Topology, k: int) -> Tensor:
+    """Return the positions of the `k` largest scores outside `kept`; ties go to the lower position.
+
+    Args:
+        score: one number per position of the dense weight, without NaN.
+        kept: the structure to grow from; its own scores are never looked at.
+        k: how many; clamped to the number of free positions.
+
+    Shape:
+        - score: `[kept.numel]`, or any shape with that many elements
+
+    Returns:
+        int64 `[k]` positions in the flat weight, ascending.
+
+    Source: Rigging the Lottery (arXiv 1911.11134), algorithm 1.
+
+    Example:
+        >>> kept = Topology.from_mask(torch.tensor([[True, False], [False, False]]))
+        >>> largest(torch.tensor([9.0, 0.0, 2.0, 1.0]), kept, 2).tolist()
+        [2, 3]
+    """
+    k = min(k, kept.numel - kept.nnz)
+    score = score.reshape(kept.rows, kept.cols)
+    return torch.ops.sparsekd.grow_topk(score, kept.crow_indices, kept.col_indices, k)

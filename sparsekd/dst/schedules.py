@@ -1,0 +1,71 @@
+"""When a topology changes; how much comes from `sparsekd.sparsity`'s schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparsekd.sparsity import Cosine, Schedule
+
+UpdateSchedule = Callable[[int], "float | None"]
+"""Iteration, counted from 1 -> drop fraction of its update, or None where there is none."""
+
+
+def never(iteration: int) -> None:
+    """Update at no iteration."""
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """Update every `every` iterations, before iteration `until`.
+
+    Args:
+        fraction: iteration -> drop fraction.
+        every: iterations from one update to the next.
+        until: the first iteration that updates no more.
+
+    Raises:
+        ValueError: `every` or `until` is not a positive integer.
+
+    Example:
+        >>> from sparsekd.sparsity import Constant
+        >>> schedule = Periodic(Constant(0.5), every=10, until=30)
+        >>> [t for t in range(1, 40) if schedule(t) is not None]
+        [10, 20]
+    """
+
+    fraction: Schedule
+    every: int
+    until: int
+
+    def __post_init__(self) -> None:
+        for name in ("every", "until"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+    def __call__(self, iteration: int) -> float | None:
+        due = iteration % self.every == 0 and iteration < self.until
+        return self.fraction(iteration) if due else None
+
+
+def cosine(drop_fraction: float, every: int, until: int) -> Periodic:
+    """Return the schedule of RigL: the fraction falls from `drop_fraction` to 0 along a cosine.
+
+    Args:
+        drop_fraction: the fraction at iteration 0, in [0, 1].
+        every: iterations from one update to the next.
+        until: the first iteration that updates no more, usually 75 % of all iterations.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Rigging the Lottery (arXiv 1911.11134), section 3, `f_decay`.
+
+    Example:
+        >>> cosine(0.3, every=100, until=400)(200)
+        0.15
+    """
+    if not 0 <= drop_fraction <= 1:
+        raise ValueError(f"drop_fraction: expected 0 to 1, got {drop_fraction!r}")
+    return Periodic(Cosine(drop_fraction, until), every, until)

@@ -1,0 +1,58 @@
+"""Which weights to drop: pure functions of flat tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekd.sparsity import topk_indices
+from sparsekd.topology import Topology
+
+
+def magnitude(values: Tensor) -> Tensor:
+    """Return `|values|`, detached, in float32 or better.
+
+    Example:
+        >>> magnitude(torch.tensor([-2.0, 1.0])).tolist()
+        [2.0, 1.0]
+    """
+    score = values.detach().abs()
+    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+
+
+def smallest(score: Tensor, k: int) -> Tensor:
+    """Return the slots of exactly the `k` smallest scores; among equals the lower slot goes first.
+
+    Slots rather than a threshold, because freshly grown weights are all 0 and tie.
+
+    Args:
+        score: one number per weight.
+        k: how many.
+
+    Shape:
+        - score: `[nnz]`
+        - result: int64 `[k]`, ascending
+
+    Raises:
+        ValueError: a score is NaN, or `k` is not in [0, nnz].
+
+    Example:
+        >>> smallest(torch.tensor([0.0, 2.0, 0.0, 1.0]), 3).tolist()
+        [0, 2, 3]
+    """
+    return topk_indices(-score, k)
+
+
+def without(topology: Topology, slots: Tensor) -> Topology:
+    """Return `topology` less the nonzeros in `slots`.
+
+    Example:
+        >>> full = Topology.from_mask(torch.ones(2, 2, dtype=torch.bool))
+        >>> without(full, torch.tensor([0, 3])).flat_indices().tolist()
+        [1, 2]
+    """
+    keep = torch.ones(topology.nnz, dtype=torch.bool, device=topology.device)
+    keep[slots] = False
+    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    crow = kept_before[topology.crow_indices]
+    return Topology(crow, topology.col_indices[keep], topology.shape)

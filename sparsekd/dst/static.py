@@ -1,0 +1,28 @@
+"""Keep the topology fixed: the baseline of every dynamic method."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sparsekd.dst.base import Updater
+from sparsekd.dst.schedules import never
+
+
+class Static(Updater):
+    """Train with a fixed topology; `step()` always returns False.
+
+    Args:
+        model: holds sparse modules.
+        optimizer: holds their values.
+        **unused: arguments of the dynamic methods, so that one can stand in for the other.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> layer = skd.nn.SparseLinear(8, 4, sparsity=0.5, seed=0)
+        >>> skd.dst.Static(layer, torch.optim.SGD(layer.parameters(), lr=0.1)).step()
+        False
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, **unused: object) -> None:
+        super().__init__(model, optimizer, schedule=never)

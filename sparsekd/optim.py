@@ -1,0 +1,116 @@
+"""Optimizer state that follows its weight through a rewire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from sparsekd.errors import OptimizerStateError, ShapeError
+from sparsekd.topology import TopologyDelta
+
+
+@torch.no_grad()
+def remap_(optimizer: Optimizer, param: Parameter, delta: TopologyDelta) -> None:
+    """Move the optimizer state of `param` along `delta`, in place.
+
+    Every state tensor that has one entry per weight (momentum, second moment, ...) is carried:
+    survivors keep their entry, grown weights start at 0. Step counters stay as they are, and so
+    does everything about other parameters. Nothing is changed if anything cannot follow.
+
+    Args:
+        optimizer: any optimizer whose state tensors have the shape of their parameter.
+        param: the values of a sparse module, already rewired.
+        delta: what `module.rewire(mask)` returned.
+
+    Shape:
+        - param: `[delta.new.nnz]`
+        - its state tensors before: `[delta.old.nnz]`; after: `[delta.new.nnz]`
+
+    Raises:
+        ShapeError: `param` does not have one entry per nonzero of the new topology.
+        OptimizerStateError: `optimizer` does not hold `param`, or a piece of state has another
+            shape (factored or quantised moments, L-BFGS histories).
+
+    Source: Rigging the Lottery (arXiv 1911.11134), released code: momentum of new weights is zero.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> layer = skd.nn.SparseLinear(8, 4, sparsity=0.5, seed=0)
+        >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        >>> layer(torch.ones(2, 8)).sum().backward(); opt.step()
+        >>> delta = layer.rewire(~layer.topology.mask())
+        >>> skd.optim.remap_(opt, layer.values, delta)
+        >>> opt.state[layer.values]["momentum_buffer"].abs().sum().item()
+        0.0
+    """
+    if param.shape != (delta.new.nnz,):
+        raise ShapeError(
+            f"param: expected shape [{delta.new.nnz}], one entry per nonzero of the new topology, "
+            f"got {list(param.shape)}; rewire the module before its optimizer state"
+        )
+    _check_held(optimizer, param, "param")
+    # Built completely before the first assignment: an error leaves the state as it was.
+    carried = {
+        key: delta.carry(tensor) for key, tensor in _per_weight(optimizer, param, delta.old.nnz)
+    }
+    if carried:
+        optimizer.state[param].update(carried)
+
+
+def check_remappable(optimizer: Optimizer, param: Parameter, name: str = "param") -> None:
+    """Check, before a rewire, that `remap_` will succeed after it.
+
+    Args:
+        optimizer: the optimizer to ask.
+        param: the values of a sparse module, not yet rewired.
+        name: how errors call it.
+
+    Raises:
+        OptimizerStateError: as `remap_`.
+    """
+    _check_held(optimizer, param, name)
+    for _ in _per_weight(optimizer, param, param.numel()):
+        pass
+
+
+def _check_held(optimizer: Optimizer, param: Parameter, name: str) -> None:
+    if not any(param is held for group in optimizer.param_groups for held in group["params"]):
+        raise OptimizerStateError(
+            f"{name}: expected a parameter of this {type(optimizer).__name__}, "
+            f"got one of shape {list(param.shape)} that it does not hold"
+        )
+
+
+def _per_weight(optimizer: Optimizer, param: Parameter, nnz: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state tensors with one entry per weight; raise where there is another kind."""
+    if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+        raise OptimizerStateError(
+            "LBFGS keeps one history over all parameters, which cannot follow single weights; "
+            "use an optimizer whose state tensors have the shape of their parameter"
+        )
+    for key, value in optimizer.state.get(param, {}).items():
+        if isinstance(value, Tensor) and value.shape == (nnz,):
+            yield key, value
+        elif not _is_shared(value):
+            raise OptimizerStateError(
+                f"{type(optimizer).__name__}.state[{key!r}]: expected a tensor of shape [{nnz}] "
+                f"like its parameter or a counter, got {_describe(value)}"
+            )
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether a piece of state belongs to all weights of a parameter alike."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"
