@@ -1,0 +1,137 @@
+#include "core/conv/conv.h"
+
+#include <algorithm>
+
+#include "core/conv/engine.h"
+#include "core/parallel.h"
+
+namespace sparsekd {
+namespace {
+
+const Engine* find_engine(Isa isa) {
+  switch (isa) {
+#define SPARSEKD_CASE(name, isa) \
+  case Isa::isa: return &engine_##name;
+    SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
+#undef SPARSEKD_CASE
+    default: return nullptr;
+  }
+}
+
+void run_gather(const Engine& e, const GatherCall<float>& call) { e.gather_f32(call); }
+void run_gather(const Engine& e, const GatherCall<double>& call) { e.gather_f64(call); }
+void run_wgrad(const Engine& e, const WgradCall<float>& call) { e.wgrad_f32(call); }
+void run_wgrad(const Engine& e, const WgradCall<double>& call) { e.wgrad_f64(call); }
+
+enum class Pass : int64_t { kFprop, kDgrad, kWgrad };
+
+// The batch is not part of a plan.
+std::vector<int64_t> plan_key(Pass pass, const ConvGeometry& g, int64_t tile_pixels) {
+  return {static_cast<int64_t>(pass), tile_pixels, g.in_channels, g.in_h,      g.in_w,       g.kernel_h,   g.kernel_w,
+          g.stride_h,                 g.stride_w,  g.pad_top,     g.pad_bottom, g.pad_left,  g.pad_right,  g.dilation_h,
+          g.dilation_w,               g.groups};
+}
+
+template <class T>
+void fill(const View4<T>& y, const T* bias) {
+  for (int64_t n = 0; n < y.n; ++n)
+    for (int64_t c = 0; c < y.c; ++c)
+      for (int64_t h = 0; h < y.h; ++h)
+        for (int64_t w = 0; w < y.w; ++w) *y.at(n, c, h, w) = bias ? bias[c] : T(0);
+}
+
+// The output positions that one plan computes.
+template <class T>
+View4<T> phase_view(const View4<T>& y, const GatherPlan& p) {
+  return {y.data + p.first_h * y.stride_h + p.first_w * y.stride_w, y.n, y.c, p.out_h, p.out_w,
+          y.stride_n, y.stride_c, p.every_h * y.stride_h, p.every_w * y.stride_w};
+}
+
+template <class T>
+void run_plans(const Engine& engine, const GatherPlans& plans, const View4<const T>& in, const T* values, const T* bias,
+               const View4<T>& out, int threads) {
+  for (const GatherPlan& plan : plans) {
+    const View4<T> phase = phase_view(out, plan);
+    if (plan.offset.empty()) {
+      fill(phase, bias);
+      continue;
+    }
+    T* ordered = static_cast<T*>(scratch(Scratch::kValues, plan.slot.size() * sizeof(T)));
+    for (size_t k = 0; k < plan.slot.size(); ++k) ordered[k] = values[plan.slot[k]];
+    run_gather(engine, GatherCall<T>{in, phase, &plan, ordered, bias, threads});
+  }
+}
+
+bool empty(const ConvGeometry& g) { return g.batch == 0 || g.out_h == 0 || g.out_w == 0; }
+
+}  // namespace
+
+Schedule schedule_rows(int64_t images, int64_t out_rows, int64_t out_channels, int64_t halo_rows, int64_t lanes,
+                       int threads, int64_t chunks_per_thread) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  Schedule best{};
+  int64_t best_cost = 0;
+  for (int64_t strips = 1; strips <= std::min(lanes, out_rows); strips *= 2) {
+    const int64_t rows = ceil_div(out_rows, strips), groups = ceil_div(images * strips, lanes);
+    // Packing the halo again costs about a quarter of computing a row.
+    const int64_t cost = groups * (4 * rows + halo_rows);
+    if (strips == 1 || cost < best_cost) {
+      best = {strips, rows, groups, 1, rows, 1};
+      best_cost = cost;
+    }
+  }
+  const int64_t wanted = threads > 1 ? threads * chunks_per_thread : 1;
+  const int64_t most = std::max<int64_t>(1, best.strip_rows / std::max<int64_t>(1, 2 * halo_rows));
+  best.chunks = std::min(most, ceil_div(wanted, best.groups));
+  best.chunk_rows = ceil_div(best.strip_rows, best.chunks);
+  best.chunks = ceil_div(best.strip_rows, best.chunk_rows);
+  const int64_t items = best.groups * best.chunks;
+  if (items < threads) best.parts = std::max<int64_t>(1, std::min(ceil_div(threads, items), out_channels / 8));
+  return best;
+}
+
+template <class T>
+void conv_fprop(const ConvGeometry& g, const Structure& s, View4<const T> x, const T* values, const T* bias, View4<T> y,
+                int threads) {
+  if (empty(g)) return;
+  if (const Engine* engine = find_engine(current_isa())) {
+    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kFprop, g, engine->tile_pixels),
+                                           [&] { return fprop_plan(g, s, engine->tile_pixels); });
+    if (plans) return run_plans(*engine, *plans, x, values, bias, y, threads);
+  }
+  scalar::conv_fprop(g, s, x, values, bias, y, threads);
+}
+
+template <class T>
+void conv_dgrad(const ConvGeometry& g, const Structure& s, View4<const T> grad, const T* values, View4<T> dx,
+                int threads) {
+  if (g.batch == 0 || g.in_h == 0 || g.in_w == 0) return;
+  if (const Engine* engine = find_engine(current_isa())) {
+    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kDgrad, g, engine->tile_pixels),
+                                           [&] { return dgrad_plan(g, s, engine->tile_pixels); });
+    if (plans) return run_plans<T>(*engine, *plans, grad, values, nullptr, dx, threads);
+  }
+  scalar::conv_dgrad(g, s, grad, values, dx, threads);
+}
+
+template <class T>
+void conv_wgrad(const ConvGeometry& g, const Structure& s, View4<const T> grad, View4<const T> x, T* dvalues,
+                int threads) {
+  if (empty(g) || s.nnz == 0) return std::fill(dvalues, dvalues + s.nnz, T(0));
+  if (const Engine* engine = find_engine(current_isa())) {
+    const auto plan = s.plan<WgradPlan>(plan_key(Pass::kWgrad, g, 0), [&] { return wgrad_plan(g, s); });
+    if (plan) return run_wgrad(*engine, WgradCall<T>{grad, x, &s, plan.get(), dvalues, threads});
+  }
+  scalar::conv_wgrad(g, s, grad, x, dvalues, threads);
+}
+
+#define SPARSEKD_INSTANTIATE(T)                                                                               \
+  template void conv_fprop<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, const T*, View4<T>, \
+                              int);                                                                           \
+  template void conv_dgrad<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, View4<T>, int); \
+  template void conv_wgrad<T>(const ConvGeometry&, const Structure&, View4<const T>, View4<const T>, T*, int);
+SPARSEKD_INSTANTIATE(float)
+SPARSEKD_INSTANTIATE(double)
+#undef SPARSEKD_INSTANTIATE
+
+}  // namespace sparsekd

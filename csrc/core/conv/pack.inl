@@ -1,0 +1,184 @@
+// Part of engine.inl: moving pixels between strided tensors and the packed, image-interleaved form.
+
+// One of the images computed together: where its data starts and which virtual row it begins at.
+template <class T>
+struct Lane {
+  T* base;        // null: no image here
+  int64_t row0;   // real row = row0 + virtual row
+  int64_t rows;   // real rows that exist
+};
+
+template <class T>
+constexpr int kLanes = static_cast<int>(kPixelBytes / sizeof(T));
+
+// An 8 x 8 (float) block is transposed in registers: eight images' runs of eight elements become eight pixels.
+#if defined(__AVX2__)
+inline void transpose8(__m256 r[8]) {
+  const __m256 t0 = _mm256_unpacklo_ps(r[0], r[1]), t1 = _mm256_unpackhi_ps(r[0], r[1]);
+  const __m256 t2 = _mm256_unpacklo_ps(r[2], r[3]), t3 = _mm256_unpackhi_ps(r[2], r[3]);
+  const __m256 t4 = _mm256_unpacklo_ps(r[4], r[5]), t5 = _mm256_unpackhi_ps(r[4], r[5]);
+  const __m256 t6 = _mm256_unpacklo_ps(r[6], r[7]), t7 = _mm256_unpackhi_ps(r[6], r[7]);
+  const __m256 u0 = _mm256_shuffle_ps(t0, t2, 0x44), u1 = _mm256_shuffle_ps(t0, t2, 0xEE);
+  const __m256 u2 = _mm256_shuffle_ps(t1, t3, 0x44), u3 = _mm256_shuffle_ps(t1, t3, 0xEE);
+  const __m256 u4 = _mm256_shuffle_ps(t4, t6, 0x44), u5 = _mm256_shuffle_ps(t4, t6, 0xEE);
+  const __m256 u6 = _mm256_shuffle_ps(t5, t7, 0x44), u7 = _mm256_shuffle_ps(t5, t7, 0xEE);
+  r[0] = _mm256_permute2f128_ps(u0, u4, 0x20);
+  r[1] = _mm256_permute2f128_ps(u1, u5, 0x20);
+  r[2] = _mm256_permute2f128_ps(u2, u6, 0x20);
+  r[3] = _mm256_permute2f128_ps(u3, u7, 0x20);
+  r[4] = _mm256_permute2f128_ps(u0, u4, 0x31);
+  r[5] = _mm256_permute2f128_ps(u1, u5, 0x31);
+  r[6] = _mm256_permute2f128_ps(u2, u6, 0x31);
+  r[7] = _mm256_permute2f128_ps(u3, u7, 0x31);
+}
+#endif
+
+// dst[i * dst_stride + lane] = src[lane][i] for 8 elements i; dst_stride counts elements.
+template <class T>
+inline void interleave8(const T* const* src, int64_t at, T* dst, int64_t dst_stride) {
+  for (int lane = 0; lane < kLanes<T>; ++lane)
+    for (int i = 0; i < 8; ++i) dst[i * dst_stride + lane] = src[lane][at + i];
+}
+
+// dst[lane][at + i] = src[i * src_stride + lane] for 8 elements i.
+template <class T>
+inline void deinterleave8(const T* src, int64_t src_stride, T* const* dst, int64_t at) {
+  for (int lane = 0; lane < kLanes<T>; ++lane)
+    for (int i = 0; i < 8; ++i) dst[lane][at + i] = src[i * src_stride + lane];
+}
+
+// dst[lane][at + i] = src[i * lanes + lane] for 4 elements i.
+template <class T>
+inline void deinterleave4(const T* src, T* const* dst, int64_t at) {
+  for (int lane = 0; lane < kLanes<T>; ++lane)
+    for (int i = 0; i < 4; ++i) dst[lane][at + i] = src[i * kLanes<T> + lane];
+}
+
+#if defined(__AVX2__)
+template <>
+inline void deinterleave4<float>(const float* src, float* const* dst, int64_t at) {
+  for (int lane = 0; lane < 16; lane += 4) {
+    __m128 a = _mm_load_ps(src + lane), b = _mm_load_ps(src + 16 + lane);
+    __m128 c = _mm_load_ps(src + 32 + lane), d = _mm_load_ps(src + 48 + lane);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(dst[lane] + at, a);
+    _mm_storeu_ps(dst[lane + 1] + at, b);
+    _mm_storeu_ps(dst[lane + 2] + at, c);
+    _mm_storeu_ps(dst[lane + 3] + at, d);
+  }
+}
+
+template <>
+inline void interleave8<float>(const float* const* src, int64_t at, float* dst, int64_t dst_stride) {
+  for (int half = 0; half < 16; half += 8) {
+    __m256 r[8];
+    for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(src[half + j] + at);
+    transpose8(r);
+    for (int j = 0; j < 8; ++j) _mm256_store_ps(dst + j * dst_stride + half, r[j]);
+  }
+}
+
+template <>
+inline void deinterleave8<float>(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
+  for (int half = 0; half < 16; half += 8) {
+    __m256 r[8];
+    for (int j = 0; j < 8; ++j) r[j] = _mm256_load_ps(src + j * src_stride + half);
+    transpose8(r);
+    for (int j = 0; j < 8; ++j) _mm256_storeu_ps(dst[half + j] + at, r[j]);
+  }
+}
+#endif
+
+// Fills one window row with virtual row `row` of every lane; rows that a lane lacks, and the columns of the
+// padding, become zeros.
+template <class T>
+void pack_row(const View4<const T>& in, const Window& w, const Lane<const T>* lanes, int64_t row, T* dst) {
+  constexpr int L = kLanes<T>;
+  const T* src[L];
+  int present = 0;
+  for (int lane = 0; lane < L; ++lane) {
+    const int64_t real = lanes[lane].row0 + row;
+    const bool exists = lanes[lane].base && real >= 0 && real < lanes[lane].rows;
+    src[lane] = exists ? lanes[lane].base + real * in.stride_h : nullptr;
+    present += exists;
+  }
+  if (!present) {
+    std::memset(dst, 0, w.row_bytes());
+    return;
+  }
+  // Window column c is input column lo_w + c * pack_step.
+  const int64_t first = w.lo_w < 0 ? (-w.lo_w + w.pack_step - 1) / w.pack_step : 0;
+  const int64_t left = in.w - w.lo_w;
+  const int64_t last = left <= 0 ? 0 : min64(w.cols, (left + w.pack_step - 1) / w.pack_step);
+  const int64_t left_pad = min64(first, w.cols);
+  for (int64_t ch = 0; ch < w.channels; ++ch) {
+    T* line = dst + ch * w.pitch * L;
+    if (left_pad) std::memset(line, 0, left_pad * kPixelBytes);
+    if (last < w.cols) {
+      const int64_t from = max64(last, left_pad);
+      std::memset(line + from * L, 0, (w.cols - from) * kPixelBytes);
+    }
+  }
+  const int64_t column = in.stride_w * w.pack_step;
+  const auto element = [&](int64_t ch, int64_t c) {
+    const int64_t at = ch * in.stride_c + (w.lo_w + c * w.pack_step) * in.stride_w;
+    T* pixel = dst + (ch * w.pitch + c) * L;
+    for (int lane = 0; lane < L; ++lane) pixel[lane] = src[lane] ? src[lane][at] : T(0);
+  };
+  const int64_t blocked = w.channels / 8 * 8;
+  if (present == L && in.stride_c == 1) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t at = (w.lo_w + c * w.pack_step) * in.stride_w;
+      for (int64_t ch = 0; ch < blocked; ch += 8) interleave8(src, at + ch, dst + (ch * w.pitch + c) * L, w.pitch * L);
+      for (int64_t ch = blocked; ch < w.channels; ++ch) element(ch, c);
+    }
+  } else if (present == L && column == 1) {
+    for (int64_t ch = 0; ch < w.channels; ++ch) {
+      int64_t c = first;
+      for (; c + 8 <= last; c += 8)
+        interleave8(src, ch * in.stride_c + w.lo_w + c, dst + (ch * w.pitch + c) * L, L);
+      for (; c < last; ++c) element(ch, c);
+    }
+  } else {
+    for (int64_t ch = 0; ch < w.channels; ++ch)
+      for (int64_t c = first; c < last; ++c) element(ch, c);
+  }
+}
+
+// Writes a tile [channels begin..end)[pixels][lane] to columns ow... of row `row` of every lane that has it.
+template <class T>
+void store_tile(const View4<T>& out, const Lane<T>* lanes, int64_t row, int64_t ow, int64_t pixels, int64_t begin,
+                int64_t end, const T* tile) {
+  constexpr int L = kLanes<T>;
+  T* dst[L];
+  int present = 0;
+  for (int lane = 0; lane < L; ++lane) {
+    const int64_t real = lanes[lane].row0 + row;
+    const bool exists = lanes[lane].base && real < lanes[lane].rows;
+    dst[lane] = exists ? lanes[lane].base + real * out.stride_h + ow * out.stride_w : nullptr;
+    present += exists;
+  }
+  const int64_t channel = pixels * L;  // elements from one channel of the tile to the next
+  const auto element = [&](int64_t ch, int64_t p) {
+    const T* pixel = tile + (ch - begin) * channel + p * L;
+    const int64_t at = ch * out.stride_c + p * out.stride_w;
+    for (int lane = 0; lane < L; ++lane)
+      if (dst[lane]) dst[lane][at] = pixel[lane];
+  };
+  if (present == L && out.stride_c == 1) {
+    const int64_t blocked = begin + (end - begin) / 8 * 8;
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int64_t ch = begin; ch < blocked; ch += 8)
+        deinterleave8(tile + (ch - begin) * channel + p * L, channel, dst, ch + p * out.stride_w);
+      for (int64_t ch = blocked; ch < end; ++ch) element(ch, p);
+    }
+  } else if (present == L && out.stride_w == 1 && pixels == 8) {
+    for (int64_t ch = begin; ch < end; ++ch)
+      deinterleave8(tile + (ch - begin) * channel, L, dst, ch * out.stride_c);
+  } else if (present == L && out.stride_w == 1 && pixels == 4) {
+    for (int64_t ch = begin; ch < end; ++ch) deinterleave4(tile + (ch - begin) * channel, dst, ch * out.stride_c);
+  } else {
+    for (int64_t ch = begin; ch < end; ++ch)
+      for (int64_t p = 0; p < pixels; ++p) element(ch, p);
+  }
+}

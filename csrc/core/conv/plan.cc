@@ -1,0 +1,178 @@
+#include "core/conv/plan.h"
+
+#include <algorithm>
+#include <set>
+
+#include "core/cpu.h"
+
+namespace sparsekd {
+namespace {
+
+// A window wider than this is not worth packing (huge dilation on huge maps).
+constexpr int64_t kMaxWindowBytes = int64_t{1} << 29;
+
+struct Tap {
+  int32_t out, in, slot;
+  int64_t dh, dw;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls visit(out channel, in channel, kernel row, kernel column, slot) for every nonzero in order.
+template <class F>
+void for_nonzeros(const ConvGeometry& g, const Structure& s, F visit) {
+  const int64_t area = g.kernel_h * g.kernel_w;
+  const int64_t outs = g.out_channels / g.groups, ins = g.in_channels / g.groups;
+  for (int64_t row = 0; row < s.rows; ++row)
+    for (int32_t k = s.crow[row]; k < s.crow[row + 1]; ++k) {
+      const int32_t c = s.col[k];
+      visit(row, row / outs * ins + c / area, c % area / g.kernel_w, c % g.kernel_w, k);
+    }
+}
+
+struct Range {
+  int64_t lo = 0, hi = 0;
+  bool empty = true;
+  void add(int64_t v) {
+    lo = empty ? v : std::min(lo, v);
+    hi = empty ? v : std::max(hi, v);
+    empty = false;
+  }
+};
+
+// step_w counts input columns here; a single tap column packs only the columns it meets.
+Window make_window(int64_t channels, const Range& dh, const Range& dw, int64_t out_w, int64_t step_h, int64_t step_w) {
+  Window w;
+  w.channels = channels;
+  w.lo_h = dh.lo;
+  w.span_h = dh.hi - dh.lo + 1;
+  w.lo_w = dw.lo;
+  w.step_h = step_h;
+  if (dw.hi == dw.lo) {
+    w.pack_step = step_w;
+    w.cols = out_w;
+  } else {
+    w.step_w = step_w;
+    w.cols = (out_w - 1) * step_w + dw.hi - dw.lo + 1;
+  }
+  w.pitch = w.cols | 1;
+  return w;
+}
+
+bool fits(const Window& w) {
+  return w.span_h * w.row_bytes() <= kMaxWindowBytes;
+}
+
+int32_t window_offset(const Window& w, int64_t in, int64_t dh, int64_t dw) {
+  return static_cast<int32_t>((((dh - w.lo_h) * w.channels + in) * w.pitch + (dw - w.lo_w)) * kPixelBytes);
+}
+
+// Input channels to a block: the part of the window that a tile of outputs reads should stay in L1, but a
+// list shorter than a few nonzeros costs more in loading and storing its accumulators than it saves.
+int64_t block_channels(const Window& w, int64_t tap_rows, int64_t tap_cols, int64_t tile_pixels, int64_t outs,
+                       int64_t taps) {
+  constexpr int64_t kShortestList = 4;
+  const int64_t pixels = tap_rows * ((tile_pixels - 1) * w.step_w + tap_cols);
+  const int64_t in_l1 = cache_sizes().l1d * 3 / 4 / (pixels * kPixelBytes);
+  return std::max({int64_t{8}, in_l1, ceil_div(kShortestList * w.channels * outs, taps)});
+}
+
+// Sorts the taps by (block, out) in linear time; taps come with rising slots.
+void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, int64_t block) {
+  const Window& w = plan.window;
+  const int64_t blocks = ceil_div(w.channels, block);
+  std::vector<int32_t> count(blocks * outs + 1, 0);
+  for (const Tap& t : taps) ++count[t.in / block * outs + t.out + 1];
+  plan.block_begin.assign(1, 0);
+  for (int64_t key = 0; key < blocks * outs; ++key) {
+    if (count[key + 1]) plan.entries.push_back({static_cast<int32_t>(key % outs), count[key]});
+    if ((key + 1) % outs == 0) plan.block_begin.push_back(static_cast<int32_t>(plan.entries.size()));
+    count[key + 1] += count[key];
+  }
+  plan.entries.push_back({0, static_cast<int32_t>(taps.size())});
+  plan.offset.resize(taps.size());
+  plan.slot.resize(taps.size());
+  for (const Tap& t : taps) {
+    const int32_t to = count[t.in / block * outs + t.out]++;
+    plan.offset[to] = window_offset(w, t.in, t.dh, t.dw);
+    plan.slot[to] = t.slot;
+  }
+}
+
+// False when the window is too large.
+bool make_gather(GatherPlan& plan, const std::vector<Tap>& taps, int64_t ins, int64_t outs, int64_t step_h,
+                 int64_t step_w, int64_t tile_pixels) {
+  if (taps.empty() || plan.out_h <= 0 || plan.out_w <= 0) return true;
+  Range dh, dw;
+  std::set<int64_t> rows;  // a dilated kernel skips rows of its span
+  for (const Tap& t : taps) {
+    rows.insert(t.dh);
+    dh.add(t.dh);
+    dw.add(t.dw);
+  }
+  plan.window = make_window(ins, dh, dw, plan.out_w, step_h, step_w);
+  if (!fits(plan.window)) return false;
+  fill_lists(plan, taps, outs, block_channels(plan.window, rows.size(), dw.hi - dw.lo + 1, tile_pixels, outs, taps.size()));
+  return true;
+}
+
+}  // namespace
+
+std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Structure& s, int64_t tile_pixels) {
+  std::vector<Tap> taps;
+  taps.reserve(s.nnz);
+  for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
+    taps.push_back({static_cast<int32_t>(out), static_cast<int32_t>(in), slot, kh * g.dilation_h - g.pad_top,
+                    kw * g.dilation_w - g.pad_left});
+  });
+  auto plans = std::make_shared<GatherPlans>(1);
+  GatherPlan& plan = plans->front();
+  plan.out_h = g.out_h;
+  plan.out_w = g.out_w;
+  if (!make_gather(plan, taps, g.in_channels, g.out_channels, g.stride_h, g.stride_w, tile_pixels)) return nullptr;
+  return plans;
+}
+
+std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Structure& s, int64_t tile_pixels) {
+  auto plans = std::make_shared<GatherPlans>();
+  for (int64_t ph = 0; ph < std::min(g.stride_h, g.in_h); ++ph)
+    for (int64_t pw = 0; pw < std::min(g.stride_w, g.in_w); ++pw) {
+      // dx row a * stride + ph receives from output row a + dh when kernel row kh meets it exactly.
+      std::vector<Tap> taps;
+      for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
+        const int64_t h = ph + g.pad_top - kh * g.dilation_h, w = pw + g.pad_left - kw * g.dilation_w;
+        if (h % g.stride_h == 0 && w % g.stride_w == 0)
+          taps.push_back({static_cast<int32_t>(in), static_cast<int32_t>(out), slot, h / g.stride_h, w / g.stride_w});
+      });
+      GatherPlan plan;
+      plan.out_h = ceil_div(g.in_h - ph, g.stride_h);
+      plan.out_w = ceil_div(g.in_w - pw, g.stride_w);
+      plan.first_h = ph;
+      plan.first_w = pw;
+      plan.every_h = g.stride_h;
+      plan.every_w = g.stride_w;
+      if (!make_gather(plan, taps, g.out_channels, g.in_channels, 1, 1, tile_pixels)) return nullptr;
+      plans->push_back(std::move(plan));
+    }
+  return plans;
+}
+
+std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry& g, const Structure& s) {
+  auto plan = std::make_shared<WgradPlan>();
+  if (s.nnz == 0 || g.out_h <= 0 || g.out_w <= 0) return plan;
+  Range dh, dw;
+  for_nonzeros(g, s, [&](int64_t, int64_t, int64_t kh, int64_t kw, int32_t) {
+    dh.add(kh * g.dilation_h - g.pad_top);
+    dw.add(kw * g.dilation_w - g.pad_left);
+  });
+  plan->window = make_window(g.in_channels, dh, dw, g.out_w, g.stride_h, g.stride_w);
+  if (!fits(plan->window)) return nullptr;
+  plan->offset.resize(s.nnz);
+  for_nonzeros(g, s, [&](int64_t, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
+    plan->offset[slot] =
+        window_offset(plan->window, in, kh * g.dilation_h - g.pad_top, kw * g.dilation_w - g.pad_left);
+  });
+  return plan;
+}
+
+}  // namespace sparsekd

@@ -1,0 +1,31 @@
+// Weight-sparse linear layer y = x W^T + b, its input gradient (SpMM) and its weight gradient at the
+// nonzeros (SDDMM).
+//
+// A linear layer is a 1x1 convolution: a few consecutive rows of the batch are the columns of one image.
+#pragma once
+#include <cstdint>
+
+#include "core/structure.h"
+
+namespace sparsekd {
+
+template <class T>
+struct View2 {
+  T* data;
+  int64_t rows, cols;
+  int64_t stride_row, stride_col;
+};
+
+// x [batch, in], weight out x in, values [nnz], bias [out] or null -> y [batch, out]
+template <class T>
+void linear_fprop(const Structure& weight, View2<const T> x, const T* values, const T* bias, View2<T> y, int threads);
+
+// grad [batch, out] -> dx [batch, in]
+template <class T>
+void linear_dgrad(const Structure& weight, View2<const T> grad, const T* values, View2<T> dx, int threads);
+
+// grad [batch, out], x [batch, in] -> dvalues [nnz]
+template <class T>
+void linear_wgrad(const Structure& weight, View2<const T> grad, View2<const T> x, T* dvalues, int threads);
+
+}  // namespace sparsekd

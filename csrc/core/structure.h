@@ -1,0 +1,60 @@
+// The positions of a weight's nonzeros: compressed rows, validated once, with what kernels derive from them.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace sparsekd {
+
+// Throws TopologyError that names the first fault: crow must hold rows + 1 entries, start at 0, never
+// fall and end at nnz; the columns of a row must rise strictly and lie in [0, cols).
+void validate_csr(const int32_t* crow, int64_t crow_length, const int32_t* col, int64_t nnz, int64_t rows,
+                  int64_t cols);
+
+struct Transposed {
+  std::vector<int32_t> crow, col;   // compressed rows of the transpose
+  std::vector<int32_t> slot;        // transposed entry -> entry of the original
+};
+Transposed transpose_csr(const int32_t* crow, const int32_t* col, int64_t rows, int64_t cols);
+
+// A validated private copy of the index arrays, so that nobody can change them behind a kernel's back,
+// and the plans made from them.
+class Structure {
+ public:
+  Structure(const int32_t* crow, int64_t crow_length, const int32_t* col, int64_t nnz, int64_t rows,
+            int64_t cols);
+
+  const int64_t rows, cols, nnz;
+  const std::vector<int32_t> crow, col;
+
+  bool same(const int32_t* other_crow, const int32_t* other_col) const;
+
+  // The plan under `key`, made by `make` on first use. Plans of different types share one table: a key
+  // must name the type.
+  template <class P>
+  std::shared_ptr<const P> plan(const std::vector<int64_t>& key,
+                                const std::function<std::shared_ptr<const P>()>& make) const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    std::shared_ptr<const void>& entry = plans_[key];
+    if (!entry) entry = make();
+    return std::static_pointer_cast<const P>(entry);
+  }
+  void forget_plans() const;
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::map<std::vector<int64_t>, std::shared_ptr<const void>> plans_;
+};
+
+// Finds the Structure of index arrays by their addresses and compares the contents, so an array that was
+// changed in place, or whose memory now holds another one, is validated again.
+std::shared_ptr<const Structure> find_structure(const int32_t* crow, int64_t crow_length, const int32_t* col,
+                                                int64_t nnz, int64_t rows, int64_t cols);
+void release_structure(const int32_t* crow, const int32_t* col);
+int64_t cached_structures();
+
+}  // namespace sparsekd
