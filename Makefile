@@ -1,0 +1,75 @@
+# `make demo` and `make test` need Python 3.11 or newer, a C++17 compiler and a package index; each
+# sets up what it needs. Paths are relative, so a space in the path of this folder does no harm.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --progress-bar off -c constraints.txt
+
+# The build calls cmake and ninja by name and shall find the environment's.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+CXX_FILES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.inc')
+CMAKE_TESTS := cmake -S . -G Ninja -DSPARSEKD_PYTHON=OFF -DSPARSEKD_TESTS=ON
+
+# A moved or copied folder carries a CMake cache that names the old place, which CMake refuses.
+DROP_FOREIGN_BUILD := grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' build/*/CMakeCache.txt \
+  || rm -rf build
+
+.PHONY: demo test test-cpp test-python lint format sanitize bench clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.built
+	$(RUN) -m sparsekd train demo
+
+# Python comes last: its closing line sums up the run.
+test: test-cpp test-python
+
+test-cpp: $(VENV)/.installed
+	$(DROP_FOREIGN_BUILD)
+	$(CMAKE_TESTS) -B build/tests -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/tests --target core_tests
+	build/tests/core_tests
+
+test-python: $(VENV)/.built
+	$(RUN) -m pytest
+
+lint: $(VENV)/.built
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	lint-imports
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	clang-format -i $(CXX_FILES)
+
+sanitize: $(VENV)/.installed
+	$(DROP_FOREIGN_BUILD)
+	$(CMAKE_TESTS) -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DSPARSEKD_SANITIZE=address,undefined
+	cmake --build build/sanitize --target core_tests
+	build/sanitize/core_tests
+
+bench: $(VENV)/.built
+	$(RUN) -m pytest benchmarks/micro --benchmark-only
+
+clean:
+	rm -rf build $(VENV)/.built sparsekd/_C*.so
+
+$(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt kernels/__init__.py $(CXX_FILES)
+	$(DROP_FOREIGN_BUILD)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(RUN)
+	$(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*p["build-system"]["requires"], *p["project"]["dependencies"], \
+	  *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(PIP) -r $(VENV)/requirements.txt
+	touch $@
+
+$(RUN):
+	"$(PYTHON)" -m venv $(VENV)
