@@ -1,0 +1,21 @@
+"""Drop-in weight-sparse modules, and the way there from a dense model and back."""
+
+from __future__ import annotations
+
+from sparsekd.nn import init
+from sparsekd.nn.base import SparseModule, sparse_modules
+from sparsekd.nn.conv import SparseConv2d
+from sparsekd.nn.convert import Survey, densify, sparsify, survey
+from sparsekd.nn.linear import SparseLinear
+
+__all__ = [
+    "SparseConv2d",
+    "SparseLinear",
+    "SparseModule",
+    "Survey",
+    "densify",
+    "init",
+    "sparse_modules",
+    "sparsify",
+    "survey",
+]

@@ -1,0 +1,324 @@
+"""What every weight-sparse module shares: storage, rewiring and state_dict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsekd.errors import ShapeError, TopologyError, UnsupportedError
+from sparsekd.nn.init import kaiming_
+from sparsekd.sparsity import generator_for, magnitude_mask, random_mask, target_nnz
+from sparsekd.topology import Topology, TopologyDelta
+
+_Sparse = TypeVar("_Sparse", bound="SparseModule")
+_Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
+_INDICES = ("crow_indices", "col_indices")
+
+
+class SparseModule(nn.Module):
+    """Hold a weight as its nonzeros: `values` at the positions of `topology`.
+
+    The buffers `crow_indices` and `col_indices` are what a checkpoint stores and what the forward
+    pass reads; `topology` is the validated structure made of these very tensors.
+
+    Args:
+        mask: where the weight's nonzeros are; bool tensor of the weight's shape.
+        bias: whether there is a bias, one entry per row.
+        device: device of the parameters and buffers.
+        dtype: dtype of the parameters.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    crow_indices: Tensor
+    col_indices: Tensor
+
+    def __init__(
+        self,
+        mask: Tensor,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        topology = Topology.from_mask(mask)
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight_shape = tuple(topology.shape)
+        self.values = nn.Parameter(torch.empty(topology.nnz, **kind))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(topology.rows, **kind)) if bias else None
+        )
+        self._adopt(topology, self.values.device)
+
+    @property
+    def topology(self) -> Topology:
+        """Positions of the nonzeros, always those of the buffers.
+
+        Raises:
+            TopologyError: if something has written indices into the buffers that are no structure.
+        """
+        known, crow, col = self._topology, self.crow_indices, self.col_indices
+        if known.owns(crow, col) or crow.is_meta:
+            return known
+        # A device move, a copy or an averaged model has replaced or overwritten the buffers.
+        found = Topology(crow, col, self.weight_shape, version=known.version + 1)
+        intact = known.owns(known.crow_indices, known.col_indices)
+        return self._adopt(known if intact and found == known else found, crow.device)
+
+    def _adopt(self, topology: Topology, device: torch.device) -> Topology:
+        """Make `topology` the structure of this module, its own tensors being the buffers."""
+        if device.type != "meta":
+            topology = topology.to(device)
+        self._topology = topology
+        for name in _INDICES:
+            self.register_buffer(name, getattr(topology, name).to(device))
+        return topology
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight as a dense tensor with stored zeros.
+
+        Shape:
+            the weight's, `topology.shape`
+
+        Returns:
+            A new tensor, differentiable with respect to `values`.
+
+        Example:
+            >>> import sparsekd as skd
+            >>> skd.nn.SparseLinear(4, 2, sparsity=0.5).dense_weight().shape
+            torch.Size([2, 4])
+        """
+        topology = self.topology
+        flat = self.values.new_zeros(topology.numel)
+        return flat.scatter(0, topology.flat_indices(), self.values).view(topology.shape)
+
+    @torch.no_grad()
+    def rewire(self, mask: Tensor) -> TopologyDelta:
+        """Move the nonzeros to `mask`; survivors keep their values, grown ones start at 0.
+
+        `values` stays the same Parameter object, also where its length changes; its gradient, if
+        there is one, moves along. Optimizer state follows through `sparsekd.optim.remap_`.
+
+        Args:
+            mask: bool tensor of the weight's shape.
+
+        Returns:
+            Where each weight was: `delta.source[slot]` is its old slot, -1 for a grown one.
+
+        Raises:
+            ShapeError: if `mask` does not have the weight's shape.
+            TopologyError: if `mask` is not bool.
+
+        Source: Evci et al., Rigging the Lottery, section 3 (grown weights start at zero).
+
+        Example:
+            >>> import sparsekd as skd
+            >>> layer = skd.nn.SparseLinear(4, 2, sparsity=0.5)
+            >>> delta = layer.rewire(~layer.topology.mask())
+            >>> bool(delta.grown.all()), layer.topology.version
+            (True, 1)
+        """
+        new, delta = self.topology.rewire(mask)
+        carried = delta.carry(self.values.detach())
+        grad = None if self.values.grad is None else delta.carry(self.values.grad)
+        self._resize(new.nnz)
+        self.values.copy_(carried)
+        self.values.grad = grad
+        self._adopt(new, self.crow_indices.device)
+        return delta
+
+    def _resize(self, nnz: int) -> None:
+        """Give `values` another length, its contents undefined, and drop its gradient."""
+        values = self.values
+        values.grad = None
+        if values.shape == (nnz,):
+            return
+        # The node that accumulates this parameter's gradient remembers its shape for as long as
+        # any graph of an earlier forward pass lives. Only a change of dtype makes torch forget it.
+        other = torch.float32 if values.dtype != torch.float32 else torch.float64
+        fresh = torch.empty(nnz, dtype=values.dtype, device=values.device)
+        values.data = fresh.new_empty(0, dtype=other)
+        values.data = fresh
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw `values` and `bias` anew, as a fresh module would, on the topology at hand.
+
+        The values follow torch's own law for the layer with the active fan-in of each neuron in
+        place of the dense one. The bias, which is never sparse, follows torch's law unchanged.
+
+        Args:
+            generator: CPU generator; torch's global one when omitted.
+
+        Source: Evci et al., Gradient Flow in Sparse Neural Networks, section 3.
+        """
+        if self.values.is_meta:
+            return
+        kaiming_(self.values, self.topology, generator=generator)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(max(self.topology.cols, 1))
+            noise = torch.empty(self.bias.shape, dtype=torch.float64, device="cpu")
+            self.bias.copy_(noise.uniform_(-bound, bound, generator=generator))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A topology whose tensors were overwritten could be neither copied nor pickled: renew it.
+        _ = self.topology
+        return self.__dict__.copy()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseModule:
+        was_meta = self.crow_indices.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.crow_indices.is_meta:
+            self._adopt(self._topology, self.crow_indices.device)  # to_empty left them undefined
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load values of any topology, or a dense `weight`; all of this module's state or none."""
+        own = {name: state_dict.get(prefix + name) for name in ("values", "bias", *_INDICES)}
+        rest = {k: v for k, v in state_dict.items() if k not in {prefix + n for n in _INDICES}}
+        topology: Topology | None = None
+        if own["values"] is not None and all(own[name] is not None for name in _INDICES):
+            topology = self._stored_topology(prefix, own)
+        elif own["values"] is None and prefix + "weight" in rest:
+            weight = rest.pop(prefix + "weight")
+            if tuple(weight.shape) != self.weight_shape:
+                error_msgs.append(_mismatch(prefix + "weight", weight.shape, self.weight_shape))
+                return
+            topology = self.topology
+            flat = topology.flat_indices().to(weight.device)
+            rest[prefix + "values"] = weight.detach().reshape(-1)[flat]
+        bias = own["bias"]
+        if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
+            error_msgs.append(_mismatch(prefix + "bias", bias.shape, self.bias.shape))
+            return
+        if topology is not None:
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            where = rest[prefix + "values"] if assign else self.values
+            if topology.nnz != self.values.shape[0]:
+                self._resize(topology.nnz)
+            self._adopt(topology, where.device)
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if topology is not None:
+            missing_keys[:] = [k for k in missing_keys if k not in {prefix + n for n in _INDICES}]
+
+    def _stored_topology(self, prefix: str, own: dict[str, Any]) -> Topology:
+        """Check a checkpoint's structure; the current one is kept if the positions are the same."""
+        known = self._topology
+        try:
+            found = Topology(
+                own["crow_indices"].detach(),
+                own["col_indices"].detach(),
+                self.weight_shape,
+                version=known.version + 1,
+            )
+        except TopologyError as error:
+            raise TopologyError(f"{prefix}{error}") from None
+        if own["values"].shape != (found.nnz,):
+            raise TopologyError(
+                f"{prefix}values: expected shape [{found.nnz}], one entry per nonzero, "
+                f"got {list(own['values'].shape)}"
+            )
+        intact = known.owns(known.crow_indices, known.col_indices)
+        return known if intact and found == known else found
+
+    def _fill_dense(self, dense: _Dense) -> _Dense:
+        """Give a dense module on the meta device this module's weight, bias and mode."""
+        weight = self.dense_weight().detach()
+        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            bias = self.bias.detach().clone()
+            dense.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has no dense 'weight': it stores the nonzeros as 'values' "
+                "(dense_weight() builds the tensor). If other code must read the weight, keep "
+                "this layer dense: sparsify(..., skip=<its name>)"
+            )
+        return super().__getattr__(name)
+
+    def _describe_topology(self) -> str:
+        return f"density={self._topology.density:.4g}, nnz={self._topology.nnz}"
+
+
+def _mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
+    return f"size mismatch for {key}: expected shape {list(expected)}, got {list(got)}"
+
+
+def initial_mask(
+    shape: Sequence[int], mask: Tensor | None, sparsity: float, seed: int
+) -> tuple[Tensor, torch.Generator]:
+    """Return the mask of a new module and the generator that goes on to draw its values."""
+    generator = generator_for(seed)
+    if mask is None:
+        nnz = target_nnz(torch.Size(shape).numel(), sparsity)
+        return random_mask(shape, nnz, generator=generator), generator
+    if tuple(mask.shape) != tuple(shape):
+        raise ShapeError(f"mask: expected shape {list(shape)}, got {list(mask.shape)}")
+    return mask, generator
+
+
+def dense_mask(dense: nn.Linear | nn.Conv2d, mask: Tensor | None, sparsity: float | None) -> Tensor:
+    """Return the given mask, or that of the largest weights."""
+    weight = dense.weight
+    if nn.parameter.is_lazy(weight) or not weight.is_floating_point():
+        raise UnsupportedError(
+            f"dense: expected an initialised floating-point weight, got {type(weight).__name__} of "
+            f"dtype {weight.dtype}"
+        )
+    if (mask is None) == (sparsity is None):
+        raise ValueError("mask, sparsity: expected exactly one of them")
+    if mask is not None:
+        return mask
+    assert sparsity is not None
+    return magnitude_mask(weight, target_nnz(weight.numel(), sparsity))
+
+
+@torch.no_grad()
+def copy_dense_(sparse: _Sparse, dense: nn.Linear | nn.Conv2d) -> _Sparse:
+    """Copy a dense module's weights at the positions of the sparse one, its bias and mode."""
+    flat = dense.weight.detach().reshape(-1)
+    sparse.values.copy_(flat[sparse.topology.flat_indices().to(flat.device)])
+    sparse.values.requires_grad_(dense.weight.requires_grad)
+    if sparse.bias is not None:
+        assert dense.bias is not None
+        sparse.bias.copy_(dense.bias).requires_grad_(dense.bias.requires_grad)
+    return sparse.train(dense.training)
+
+
+def sparse_modules(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
+    """Iterate over the weight-sparse modules of a model, each once, in the model's order.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Iterator of (name, module).
+
+    Example:
+        >>> import sparsekd as skd
+        >>> model = torch.nn.Sequential(skd.nn.SparseLinear(4, 2), torch.nn.ReLU())
+        >>> [name for name, _ in sparse_modules(model)]
+        ['0']
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SparseModule):
+            yield name, module

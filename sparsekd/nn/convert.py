@@ -1,0 +1,320 @@
+"""Turn the layers of a model sparse in place, and dense again."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsekd.errors import ShapeError, UnsupportedError
+from sparsekd.nn.base import SparseModule, sparse_modules
+from sparsekd.nn.conv import SparseConv2d
+from sparsekd.nn.init import kaiming_
+from sparsekd.nn.linear import SparseLinear
+from sparsekd.sparsity import allocate, generator_for, magnitude_masks, random_masks
+
+LAYOUTS = ("csr",)
+CRITERIA = ("random", "magnitude")
+INITS = ("keep", "sparse")
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+_DenseLayer = nn.Linear | nn.Conv2d
+
+
+class Survey(NamedTuple):
+    """What `sparsify` would find in a model.
+
+    `convertible` maps the name of each layer it understands to the layer; `left_alone` maps the
+    name of each nn.Linear or nn.Conv2d it does not understand to the reason; `aliases` maps each of
+    these names to all names of the same module.
+    """
+
+    convertible: dict[str, _DenseLayer]
+    left_alone: dict[str, str]
+    aliases: dict[str, list[str]]
+
+
+def survey(model: nn.Module) -> Survey:
+    """List the layers of a model that `sparsify` converts, and those it leaves alone and why.
+
+    Args:
+        model: any module; it is only read.
+
+    Returns:
+        The layers by name; one that occurs several times appears once, under its first name.
+
+    Example:
+        >>> found = survey(torch.nn.TransformerEncoderLayer(8, 2))
+        >>> list(found.convertible), list(found.left_alone)
+        (['linear1', 'linear2'], ['self_attn.out_proj'])
+    """
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            names[module].append(name)
+    holders: dict[Tensor, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[parameter].add(module)
+    found = Survey({}, {}, {})
+    for module, aliases in names.items():
+        found.aliases[aliases[0]] = aliases
+        reason = _reason_to_leave(module, holders)
+        if reason:
+            found.left_alone[aliases[0]] = reason
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            found.convertible[aliases[0]] = module
+    return found
+
+
+def _reason_to_leave(module: nn.Module, holders: Mapping[Tensor, set[nn.Module]]) -> str | None:
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} may compute something else than its base class"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed (weight_norm, spectral_norm or pruning hooks)"
+    if not weight.is_floating_point() or weight.layout != torch.strided:
+        return f"its weight is {weight.dtype}, {weight.layout}"
+    if set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules:
+        return "it holds parameters, buffers or modules besides weight and bias"
+    if "forward" in vars(module):
+        return "its forward has been replaced"
+    if len(holders[weight]) > 1:
+        return "its weight is shared with another module"
+    return None
+
+
+@torch.no_grad()
+def sparsify(
+    model: nn.Module,
+    sparsity: float = 0.9,
+    distribution: str = "erk",
+    criterion: str = "random",
+    skip: str | Iterable[str] = (),
+    layout: str = "csr",
+    seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    init: str = "keep",
+) -> nn.Module:
+    """Replace every nn.Linear and nn.Conv2d of a model by its weight-sparse counterpart, in place.
+
+    The total number of nonzeros over the replaced layers is `round((1 - sparsity) * N)` exactly.
+    A layer the distribution makes dense becomes a sparse module with a full mask. A module used in
+    several places is converted once. Biases and everything else in the model stay the same
+    objects; build the optimizer after this call, since the weights are new parameters.
+
+    Layers of another class than exactly nn.Linear or nn.Conv2d, parametrised, lazy or weight-tied
+    ones are left alone and named in a warning; `survey` lists them, `skip` silences it.
+
+    Args:
+        model: any module; an nn.Linear or nn.Conv2d itself is fine.
+        sparsity: fraction of zeros over all replaced layers together.
+        distribution: "uniform" (the same in every layer; RigL's variant with a dense first layer
+            is this plus `skip=<its name>`), "er" or "erk".
+        criterion: "random" places the nonzeros at random, "magnitude" at the largest weights of
+            each layer.
+        skip: names of layers that stay dense, of modules whose layers all do, or fnmatch patterns
+            of such names.
+        layout: "csr".
+        seed: seed of the masks (and values); each layer draws from its own generator, so the
+            result does not depend on torch's global generator, which is left alone.
+        masks: bool masks by layer name, instead of a distribution and criterion; layers without
+            one stay dense.
+        init: "keep" leaves the weights at the nonzeros as they are, which is what a pretrained
+            model and a lottery ticket (the dense net's own initialisation) need; "sparse" draws
+            them anew with the active fan-in, as a fresh SparseLinear or SparseConv2d does.
+
+    Returns:
+        The model; if it is itself a layer, the sparse module in its place.
+
+    Raises:
+        ValueError: if `sparsity` is outside [0, 1], a pattern of `skip` matches no layer, a name in
+            `masks` is no layer that can be converted, or there is nothing to convert.
+        ShapeError, TopologyError: if a mask does not fit its layer.
+        UnsupportedError: if a word is not among those above; the text lists them.
+
+    Source: Evci et al., Rigging the Lottery, section 3 (1), for the distributions.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.Linear(50, 10))
+        >>> model = skd.sparsify(model, sparsity=0.9, distribution="uniform")
+        >>> sum(module.topology.nnz for _, module in skd.nn.sparse_modules(model))
+        550
+    """
+    _check_choice("layout", layout, LAYOUTS)
+    _check_choice("criterion", criterion, CRITERIA)
+    _check_choice("init", init, INITS)
+    found = survey(model)
+    skipped = _skipped(found.aliases, [skip] if isinstance(skip, str) else list(skip))
+    layers = {name: m for name, m in found.convertible.items() if name not in skipped}
+    if masks is not None:
+        chosen = _given_masks(masks, layers, found, skipped)
+    else:
+        if not layers:
+            raise ValueError(f"model: expected an nn.Linear or nn.Conv2d to convert, {_why(found)}")
+        shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+        nnz = allocate(shapes, sparsity, distribution)
+        if criterion == "random":
+            chosen = random_masks(shapes, nnz, seed=seed)
+        else:
+            chosen = magnitude_masks({name: m.weight for name, m in layers.items()}, nnz)
+    left = {name: why for name, why in found.left_alone.items() if name not in skipped}
+    if left and masks is None:
+        lines = "".join(f"\n  {name or 'the model itself'}: {why}" for name, why in left.items())
+        warnings.warn(f"sparsify leaves these layers dense:{lines}", stacklevel=3)
+    # Every replacement exists before the first one takes its place: an error changes nothing.
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, mask in chosen.items():
+        sparse = _sparse_twin(layers[name], mask)
+        if init == "sparse":
+            generator = generator_for(seed, f"{name}.values")
+            kaiming_(sparse.values, sparse.topology, generator=generator)
+        replacements[layers[name]] = sparse
+    return _replace(model, replacements)
+
+
+@torch.no_grad()
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every weight-sparse module of a model by its dense counterpart, in place.
+
+    Args:
+        model: any module; a sparse module itself is fine.
+
+    Returns:
+        The model, with nn.Linear and nn.Conv2d that store the zeros; if it is itself a sparse
+        module, the dense one in its place.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> skd.densify(torch.nn.Sequential(skd.nn.SparseLinear(4, 2, sparsity=0.5)))
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+    replacements: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, SparseLinear | SparseConv2d):
+            dense: nn.Linear | nn.Conv2d = module.to_dense()
+            dense.register_parameter("bias", module.bias)
+            _take_hooks(dense, module)
+            replacements[module] = dense
+    return _replace(model, replacements)
+
+
+def _sparse_twin(layer: _DenseLayer, mask: Tensor) -> SparseModule:
+    sparse: SparseModule
+    if isinstance(layer, nn.Conv2d):
+        sparse = SparseConv2d.from_dense(layer, mask)
+    else:
+        sparse = SparseLinear.from_dense(layer, mask)
+    sparse.register_parameter("bias", layer._parameters["bias"])
+    _take_hooks(sparse, layer)
+    return sparse
+
+
+def _take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Move forward and backward hooks; the very dicts, so that their handles keep working."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+    _leave_fast_path(model)
+    return replacements.get(model, model)
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Make torch's Transformer encoder call its layers instead of reading their weights.
+
+    Its inference shortcut hands `linear1.weight` to one fused dense kernel.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and next(sparse_modules(module), None):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and next(sparse_modules(module), None):
+            module.use_nested_tensor = False
+
+
+def _skipped(aliases: Mapping[str, list[str]], patterns: list[str]) -> set[str]:
+    """Return the layers that match a pattern by a name of theirs or of a module around them."""
+    skipped: set[str] = set()
+    for pattern in patterns:
+        matched = {
+            name
+            for name, others in aliases.items()
+            if any(fnmatchcase(path, pattern) for other in others for path in _paths(other))
+        }
+        if not matched:
+            raise ValueError(
+                f"skip: {pattern!r} matches no layer; the layers are {', '.join(aliases)}"
+            )
+        skipped |= matched
+    return skipped
+
+
+def _paths(name: str) -> Iterator[str]:
+    """Yield a module's name and those of the modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _given_masks(
+    masks: Mapping[str, Tensor],
+    layers: Mapping[str, _DenseLayer],
+    found: Survey,
+    skipped: set[str],
+) -> dict[str, Tensor]:
+    """Check the masks a caller gave and key them by each layer's first name."""
+    first = {alias: name for name, aliases in found.aliases.items() for alias in aliases}
+    chosen: dict[str, Tensor] = {}
+    for alias, mask in masks.items():
+        name = first.get(alias)
+        if name is None or name not in layers:
+            if name in skipped:
+                why = "it is skipped"
+            else:
+                why = found.left_alone.get(name or "", f"the layers are {', '.join(layers)}")
+            raise ValueError(f"masks: {alias!r} is no layer that can be converted: {why}")
+        if mask.shape != layers[name].weight.shape:
+            raise ShapeError(
+                f"masks[{alias!r}]: expected shape {list(layers[name].weight.shape)}, "
+                f"got {list(mask.shape)}"
+            )
+        if name in chosen and not torch.equal(chosen[name], mask):
+            raise ValueError(f"masks: {alias!r} and {name!r} are one module but differ")
+        chosen[name] = mask
+    return chosen
+
+
+def _why(found: Survey) -> str:
+    if not found.aliases:
+        return "found none"
+    reasons = [f"{name}: {why}" for name, why in found.left_alone.items()]
+    return "; ".join(["all are skipped or left alone", *reasons])
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UnsupportedError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
