@@ -199,6 +199,26 @@ def resolve_padding(
     return sides
 
 
+def pad_input(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
+    """Pad maps by `[top, bottom, left, right]` in any padding mode, keeping the memory format.
+
+    Raises:
+        UnsupportedError: an unknown mode.
+
+    Example:
+        >>> import torch
+        >>> pad_input(torch.ones(1, 1, 2, 2), [0, 1, 0, 1], "circular").shape
+        torch.Size([1, 1, 3, 3])
+    """
+    if mode not in PADDING_MODES:
+        raise UnsupportedError(f"padding_mode: expected one of {PADDING_MODES}, got {mode!r}")
+    if not any(padding):
+        return x
+    top, bottom, left, right = padding
+    padded = F.pad(x, (left, right, top, bottom), mode=mode)
+    return padded.contiguous(memory_format=memory_format_of(x))  # circular would lose it
+
+
 def _linear(topology: Topology, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     shape = [topology.rows, topology.cols]
     return ops.linear(x, values, topology.crow_indices, topology.col_indices, bias, shape)
@@ -216,20 +236,10 @@ def _conv2d(
     padding_mode: str,
 ) -> Tensor:
     if padding_mode != "zeros":
-        x, padding = _pad(x, padding, padding_mode), [0, 0, 0, 0]
+        x, padding = pad_input(x, padding, padding_mode), [0, 0, 0, 0]
     crow, col = topology.crow_indices, topology.col_indices
     shape = list(topology.shape)
     return ops.conv2d(x, values, crow, col, bias, shape, stride, padding, dilation, groups)
-
-
-def _pad(x: Tensor, padding: list[int], mode: str) -> Tensor:
-    if mode not in PADDING_MODES:
-        raise UnsupportedError(f"padding_mode: expected one of {PADDING_MODES}, got {mode!r}")
-    if not any(padding):
-        return x
-    top, bottom, left, right = padding
-    padded = F.pad(x, (left, right, top, bottom), mode=mode)
-    return padded.contiguous(memory_format=memory_format_of(x))  # circular would lose it
 
 
 def _pair(name: str, value: int | Sequence[int]) -> list[int]:
