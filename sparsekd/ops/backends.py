@@ -175,5 +175,5 @@ def info() -> dict[str, Any]:
         "forced": forced(),
         "default": "cpp" if compiled is not None else "reference",
         "backends": table,
-        "cpp": {} if compiled is None else dict(compiled.info()),
+        "cpp": {} if compiled is None else compiled.info(),
     }

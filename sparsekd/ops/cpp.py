@@ -6,7 +6,7 @@ Kernels compute in float32 and float64; half precision is computed in float32 an
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def info() -> dict[str, Any]:
+    """Return what the compiled module says of itself: instruction set, compiler, threads."""
+    return dict(_C.info())
 
 
 def _array(tensor: Tensor) -> np.ndarray:
