@@ -1,0 +1,177 @@
+"""The command line: train a recipe, list recipes, report on a run, show what runs here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sparsekd import ops
+from sparsekd.errors import SparsekdError
+from sparsekd.memory import keep_memory_warm
+from sparsekd.recipes import RECIPES, Experiment, Recipe, RunFolder, get, load_data, override
+from sparsekd.recipes.report import figures, read_rows, table
+from sparsekd.train import Interrupted, ProgressReporter, StopRequest
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A name that `sparsekd recipes` lists.")],
+    data: Annotated[str | None, typer.Option(help="Data set instead of the recipe's.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data files.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Sparsities, as 0.9,0.98.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0, 1, ...")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs; the whole schedule scales with them.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Methods, as lt,kd.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run [default: runs/RECIPE].")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field, as training.lr=0.05; repeatable.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Start over instead of going on.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Backend of the sparse ops.")] = None,
+) -> None:
+    """Train a recipe's dense network and its tickets; go on where an earlier call stopped."""
+    with _one_line_errors(ValueError):
+        chosen = get(recipe)
+        named = {"data.name": data, "sparsities": sparsity, "seeds": seeds, "methods": method}
+        for field, value in named.items():
+            if value is not None:
+                chosen = override(chosen, f"{field}={value}")
+        if epochs is not None:
+            chosen = chosen.with_epochs(epochs)
+        for assignment in assignments or []:
+            chosen = override(chosen, assignment)
+        if threads is not None and threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {threads}")
+    folder = out or Path("runs") / chosen.name
+    console = Console()
+    with _one_line_errors(SparsekdError, OSError), contextlib.ExitStack() as stack:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if backend is not None:
+            stack.enter_context(ops.backend(backend))
+        _run(chosen, data_dir, folder, fresh, console, stack)
+
+
+def _run(
+    recipe: Recipe,
+    data_dir: Path | None,
+    path: Path,
+    fresh: bool,
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> None:
+    stop = stack.enter_context(StopRequest())
+    warm = keep_memory_warm()
+    console.print(
+        "freed memory stays mapped (keep_memory_warm), for sparse and dense alike"
+        if warm
+        else "freed memory is returned to the system (keep_memory_warm has no effect here)"
+    )
+    dataset = load_data(recipe.data, data_dir)
+    folder = stack.enter_context(RunFolder(path, recipe, fresh=fresh))
+    try:
+        with ProgressReporter(console) as reporter:
+            experiment = Experiment(recipe, dataset, folder, reporter=reporter, stop=stop)
+            experiment.run()
+            reporter.message("measuring a training step of every run, sparse and dense")
+            experiment.time_steps()
+    except Interrupted as interruption:
+        console.print(f"{interruption}; the same command goes on from {path}", highlight=False)
+        raise typer.Exit(_INTERRUPTED) from None
+    except FloatingPointError as error:
+        _fail(error, code=1)
+    _report(path, console)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Print the table of a run and draw its figures again, from its raw rows."""
+    with _one_line_errors(SparsekdError, OSError):
+        _report(run_dir, Console())
+
+
+def _report(path: Path, console: Console) -> None:
+    rows = read_rows(path)
+    console.print(table(rows))
+    for file in figures(rows, path):
+        console.print(str(file), highlight=False, soft_wrap=True)
+    console.print(str(path / "metrics.jsonl"), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show every field of this recipe.")] = None,
+) -> None:
+    """List the recipes, or every field of one, as --set names them."""
+    console = Console()
+    if name is None:
+        listing = Table("recipe", "what it does")
+        for recipe in RECIPES.values():
+            listing.add_row(recipe.name, recipe.description)
+        console.print(listing)
+        return
+    with _one_line_errors(ValueError):
+        for field, value in _fields(asdict(get(name))):
+            console.print(f"{field} = {value}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, backends, instruction set, threads and OpenMP runtime."""
+    console = Console()
+    facts = ops.info()
+    backends = facts.pop("backends")
+    for field, value in _fields(facts):
+        console.print(f"{field}: {value}", highlight=False, soft_wrap=True)
+    listing = Table("backend", "available", "detail")
+    for name, entry in backends.items():
+        listing.add_row(name, "yes" if entry["available"] else "no", entry["detail"])
+    console.print(listing)
+
+
+def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        elif isinstance(value, (tuple, list)):
+            yield f"{prefix}{name}", ",".join(map(str, value))
+        else:
+            yield f"{prefix}{name}", str(value).lower() if value is None else str(value)
+
+
+@contextlib.contextmanager
+def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        _fail(error, code=2)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,130 @@
+"""What a recipe consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from sparsekd.tickets.kd import Reduction, check_hyperparameters
+from sparsekd.tickets.methods import METHODS
+from sparsekd.train import Training
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Name a data set.
+
+    Args:
+        name: as in `sparsekd.data.load`.
+        val_fraction: share of the training images held out to watch training; 0 trains on all.
+        image_size: of "imagefolder"; None for its default, as below.
+        scale: range of the crop's share of the image, of "imagefolder".
+        ratio: range of the crop's aspect ratio, of "imagefolder".
+    """
+
+    name: str
+    val_fraction: float = 0.0
+    image_size: int | None = None
+    scale: tuple[float, ...] | None = None
+    ratio: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Name a network.
+
+    Args:
+        name: as in `sparsekd.models.build`.
+        stem: of the ImageNet-style networks; None where the network has no such choice.
+        bottleneck: of ResNet-56 and ResNet-110; None where the network has no such choice.
+    """
+
+    name: str
+    stem: str | None = None
+    bottleneck: bool | None = None
+
+
+@dataclass(frozen=True)
+class DistillationChoice:
+    """Hold the hyper-parameters of `sparsekd.tickets.Distillation`."""
+
+    temperature: float = 4.0
+    alpha: float = 0.9
+    reduction: Reduction = "batchmean"
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self.temperature, self.alpha, self.reduction)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Describe an experiment: a dense network, and tickets drawn from it, over seeds.
+
+    Args:
+        name: of the recipe.
+        description: one line for `sparsekd recipes`.
+        data: the data set.
+        model: the network.
+        training: hyper-parameters of the dense network and of every ticket.
+        kd: of the methods that distil.
+        methods: names from `sparsekd.tickets.METHODS`.
+        sparsities: fractions of the convolution weights to prune.
+        seeds: number of repetitions, seeded 0, 1, ...
+        rewind_epoch: k of the methods that rewind.
+        prune_rate: fraction of the remaining weights pruned in a round of the iterative methods.
+
+    Raises:
+        ValueError: a value is out of range.
+
+    Example:
+        >>> recipe = Recipe("mine", "", DataChoice("digits"), ModelChoice("resnet20"), Training(4))
+        >>> recipe.with_epochs(8).training.epochs
+        8
+    """
+
+    name: str
+    description: str
+    data: DataChoice
+    model: ModelChoice
+    training: Training
+    kd: DistillationChoice = field(default_factory=DistillationChoice)
+    methods: tuple[str, ...] = ("lt", "kd")
+    sparsities: tuple[float, ...] = (0.9,)
+    seeds: int = 1
+    rewind_epoch: int = 1
+    prune_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                known = ", ".join(METHODS)
+                raise ValueError(f"methods: expected names among {known}, got {method!r}")
+        for sparsity in self.sparsities:
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"sparsities: expected numbers in [0, 1), got {sparsity}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+        if not 0 <= self.rewind_epoch <= self.training.epochs:
+            raise ValueError(
+                f"rewind_epoch: expected 0 to {self.training.epochs}, got {self.rewind_epoch}"
+            )
+        if not 0 < self.prune_rate < 1:
+            raise ValueError(f"prune_rate: expected a number in (0, 1), got {self.prune_rate}")
+
+    def with_epochs(self, epochs: int) -> Recipe:
+        """Return the recipe at another length, every epoch number scaled in proportion.
+
+        Args:
+            epochs: new length of the schedule.
+
+        Returns:
+            The new recipe.
+        """
+        share = epochs / self.training.epochs
+        until = self.kd.until
+        return replace(
+            self,
+            training=self.training.scaled(epochs),
+            kd=replace(self.kd, until=None if until is None else round(until * share)),
+            rewind_epoch=round(self.rewind_epoch * share),
+        )

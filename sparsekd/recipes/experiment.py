@@ -1,0 +1,276 @@
+"""Run a recipe: the dense network of each seed, then its tickets, each run once and only once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsekd import data, flops, models
+from sparsekd.nn import sparse_modules
+from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
+from sparsekd.recipes.folder import RunFolder
+from sparsekd.tickets import METHODS, Masks, Pipeline, collapsed_layers
+from sparsekd.train import Reporter, Row, StopRequest, Trainer, evaluate, save_model
+from sparsekd.train.timing import time_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """Name one training run of an experiment.
+
+    Args:
+        seed: of the run.
+        method: "dense" or a name from `sparsekd.tickets.METHODS`.
+        sparsity: fraction of the convolution weights pruned; 0 for the dense run.
+        round: of an iterative method, counted from 1; 0 for the others.
+    """
+
+    seed: int
+    method: str
+    sparsity: float = 0.0
+    round: int = 0
+
+    @property
+    def name(self) -> str:
+        """Return the run's subfolder and its name in the rows."""
+        if self.method == "dense":
+            return f"seed{self.seed}/dense"
+        if self.round:
+            return f"seed{self.seed}/{self.method}-round{self.round:02}"
+        return f"seed{self.seed}/{self.method}-{self.sparsity:g}"
+
+
+def plan(recipe: Recipe) -> list[Run]:
+    """List the runs of a recipe in the order in which they run.
+
+    An iterative method has a run per round, up to the first round that reaches the highest
+    sparsity asked for.
+
+    Args:
+        recipe: the recipe.
+
+    Returns:
+        The runs; the dense one of a seed comes before its tickets.
+
+    Example:
+        >>> from sparsekd.recipes import get
+        >>> [run.name for run in plan(get("demo"))][:2]
+        ['seed0/dense', 'seed0/lt-0.8']
+    """
+    runs = []
+    for seed in range(recipe.seeds):
+        runs.append(Run(seed, "dense"))
+        for sparsity in recipe.sparsities:
+            for name in recipe.methods:
+                if not METHODS[name].iterative:
+                    runs.append(Run(seed, name, sparsity))
+        for name in recipe.methods:
+            if METHODS[name].iterative:
+                runs += _rounds(seed, name, recipe)
+    return runs
+
+
+def _rounds(seed: int, name: str, recipe: Recipe) -> Iterator[Run]:
+    keep = 1 - recipe.prune_rate
+    # Published sparsities are 1 - 0.8^k rounded to four digits; do not add a round for the rest.
+    last = math.ceil(math.log(1 - max(recipe.sparsities, default=0)) / math.log(keep) - 0.01)
+    for number in range(1, last + 1):
+        yield Run(seed, name, round(1 - keep**number, 4), number)
+
+
+def build_model(choice: ModelChoice, dataset: data.Dataset, seed: int) -> nn.Module:
+    """Build the dense network of a recipe for a data set.
+
+    Args:
+        choice: the network.
+        dataset: gives the number of classes and of input channels.
+        seed: of the initialisation; torch's global generator is left as it was.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: the network cannot be built for these images.
+    """
+    options: dict[str, Any] = {"stem": choice.stem, "bottleneck": choice.bottleneck}
+    options = {name: value for name, value in options.items() if value is not None}
+    channels = dataset.input_shape[0]
+    if channels != 3:
+        options["in_channels"] = channels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return models.build(choice.name, num_classes=dataset.num_classes, **options)
+        except TypeError as error:
+            raise ValueError(f"model: {choice.name} does not fit {dataset.name}: {error}") from None
+
+
+def load_data(choice: DataChoice, root: Path | None) -> data.Dataset:
+    """Load the data set of a recipe.
+
+    Args:
+        choice: the data set.
+        root: folder of its files, or None for its default.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: the files are missing or damaged.
+    """
+    options = {"image_size": choice.image_size, "scale": choice.scale, "ratio": choice.ratio}
+    options = {name: value for name, value in options.items() if value is not None}
+    return data.load(choice.name, root=root, val_fraction=choice.val_fraction, **options)
+
+
+class Experiment:
+    """Run a recipe in a folder, and go on where an earlier call stopped.
+
+    Args:
+        recipe: what to run.
+        dataset: as `load_data` gives it.
+        folder: opened.
+        reporter: receives progress.
+        stop: checked after every step.
+
+    Example:
+        >>> import tempfile
+        >>> from sparsekd.recipes import RunFolder, get
+        >>> recipe = get("demo").with_epochs(1)
+        >>> with RunFolder(Path(tempfile.mkdtemp()), recipe) as folder:
+        ...     experiment = Experiment(recipe, load_data(recipe.data, None), folder)
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: data.Dataset,
+        folder: RunFolder,
+        *,
+        reporter: Reporter | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.data = dataset
+        self.folder = folder
+        self.reporter = reporter or Reporter()
+        self.stop = stop or StopRequest()
+
+    def run(self) -> None:
+        """Train every run that has not finished, and write its rows.
+
+        Raises:
+            Interrupted: a stop was asked for; the state is saved.
+            CheckpointError: a file of an earlier call is damaged.
+            FloatingPointError: a loss is no longer finite.
+        """
+        open_runs = [run for run in plan(self.recipe) if self.folder.result(run.name) is None]
+        done = len(plan(self.recipe)) - len(open_runs)
+        if done:
+            self.reporter.message(f"{done} finished runs found in {self.folder.path}")
+        self.reporter.plan(sum(self._epochs(run) for run in open_runs))
+        for run in open_runs:
+            self.stop.check()
+            self._train(run)
+
+    def time_steps(self) -> None:
+        """Measure a training step of every run of the first seed, sparse and dense, and write it.
+
+        Raises:
+            Interrupted: a stop was asked for.
+        """
+        timed = {row["run"] for row in self.folder.log.rows() if row["kind"] == "timing"}
+        batches = self.data.train.batches(self.recipe.training.batch_size)
+        x, y = next(iter(batches))
+        for run in plan(self.recipe):
+            if run.seed == 0 and run.name not in timed:
+                self.stop.check()
+                trainer = self._trainer(run)
+                times = time_step(trainer.model, x, y, trainer.objective)
+                row = {"kind": "timing", "run": run.name, **_identity(run), **asdict(times)}
+                self.folder.log.append(row)
+
+    def _pipeline(self, seed: int) -> Pipeline:
+        recipe = self.recipe
+        return Pipeline(
+            build=lambda seed: build_model(recipe.model, self.data, seed),
+            data=self.data,
+            training=recipe.training,
+            seed=seed,
+            folder=self.folder.path / f"seed{seed}",
+            distillation=asdict(recipe.kd),
+            rewind_epoch=recipe.rewind_epoch,
+            reporter=self.reporter,
+            stop=self.stop,
+        )
+
+    def _trainer(self, run: Run) -> Trainer:
+        pipeline = self._pipeline(run.seed)
+        if run.method == "dense":
+            return pipeline.dense_trainer()
+        name = run.name.partition("/")[2]
+        return pipeline.ticket_trainer(METHODS[run.method], self._masks(pipeline, run), name)
+
+    def _masks(self, pipeline: Pipeline, run: Run) -> Masks:
+        if run.round == 0:
+            return pipeline.one_shot_masks(run.sparsity, allow_collapse=True)
+        previous = None
+        if run.round > 1:
+            before = Run(run.seed, run.method, round=run.round - 1)
+            previous = self.folder.model_path(before.name)
+        return pipeline.next_masks(previous, self.recipe.prune_rate, allow_collapse=True)
+
+    def _epochs(self, run: Run) -> int:
+        epochs = self.recipe.training.epochs
+        if run.method == "dense":
+            return epochs
+        return epochs - METHODS[run.method].start_epoch(self.recipe.rewind_epoch)
+
+    def _train(self, run: Run) -> None:
+        trainer = self._trainer(run)
+        self._warn_of_collapse(run, trainer.model)
+        self.reporter.run(run.name, self.recipe.training.epochs, trainer.epoch)
+        self.folder.sync_epochs(run.name, trainer.rows)
+        for row in trainer.epochs():
+            self.folder.append_epoch(run.name, row)
+        result = self._result(run, trainer)
+        # The row comes last: a run counts as finished once it is there, and its files then are.
+        save_model(self.folder.model_path(run.name), trainer.model, {"run": run.name})
+        self.folder.log.append(result)
+        if trainer.state_path is not None:
+            trainer.state_path.unlink(missing_ok=True)
+        self.reporter.message(f"{run.name}: test accuracy {result['test_accuracy']:.2%}")
+
+    def _warn_of_collapse(self, run: Run, model: nn.Module) -> None:
+        masks = {name: module.topology.mask() for name, module in sparse_modules(model)}
+        for name in collapsed_layers(masks):
+            self.reporter.message(f"warning: {run.name}: layer {name} lost every weight")
+
+    def _result(self, run: Run, trainer: Trainer) -> Row:
+        test = evaluate(trainer.model, self.data.test)
+        cost = flops.count(trainer.model, (1, *self.data.input_shape))
+        pruned = [layer for layer in cost.layers if len(layer.shape) == 4]
+        return {
+            "kind": "result",
+            "run": run.name,
+            **_identity(run),
+            "test_accuracy": test.accuracy,
+            "test_loss": test.loss,
+            "epochs": len(trainer.rows),
+            "seconds": round(sum(row["seconds"] for row in trainer.rows), 1),
+            "nnz": sum(layer.nnz for layer in pruned),
+            "numel": sum(math.prod(layer.shape) for layer in pruned),
+            "flops_train": cost.train,
+            "flops_train_dense": cost.train_dense,
+            "density": {layer.name: layer.density for layer in cost.layers},
+        }
+
+
+def _identity(run: Run) -> Row:
+    return {"method": run.method, "sparsity": run.sparsity, "seed": run.seed}

@@ -1,0 +1,163 @@
+"""The folder of an experiment: its configuration, its rows, and a lock."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from sparsekd import ops
+from sparsekd.errors import CheckpointError
+from sparsekd.recipes.config import Recipe
+from sparsekd.train import MetricsLog, Row, write_atomic
+
+# More of these may be asked for later; the runs that are there stay valid.
+_GRID = ("methods", "sparsities", "seeds")
+
+
+class RunFolder:
+    """Hold config.json, metrics.jsonl, one subfolder a run, and figures.
+
+    Opening it again with the same recipe goes on where it stopped; methods, sparsities and the
+    number of seeds may differ from the last time, everything else may not.
+
+    Args:
+        path: the folder; created if missing.
+        recipe: what to run.
+        fresh: first delete what an earlier experiment left here.
+
+    Raises:
+        CheckpointError: the folder holds another experiment, is damaged, or is in use.
+
+    Example:
+        >>> import tempfile
+        >>> from sparsekd.recipes import get
+        >>> with RunFolder(Path(tempfile.mkdtemp()), get("demo")) as folder:
+        ...     folder.log.rows()
+        []
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, *, fresh: bool = False) -> None:
+        self.path = path
+        self.log = MetricsLog(path / "metrics.jsonl")
+        self._recipe = recipe
+        self._fresh = fresh
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _acquire(self.path / ".lock")
+        if self._fresh:
+            self._clear()
+        config = self._read_config()
+        self._check_same(config)
+        config["recipe"] = _jsonable(self._recipe)
+        config["sessions"].append(_session())
+        write_atomic(self.path / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+        self.log.keep(lambda row: True)  # drops a line that a crash cut short
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def model_path(self, run: str) -> Path:
+        """Return where a run keeps its final model."""
+        return self.path / run / "final.safetensors"
+
+    def result(self, run: str) -> Row | None:
+        """Return the result row of a run, None if it has not finished."""
+        if not self.model_path(run).exists():
+            return None
+        rows = [r for r in self.log.rows() if r["kind"] == "result" and r["run"] == run]
+        return rows[-1] if rows else None
+
+    def sync_epochs(self, run: str, rows: list[Row]) -> None:
+        """Make the epoch rows of a run those given: what its saved state contains."""
+        self.log.keep(lambda row: row["run"] != run)
+        for row in rows:
+            self.append_epoch(run, row)
+
+    def append_epoch(self, run: str, row: Row) -> None:
+        """Append the row of an epoch."""
+        self.log.append({"kind": "epoch", "run": run, **row})
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.path / "config.json"
+        if not path.exists():
+            return {"sessions": []}
+        try:
+            config = json.loads(path.read_bytes())
+            _ = config["recipe"], config["sessions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged: {error!r}; --fresh starts over") from error
+        return config
+
+    def _check_same(self, config: Mapping[str, Any]) -> None:
+        if "recipe" not in config:
+            return
+        stored, wanted = _flatten(config["recipe"]), _flatten(_jsonable(self._recipe))
+        for name in sorted(stored.keys() | wanted.keys()):
+            if name not in (*_GRID, "description") and stored.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"{self.path}: holds an experiment with {name}={stored.get(name)!r}, expected "
+                    f"{wanted.get(name)!r}; choose another --out, or --fresh to start over"
+                )
+
+    def _clear(self) -> None:
+        if not (self.path / "config.json").exists():
+            return  # nothing of ours
+        for name in ("metrics.jsonl", "config.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / "figures", *self.path.glob("seed*")):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+
+
+def _acquire(path: Path) -> BinaryIO:
+    file = open(path, "wb")  # noqa: SIM115 - stays open as long as the lock is held
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise CheckpointError(f"{path.parent}: another process is training here") from None
+    return file
+
+
+def _session() -> dict[str, Any]:
+    try:
+        own = version("sparsekd")
+    except PackageNotFoundError:  # run from the source tree
+        own = "source tree"
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return {"started": started, "command": sys.argv, "sparsekd": own, **ops.info()}
+
+
+def _jsonable(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

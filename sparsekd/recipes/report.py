@@ -1,0 +1,124 @@
+"""Summarise an experiment from its raw rows: one table, and the figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from sparsekd.errors import CheckpointError
+from sparsekd.tickets import METHODS
+from sparsekd.train import MetricsLog, Row
+from sparsekd.train.figures import draw
+
+LABELS = {name: method.label for name, method in METHODS.items()}
+_ORDER = ["dense", *METHODS]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Read the rows of an experiment.
+
+    Args:
+        folder: of the experiment.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        CheckpointError: there is no finished run, or the file is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    rows = MetricsLog(path).rows()
+    if not any(row.get("kind") == "result" for row in rows):
+        raise CheckpointError(f"{path}: expected the rows of a finished run, found none")
+    return rows
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Build the table of an experiment: a line a method and sparsity.
+
+    Accuracy is of the last epoch on the test split, mean and standard deviation over seeds. A step
+    is forward, loss (with the teacher where there is one), backward and update of a batch; the
+    dense time is that of the better layout.
+
+    Args:
+        rows: raw rows.
+
+    Returns:
+        The table.
+
+    Example:
+        >>> table([]).row_count
+        0
+    """
+    result = Table(title="Results", caption=_caption(rows))
+    result.add_column("method")
+    for name in ("sparsity", "test accuracy", "nnz (conv)", "train FLOPs/image", "of dense"):
+        result.add_column(name, justify="right")
+    for name in ("ms/step sparse", "ms/step dense", "speed-up"):
+        result.add_column(name, justify="right")
+    results = [row for row in rows if row["kind"] == "result"]
+    timings = {r["run"]: r for r in rows if r["kind"] == "timing"}
+    cells = {(row["sparsity"], row["method"]) for row in results}
+    previous = None
+    for sparsity, method in sorted(cells, key=lambda c: (c[0], _ORDER.index(c[1]))):
+        if previous not in (None, sparsity):
+            result.add_section()
+        previous = sparsity
+        group = [r for r in results if (r["sparsity"], r["method"]) == (sparsity, method)]
+        timing = next((timings[r["run"]] for r in group if r["run"] in timings), None)
+        result.add_row(*_line(group, timing))
+    return result
+
+
+def figures(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draw the figures of an experiment into its folder.
+
+    Args:
+        rows: raw rows.
+        folder: of the experiment.
+
+    Returns:
+        The files written.
+    """
+    return draw(rows, folder / "figures", LABELS)
+
+
+def _line(group: Sequence[Row], timing: Row | None) -> list[str]:
+    first = group[0]
+    accuracies = [row["test_accuracy"] for row in group]
+    accuracy = f"{statistics.mean(accuracies):.2%}"
+    if len(group) > 1:
+        accuracy += f" ± {100 * statistics.stdev(accuracies):.2f}"
+    return [
+        LABELS.get(first["method"], "dense"),
+        f"{first['sparsity']:.4g}",
+        accuracy,
+        f"{first['nnz']:,}",
+        f"{first['flops_train'] / 1e6:,.2f} M",
+        f"{first['flops_train'] / first['flops_train_dense']:.3f}",
+        *_times(timing),
+    ]
+
+
+def _times(timing: Row | None) -> list[str]:
+    if timing is None:
+        return ["-", "-", "-"]
+    dense = min(timing["dense_contiguous_ms"], timing["dense_channels_last_ms"])
+    if timing["sparse_ms"] is None:
+        return ["-", f"{dense:.1f}", "-"]
+    return [f"{timing['sparse_ms']:.1f}", f"{dense:.1f}", f"{dense / timing['sparse_ms']:.2f}x"]
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    timing = next((row for row in rows if row["kind"] == "timing"), None)
+    seeds = len({row["seed"] for row in rows if row["kind"] == "result"})
+    text = f"{seeds} seed{'s' if seeds != 1 else ''}, test accuracy of the last epoch"
+    if timing is not None:
+        text += (
+            f"; steps: batch {timing['batch_size']}, {timing['threads']} threads, "
+            f"medians of {timing['rounds']}, dense in its better layout"
+        )
+    return text

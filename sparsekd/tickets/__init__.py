@@ -1,0 +1,21 @@
+"""Tickets: sparse networks found by pruning a dense one, and the ways to train them again."""
+
+from __future__ import annotations
+
+from sparsekd.tickets.kd import Distillation, kd_loss
+from sparsekd.tickets.methods import METHODS, Method, make_ticket
+from sparsekd.tickets.pipeline import Pipeline
+from sparsekd.tickets.pruning import Masks, collapsed_layers, prune, prune_further
+
+__all__ = [
+    "METHODS",
+    "Distillation",
+    "Masks",
+    "Method",
+    "Pipeline",
+    "collapsed_layers",
+    "kd_loss",
+    "make_ticket",
+    "prune",
+    "prune_further",
+]

@@ -1,0 +1,183 @@
+"""The dense run of one seed, and the tickets that are drawn from it and trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsekd.data import Dataset, Split
+from sparsekd.tickets.kd import Distillation
+from sparsekd.tickets.methods import Method, make_ticket
+from sparsekd.tickets.pruning import Masks, prune, prune_further
+from sparsekd.train import (
+    Reporter,
+    StopRequest,
+    Trainer,
+    Training,
+    derive_seed,
+    load_state,
+    save_model,
+)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Train a dense network and tickets from it, all with one seed and one schedule.
+
+    Every run sees the same batches in the same order; runs that share a start share it bit for
+    bit. The dense run leaves its initialisation and its state after each epoch in
+    ``folder/dense``; each trainer saves its own state beside and resumes from it.
+
+    Args:
+        build: seed -> freshly initialised dense network.
+        data: the data set; only its train and val splits are read.
+        training: hyper-parameters of every run.
+        seed: of initialisation, data order and augmentation.
+        folder: where the runs keep their files.
+        distillation: keyword arguments of `Distillation`.
+        rewind_epoch: k of the methods that rewind.
+        reporter: receives progress.
+        stop: checked after every step.
+
+    Example:
+        >>> import tempfile
+        >>> from sparsekd import data
+        >>> from sparsekd.tickets import METHODS
+        >>> digits = data.load("digits")
+        >>> build = lambda seed: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+        >>> pipeline = Pipeline(build, digits, Training(1), 0, Path(tempfile.mkdtemp()))
+        >>> _ = pipeline.dense_trainer().fit()
+        >>> trainer = pipeline.ticket_trainer(METHODS["kd"], pipeline.one_shot_masks(0.5), "kd")
+        >>> _ = trainer.fit()
+    """
+
+    build: Callable[[int], nn.Module]
+    data: Dataset
+    training: Training
+    seed: int
+    folder: Path
+    distillation: dict[str, Any] = field(default_factory=dict)
+    rewind_epoch: int = 0
+    reporter: Reporter | None = None
+    stop: StopRequest | None = None
+
+    def fresh(self, purpose: str = "init") -> nn.Module:
+        """Build the dense network with the initialisation of a purpose.
+
+        Args:
+            purpose: "init" is the dense run's own; any other name gives an independent draw.
+
+        Returns:
+            The dense network.
+        """
+        return self.build(derive_seed(self.seed, purpose))
+
+    def checkpoint(self, epoch: int) -> Path:
+        """Return where the dense run keeps its state after so many epochs, 0 for the start."""
+        return self.folder / "dense" / f"epoch_{epoch:03}.safetensors"
+
+    def dense_state(self, epoch: int) -> dict[str, Tensor]:
+        """Load the dense run's state after so many epochs.
+
+        Raises:
+            CheckpointError: the dense run has not come so far, or the file is damaged.
+        """
+        return load_state(self.checkpoint(epoch))
+
+    def dense_final(self) -> nn.Module:
+        """Load the dense run's final network: what is pruned, and the teacher."""
+        model = self.fresh()
+        model.load_state_dict(self.dense_state(self.training.epochs))
+        return model
+
+    def dense_trainer(self) -> Trainer:
+        """Return the trainer of the dense run; it keeps the state after every epoch."""
+        model = self.fresh()
+        save_model(self.checkpoint(0), model)
+        trainer = self._trainer(model, "dense")
+        trainer.keep = lambda epoch, model: save_model(self.checkpoint(epoch), model)
+        return trainer
+
+    def one_shot_masks(self, sparsity: float, *, allow_collapse: bool = False) -> Masks:
+        """Prune the dense run's final network once; see `prune`."""
+        return prune(self.dense_final(), sparsity, allow_collapse=allow_collapse)
+
+    def next_masks(
+        self, previous: Path | None, rate: float, *, allow_collapse: bool = False
+    ) -> Masks:
+        """Prune a further round of iterative magnitude pruning; see `prune_further`.
+
+        Args:
+            previous: model file of the round before, None in the first round.
+            rate: fraction of the remaining weights to prune.
+            allow_collapse: as in `prune_further`.
+
+        Returns:
+            The masks, each inside that of the round before.
+        """
+        model = self.dense_final()
+        if previous is not None:
+            everything = prune(model, 0.0)
+            model = make_ticket(model, everything)
+            model.load_state_dict(load_state(previous))
+        return prune_further(model, rate, allow_collapse=allow_collapse)
+
+    def start(self, method: Method, masks: Masks) -> nn.Module:
+        """Build the ticket of a method as it is before it trains.
+
+        Args:
+            method: says where the state comes from.
+            masks: module name -> bool mask.
+
+        Returns:
+            The sparse network.
+        """
+        if method.source == "reinit":
+            return make_ticket(self.fresh("reinit"), masks)
+        epoch = {"init": 0, "rewind": self.rewind_epoch, "final": self.training.epochs}
+        return make_ticket(self.fresh(), masks, self.dense_state(epoch[method.source]))
+
+    def ticket_trainer(self, method: Method, masks: Masks, name: str) -> Trainer:
+        """Return the trainer of a ticket.
+
+        Args:
+            method: how the ticket starts and which loss it gets.
+            masks: module name -> bool mask; fixed while it trains.
+            name: subfolder of the run.
+
+        Returns:
+            The trainer; its optimizer is fresh and its schedule starts where the method says.
+        """
+        objective = None
+        if method.distil:
+            smoothing = self.training.label_smoothing
+            objective = Distillation(
+                self.dense_final(), label_smoothing=smoothing, **self.distillation
+            )
+        return self._trainer(
+            self.start(method, masks),
+            name,
+            objective=objective,
+            start_epoch=method.start_epoch(self.rewind_epoch),
+        )
+
+    def _trainer(self, model: nn.Module, name: str, **options: Any) -> Trainer:
+        return Trainer(
+            model,
+            self.data.train,
+            self.training,
+            seed=derive_seed(self.seed, "train"),
+            validation=_nonempty(self.data.val),
+            folder=self.folder / name,
+            reporter=self.reporter,
+            stop=self.stop,
+            **options,
+        )
+
+
+def _nonempty(split: Split) -> Split | None:
+    return split if len(split) else None

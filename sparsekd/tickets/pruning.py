@@ -1,0 +1,146 @@
+"""Global magnitude pruning with exact counts: networks in, masks out, nothing changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from sparsekd.nn import SparseConv2d
+from sparsekd.sparsity import global_masks
+
+Masks = dict[str, Tensor]
+
+
+def prune(model: nn.Module, sparsity: float, *, allow_collapse: bool = False) -> Masks:
+    """Mask the smallest weights of all convolutions at once, exactly ``floor(sparsity * N)``.
+
+    N counts the weights of every convolution, first layer and shortcuts included; linear layers,
+    BatchNorm and biases stay dense. Among equal magnitudes the lower position is kept. The model
+    is only read.
+
+    Args:
+        model: the trained network.
+        sparsity: fraction to prune, in [0, 1).
+        allow_collapse: accept a layer that loses every weight.
+
+    Returns:
+        Module name -> bool mask of its weight, True where the weight stays.
+
+    Raises:
+        ValueError: sparsity is out of range, the model has no convolution, a weight is not finite,
+            or a layer collapsed.
+
+    Source: arXiv 2101.03255 prunes convolutions once, globally, by final magnitude. Its threshold
+        rule removes ties as well; this one is exact.
+
+    Example:
+        >>> masks = prune(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)), 0.9)
+        >>> sum(int(mask.sum()) for mask in masks.values())
+        65
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity}")
+    weights, active = _convolutions(model)
+    everything = {name: torch.ones_like(mask) for name, mask in active.items()}
+    drop = math.floor(_as_written(sparsity) * sum(w.numel() for w in weights.values()))
+    return _drop_smallest(weights, everything, drop, allow_collapse)
+
+
+def prune_further(
+    model: nn.Module,
+    rate: float = 0.2,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    allow_collapse: bool = False,
+) -> Masks:
+    """Mask exactly ``ceil(rate * remaining)`` more weights: one round of iterative pruning.
+
+    Args:
+        model: the network trained under the current masks, dense or sparse; only read.
+        rate: fraction of the remaining convolution weights to prune, in [0, 1).
+        masks: the current masks of a dense model; a sparse model carries its own.
+        allow_collapse: accept a layer that loses every weight.
+
+    Returns:
+        Module name -> bool mask, each a subset of the current one.
+
+    Raises:
+        ValueError: as `prune`, or `masks` does not fit the model.
+
+    Source: Frankle and Carbin, The Lottery Ticket Hypothesis (2019), section 2 and appendix on
+        global pruning.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3))
+        >>> masks = prune_further(model, 0.2, masks=prune_further(model, 0.2))
+        >>> sum(int(mask.sum()) for mask in masks.values())  # 648 -> 518 -> 414
+        414
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
+    weights, active = _convolutions(model)
+    for name, mask in (masks or {}).items():
+        if name not in active or mask.shape != active[name].shape:
+            raise ValueError(f"masks: {name!r} does not fit a convolution of the model")
+        active[name] = active[name] & mask
+    remaining = sum(int(mask.sum()) for mask in active.values())
+    drop = math.ceil(_as_written(rate) * remaining)
+    return _drop_smallest(weights, active, drop, allow_collapse)
+
+
+def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:
+    """List the layers that lost every weight.
+
+    Args:
+        masks: module name -> bool mask.
+
+    Returns:
+        Their names.
+
+    Example:
+        >>> collapsed_layers({"conv": torch.zeros(4, 1, 3, 3, dtype=torch.bool)})
+        ['conv']
+    """
+    return [name for name, mask in masks.items() if not mask.any()]
+
+
+def _as_written(fraction: float) -> Fraction:
+    # 0.29 * 100 is 28.999999999999996 in floating point, and its floor one too low.
+    return Fraction(repr(float(fraction)))
+
+
+def _convolutions(model: nn.Module) -> tuple[dict[str, Tensor], Masks]:
+    """Return every convolution's dense weight and its mask of stored positions."""
+    weights: dict[str, Tensor] = {}
+    active: Masks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SparseConv2d):
+            weights[name] = module.dense_weight().detach()
+            active[name] = module.topology.mask()
+        elif isinstance(module, nn.Conv2d):
+            weights[name] = module.weight.detach()
+            active[name] = torch.ones_like(weights[name], dtype=torch.bool)
+    if not weights:
+        raise ValueError("model: expected at least one convolution, found none")
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"model: the weight of {name!r} is not finite")
+    return weights, active
+
+
+def _drop_smallest(
+    weights: Mapping[str, Tensor], active: Masks, drop: int, allow_collapse: bool
+) -> Masks:
+    # Pruned positions score below every magnitude, so the kept set stays inside the active one.
+    scores = {name: weights[name].abs().masked_fill(~active[name], -1.0) for name in active}
+    masks = global_masks(scores, sum(int(mask.sum()) for mask in active.values()) - drop)
+    if not allow_collapse and (empty := collapsed_layers(masks)):
+        raise ValueError(
+            f"sparsity: every weight of {', '.join(empty)} would be pruned; "
+            "choose a lower sparsity, or allow_collapse=True"
+        )
+    return masks

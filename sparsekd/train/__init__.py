@@ -1,0 +1,46 @@
+"""Training: the loop, its metrics, checkpoints that resume bit-equal, timing and figures."""
+
+from __future__ import annotations
+
+from sparsekd.train.checkpoint import (
+    load_state,
+    load_training,
+    save_model,
+    save_training,
+    state_hash,
+    write_atomic,
+)
+from sparsekd.train.config import Training
+from sparsekd.train.interrupt import Interrupted, StopRequest
+from sparsekd.train.loop import (
+    CrossEntropy,
+    Evaluation,
+    Trainer,
+    derive_seed,
+    evaluate,
+    make_optimizer,
+)
+from sparsekd.train.metrics import MetricsLog, Row
+from sparsekd.train.progress import ProgressReporter, Reporter
+
+__all__ = [
+    "CrossEntropy",
+    "Evaluation",
+    "Interrupted",
+    "MetricsLog",
+    "ProgressReporter",
+    "Reporter",
+    "Row",
+    "StopRequest",
+    "Trainer",
+    "Training",
+    "derive_seed",
+    "evaluate",
+    "load_state",
+    "load_training",
+    "make_optimizer",
+    "save_model",
+    "save_training",
+    "state_hash",
+    "write_atomic",
+]

@@ -1,0 +1,214 @@
+"""Draw figures from the rows of an experiment, and from nothing else."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
+
+from sparsekd.train.metrics import Row
+
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MARKERS = "osD^vPX"
+_DENSE = {"color": "#666666", "linestyle": "--", "linewidth": 1.2}
+
+
+def draw(rows: Sequence[Row], folder: Path, labels: Mapping[str, str]) -> list[Path]:
+    """Draw every figure the rows allow: accuracy, loss curves, density per layer.
+
+    Args:
+        rows: of an experiment, of kind "epoch" and "result".
+        folder: where the PNG files go.
+        labels: method -> name in the legend, in the order of the legend.
+
+    Returns:
+        The files written.
+
+    Example:
+        >>> import tempfile
+        >>> row = {"kind": "result", "method": "lt", "sparsity": 0.9, "test_accuracy": 0.8}
+        >>> files = draw([row | {"density": {"conv": 0.1}}], Path(tempfile.mkdtemp()), {"lt": "LT"})
+    """
+    results = [row for row in rows if row["kind"] == "result"]
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    figures = {
+        "accuracy_vs_sparsity": accuracy_figure(results, labels),
+        "loss_curves": loss_figure(results, epochs, labels),
+        "density_per_layer": density_figure(results),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, figure in figures.items():
+        if figure is not None:
+            files.append(folder / f"{name}.png")
+            figure.savefig(files[-1], dpi=150)
+    return files
+
+
+def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure | None:
+    """Plot test accuracy against sparsity, a line a method, mean and spread over seeds.
+
+    Args:
+        results: rows of kind "result".
+        labels: method -> name in the legend.
+
+    Returns:
+        The figure, None without a ticket.
+    """
+    tickets = [row for row in results if row["method"] != "dense"]
+    if not tickets:
+        return None
+    figure, axes = _axes("Test accuracy of the last epoch", "sparsity of the convolutions", "")
+    seeds = 1
+    for number, method in enumerate(m for m in labels if any(r["method"] == m for r in tickets)):
+        groups = _group([r for r in tickets if r["method"] == method], "sparsity")
+        seeds = max(seeds, *(len(group) for group in groups.values()))
+        accuracies = [[row["test_accuracy"] for row in groups[s]] for s in sorted(groups)]
+        axes.errorbar(
+            [_stretched(s) + 0.02 * (number - 1) for s in sorted(groups)],
+            [statistics.mean(a) for a in accuracies],
+            [statistics.stdev(a) if len(a) > 1 else 0 for a in accuracies],
+            label=labels[method],
+            color=_COLORS[number % len(_COLORS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            capsize=3,
+        )
+    dense = [row["test_accuracy"] for row in results if row["method"] == "dense"]
+    if dense:
+        axes.axhline(statistics.mean(dense), label="dense", **_DENSE)
+    sparsities = sorted({row["sparsity"] for row in tickets})
+    axes.xaxis.set_major_locator(FixedLocator([_stretched(s) for s in sparsities]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels(
+        [f"{s:.4g}" for s in sparsities], rotation=45 if len(sparsities) > 7 else 0
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    if seeds > 1:
+        axes.set_xlabel(
+            f"sparsity of the convolutions (mean and standard deviation, {seeds} seeds)"
+        )
+    axes.legend()
+    return figure
+
+
+def loss_figure(
+    results: Sequence[Row], epochs: Sequence[Row], labels: Mapping[str, str]
+) -> Figure | None:
+    """Plot training accuracy and loss against epochs, a panel a sparsity, first seed.
+
+    Distillation minimises another loss than cross entropy does, so their curves differ in scale.
+
+    Args:
+        results: rows of kind "result".
+        epochs: rows of kind "epoch".
+        labels: method -> name in the legend.
+
+    Returns:
+        The figure, None without an epoch.
+    """
+    curves = {run: rows for run, rows in _group(epochs, "run").items()}
+    first = [row for row in results if row["seed"] == 0 and row["run"] in curves]
+    if not first:
+        return None
+    sparsities = sorted({row["sparsity"] for row in first if row["method"] != "dense"}) or [0.0]
+    shown = sparsities if len(sparsities) <= 4 else [sparsities[0], *sparsities[-3:]]
+    figure = Figure(figsize=(3.6 * len(shown) + 0.6, 5.6), layout="constrained")
+    grid = figure.subplots(2, len(shown), sharex=True, sharey="row", squeeze=False)
+    for column, sparsity in enumerate(shown):
+        for row in first:
+            if row["method"] != "dense" and row["sparsity"] != sparsity:
+                continue
+            points = curves[row["run"]]
+            x = [point["epoch"] for point in points]
+            style = _style(row["method"], labels)
+            grid[0, column].plot(x, [p["train_loss"] for p in points], **style)
+            grid[1, column].plot(x, [p["train_accuracy"] for p in points], **style)
+        grid[0, column].set_title(f"sparsity {sparsity:.4g}", fontsize=10)
+        grid[1, column].set_xlabel("epoch")
+        grid[1, column].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        grid[1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in grid[:, column]:
+            _clean(axes)
+    grid[0, 0].set_ylabel("training loss (own objective)")
+    grid[0, 0].set_yscale("log")
+    grid[1, 0].set_ylabel("training accuracy")
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    return figure
+
+
+def density_figure(results: Sequence[Row]) -> Figure | None:
+    """Plot the density of every layer, a line a sparsity, for the first pruned ticket of each.
+
+    Args:
+        results: rows of kind "result".
+
+    Returns:
+        The figure, None without a ticket.
+    """
+    groups = _group([row for row in results if row["method"] != "dense"], "sparsity")
+    if not groups:
+        return None
+    shown = sorted(groups) if len(groups) <= 6 else sorted(groups)[-6:]
+    layers = list(groups[shown[0]][0]["density"])
+    figure, axes = _axes("Density per layer after global magnitude pruning", "", "density")
+    figure.set_size_inches(max(6.4, 0.26 * len(layers) + 1.5), 4.4)
+    for number, sparsity in enumerate(shown):
+        density = groups[sparsity][0]["density"]
+        axes.plot(
+            range(len(layers)),
+            [density[layer] or float("nan") for layer in layers],
+            label=f"sparsity {sparsity:.4g}",
+            color=_COLORS[number % len(_COLORS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=4,
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+    axes.legend()
+    return figure
+
+
+def _stretched(sparsity: float) -> float:
+    # Equal steps for equal factors of density: 0.9, 0.99 and 0.999 are equally far apart.
+    from math import log10
+
+    return -log10(1 - sparsity)
+
+
+def _style(method: str, labels: Mapping[str, str]) -> dict[str, object]:
+    if method == "dense":
+        return {"label": "dense", **_DENSE}
+    return {"label": labels[method], "color": _COLORS[list(labels).index(method) % len(_COLORS)]}
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    _clean(axes)
+    return figure, axes
+
+
+def _clean(axes: Axes) -> None:
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _group(rows: Sequence[Row], key: str) -> dict[object, list[Row]]:
+    groups: dict[object, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row[key]].append(row)
+    return dict(groups)

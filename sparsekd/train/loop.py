@@ -1,0 +1,370 @@
+"""The training loop: SGD over epochs, resumable in the middle of any of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsekd.data import Split
+from sparsekd.errors import CheckpointError
+from sparsekd.train.checkpoint import load_training, save_training
+from sparsekd.train.config import Training
+from sparsekd.train.interrupt import Interrupted, StopRequest
+from sparsekd.train.metrics import Row
+from sparsekd.train.progress import Reporter
+
+
+class Objective(Protocol):
+    """Map logits and the batch they came from to the loss of a given epoch."""
+
+    def __call__(self, logits: Tensor, x: Tensor, y: Tensor, epoch: int) -> Tensor: ...
+
+
+class DynamicTopology(Protocol):
+    """Be a `sparsekd.dst` method: `step` is True where it rewired instead of letting SGD step."""
+
+    def step(self) -> bool: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Train on labels alone.
+
+    Args:
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+
+    Example:
+        >>> objective = CrossEntropy()
+        >>> loss = objective(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 1]), epoch=0)
+    """
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, x: Tensor, y: Tensor, epoch: int) -> Tensor:
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold the mean loss and the accuracy on a split."""
+
+    loss: float
+    accuracy: float
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """Derive an independent seed for one purpose from the seed of a run.
+
+    Args:
+        seed: of the run.
+        *purpose: what the numbers are for.
+
+    Returns:
+        A seed for `torch.Generator.manual_seed`.
+
+    Example:
+        >>> derive_seed(0, "order", 1) != derive_seed(0, "order", 2)
+        True
+    """
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def make_optimizer(model: nn.Module, config: Training) -> torch.optim.SGD:
+    """Build the SGD optimizer of a configuration.
+
+    Args:
+        model: its trainable parameters are optimised.
+        config: lr, momentum, nesterov, weight_decay and decay_norm_and_bias are read.
+
+    Returns:
+        The optimizer.
+
+    Example:
+        >>> optimizer = make_optimizer(nn.Linear(2, 2), Training(epochs=1))
+    """
+    decayed, plain = [], []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            is_weight = name in ("weight", "values") and not isinstance(
+                module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+            )
+            exempt = not (is_weight or config.decay_norm_and_bias)
+            (plain if exempt else decayed).append(parameter)
+    groups = [{"params": list(dict.fromkeys(decayed)), "weight_decay": config.weight_decay}]
+    if plain:
+        groups.append({"params": list(dict.fromkeys(plain)), "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Split, batch_size: int = 500) -> Evaluation:
+    """Compute the mean cross entropy and the accuracy of a model on a split.
+
+    Args:
+        model: evaluated in eval mode; its mode is restored.
+        data: the split.
+        batch_size: images per forward pass.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ValueError: the split is empty.
+    """
+    was_training = model.training
+    model.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for x, y in data.batches(batch_size):
+        logits = model(x)
+        loss += F.cross_entropy(logits, y, reduction="sum").item()
+        correct += int((logits.argmax(1) == y).sum())
+        seen += len(y)
+    model.train(was_training)
+    if seen == 0:
+        raise ValueError("data: expected at least one image, got an empty split")
+    return Evaluation(loss / seen, correct / seen)
+
+
+class Trainer:
+    """Train a model on a split, epoch by epoch, and resume bit-equal after any interruption.
+
+    The order of the data and its augmentation are a function of the seed and the epoch alone, so
+    runs that differ only in their loss see the same batches. With a `folder`, the state is saved
+    there after every epoch and on an interruption; a Trainer built again with the same arguments
+    goes on from it, to the very numbers of an uninterrupted run with the same thread count.
+
+    Args:
+        model: trained in place.
+        data: the training split.
+        config: hyper-parameters.
+        seed: of data order, augmentation and dropout.
+        start_epoch: first epoch of the schedule to run: k after rewinding to epoch k.
+        objective: the loss; cross entropy by default.
+        validation: a split to evaluate after each epoch, never used to select anything.
+        dst: a dynamic-topology method attached to the model.
+        optimizer: by default the SGD of the configuration; give the one `dst` was built with.
+        keep: called with the number of epochs done and the model before an epoch counts as done;
+            a resume may call it again for the same epoch.
+        folder: where to keep the state of the unfinished run.
+        reporter: receives progress.
+        stop: checked after every step.
+
+    Raises:
+        CheckpointError: the state in `folder` is damaged or of a run with other arguments.
+        ValueError: `start_epoch` is outside the schedule.
+
+    Example:
+        >>> from sparsekd import data
+        >>> digits = data.load("digits")
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> rows = Trainer(model, digits.train, Training(epochs=1)).fit()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Split,
+        config: Training,
+        *,
+        seed: int = 0,
+        start_epoch: int = 0,
+        objective: Objective | None = None,
+        validation: Split | None = None,
+        dst: DynamicTopology | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        keep: Callable[[int, nn.Module], None] | None = None,
+        folder: Path | None = None,
+        reporter: Reporter | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        if not 0 <= start_epoch <= config.epochs:
+            raise ValueError(f"start_epoch: expected 0 to {config.epochs}, got {start_epoch}")
+        self.model = model
+        self.data = data
+        self.config = config
+        self.seed = seed
+        self.objective = objective or CrossEntropy(config.label_smoothing)
+        self.validation = validation
+        self.dst = dst
+        self.optimizer = optimizer or make_optimizer(model, config)
+        self.keep = keep
+        self.state_path = None if folder is None else folder / "training.pt"
+        self.reporter = reporter or Reporter()
+        self.stop = stop or StopRequest()
+        self.rows: list[Row] = []
+        self.start_epoch = self.epoch = start_epoch
+        self._step = 0
+        self._sums = {"loss": 0.0, "correct": 0, "seen": 0, "seconds": 0.0}
+        self._rng = torch.Generator().manual_seed(derive_seed(seed, "model")).get_state()
+        if self.state_path is not None and self.state_path.exists():
+            self._restore(load_training(self.state_path))
+
+    def epochs(self) -> Iterator[Row]:
+        """Train the remaining epochs and yield one row of metrics after each.
+
+        The row is yielded after the state that contains it was saved.
+
+        Yields:
+            epoch (1 = after the first epoch of the full schedule), lr, train_loss,
+            train_accuracy, images_per_second, seconds, and val_loss and val_accuracy if there is a
+            validation split.
+
+        Raises:
+            Interrupted: a stop was asked for; the state is saved.
+            FloatingPointError: the loss is no longer finite.
+        """
+        while self.epoch < self.config.epochs:
+            self._train_epoch()
+            row = self._close_epoch()
+            if self.keep is not None:
+                self.keep(self.epoch, self.model)
+            self.save()
+            self.reporter.epoch(self.epoch - 1, _summary(row))
+            yield row
+            self.stop.check()
+
+    def fit(self) -> list[Row]:
+        """Train to the end.
+
+        Returns:
+            The rows of all epochs, those before a resume included; see `epochs`.
+
+        Raises:
+            Interrupted: a stop was asked for; the state is saved.
+            FloatingPointError: the loss is no longer finite.
+        """
+        for _ in self.epochs():
+            pass
+        return self.rows
+
+    def save(self) -> None:
+        """Save the state to the folder, if there is one."""
+        if self.state_path is None:
+            return
+        state = {
+            "seed": self.seed,
+            "start_epoch": self.start_epoch,
+            "config": _plain(self.config),
+            "epoch": self.epoch,
+            "step": self._step,
+            "sums": self._sums,
+            "rng": self._rng,
+            "rows": self.rows,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "dst": None if self.dst is None else self.dst.state_dict(),
+        }
+        save_training(self.state_path, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        mine = (self.seed, self.start_epoch, _plain(self.config), self.dst is None)
+        theirs = (state["seed"], state["start_epoch"], state["config"], state["dst"] is None)
+        if mine != theirs:
+            raise CheckpointError(
+                f"{self.state_path}: written by another run: expected {mine}, found {theirs}"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.state_path}: does not fit this model: {error}") from error
+        if self.dst is not None:
+            self.dst.load_state_dict(state["dst"])
+        self.epoch, self._step, self._sums = state["epoch"], state["step"], state["sums"]
+        self._rng, self.rows = state["rng"], state["rows"]
+
+    def _train_epoch(self) -> None:
+        order = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        batches = self.data.batches(
+            self.config.batch_size,
+            shuffle=True,
+            augment=self.config.augment,
+            generator=order,
+            start=self._step,
+        )
+        steps = self._step + len(batches)
+        self.model.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._rng)
+            clock = time.perf_counter()
+            for x, y in batches:
+                self._train_step(x, y, self.epoch + self._step / steps)
+                self._step += 1
+                now = time.perf_counter()
+                self._sums["seconds"] += now - clock
+                clock = now
+                seen = self._sums["seen"]
+                self.reporter.step(
+                    self._step,
+                    steps,
+                    self._sums["loss"] / seen,
+                    self._sums["correct"] / seen,
+                    len(y),
+                )
+                if self.stop.signal is not None and self._step < steps:
+                    self._rng = torch.get_rng_state()
+                    self.save()
+                    raise Interrupted(f"stopped by {self.stop.signal.name}, state saved")
+            self._rng = torch.get_rng_state()
+
+    def _train_step(self, x: Tensor, y: Tensor, position: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate(position)
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.model(x)
+        loss = self.objective(logits, x, y, self.epoch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss became {value} in epoch {self.epoch + 1}; a lower lr may help"
+            )
+        loss.backward()
+        if self.dst is None or not self.dst.step():
+            self.optimizer.step()
+        self._sums["loss"] += value * len(y)
+        self._sums["correct"] += int((logits.argmax(1) == y).sum())
+        self._sums["seen"] += len(y)
+
+    def _close_epoch(self) -> Row:
+        sums = self._sums
+        row: Row = {
+            "epoch": self.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": sums["loss"] / sums["seen"],
+            "train_accuracy": sums["correct"] / sums["seen"],
+            "images_per_second": round(sums["seen"] / sums["seconds"], 1),
+            "seconds": round(sums["seconds"], 3),
+        }
+        if self.validation is not None:
+            result = evaluate(self.model, self.validation)
+            row |= {"val_loss": result.loss, "val_accuracy": result.accuracy}
+        self.rows.append(row)
+        self.epoch += 1
+        self._step = 0
+        self._sums = {"loss": 0.0, "correct": 0, "seen": 0, "seconds": 0.0}
+        return row
+
+
+def _plain(config: Training) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def _summary(row: Row) -> str:
+    text = f"loss {row['train_loss']:.4f}  acc {row['train_accuracy']:.2%}"
+    if "val_accuracy" in row:
+        text += f"  val acc {row['val_accuracy']:.2%}"
+    return f"{text}  {row['images_per_second']:,.0f} images/s"

@@ -1,0 +1,77 @@
+"""Rows of results: one JSON object a line, appended as they are measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsekd.errors import CheckpointError
+from sparsekd.train.checkpoint import write_atomic
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """Append rows to a JSON-lines file that survives a crash in the middle of a write.
+
+    Args:
+        path: the file; created with the first row.
+
+    Example:
+        >>> import tempfile
+        >>> log = MetricsLog(Path(tempfile.mkdtemp()) / "metrics.jsonl")
+        >>> log.append({"kind": "epoch", "loss": 0.5})
+        >>> log.rows()
+        [{'kind': 'epoch', 'loss': 0.5}]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def append(self, row: Row) -> None:
+        """Append one row and force it to disk.
+
+        Args:
+            row: JSON-serialisable.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.write(_encode(row))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self) -> list[Row]:
+        """Read all complete rows; a last line cut short by a crash does not count.
+
+        Returns:
+            The rows in order.
+
+        Raises:
+            CheckpointError: a line before the last is not JSON.
+        """
+        if not self.path.exists():
+            return []
+        *lines, _cut_short = self.path.read_bytes().split(b"\n")
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise CheckpointError(f"{self.path}: line {number} is not JSON: {error}") from error
+        return rows
+
+    def keep(self, condition: Callable[[Row], bool]) -> None:
+        """Rewrite the file, atomically, with the rows that meet a condition.
+
+        Args:
+            condition: says of each row whether it stays.
+        """
+        if self.path.exists():
+            write_atomic(self.path, b"".join(_encode(r) for r in self.rows() if condition(r)))
+
+
+def _encode(row: Row) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
