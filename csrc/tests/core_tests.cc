@@ -1,1 +1,358 @@
-int main() { return 0; }
+// Tests of core without torch or Python: every engine against the plain loops, structures, growth, threads.
+// Run under AddressSanitizer and UndefinedBehaviorSanitizer by `make sanitize`: inputs and outputs are heap
+// blocks of exactly the needed size, so a kernel that reads or writes one element too far is caught.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "core/conv/conv.h"
+#include "core/conv/engine.h"
+#include "core/cpu.h"
+#include "core/error.h"
+#include "core/grow_topk.h"
+#include "core/linear/linear.h"
+#include "core/parallel.h"
+#include "core/structure.h"
+
+using namespace sparsekd;
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void check(bool ok, const std::string& what) {
+  ok ? ++passed : ++failed;
+  if (!ok) std::printf("FAILED: %s\n", what.c_str());
+}
+
+template <class E, class F>
+void check_throws(F run, const std::string& text) {
+  try {
+    run();
+    check(false, "no error, expected: " + text);
+  } catch (const E& e) {
+    check(std::string(e.what()).find(text) != std::string::npos, std::string(e.what()) + " lacks: " + text);
+  }
+}
+
+std::mt19937_64 rng(7);
+int64_t pick(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(rng); }
+double uniform() { return std::uniform_real_distribution<double>(-1, 1)(rng); }
+
+struct Csr {
+  std::vector<int32_t> crow{0}, col;
+};
+
+Csr random_csr(int64_t rows, int64_t cols, double density) {
+  Csr s;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c)
+      if (std::bernoulli_distribution(density)(rng)) s.col.push_back(static_cast<int32_t>(c));
+    s.crow.push_back(static_cast<int32_t>(s.col.size()));
+  }
+  return s;
+}
+
+// A random tensor of the given sizes in contiguous, channels_last or batch-innermost order.
+template <class T>
+struct Tensor {
+  std::vector<T> data;
+  View4<T> view;
+  Tensor(int64_t n, int64_t c, int64_t h, int64_t w, int layout, bool poison) : data(n * c * h * w) {
+    for (T& v : data) v = poison ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(uniform());
+    view = {data.data(), n, c, h, w, c * h * w, h * w, w, 1};
+    if (layout == 1) view.stride_n = c * h * w, view.stride_c = 1, view.stride_h = w * c, view.stride_w = c;
+    if (layout == 2) view.stride_n = 1, view.stride_c = n, view.stride_h = n * c * w, view.stride_w = n * c;
+  }
+  View4<const T> read() const {
+    return {view.data, view.n, view.c, view.h, view.w, view.stride_n, view.stride_c, view.stride_h, view.stride_w};
+  }
+};
+
+template <class T>
+double largest_difference(const Tensor<T>& a, const Tensor<T>& b) {
+  double difference = 0, scale = 1e-30;
+  for (int64_t n = 0; n < a.view.n; ++n)
+    for (int64_t c = 0; c < a.view.c; ++c)
+      for (int64_t h = 0; h < a.view.h; ++h)
+        for (int64_t w = 0; w < a.view.w; ++w) {
+          const double d = std::fabs(*a.view.at(n, c, h, w) - *b.view.at(n, c, h, w));
+          difference = d <= difference ? difference : d;  // keeps NaN
+          scale = std::max<double>(scale, std::fabs(*b.view.at(n, c, h, w)));
+        }
+  return difference / scale;
+}
+
+template <class T>
+double largest_difference(const std::vector<T>& a, const std::vector<T>& b) {
+  double difference = 0, scale = 1e-30;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double d = std::fabs(a[i] - b[i]);
+    difference = d <= difference ? difference : d;
+    scale = std::max<double>(scale, std::fabs(b[i]));
+  }
+  return difference / scale;
+}
+
+ConvGeometry random_geometry() {
+  for (;;) {
+    ConvGeometry g{};
+    g.groups = pick(0, 3) ? 1 : pick(2, 3);
+    g.in_channels = g.groups * pick(1, 20);
+    g.out_channels = g.groups * pick(1, 20);
+    if (pick(0, 9) == 0) g.groups = g.out_channels = g.in_channels;  // depthwise
+    const int64_t batches[] = {0, 1, 2, 7, 16, 17, 33};
+    g.batch = batches[pick(0, 6)];
+    g.in_h = pick(1, 12);
+    g.in_w = pick(1, 20);
+    g.kernel_h = pick(1, 4);
+    g.kernel_w = pick(1, 4);
+    g.stride_h = pick(1, 3);
+    g.stride_w = pick(1, 3);
+    g.dilation_h = pick(1, 2);
+    g.dilation_w = pick(1, 3);
+    g.pad_top = pick(0, 3);
+    g.pad_bottom = pick(0, 3);
+    g.pad_left = pick(0, 3);
+    g.pad_right = pick(0, 3);
+    try {
+      complete_geometry(g);
+      return g;
+    } catch (const ShapeError&) {  // the kernel does not fit: draw again
+    }
+  }
+}
+
+std::string describe(const ConvGeometry& g, const char* isa, double density, int threads) {
+  std::string text = isa;
+  for (int64_t v : {g.batch, g.in_channels, g.in_h, g.in_w, g.out_channels, g.kernel_h, g.kernel_w, g.stride_h,
+                    g.stride_w, g.pad_top, g.pad_bottom, g.pad_left, g.pad_right, g.dilation_h, g.dilation_w, g.groups})
+    text += " " + std::to_string(v);
+  return text + " density " + std::to_string(density) + " threads " + std::to_string(threads);
+}
+
+template <class T>
+void test_convolution(int cases) {
+  const double tolerance = std::is_same_v<T, float> ? 2e-5 : 1e-12;
+  for (int i = 0; i < cases; ++i) {
+    const ConvGeometry g = random_geometry();
+    const double densities[] = {0, 0.05, 0.1, 0.3, 1};
+    const double density = densities[pick(0, 4)];
+    const int64_t columns = g.in_channels / g.groups * g.kernel_h * g.kernel_w;
+    const Csr csr = random_csr(g.out_channels, columns, density);
+    const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), g.out_channels, columns);
+    std::vector<T> values(s.nnz), bias(g.out_channels);
+    for (T& v : values) v = static_cast<T>(uniform());
+    for (T& v : bias) v = static_cast<T>(uniform());
+    const T* b = pick(0, 1) ? bias.data() : nullptr;
+    const Tensor<T> x(g.batch, g.in_channels, g.in_h, g.in_w, pick(0, 2), false);
+    const Tensor<T> grad(g.batch, g.out_channels, g.out_h, g.out_w, pick(0, 2), false);
+
+    Tensor<T> y0(g.batch, g.out_channels, g.out_h, g.out_w, 0, true), dx0(g.batch, g.in_channels, g.in_h, g.in_w, 0, true);
+    std::vector<T> dv0(s.nnz);
+    scalar::conv_fprop<T>(g, s, x.read(), values.data(), b, y0.view, 1);
+    scalar::conv_dgrad<T>(g, s, grad.read(), values.data(), dx0.view, 1);
+    scalar::conv_wgrad<T>(g, s, grad.read(), x.read(), dv0.data(), 1);
+    for (Isa isa : available_isas()) {
+      if (isa == Isa::kScalar) continue;
+      set_isa(isa_name(isa));
+      const int threads = static_cast<int>(pick(1, 3)), layout = static_cast<int>(pick(0, 2));
+      Tensor<T> y(g.batch, g.out_channels, g.out_h, g.out_w, layout, true), again = y;
+      again.view.data = again.data.data();
+      Tensor<T> dx(g.batch, g.in_channels, g.in_h, g.in_w, layout, true);
+      std::vector<T> dv(s.nnz, std::numeric_limits<T>::quiet_NaN()), dv_again = dv;
+      conv_fprop<T>(g, s, x.read(), values.data(), b, y.view, threads);
+      conv_fprop<T>(g, s, x.read(), values.data(), b, again.view, threads);
+      conv_dgrad<T>(g, s, grad.read(), values.data(), dx.view, threads);
+      conv_wgrad<T>(g, s, grad.read(), x.read(), dv.data(), threads);
+      conv_wgrad<T>(g, s, grad.read(), x.read(), dv_again.data(), threads);
+      const std::string what = describe(g, isa_name(isa), density, threads);
+      check(largest_difference(y, y0) <= tolerance, "fprop " + what);
+      check(largest_difference(dx, dx0) <= tolerance, "dgrad " + what);
+      check(largest_difference(dv, dv0) <= tolerance, "wgrad " + what);
+      check(y.data.empty() || !std::memcmp(y.data.data(), again.data.data(), y.data.size() * sizeof(T)),
+            "fprop not deterministic " + what);
+      check(dv.empty() || !std::memcmp(dv.data(), dv_again.data(), dv.size() * sizeof(T)),
+            "wgrad not deterministic " + what);
+    }
+  }
+  set_isa("auto");
+}
+
+template <class T>
+void test_linear(int cases) {
+  const double tolerance = std::is_same_v<T, float> ? 2e-5 : 1e-12;
+  for (int i = 0; i < cases; ++i) {
+    const int64_t batches[] = {0, 1, 5, 16, 40, 100, 200};
+    const int64_t batch = batches[pick(0, 6)], in = pick(1, 50), out = pick(1, 50);
+    const Csr csr = random_csr(out, in, pick(0, 1) ? 0.15 : 1.0);
+    const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), out, in);
+    std::vector<T> values(s.nnz), bias(out), x(batch * in), grad(batch * out);
+    for (auto* v : {&values, &bias, &x, &grad})
+      for (T& e : *v) e = static_cast<T>(uniform());
+    // The transposed view of x: features lie `batch` apart.
+    const View2<const T> xv{x.data(), batch, in, 1, batch}, gv{grad.data(), batch, out, out, 1};
+    std::vector<T> y0(batch * out), dx0(batch * in, 0), dv0(s.nnz, 0);
+    for (int64_t n = 0; n < batch; ++n)
+      for (int64_t r = 0; r < out; ++r) {
+        double sum = bias[r];
+        for (int32_t k = s.crow[r]; k < s.crow[r + 1]; ++k) {
+          sum += static_cast<double>(values[k]) * x[s.col[k] * batch + n];
+          dx0[n * in + s.col[k]] += values[k] * grad[n * out + r];
+          dv0[k] += grad[n * out + r] * x[s.col[k] * batch + n];
+        }
+        y0[n * out + r] = static_cast<T>(sum);
+      }
+    for (Isa isa : available_isas()) {
+      set_isa(isa_name(isa));
+      const int threads = static_cast<int>(pick(1, 3));
+      const T nan = std::numeric_limits<T>::quiet_NaN();
+      std::vector<T> y(batch * out, nan), dx(batch * in, nan), dv(s.nnz, nan);
+      linear_fprop<T>(s, xv, values.data(), bias.data(), {y.data(), batch, out, out, 1}, threads);
+      linear_dgrad<T>(s, gv, values.data(), {dx.data(), batch, in, in, 1}, threads);
+      linear_wgrad<T>(s, gv, xv, dv.data(), threads);
+      const std::string what = std::string(isa_name(isa)) + " batch " + std::to_string(batch);
+      check(largest_difference(y, y0) <= tolerance, "linear fprop " + what);
+      check(largest_difference(dx, dx0) <= tolerance, "linear dgrad " + what);
+      check(largest_difference(dv, dv0) <= tolerance, "linear wgrad " + what);
+    }
+  }
+  set_isa("auto");
+}
+
+void test_validation() {
+  const auto validate = [](std::vector<int32_t> crow, std::vector<int32_t> col, int64_t rows, int64_t cols) {
+    return [=] { Structure(crow.data(), crow.size(), col.data(), col.size(), rows, cols); };
+  };
+  validate({0, 2, 2, 3}, {0, 4, 1}, 3, 5)();
+  check(true, "a valid structure");
+  check_throws<TopologyError>(validate({0, 2}, {0, 1}, 2, 5), "length rows + 1");
+  check_throws<TopologyError>(validate({1, 2, 2}, {0, 1}, 2, 5), "start at 0");
+  check_throws<TopologyError>(validate({0, 2, 1}, {0}, 2, 5), "not monotone");
+  check_throws<TopologyError>(validate({0, 1, 1}, {0, 1}, 2, 5), "number of nonzeros");
+  check_throws<TopologyError>(validate({0, -7, 2}, {0, 1}, 2, 5), "not monotone");
+  check_throws<TopologyError>(validate({0, 1 << 30, 2}, {0, 1}, 2, 5), "not monotone");
+  check_throws<TopologyError>(validate({0, 1, 2}, {0, 5}, 2, 5), "out of range");
+  check_throws<TopologyError>(validate({0, 1, 2}, {-1, 0}, 2, 5), "out of range");
+  check_throws<TopologyError>(validate({0, 2, 2}, {3, 1}, 2, 5), "unsorted");
+  check_throws<TopologyError>(validate({0, 2, 2}, {1, 1}, 2, 5), "duplicated");
+  check_throws<TopologyError>(validate({0}, {}, 0, int64_t{1} << 31), "int32");
+}
+
+void test_cache() {
+  Csr csr = random_csr(20, 30, 0.2);
+  const auto find = [&] {
+    return find_structure(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), 20, 30);
+  };
+  const auto first = find();
+  check(find() == first, "the same arrays find the same structure");
+  const int32_t original = csr.col.back();
+  csr.col.back() = 1000;
+  check_throws<TopologyError>(find, "out of range");
+  csr.col.back() = original;
+  check(find() == first, "a restored array finds its structure again");
+  release_structure(csr.crow.data(), csr.col.data());
+  check(find() != first, "a released structure is made anew");
+}
+
+void test_transpose() {
+  const Csr csr = random_csr(13, 29, 0.3);
+  const Transposed t = transpose_csr(csr.crow.data(), csr.col.data(), 13, 29);
+  const Transposed back = transpose_csr(t.crow.data(), t.col.data(), 29, 13);
+  check(back.crow == csr.crow && back.col == csr.col, "transposing twice gives the original");
+  bool ok = true;
+  for (int32_t c = 0; c < 29; ++c)
+    for (int32_t k = t.crow[c]; k < t.crow[c + 1]; ++k) ok &= csr.col[t.slot[k]] == c;
+  check(ok, "transposed slots point at their originals");
+}
+
+void test_grow() {
+  for (int i = 0; i < 200; ++i) {
+    const int64_t rows = pick(1, 30), cols = pick(1, 40);
+    const Csr csr = random_csr(rows, cols, 0.3);
+    const Structure kept(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), rows, cols);
+    std::vector<float> score(rows * cols);
+    for (float& v : score) v = static_cast<float>(pick(0, i % 2 ? 3 : 1000000));  // many ties every second time
+    std::vector<char> taken(rows * cols, 0);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int32_t k = csr.crow[r]; k < csr.crow[r + 1]; ++k) taken[r * cols + csr.col[k]] = 1;
+    std::vector<int64_t> free;
+    for (int64_t p = 0; p < rows * cols; ++p)
+      if (!taken[p]) free.push_back(p);
+    const int64_t k = pick(0, static_cast<int64_t>(free.size()));
+    std::stable_sort(free.begin(), free.end(), [&](int64_t a, int64_t b) { return score[a] > score[b]; });
+    std::vector<int64_t> expected(free.begin(), free.begin() + k);
+    std::sort(expected.begin(), expected.end());
+    check(grow_topk(score.data(), kept, k, static_cast<int>(pick(1, 4))) == expected, "growth equals a full sort");
+    if (!free.empty()) {
+      score[free.back()] = std::numeric_limits<float>::quiet_NaN();
+      check_throws<std::domain_error>([&] { grow_topk(score.data(), kept, 1, 2); }, "NaN");
+    }
+    check_throws<ShapeError>([&] { grow_topk(score.data(), kept, static_cast<int64_t>(free.size()) + 1, 1); }, "free");
+  }
+}
+
+void test_parallel() {
+  for (int threads : {1, 2, 3, 8})
+    for (int slots : {0, 1, 5, 100}) {
+      std::vector<int> ran(slots, 0);
+      auto body = [&](int slot) { __atomic_fetch_add(&ran[slot], 1, __ATOMIC_RELAXED); };
+      parallel(threads, slots, body);
+      check(std::all_of(ran.begin(), ran.end(), [](int n) { return n == 1; }), "every slot runs once");
+    }
+}
+
+void test_schedule() {
+  for (int i = 0; i < 500; ++i) {
+    const int64_t images = pick(1, 70), rows = pick(1, 60), channels = pick(1, 600), halo = pick(0, 6);
+    const int threads = static_cast<int>(pick(1, 9));
+    const Schedule s = schedule_rows(images, rows, channels, halo, 16, threads, 4);
+    check(s.strips * s.strip_rows >= rows && s.groups * 16 >= images * s.strips && s.chunks * s.chunk_rows >= s.strip_rows &&
+              s.parts >= 1 && s.parts <= std::max<int64_t>(1, channels),
+          "a schedule covers every row of every image");
+  }
+}
+
+void test_geometry() {
+  ConvGeometry g{};
+  g.batch = g.in_channels = g.out_channels = g.kernel_h = g.kernel_w = g.stride_h = g.stride_w = 1;
+  g.in_h = g.in_w = 2;
+  g.dilation_h = g.dilation_w = g.groups = 1;
+  const auto with = [&](auto change) {
+    return [=]() mutable {
+      change(g);
+      complete_geometry(g);
+    };
+  };
+  check_throws<ShapeError>(with([](ConvGeometry& c) { c.kernel_h = 3; }), "smaller than the dilated kernel");
+  check_throws<ShapeError>(with([](ConvGeometry& c) { c.groups = 2; }), "groups");
+  check_throws<ShapeError>(with([](ConvGeometry& c) { c.stride_w = 0; }), "stride");
+  check_throws<ShapeError>(with([](ConvGeometry& c) { c.pad_left = -1; }), "padding");
+  check_throws<ShapeError>(with([](ConvGeometry& c) { c.dilation_h = int64_t{1} << 40; }), "2^30");
+  check_throws<UnsupportedError>([] { set_isa("mmx"); }, "expected one of auto, scalar");
+}
+
+}  // namespace
+
+int main() {
+  test_validation();
+  test_cache();
+  test_transpose();
+  test_grow();
+  test_parallel();
+  test_schedule();
+  test_geometry();
+  test_convolution<float>(150);
+  test_convolution<double>(80);
+  test_linear<float>(60);
+  test_linear<double>(30);
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed ? 1 : 0;
+}

@@ -32,12 +32,23 @@ std::vector<int64_t> plan_key(Pass pass, const ConvGeometry& g, int64_t tile_pix
           g.dilation_w,               g.groups};
 }
 
+// Writes the bias (or zero) everywhere, walking along whichever of channels and columns lies contiguous.
 template <class T>
-void fill(const View4<T>& y, const T* bias) {
-  for (int64_t n = 0; n < y.n; ++n)
-    for (int64_t c = 0; c < y.c; ++c)
-      for (int64_t h = 0; h < y.h; ++h)
-        for (int64_t w = 0; w < y.w; ++w) *y.at(n, c, h, w) = bias ? bias[c] : T(0);
+void fill(const View4<T>& y, const T* bias, int threads) {
+  auto fill_image = [&](int slot) {
+    const int64_t n = slot;
+    const auto start = [&](int64_t c) { return bias ? bias[c] : T(0); };
+    for (int64_t h = 0; h < y.h; ++h) {
+      if (y.stride_c == 1) {
+        for (int64_t w = 0; w < y.w; ++w)
+          for (int64_t c = 0; c < y.c; ++c) *y.at(n, c, h, w) = start(c);
+      } else {
+        for (int64_t c = 0; c < y.c; ++c)
+          for (int64_t w = 0; w < y.w; ++w) *y.at(n, c, h, w) = start(c);
+      }
+    }
+  };
+  parallel(threads, static_cast<int>(y.n), fill_image);
 }
 
 // The output positions that one plan computes.
@@ -53,7 +64,7 @@ void run_plans(const Engine& engine, const GatherPlans& plans, const View4<const
   for (const GatherPlan& plan : plans) {
     const View4<T> phase = phase_view(out, plan);
     if (plan.offset.empty()) {
-      fill(phase, bias);
+      fill(phase, bias, threads);
       continue;
     }
     T* ordered = static_cast<T*>(scratch(Scratch::kValues, plan.slot.size() * sizeof(T)));
