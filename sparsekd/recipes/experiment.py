@@ -124,8 +124,8 @@ def load_data(choice: DataChoice, root: Path | None) -> data.Dataset:
     Raises:
         DataError: the files are missing or damaged.
     """
-    options = {"image_size": choice.image_size, "scale": choice.scale, "ratio": choice.ratio}
-    options = {name: value for name, value in options.items() if value is not None}
+    fields = {"image_size": choice.image_size, "scale": choice.scale, "ratio": choice.ratio}
+    options: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     return data.load(choice.name, root=root, val_fraction=choice.val_fraction, **options)
 
 

@@ -55,7 +55,7 @@ _KD_TICKET_CIFAR10 = Recipe(
 
 _KD_TICKET_IMAGENET = Recipe(
     name="kd_ticket_imagenet",
-    description="ImageNet folder, ResNet-50, as published: 90 epochs, T=4, distillation to epoch 60",
+    description="ImageNet folder, ResNet-50, as published: 90 epochs, T=4, distilled to epoch 60",
     data=DataChoice("imagefolder", image_size=224, scale=(0.1, 1.0), ratio=(0.8, 1.25)),
     model=ModelChoice("resnet50", stem="imagenet"),
     training=Training(

@@ -11,7 +11,6 @@ from rich.table import Table
 from sparsekd.errors import CheckpointError
 from sparsekd.tickets import METHODS
 from sparsekd.train import MetricsLog, Row
-from sparsekd.train.figures import draw
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 _ORDER = ["dense", *METHODS]
@@ -83,6 +82,8 @@ def figures(rows: Sequence[Row], folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
+    from sparsekd.train.figures import draw  # matplotlib: not worth loading for `sparsekd info`
+
     return draw(rows, folder / "figures", LABELS)
 
 

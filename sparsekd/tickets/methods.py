@@ -71,7 +71,7 @@ METHODS: Mapping[str, Method] = {
 def make_ticket(
     model: nn.Module, masks: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Build a sparse network from a dense one: its state, and storage for the unmasked weights only.
+    """Build a sparse network from a dense one: its state, stored for the unmasked weights only.
 
     Args:
         model: the dense network; not changed.

@@ -21,6 +21,7 @@ from sparsekd.train import (
     derive_seed,
     load_state,
     save_model,
+    to_channels_last,
 )
 
 
@@ -155,9 +156,10 @@ class Pipeline:
         objective = None
         if method.distil:
             smoothing = self.training.label_smoothing
-            objective = Distillation(
-                self.dense_final(), label_smoothing=smoothing, **self.distillation
-            )
+            teacher = self.dense_final()
+            if self.training.channels_last:
+                teacher = to_channels_last(teacher)
+            objective = Distillation(teacher, label_smoothing=smoothing, **self.distillation)
         return self._trainer(
             self.start(method, masks),
             name,

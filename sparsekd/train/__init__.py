@@ -19,6 +19,7 @@ from sparsekd.train.loop import (
     derive_seed,
     evaluate,
     make_optimizer,
+    to_channels_last,
 )
 from sparsekd.train.metrics import MetricsLog, Row
 from sparsekd.train.progress import ProgressReporter, Reporter
@@ -42,5 +43,6 @@ __all__ = [
     "save_model",
     "save_training",
     "state_hash",
+    "to_channels_last",
     "write_atomic",
 ]

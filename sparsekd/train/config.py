@@ -31,6 +31,8 @@ class Training:
         warmup: epochs of linear warm-up from 0, step by step.
         label_smoothing: of the cross entropy.
         augment: apply the data set's standard augmentation.
+        channels_last: keep images and dense weights in channels_last, the faster layout of most
+            dense convolutions on CPUs.
 
     Raises:
         ValueError: a value is out of range.
@@ -54,6 +56,7 @@ class Training:
     warmup: int = 0
     label_smoothing: float = 0.0
     augment: bool = True
+    channels_last: bool = True
 
     def __post_init__(self) -> None:
         _require("epochs", self.epochs >= 1, "at least 1", self.epochs)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,7 +23,7 @@ from sparsekd.train.metrics import Row
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
-_DENSE = {"color": "#666666", "linestyle": "--", "linewidth": 1.2}
+_DENSE: dict[str, Any] = {"color": "#666666", "linestyle": "--", "linewidth": 1.2}
 
 
 def draw(rows: Sequence[Row], folder: Path, labels: Mapping[str, str]) -> list[Path]:
@@ -117,7 +119,7 @@ def loss_figure(
     Returns:
         The figure, None without an epoch.
     """
-    curves = {run: rows for run, rows in _group(epochs, "run").items()}
+    curves = _group(epochs, "run")
     first = [row for row in results if row["seed"] == 0 and row["run"] in curves]
     if not first:
         return None
@@ -183,12 +185,10 @@ def density_figure(results: Sequence[Row]) -> Figure | None:
 
 def _stretched(sparsity: float) -> float:
     # Equal steps for equal factors of density: 0.9, 0.99 and 0.999 are equally far apart.
-    from math import log10
-
-    return -log10(1 - sparsity)
+    return -math.log10(1 - sparsity)
 
 
-def _style(method: str, labels: Mapping[str, str]) -> dict[str, object]:
+def _style(method: str, labels: Mapping[str, str]) -> dict[str, Any]:
     if method == "dense":
         return {"label": "dense", **_DENSE}
     return {"label": labels[method], "color": _COLORS[list(labels).index(method) % len(_COLORS)]}
@@ -207,8 +207,8 @@ def _clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _group(rows: Sequence[Row], key: str) -> dict[object, list[Row]]:
-    groups: dict[object, list[Row]] = defaultdict(list)
+def _group(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row[key]].append(row)
     return dict(groups)

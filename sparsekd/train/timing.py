@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.nn import densify, sparse_modules
-from sparsekd.train.loop import Objective
+from sparsekd.train.loop import Objective, to_channels_last
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def time_step(
     arms = {
         "contiguous": _step(dense, x, y, objective),
         "channels_last": _step(
-            copy.deepcopy(dense).to(memory_format=torch.channels_last),
+            to_channels_last(copy.deepcopy(dense)),
             x.contiguous(memory_format=torch.channels_last),
             y,
             objective,
