@@ -81,15 +81,15 @@ def load_imagefolder(
         The data set; files are decoded when a batch needs them.
 
     Raises:
-        UnsupportedError: torchvision is not installed.
+        UnsupportedError: torchvision is not installed, or not for this torch.
         DataError: no such folder, no images, or splits with different classes.
     """
     try:
         from torchvision.datasets import ImageFolder
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         raise UnsupportedError(
-            "name: imagefolder decodes images with torchvision, which is not installed; install "
-            "it with `pip install torchvision`, or choose a data set that needs none"
+            f"name: imagefolder needs torchvision, which cannot be imported ({error}); install one "
+            "that fits this torch with `pip install torchvision`, or choose another data set"
         ) from error
     if root is None:
         raise DataError("root: expected the folder that holds train/ and val/; got None")
