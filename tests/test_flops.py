@@ -1,0 +1,156 @@
+"""FLOP counts: published figures, exact integers on sparse layers, and no trace left behind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsekd import flops, models
+from sparsekd.nn import sparsify
+
+# RigL, appendix H and its reproduction: 2 x multiply-accumulates of convolutions and classifier.
+GOLDEN = [
+    ("wrn22_2", {}, 32, 3.155e8, 1_076_912),
+    ("resnet50", {"num_classes": 100}, 32, 2.596e9, 23_652_032),
+    ("resnet50", {"stem": "imagenet"}, 224, 8.178e9, 25_502_912),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "side", "published", "weights"), GOLDEN)
+def test_published_figures(name, options, side, published, weights):
+    with torch.device("meta"):
+        model = models.build(name, **options)
+    found = flops.count(model, (1, 3, side, side))
+    assert found.forward == pytest.approx(published, rel=5e-4)
+    assert found.nnz == weights
+    assert found.forward == found.forward_dense
+    assert (found.train, found.train_dense) == (3 * found.forward, 3 * found.forward_dense)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "wrn22_2", "vgg16_bn", "lenet5"])
+def test_agrees_with_torch_on_dense_networks(name):
+    with torch.device("meta"):
+        model = models.build(name, in_channels=3).eval()
+        x = torch.empty(2, 3, 28, 28)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert flops.count(model, x.shape).forward == counter.get_total_flops()
+
+
+class Sparse(nn.Module):
+    """Stand in for any layer with a topology: only shape, nnz and the output's size matter."""
+
+    class Topology:
+        def __init__(self, shape: tuple[int, ...], nnz: int) -> None:
+            self.shape, self.nnz = shape, nnz
+
+    def __init__(self, dense: nn.Conv2d | nn.Linear, nnz: int) -> None:
+        super().__init__()
+        self.topology = self.Topology(tuple(dense.weight.shape), nnz)
+        self.values = nn.Parameter(torch.ones(nnz))
+        self.compute = [dense]  # in a list, so that it is no submodule
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute[0](x)
+
+
+@pytest.mark.parametrize("nnz", [0, 1, 37, 180])
+def test_sparse_layers_count_their_nonzeros(nnz):
+    conv = nn.Conv2d(4, 10, 3, stride=2, padding=1, groups=2)
+    model = nn.Sequential(Sparse(conv, nnz), nn.ReLU(), nn.Flatten(), nn.Linear(10 * 4 * 6, 3))
+    found = flops.count(model, (2, 4, 7, 12))
+    sparse, dense = found.layers
+    assert sparse == flops.LayerFlops("0", (10, 2, 3, 3), nnz, positions=2 * 4 * 6)
+    assert sparse.flops == 2 * nnz * 2 * 4 * 6
+    assert sparse.flops_dense == 2 * 180 * 2 * 4 * 6
+    assert sparse.density == nnz / 180
+    assert dense.flops == 2 * 720 * 2
+    assert found.forward == sparse.flops + dense.flops
+    assert found.forward_dense == sparse.flops_dense + dense.flops
+    assert found.nnz == nnz + 720
+    for figure in (found.forward, found.forward_dense, found.train, found.train_dense):
+        assert type(figure) is int
+
+
+def test_linear_layers_count_every_leading_position():
+    found = flops.count(Sparse(nn.Linear(6, 4), nnz=5), (2, 3, 7, 6))
+    assert found.layers == (flops.LayerFlops("", (4, 6), 5, positions=42),)
+    assert found.forward == 2 * 5 * 42
+
+
+def test_a_shared_layer_counts_each_call_and_stores_once():
+    layer = nn.Linear(4, 4)
+    found = flops.count(nn.Sequential(layer, nn.ReLU(), layer), (1, 4))
+    assert len(found.layers) == 1
+    assert found.nnz == 16
+    assert found.forward == 2 * 2 * 16
+
+
+def test_batch_and_shape_scale_exactly():
+    with torch.device("meta"):
+        model = models.resnet20(in_channels=1)
+    one, many = (flops.count(model, (batch, 1, 8, 8)).forward for batch in (1, 13))
+    assert many == 13 * one
+
+
+def test_nothing_is_left_behind():
+    model = models.resnet20()
+    model.train()
+    model.layer2.eval()
+    flags = {name: module.training for name, module in model.named_modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    flops.count(model, (1, 3, 8, 8))
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_hooks_and_flags_are_restored_after_a_failure():
+    model = models.resnet20().train()
+    with pytest.raises(RuntimeError):
+        flops.count(model, (1, 4, 8, 8))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_dtype_follows_the_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    assert flops.count(model, (1, 3, 5, 5)).forward == 2 * 108 * 9
+
+
+def test_a_network_without_layers_costs_nothing():
+    found = flops.count(nn.ReLU(), (1, 3))
+    assert found.forward == found.train_dense == 0
+    assert "total" in str(found)
+
+
+def test_the_table_names_layers_and_totals():
+    model = nn.Sequential(Sparse(nn.Conv2d(3, 8, 3), 54), nn.Flatten(), nn.Linear(8 * 36, 10))
+    text = str(flops.count(model, (1, 3, 8, 8)))
+    header, first, second, total = text.splitlines()
+    assert header.split() == ["layer", "weight", "nnz", "density", "positions", "FLOPs"]
+    assert first.split() == ["0", "8x3x3x3", "54", "0.2500", "36", "3,888"]
+    assert second.split() == ["2", "10x288", "2,880", "1.0000", "1", "5,760"]
+    assert total.split()[-1] == f"{3888 + 5760:,}"
+    share = (3888 + 5760) / (2 * 216 * 36 + 5760)
+    assert math.isclose(float(total.split()[2]), share, abs_tol=5e-5)
+
+
+def test_real_sparse_layers():
+    model = sparsify(models.resnet20(), sparsity=0.9, distribution="erk", seed=0)
+    found = flops.count(model, (1, 3, 16, 16))
+    dense = flops.count(models.resnet20(), (1, 3, 16, 16))
+    assert found.forward_dense == dense.forward
+    assert found.nnz == round(0.1 * dense.nnz)
+    rows = {row.name: row for row in found.layers}
+    for name, module in model.named_modules():
+        if hasattr(module, "topology"):
+            assert rows[name].nnz == module.topology.nnz == module.values.numel()
+    assert found.forward == sum(2 * row.nnz * row.positions for row in found.layers)
