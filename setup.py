@@ -38,13 +38,21 @@ class CMakeBuild(build_ext):
         )
         built = build / "lib" / target.name
         if not built.exists():
-            raise RuntimeError(f"CMake did not produce {built.name}; found {list((build / 'lib').iterdir())}")
+            raise RuntimeError(
+                f"CMake did not produce {built.name}; found {list((build / 'lib').iterdir())}"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(built, target)
+        # Replaced in one step: a process that has the old module mapped keeps it.
+        fresh = target.with_suffix(".new")
+        shutil.copy2(built, fresh)
+        fresh.replace(target)
 
 
 setup(
-    packages=[*find_packages(include=["sparsekd", "sparsekd.*"], exclude=["sparsekd.kernels*"]), "sparsekd.kernels"],
+    packages=[
+        *find_packages(include=["sparsekd", "sparsekd.*"], exclude=["sparsekd.kernels*"]),
+        "sparsekd.kernels",
+    ],
     package_dir={"sparsekd.kernels": "kernels"},
     package_data={"sparsekd": ["py.typed"]},
     ext_modules=[Extension("sparsekd._C", sources=[])],
