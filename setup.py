@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'lib'}",
         ]  # fmt: skip
-        # A changed generator makes CMake refuse an existing build folder, so choose only the first time.
+        # CMake refuses another generator in an existing build folder: choose only the first time.
         if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
