@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
+from sparsekd.nn import SparseModule
 from sparsekd.ops import observe
 
 Geometry = list[Any]
@@ -49,7 +51,7 @@ class GradientCapture:
         modules: the sparse modules to watch, by name.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, SparseModule]) -> None:
         self._modules = modules
         self._records: dict[str, _Record] = {}
 
@@ -116,5 +118,5 @@ def dense_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     stride, (top, bottom, left, right), dilation, groups = conv
     if any((top, bottom, left, right)):
         x = F.pad(x, (left, right, top, bottom))
-    weight = torch.nn.grad.conv2d_weight(x, weight_shape, grad, stride, 0, dilation, groups)
+    weight = conv2d_weight(x, weight_shape, grad, stride, 0, dilation, groups)
     return weight.reshape(weight_shape[0], -1)

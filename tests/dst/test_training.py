@@ -35,7 +35,9 @@ def train(name: str) -> tuple[torch.Tensor, list[dict]]:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
     )  # fmt: skip
     sparsify(model, sparsity=0.8, distribution="erk", seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    # A rate at which training does not amplify rounding: at 0.05 a change of one weight by 1e-6
+    # ends, on one backend, in other masks and a loss that differs by 0.4.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     dst = RigL(model, optimizer, drop_fraction=0.3, every=50, until=200)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(256, 3, 8, 8, generator=generator)
