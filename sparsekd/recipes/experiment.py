@@ -235,7 +235,8 @@ class Experiment:
     def _train(self, run: Run) -> None:
         trainer = self._trainer(run)
         self._warn_of_collapse(run, trainer.model)
-        self.reporter.run(run.name, self.recipe.training.epochs, trainer.epoch)
+        epochs, done = self.recipe.training.epochs, len(trainer.rows)
+        self.reporter.run(run.name, epochs, trainer.epoch, done)
         self.folder.sync_epochs(run.name, trainer.rows)
         for row in trainer.epochs():
             self.folder.append_epoch(run.name, row)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sparsekd.errors import CheckpointError
@@ -52,12 +53,12 @@ def table(rows: Sequence[Row]) -> Table:
         >>> table([]).row_count
         0
     """
-    result = Table(title="Results", caption=_caption(rows))
+    result = Table(box=SIMPLE_HEAD, pad_edge=False, caption=_caption(rows), caption_justify="left")
     result.add_column("method")
-    for name in ("sparsity", "test accuracy", "nnz (conv)", "train FLOPs/image", "of dense"):
-        result.add_column(name, justify="right")
-    for name in ("ms/step sparse", "ms/step dense", "speed-up"):
-        result.add_column(name, justify="right")
+    for name in ("sparsity", "test\naccuracy", "nnz of\nconvs", "train MFLOPs\nper image"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for name in ("ms/step\nsparse", "ms/step\ndense", "speed-\nup"):
+        result.add_column(name, justify="right", no_wrap=True)
     results = [row for row in rows if row["kind"] == "result"]
     timings = {r["run"]: r for r in rows if r["kind"] == "timing"}
     cells = {(row["sparsity"], row["method"]) for row in results}
@@ -98,8 +99,7 @@ def _line(group: Sequence[Row], timing: Row | None) -> list[str]:
         f"{first['sparsity']:.4g}",
         accuracy,
         f"{first['nnz']:,}",
-        f"{first['flops_train'] / 1e6:,.2f} M",
-        f"{first['flops_train'] / first['flops_train_dense']:.3f}",
+        f"{first['flops_train'] / 1e6:,.2f}",
         *_times(timing),
     ]
 
@@ -116,10 +116,11 @@ def _times(timing: Row | None) -> list[str]:
 def _caption(rows: Sequence[Row]) -> str:
     timing = next((row for row in rows if row["kind"] == "timing"), None)
     seeds = len({row["seed"] for row in rows if row["kind"] == "result"})
-    text = f"{seeds} seed{'s' if seeds != 1 else ''}, test accuracy of the last epoch"
+    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
+    text = f"Accuracy on the test split after the last epoch, {spread}."
     if timing is not None:
         text += (
-            f"; steps: batch {timing['batch_size']}, {timing['threads']} threads, "
-            f"medians of {timing['rounds']}, dense in its better layout"
+            f"\nSteps of batch {timing['batch_size']} on {timing['threads']} threads, medians of "
+            f"{timing['rounds']}, interleaved; dense in its better layout; KD includes its teacher."
         )
     return text

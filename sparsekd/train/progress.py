@@ -6,17 +6,9 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.text import Text
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+_SECONDS_BETWEEN_LINES = 60
 
 
 class Reporter:
@@ -27,16 +19,16 @@ class Reporter:
     """
 
     def plan(self, epochs: int) -> None:
-        """Announce how many epochs all runs together have still to train."""
+        """Announce how many epochs all runs to come have together."""
 
-    def run(self, name: str, epochs: int, epoch: int) -> None:
-        """Announce a run and the epoch it starts or goes on from."""
+    def run(self, name: str, epochs: int, epoch: int, done: int = 0) -> None:
+        """Announce a run, its last epoch, the one it goes on from, and how many are done."""
 
     def step(self, done: int, steps: int, loss: float, accuracy: float, images: int) -> None:
         """Report a step: its number in the epoch and the epoch's mean loss and accuracy so far."""
 
     def epoch(self, epoch: int, summary: str) -> None:
-        """Report a finished epoch."""
+        """Report a finished epoch, counted from 0."""
 
     def message(self, text: str) -> None:
         """Print a line."""
@@ -45,7 +37,7 @@ class Reporter:
 class ProgressReporter(Reporter):
     """Show two live bars with loss, accuracy, images/s, epoch and total ETA.
 
-    Where the console is not a terminal, print one line an epoch instead.
+    Where the console is not a terminal, print a line after every epoch and every minute instead.
 
     Args:
         console: where to print; standard output by default.
@@ -61,24 +53,22 @@ class ProgressReporter(Reporter):
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            _Remaining(),
             console=self.console,
             refresh_per_second=4,
             disable=not self.live,
         )
-        self._total: TaskID = self._progress.add_task("total", total=None, status="", visible=False)
-        self._epoch: TaskID = self._progress.add_task("epoch", total=None, status="", visible=False)
-        self._planned = 0.0
-        self._done = 0.0
+        self._bars = {
+            name: self._progress.add_task(name, total=None, status="", visible=False)
+            for name in ("epoch", "total")
+        }
         self._name = ""
-        self._epochs = 0
-        self._epoch_number = 0
+        self._epochs = self._number = 0
+        self._planned = self._finished = self._skipped = 0
         self._images = 0
-        self._started = time.monotonic()
-        self._plan_started = self._started
+        self._plan_start = self._epoch_start = self._last_line = time.monotonic()
+        self._first_step: int | None = None
 
     def __enter__(self) -> ProgressReporter:
         self._progress.start()
@@ -93,55 +83,70 @@ class ProgressReporter(Reporter):
         self._progress.stop()
 
     def plan(self, epochs: int) -> None:
-        self._planned = epochs
-        self._done = 0.0
-        self._plan_started = time.monotonic()
-        self._progress.reset(self._total, total=epochs, visible=True, status="")
+        self._planned, self._finished, self._skipped = epochs, 0, 0
+        self._plan_start = time.monotonic()
 
-    def run(self, name: str, epochs: int, epoch: int) -> None:
-        self._name, self._epochs, self._epoch_number = name, epochs, epoch
+    def run(self, name: str, epochs: int, epoch: int, done: int = 0) -> None:
+        self._name, self._epochs, self._number = name, epochs, epoch
+        self._finished += done
+        self._skipped += done
         self._begin_epoch()
 
     def step(self, done: int, steps: int, loss: float, accuracy: float, images: int) -> None:
+        now = time.monotonic()
         self._images += images
-        rate = self._images / max(time.monotonic() - self._started, 1e-9)
-        self._done += 1 / steps
-        self._progress.update(
-            self._epoch,
-            completed=done,
-            total=steps,
-            description=f"{self._name} epoch {self._epoch_number + 1}/{self._epochs}",
-            status=f"loss {loss:.3f}  acc {accuracy:.1%}  {rate:,.0f} images/s",
-            visible=True,
-        )
-        self._progress.update(self._total, completed=self._done)
+        if self._first_step is None:  # above 0 if the run was interrupted within this epoch
+            self._first_step = done - 1
+        elapsed = max(now - self._epoch_start, 1e-9)
+        rate = self._images / elapsed
+        epoch_eta = format_seconds(elapsed * (steps - done) / (done - self._first_step))
+        status = f"loss {loss:.3f}  acc {accuracy:.1%}  {rate:,.0f} images/s"
+        total_eta = self._total_eta(done / steps)
+        if self.live:
+            self._show("epoch", self._title(), done, steps, f"{status}  ETA {epoch_eta}")
+            position = self._finished + done / steps
+            self._show("total", "total", position, self._planned, f"ETA {total_eta}")
+        elif now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            where = f"{self._title()} step {done}/{steps}"
+            self._line(f"{where}  {status}  ETA epoch {epoch_eta}, total {total_eta}")
 
     def epoch(self, epoch: int, summary: str) -> None:
+        self._finished += 1
         if not self.live:
-            name = f"{self._name} epoch {epoch + 1}/{self._epochs}"
-            self.message(f"{name}  {summary}  total ETA {self._eta()}")
-        self._epoch_number = epoch + 1
+            self._line(f"{self._title()}  {summary}  ETA total {self._total_eta(0)}")
+        self._number = epoch + 1
         self._begin_epoch()
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def _begin_epoch(self) -> None:
-        self._images = 0
-        self._started = time.monotonic()
-        self._progress.reset(self._epoch, status="")
+        self._images, self._first_step = 0, None
+        self._epoch_start = time.monotonic()
 
-    def _eta(self) -> str:
-        elapsed = time.monotonic() - self._plan_started
-        if self._done == 0:
-            return "?"
-        return format_seconds(elapsed * max(self._planned - self._done, 0) / self._done)
+    def _title(self) -> str:
+        return f"{self._name} epoch {self._number + 1}/{self._epochs}"
 
+    def _show(self, bar: str, title: str, done: float, total: float, status: str) -> None:
+        self._progress.update(
+            self._bars[bar],
+            description=title,
+            completed=done,
+            total=total,
+            status=status,
+            visible=True,
+        )
 
-class _Remaining(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        left = task.time_remaining
-        return Text("ETA " + ("-:--:--" if left is None else format_seconds(left)), "cyan")
+    def _line(self, text: str) -> None:
+        self.message(text)
+        self._last_line = time.monotonic()
+
+    def _total_eta(self, part: float) -> str:
+        """Extrapolate from the epochs trained since `plan`, the current one in part."""
+        trained = self._finished - self._skipped + part
+        elapsed = time.monotonic() - self._plan_start
+        left = max(self._planned - self._finished - part, 0)
+        return format_seconds(elapsed * left / max(trained, 1e-9))
 
 
 def format_seconds(seconds: float) -> str:
