@@ -1,0 +1,31 @@
+"""What import-linter cannot see: who imports the compiled module."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import sparsekd
+
+PACKAGE = Path(sparsekd.__file__).parent
+
+
+def imported_names(path: Path) -> set[str]:
+    """List every module and every name that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            found.add(node.module or "")
+    return found
+
+
+def test_only_ops_and_topology_import_the_compiled_module():
+    users = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if any(name.startswith("sparsekd._C") for name in imported_names(path))
+    }
+    assert users == {"ops", "topology.py"}
