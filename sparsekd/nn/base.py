@@ -25,6 +25,10 @@ class SparseModule(nn.Module):
     The buffers `crow_indices` and `col_indices` are what a checkpoint stores and what the forward
     pass reads; `topology` is the validated structure made of these very tensors.
 
+    An averaged model (`torch.optim.swa_utils.AveragedModel`) takes over the structure with its
+    default `use_buffers=False`; averaging the buffers as well would round indices, and raises
+    TopologyError where it did.
+
     Args:
         mask: where the weight's nonzeros are; bool tensor of the weight's shape.
         bias: whether there is a bias, one entry per row.
@@ -67,8 +71,13 @@ class SparseModule(nn.Module):
             return known
         # A device move, a copy or an averaged model has replaced or overwritten the buffers.
         found = Topology(crow, col, self.weight_shape, version=known.version + 1)
+        return self._adopt(self._recognise(found), crow.device)
+
+    def _recognise(self, found: Topology) -> Topology:
+        """Return the known topology where `found` has its positions, so that its version stays."""
+        known = self._topology
         intact = known.owns(known.crow_indices, known.col_indices)
-        return self._adopt(known if intact and found == known else found, crow.device)
+        return known if intact and found == known else found
 
     def _adopt(self, topology: Topology, device: torch.device) -> Topology:
         """Make `topology` the structure of this module, its own tensors being the buffers."""
@@ -124,26 +133,27 @@ class SparseModule(nn.Module):
             (True, 1)
         """
         new, delta = self.topology.rewire(mask)
-        carried = delta.carry(self.values.detach())
         grad = None if self.values.grad is None else delta.carry(self.values.grad)
-        self._resize(new.nnz)
-        self.values.copy_(carried)
+        self._store(delta.carry(self.values.detach()))
         self.values.grad = grad
         self._adopt(new, self.crow_indices.device)
         return delta
 
-    def _resize(self, nnz: int) -> None:
-        """Give `values` another length, its contents undefined, and drop its gradient."""
+    def _store(self, new: Tensor) -> None:
+        """Make `new`, of any length, the contents of the Parameter `values`; drop its gradient.
+
+        Never in place: a state_dict taken earlier goes on holding values that fit its indices.
+        """
         values = self.values
         values.grad = None
-        if values.shape == (nnz,):
-            return
-        # The node that accumulates this parameter's gradient remembers its shape for as long as
-        # any graph of an earlier forward pass lives. Only a change of dtype makes torch forget it.
-        other = torch.float32 if values.dtype != torch.float32 else torch.float64
-        fresh = torch.empty(nnz, dtype=values.dtype, device=values.device)
-        values.data = fresh.new_empty(0, dtype=other)
-        values.data = fresh
+        if values.shape != new.shape:
+            # The node that accumulates this parameter's gradient remembers its shape while any
+            # graph of an earlier forward pass lives; only a change of dtype makes torch forget it.
+            other = torch.float32 if values.dtype != torch.float32 else torch.float64
+            values.data = new.new_empty(0, dtype=other)
+        values.data = new
+        # A graph that saved the old contents must refuse to run backward, not use the new ones.
+        torch.autograd.graph.increment_version(values)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -208,8 +218,8 @@ class SparseModule(nn.Module):
         if topology is not None:
             assign = local_metadata.get("assign_to_params_buffers", False)
             where = rest[prefix + "values"] if assign else self.values
-            if topology.nnz != self.values.shape[0]:
-                self._resize(topology.nnz)
+            if topology is not self._topology:
+                self._store(self.values.detach().new_empty(topology.nnz))
             self._adopt(topology, where.device)
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -219,13 +229,12 @@ class SparseModule(nn.Module):
 
     def _stored_topology(self, prefix: str, own: dict[str, Any]) -> Topology:
         """Check a checkpoint's structure; the current one is kept if the positions are the same."""
-        known = self._topology
         try:
             found = Topology(
                 own["crow_indices"].detach(),
                 own["col_indices"].detach(),
                 self.weight_shape,
-                version=known.version + 1,
+                version=self._topology.version + 1,
             )
         except TopologyError as error:
             raise TopologyError(f"{prefix}{error}") from None
@@ -234,8 +243,7 @@ class SparseModule(nn.Module):
                 f"{prefix}values: expected shape [{found.nnz}], one entry per nonzero, "
                 f"got {list(own['values'].shape)}"
             )
-        intact = known.owns(known.crow_indices, known.col_indices)
-        return known if intact and found == known else found
+        return self._recognise(found)
 
     def _fill_dense(self, dense: _Dense) -> _Dense:
         """Give a dense module on the meta device this module's weight, bias and mode."""

@@ -63,6 +63,16 @@ def test_a_loaded_module_shares_nothing_with_the_checkpoint():
     assert source.values.any()
 
 
+def test_an_earlier_state_dict_stays_consistent():
+    module = conv(seed=1)
+    state, expected = module.state_dict(), module.dense_weight().detach()
+    module.rewire(module.topology.mask().roll(1, dims=0))
+    module.load_state_dict(conv(seed=2).state_dict())
+    fresh = conv(seed=3)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.dense_weight(), expected)
+
+
 def test_loading_another_topology_counts_as_a_rewire_and_the_same_one_does_not():
     target = conv(seed=2)
     target.load_state_dict(conv(seed=2).state_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -80,6 +80,7 @@ shapes_of_layers = st.lists(
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @given(shapes=shapes_of_layers, sparsity=st.floats(0, 1))
+@settings(deadline=None)
 def test_total_is_exact(distribution, shapes, sparsity):
     counts = allocate(shapes, sparsity, distribution)
     assert sum(counts.values()) == round((1 - sparsity) * total(shapes))
@@ -88,6 +89,7 @@ def test_total_is_exact(distribution, shapes, sparsity):
 
 
 @given(shapes=shapes_of_layers, sparsity=st.floats(0, 1))
+@settings(deadline=None)
 def test_densities_add_up_and_stay_below_one(shapes, sparsity):
     found = erdos_renyi(shapes, sparsity)
     wanted = (1 - sparsity) * total(shapes)

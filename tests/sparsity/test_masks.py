@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekd.errors import ShapeError
@@ -26,6 +26,7 @@ from sparsekd.sparsity import (
     score=st.lists(st.integers(-3, 3), min_size=0, max_size=40),
     data=st.data(),
 )
+@settings(deadline=None)
 def test_topk_equals_a_stable_sort(score, data):
     k = data.draw(st.integers(0, len(score)))
     wanted = sorted(sorted(range(len(score)), key=lambda i: (-score[i], i))[:k])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekd.sparsity import apportion, check_sparsity, target_nnz
@@ -15,6 +15,7 @@ from sparsekd.sparsity import apportion, check_sparsity, target_nnz
     sizes=st.lists(st.integers(0, 10_000), min_size=1, max_size=12),
     density=st.floats(0, 1),
 )
+@settings(deadline=None)
 def test_apportion_is_exact_and_stays_within_one_of_the_quota(sizes, density):
     capacities = {str(i): size for i, size in enumerate(sizes)}
     quotas = {name: density * size for name, size in capacities.items()}
