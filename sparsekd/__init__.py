@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from sparsekd import errors, functional, ops
+from sparsekd import errors, functional, nn, ops, sparsity
+from sparsekd.nn import densify, sparsify
 from sparsekd.ops import backend
 from sparsekd.topology import Topology, TopologyDelta
 
-__all__ = ["Topology", "TopologyDelta", "backend", "errors", "functional", "ops"]
+__all__ = [
+    "Topology",
+    "TopologyDelta",
+    "backend",
+    "densify",
+    "errors",
+    "functional",
+    "nn",
+    "ops",
+    "sparsify",
+    "sparsity",
+]
