@@ -31,8 +31,13 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype in _HALF else tensor).numpy()
 
 
+def _vector(tensor: Tensor) -> np.ndarray:
+    """Return a vector without gaps: only maps and matrices may have strides in the kernels."""
+    return _array(tensor.contiguous())
+
+
 def _optional(tensor: Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else _array(tensor)
+    return None if tensor is None else _vector(tensor)
 
 
 def _matrix(tensor: Tensor) -> np.ndarray:
@@ -62,7 +67,7 @@ def conv2d(
     shape = conv2d_shape(x.shape, weight_shape, stride, padding, dilation, groups)
     y = _empty(shape, x, memory_format_of(x))
     _C.conv2d(
-        _array(x), _array(values), _array(crow), _array(col), _optional(bias), y.numpy(),
+        _array(x), _vector(values), _vector(crow), _vector(col), _optional(bias), y.numpy(),
         weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
     )  # fmt: skip
     return y.to(x.dtype)
@@ -82,7 +87,7 @@ def conv2d_dgrad(
 ) -> Tensor:
     dx = _empty(input_shape, grad, memory_format_of(grad))
     _C.conv2d_dgrad(
-        _array(grad), _array(values), _array(crow), _array(col), dx.numpy(),
+        _array(grad), _vector(values), _vector(crow), _vector(col), dx.numpy(),
         weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
     )  # fmt: skip
     return dx.to(grad.dtype)
@@ -101,7 +106,7 @@ def conv2d_wgrad(
 ) -> Tensor:
     dvalues = _empty([col.shape[0]], x, torch.contiguous_format)
     _C.conv2d_wgrad(
-        _array(grad), _array(x), _array(crow), _array(col), dvalues.numpy(),
+        _array(grad), _array(x), _vector(crow), _vector(col), dvalues.numpy(),
         weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
     )  # fmt: skip
     return dvalues.to(x.dtype)
@@ -117,7 +122,7 @@ def linear(
 ) -> Tensor:
     y = _empty([*x.shape[:-1], weight_shape[0]], x, torch.contiguous_format)
     _C.linear(
-        _matrix(x), _array(values), _array(crow), _array(col), _optional(bias),
+        _matrix(x), _vector(values), _vector(crow), _vector(col), _optional(bias),
         _matrix(y), torch.get_num_threads(),
     )  # fmt: skip
     return y.to(x.dtype)
@@ -128,7 +133,7 @@ def linear_dgrad(
 ) -> Tensor:
     dx = _empty([*grad.shape[:-1], weight_shape[1]], grad, torch.contiguous_format)
     _C.linear_dgrad(
-        _matrix(grad), _array(values), _array(crow), _array(col),
+        _matrix(grad), _vector(values), _vector(crow), _vector(col),
         _matrix(dx), torch.get_num_threads(),
     )  # fmt: skip
     return dx.to(grad.dtype)
@@ -139,7 +144,7 @@ def linear_wgrad(
 ) -> Tensor:
     dvalues = _empty([col.shape[0]], x, torch.contiguous_format)
     _C.linear_wgrad(
-        _matrix(grad), _matrix(x), _array(crow), _array(col),
+        _matrix(grad), _matrix(x), _vector(crow), _vector(col),
         dvalues.numpy(), torch.get_num_threads(),
     )  # fmt: skip
     return dvalues.to(x.dtype)
@@ -148,7 +153,7 @@ def linear_wgrad(
 def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
     rows = crow.shape[0] - 1
     grown = _C.grow_topk(
-        _array(score.reshape(-1)), _array(crow), _array(col),
+        _vector(score.reshape(-1)), _vector(crow), _vector(col),
         rows, score.numel() // max(rows, 1), k, torch.get_num_threads(),
     )  # fmt: skip
     return torch.from_numpy(grown)
