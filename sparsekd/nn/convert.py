@@ -166,15 +166,10 @@ def sparsify(
     layers = {name: m for name, m in found.convertible.items() if name not in skipped}
     if masks is not None:
         chosen = _given_masks(masks, layers, found, skipped)
+    elif layers:
+        chosen = _drawn_masks(layers, sparsity, distribution, criterion, seed)
     else:
-        if not layers:
-            raise ValueError(f"model: expected an nn.Linear or nn.Conv2d to convert, {_why(found)}")
-        shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-        nnz = allocate(shapes, sparsity, distribution)
-        if criterion == "random":
-            chosen = random_masks(shapes, nnz, seed=seed)
-        else:
-            chosen = magnitude_masks({name: m.weight for name, m in layers.items()}, nnz)
+        raise ValueError(f"model: expected an nn.Linear or nn.Conv2d to convert, {_why(found)}")
     left = {name: why for name, why in found.left_alone.items() if name not in skipped}
     if left and masks is None:
         lines = "".join(f"\n  {name or 'the model itself'}: {why}" for name, why in left.items())
@@ -278,6 +273,16 @@ def _paths(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
+
+
+def _drawn_masks(
+    layers: Mapping[str, _DenseLayer], sparsity: float, distribution: str, criterion: str, seed: int
+) -> dict[str, Tensor]:
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    nnz = allocate(shapes, sparsity, distribution)
+    if criterion == "random":
+        return random_masks(shapes, nnz, seed=seed)
+    return magnitude_masks({name: layer.weight for name, layer in layers.items()}, nnz)
 
 
 def _given_masks(
