@@ -52,6 +52,7 @@ class Updater:
 
     Survivors keep their value, optimizer state and gradient, and so does a weight that is dropped
     and grown again in one update. A weight that was not there before starts at 0 with state 0.
+    With a GradScaler, `scaler.step(opt)` and `scaler.update()` both belong under the `if`.
 
     Args:
         model: holds the sparse modules. Those with frozen values are never rewired, nor those
@@ -66,6 +67,18 @@ class Updater:
     Raises:
         ValueError: `model` has no sparse module.
         OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
+
+    Source: Rigging the Lottery (arXiv 1911.11134), algorithm 1.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> class LowestFirst(skd.dst.Updater):
+        ...     def grow(self, name, kept, k):
+        ...         return (~kept.mask()).flatten().nonzero().squeeze(1)[:k]
+        >>> layer = skd.nn.SparseLinear(8, 4, sparsity=0.5, seed=0)
+        >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> LowestFirst(layer, opt, schedule=lambda iteration: 0.5).step(), layer.topology.nnz
+        (True, 16)
     """
 
     needs_gradient: ClassVar[bool] = False
@@ -153,16 +166,12 @@ class Updater:
             return False
         for name in plan:
             check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
-        for name, positions in plan.items():
-            self._rewire(name, positions)
+        for name, mask in plan.items():
+            self._rewire(name, mask)
         return bool(plan)
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
-        """Return where the nonzeros of each layer that changes will be; change nothing yet.
-
-        Returns:
-            name -> int64 positions in the flat weight.
-        """
+        """Return the new mask of each layer that changes, by name; change nothing yet."""
         plan = {}
         for name in self._trainable():
             topology = self.modules[name].topology
@@ -173,13 +182,16 @@ class Updater:
         return plan
 
     def drop_and_grow(self, name: str, *, drop: int, grow: int) -> Tensor:
-        """Return the positions of layer `name` less `drop` weights and with `grow` others."""
+        """Return the mask of layer `name` less `drop` weights and with `grow` others."""
         topology = self.modules[name].topology
-        kept = scores.without(topology, scores.smallest(self.drop_score(name), drop))
+        dropped = scores.smallest(self.drop_score(name), drop)
+        kept = scores.without(topology, dropped)
         grown = self.grow(name, kept, grow)
-        regrown = torch.isin(grown, topology.flat_indices(), assume_unique=True)
+        mask = kept.mask()
+        mask.view(-1)[grown] = True
+        regrown = mask.view(-1)[topology.flat_indices()[dropped]]
         self.last_update[name] = LayerUpdate(drop, len(grown), int(regrown.sum()))
-        return torch.cat([kept.flat_indices(), grown])
+        return mask
 
     def drop_score(self, name: str) -> Tensor:
         """Return one score per weight of layer `name`; the lowest are dropped."""
@@ -237,9 +249,7 @@ class Updater:
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 raise NonFiniteGradient(f"the gradient of {name} is not finite")
 
-    def _rewire(self, name: str, positions: Tensor) -> None:
+    def _rewire(self, name: str, mask: Tensor) -> None:
         module = self.modules[name]
-        mask = torch.zeros(module.topology.numel, dtype=torch.bool, device=positions.device)
-        mask[positions] = True
-        delta = module.rewire(mask.view(module.topology.shape))
+        delta = module.rewire(mask)
         remap_(self.optimizer, module.values, delta)

@@ -78,11 +78,10 @@ class GradientCapture:
         if op not in ("conv2d_wgrad", "linear_wgrad"):
             return
         grad, x, crow, _, *geometry = args
-        name = self._owner(crow)
-        if name is None:
+        name, current = self._owner(crow), torch._C._current_graph_task_id()
+        if name is None or current == -1:  # -1: a call of the op outside any backward pass
             return
         record = self._records.setdefault(name, _Record())
-        current = torch._C._current_graph_task_id()
         if record.backward_pass != current:
             if self._modules[name].values.grad is None:
                 record = self._records[name] = _Record()  # gradients were zeroed: start afresh
@@ -93,7 +92,7 @@ class GradientCapture:
 
     def _owner(self, crow: Tensor) -> str | None:
         for name, module in self._modules.items():
-            if module.topology.crow_indices.data_ptr() == crow.data_ptr():
+            if module.crow_indices.data_ptr() == crow.data_ptr():
                 return name
         return None
 
@@ -116,7 +115,8 @@ def dense_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
         rows, cols = weight_shape
         return grad.reshape(-1, rows).T @ x.reshape(-1, cols)
     stride, (top, bottom, left, right), dilation, groups = conv
-    if any((top, bottom, left, right)):
-        x = F.pad(x, (left, right, top, bottom))
-    weight = conv2d_weight(x, weight_shape, grad, stride, 0, dilation, groups)
+    padding = (top, left)
+    if padding != (bottom, right):
+        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+    weight = conv2d_weight(x, weight_shape, grad, stride, padding, dilation, groups)
     return weight.reshape(weight_shape[0], -1)

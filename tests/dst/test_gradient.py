@@ -269,3 +269,13 @@ def test_a_compiled_model_is_rewired_like_an_eager_one(make_network):
     for name, (topology, weight) in results[0].items():
         assert topology == results[1][name][0]
         torch.testing.assert_close(weight, results[1][name][1], rtol=0, atol=1e-12)
+
+
+def test_a_gradient_op_outside_a_backward_pass_does_not_count():
+    """Measuring or testing the kernels on a model's structure is no training."""
+    layer = SparseLinear(6, 4, sparsity=0.5, seed=0)
+    dst = rigl(layer)
+    torch.ops.sparsekd.linear_wgrad(
+        torch.ones(2, 4), torch.ones(2, 6), layer.crow_indices, layer.col_indices, [4, 6]
+    )
+    assert len(dst._capture) == 0
