@@ -5,7 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstring>
+#include <array>
+#include <cstdlib>
 #include <string>
 #include <type_traits>
 
@@ -361,6 +362,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("info", &info);
   m.def("set_isa", &set_isa);
+  // For comparing instruction sets without touching code; a wrong name fails the import and says so.
+  if (const char* wanted = std::getenv("SPARSEKD_ISA")) set_isa(wanted);
 }
 
 }  // namespace sparsekd
