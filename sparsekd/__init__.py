@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from sparsekd import errors, functional, nn, ops, sparsity
+from importlib.metadata import PackageNotFoundError, version
+
+from sparsekd import data, dst, errors, flops, functional, models, nn, ops, optim, sparsity, tickets
+from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, sparsify
 from sparsekd.ops import backend
+from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
+
+try:
+    __version__ = version("sparsekd")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0.1.0"
 
 __all__ = [
     "Topology",
     "TopologyDelta",
+    "__version__",
     "backend",
+    "data",
     "densify",
+    "dst",
     "errors",
+    "flops",
     "functional",
+    "kd_loss",
+    "keep_memory_warm",
+    "models",
     "nn",
     "ops",
+    "optim",
     "sparsify",
     "sparsity",
+    "tickets",
 ]

@@ -1,0 +1,159 @@
+"""Which backend runs, who says so, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsekd as skd
+from sparsekd import Topology, functional, ops
+from sparsekd.errors import BackendError, UnsupportedError
+from sparsekd.ops import backends
+from sparsekd.ops import reference as reference_backend
+
+TOPOLOGY = Topology.from_mask(torch.eye(3, dtype=torch.bool))
+
+
+def product() -> torch.Tensor:
+    return functional.linear(TOPOLOGY, torch.ones(3), torch.ones(3))
+
+
+@pytest.fixture
+def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    original = reference_backend.linear
+
+    def counted(*args: object) -> torch.Tensor:
+        calls.append("linear")
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reference_backend, "linear", counted)
+    return calls
+
+
+def test_the_context_chooses_and_gives_back(reference_calls: list[str]) -> None:
+    before = backends.forced()
+    with skd.backend("reference"):
+        product()
+        assert backends.forced() == "reference"
+    assert len(reference_calls) == 1
+    assert backends.forced() == before
+
+
+def test_contexts_nest_and_survive_errors() -> None:
+    with skd.backend("reference"):
+        with pytest.raises(BackendError), skd.backend("triton"):
+            pass
+        assert backends.forced() == "reference"
+        with pytest.raises(KeyError), skd.backend("reference"):
+            raise KeyError
+        assert backends.forced() == "reference"
+
+
+def test_the_environment_chooses(
+    monkeypatch: pytest.MonkeyPatch, reference_calls: list[str]
+) -> None:
+    monkeypatch.setenv("SPARSEKD_BACKEND", "reference")
+    product()
+    assert len(reference_calls) == 1
+    assert ops.info()["forced"] == "reference"
+    monkeypatch.setenv("SPARSEKD_BACKEND", "abacus")
+    with pytest.raises(BackendError, match="expected one of cpp, reference"):
+        product()
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "abacus", ""])
+def test_a_backend_that_cannot_run_says_how_to_get_it(name: str) -> None:
+    with pytest.raises(BackendError, match="backend"), skd.backend(name):
+        pass
+
+
+def test_info_names_every_backend() -> None:
+    table = ops.info()["backends"]
+    assert set(table) == {"cpp", "reference", "triton", "cuda"}
+    assert table["reference"]["available"]
+    assert all(entry["available"] or entry["detail"] for entry in table.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_other_dtypes_are_refused(backend: str, dtype: torch.dtype) -> None:
+    with pytest.raises(UnsupportedError, match=f"supports .*got {dtype}"):
+        functional.linear(TOPOLOGY, torch.ones(3, dtype=dtype), torch.ones(3, dtype=dtype))
+
+
+def test_a_device_without_kernels_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPARSEKD_BACKEND", raising=False)
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+    with pytest.raises(BackendError, match=r"no backend for device 'cuda'.*move the model"):
+        backends.choose("linear", OnGpu())  # type: ignore[arg-type]
+
+
+PROBE = """
+import sys, warnings
+sys.modules["sparsekd._C"] = None
+import torch, sparsekd as skd
+topology = skd.Topology.from_mask(torch.ones(2, 3, dtype=torch.bool))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        y = skd.functional.linear(topology, torch.ones(6), torch.ones(3))
+assert y.tolist() == [3, 3], y
+assert [w.category for w in caught] == [RuntimeWarning], caught
+assert "slow reference backend" in str(caught[0].message), caught[0].message
+assert not skd.ops.info()["backends"]["cpp"]["available"]
+try:
+    with skd.backend("cpp"):
+        raise SystemExit("cpp must not be available")
+except skd.errors.BackendError as error:
+    assert "pip install" in str(error)
+"""
+
+
+def run(script: str) -> None:
+    root = Path(skd.__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
+    env.pop("SPARSEKD_BACKEND", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_compiled_module_one_warning_and_the_reference() -> None:
+    run(PROBE)
+
+
+ONE_RUNTIME = """
+import re, torch, sparsekd as skd
+topology = skd.Topology.from_mask(torch.ones(64, 64, dtype=torch.bool))
+values = torch.ones(4096, requires_grad=True)
+skd.functional.linear(topology, values, torch.ones(512, 64)).sum().backward()
+torch.ones(10**6).sum()
+with open("/proc/self/maps") as maps:
+    mapped = {line.split()[-1] for line in maps if "/" in line}
+runtimes = {path for path in mapped if re.search(r"lib(g|i|)omp[-.\\w]*\\.so", path)}
+assert len(runtimes) == 1, runtimes
+assert skd.ops.info()["cpp"]["parallel_runtime"] in runtimes
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see mappings")
+def test_one_openmp_runtime_is_loaded() -> None:
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    run(ONE_RUNTIME)
+
+
+def test_import_stays_light() -> None:
+    run(
+        "import sys, sparsekd\n"
+        "heavy = {'matplotlib', 'sklearn', 'typer', 'torchvision', 'scipy', 'triton'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
