@@ -62,7 +62,8 @@ def kd_loss(
         return ce  # not 0 * KL + CE: an infinite KL would make that NaN
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
-    kl = F.kl_div(student, teacher, reduction=reduction, log_target=True)
+    kl = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    kl = kl / (len(target) if reduction == "batchmean" else student.numel())
     return alpha * temperature**2 * kl + (1 - alpha) * ce
 
 

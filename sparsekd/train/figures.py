@@ -71,7 +71,9 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
     tickets = [row for row in results if row["method"] != "dense"]
     if not tickets:
         return None
-    figure, axes = _axes("Test accuracy of the last epoch", "sparsity of the convolutions", "")
+    figure, axes = _axes(
+        "Accuracy after the last epoch", "sparsity of the convolutions", "test accuracy"
+    )
     seeds = 1
     for number, method in enumerate(m for m in labels if any(r["method"] == m for r in tickets)):
         groups = _group([r for r in tickets if r["method"] == method], "sparsity")

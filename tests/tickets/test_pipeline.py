@@ -1,0 +1,150 @@
+"""Where each method starts, what it leaves alone, and which methods coincide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekd.errors import CheckpointError
+from sparsekd.nn import densify, sparse_modules
+from sparsekd.tickets import METHODS, make_ticket
+from sparsekd.train import Trainer, Training, load_state, save_model, state_hash
+
+
+@pytest.fixture
+def pipeline(make_pipeline):
+    pipeline = make_pipeline(rewind_epoch=1)
+    pipeline.dense_trainer().fit()
+    return pipeline
+
+
+def masks_of(model):
+    return {name: module.topology.mask() for name, module in sparse_modules(model)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_dense_run_leaves_its_start_and_every_epoch(pipeline):
+    files = sorted(path.name for path in (pipeline.folder / "dense").glob("*.safetensors"))
+    assert files == [f"epoch_{epoch:03}.safetensors" for epoch in range(4)]
+    assert state_hash(pipeline.dense_state(0)) == state_hash(pipeline.fresh().state_dict())
+    hashes = {state_hash(pipeline.dense_state(epoch)) for epoch in range(4)}
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(
+    "method, epoch", [("lt", 0), ("kd", 0), ("rewind", 1), ("kd-rewind", 1), ("lr-rewind", 3)]
+)
+def test_a_ticket_starts_from_the_dense_run_bit_for_bit(pipeline, method, epoch):
+    masks = pipeline.one_shot_masks(0.6)
+    ticket = densify(pipeline.start(METHODS[method], masks))
+    expected = pipeline.dense_state(epoch)
+    for name, mask in masks.items():
+        expected[f"{name}.weight"] = torch.where(mask, expected[f"{name}.weight"], 0.0)
+    assert state_hash(ticket.state_dict()) == state_hash(expected)
+
+
+def test_reinit_shares_the_masks_and_no_weight(pipeline):
+    masks = pipeline.one_shot_masks(0.6)
+    lt = pipeline.start(METHODS["lt"], masks)
+    reinit = pipeline.start(METHODS["reinit"], masks)
+    assert same(masks_of(lt), masks_of(reinit))
+    for (_, a), (_, b) in zip(sparse_modules(lt), sparse_modules(reinit), strict=True):
+        assert not (a.values == b.values).any()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_masks_and_teacher_are_the_same_after_training(pipeline, method):
+    masks = pipeline.one_shot_masks(0.6)
+    trainer = pipeline.ticket_trainer(METHODS[method], masks, method)
+    teacher = getattr(trainer.objective, "teacher", nn.Identity())
+    before = state_hash(teacher.state_dict())
+    start = state_hash(trainer.model.state_dict())
+    rows = trainer.fit()
+    assert len(rows) == 3 - METHODS[method].start_epoch(1)
+    assert state_hash(trainer.model.state_dict()) != start
+    assert same(masks_of(trainer.model), masks)
+    assert state_hash(teacher.state_dict()) == before
+    assert trainer.model[-1].weight.count_nonzero() == 72 * 4  # the linear layer is dense
+
+
+def final_hash(pipeline, method, name):
+    trainer = pipeline.ticket_trainer(METHODS[method], pipeline.one_shot_masks(0.6), name)
+    trainer.fit()
+    return state_hash(trainer.model.state_dict())
+
+
+def test_rewinding_to_epoch_0_is_the_lottery_ticket(pipeline):
+    pipeline = replace(pipeline, rewind_epoch=0)
+    assert final_hash(pipeline, "rewind", "a") == final_hash(pipeline, "lt", "b")
+    assert final_hash(pipeline, "kd-rewind", "c") == final_hash(pipeline, "kd", "d")
+
+
+def test_distilling_with_alpha_0_is_the_lottery_ticket(pipeline):
+    without = replace(pipeline, distillation={"alpha": 0.0})
+    assert final_hash(without, "kd", "a") == final_hash(without, "lt", "b")
+    assert final_hash(pipeline, "kd", "c") != final_hash(pipeline, "lt", "d")
+
+
+def test_rewinding_the_weights_to_the_end_leaves_nothing_to_train(pipeline):
+    pipeline = replace(pipeline, rewind_epoch=3)
+    trainer = pipeline.ticket_trainer(METHODS["rewind"], pipeline.one_shot_masks(0.6), "a")
+    before = state_hash(trainer.model.state_dict())
+    assert trainer.fit() == []
+    assert state_hash(trainer.model.state_dict()) == before
+
+
+def test_weight_and_rate_rewinding_coincide_where_the_weights_do(pipeline):
+    save_model(pipeline.checkpoint(1), pipeline.dense_final())
+    assert final_hash(pipeline, "rewind", "a") == final_hash(pipeline, "lr-rewind", "b")
+
+
+def test_an_unpruned_rewound_run_repeats_the_dense_one(make_pipeline):
+    # Without momentum the state after epoch k is the whole state of the run.
+    training = Training(epochs=3, batch_size=32, momentum=0.0, milestones=(2,))
+    pipeline = make_pipeline(training=training, rewind_epoch=1)
+    pipeline.dense_trainer().fit()
+    model = pipeline.fresh()
+    model.load_state_dict(pipeline.dense_state(1))
+    dense = pipeline.dense_trainer()
+    again = Trainer(model, pipeline.data.train, training, seed=dense.seed, start_epoch=1)
+    again.fit()
+    assert state_hash(model.state_dict()) == state_hash(pipeline.dense_state(3))
+
+
+def test_iterative_rounds_are_nested_and_restart_from_the_rewound_weights(pipeline):
+    imp, previous, outer = METHODS["imp"], None, None
+    rewound = pipeline.dense_state(1)
+    remaining = 54 + 432
+    for number in (1, 2, 3):
+        masks = pipeline.next_masks(previous, 0.2)
+        remaining -= -(-remaining // 5)
+        assert sum(int(mask.sum()) for mask in masks.values()) == remaining
+        if outer is not None:
+            assert all(bool((outer[name] | ~masks[name]).all()) for name in masks)
+        trainer = pipeline.ticket_trainer(imp, masks, f"imp{number}")
+        for name, module in sparse_modules(trainer.model):
+            assert torch.equal(module.values, rewound[f"{name}.weight"][masks[name]])
+        trainer.fit()
+        previous, outer = pipeline.folder / f"imp{number}.safetensors", masks
+        save_model(previous, trainer.model)
+        assert same(masks_of(trainer.model), masks)
+        assert load_state(previous).keys() == trainer.model.state_dict().keys()
+
+
+def test_tickets_wait_for_the_dense_run(make_pipeline):
+    with pytest.raises(CheckpointError, match="epoch_003"):
+        make_pipeline().one_shot_masks(0.5)
+
+
+def test_a_ticket_stores_only_its_weights(pipeline):
+    dense = pipeline.dense_final()
+    ticket = make_ticket(dense, pipeline.one_shot_masks(0.75))
+    stored = sum(module.values.numel() for _, module in sparse_modules(ticket))
+    assert stored == 486 - int(0.75 * 486)
+    assert state_hash(dense.state_dict()) == state_hash(pipeline.dense_state(3))

@@ -1,0 +1,28 @@
+"""The first signal asks, the second acts."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from sparsekd.train import Interrupted, StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_becomes_a_request(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted, match=number.name):
+            stop.check()
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_acts_at_once():
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
