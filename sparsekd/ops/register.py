@@ -62,7 +62,7 @@ linear_wgrad = _ops.linear_wgrad.default
 grow_topk = _ops.grow_topk.default
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], first_rest: int) -> None:
+def _save(ctx: Any, inputs: list[Any], first_rest: int) -> None:
     """Keep the structure, the non-tensor arguments, and of the two factors what is needed."""
     left, right, crow, col = inputs[:4]
     needs_left, needs_right = ctx.needs_input_grad[:2]
@@ -73,7 +73,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], first_rest: int) -> None:
 # -- conv2d ---------------------------------------------------------------------------------------
 
 
-def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _conv2d_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
     _save(ctx, inputs, 5)
     ctx.input_shape = list(inputs[0].shape)
 
@@ -90,7 +90,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, dvalues, None, None, dbias, *[None] * 5
 
 
-def _conv2d_dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _conv2d_dgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
     _save(ctx, inputs, 5)
 
 
@@ -104,7 +104,7 @@ def _conv2d_dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     return dgrad, dvalues, *[None] * 8
 
 
-def _conv2d_wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _conv2d_wgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
     _save(ctx, inputs, 4)
     ctx.input_shape = list(inputs[1].shape)
 
@@ -122,7 +122,7 @@ def _conv2d_wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
 # -- linear ---------------------------------------------------------------------------------------
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _linear_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
     _save(ctx, inputs, 5)
 
 
@@ -138,7 +138,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, dvalues, None, None, dbias, None
 
 
-def _linear_dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _linear_dgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
     _save(ctx, inputs, 4)
 
 
@@ -152,7 +152,7 @@ def _linear_dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     return dgrad, dvalues, None, None, None
 
 
-def _linear_wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _linear_wgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
     _save(ctx, inputs, 4)
 
 
@@ -166,17 +166,48 @@ def _linear_wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
     return dgrad, dx, None, None, None
 
 
-for _name, _backward, _setup in (
-    ("conv2d", _conv2d_backward, _conv2d_setup),
-    ("conv2d_dgrad", _conv2d_dgrad_backward, _conv2d_dgrad_setup),
-    ("conv2d_wgrad", _conv2d_wgrad_backward, _conv2d_wgrad_setup),
-    ("linear", _linear_backward, _linear_setup),
-    ("linear_dgrad", _linear_dgrad_backward, _linear_dgrad_setup),
-    ("linear_wgrad", _linear_wgrad_backward, _linear_wgrad_setup),
-):
-    torch.library.register_autograd(
-        f"sparsekd::{_name}", _backward, setup_context=_setup, lib=_library
-    )
+def _register_autograd(
+    op: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]
+) -> None:
+    """Do what torch.library.register_autograd does, without its reading the schema on every call.
+
+    That reading took longer than a whole small layer.
+    """
+
+    def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            *inputs, keyset = args  # last, so that needs_input_grad counts as the op does
+            result = below(keyset, *inputs)
+            setup(ctx, inputs, result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+            return *backward(ctx, grad), None
+
+    Node.__name__ = Node.__qualname__ = f"Sparsekd_{op._opname}"
+
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
+            return Node.apply(*args, keyset)
+        return below(keyset, *args)
+
+    _library.impl(op._opname, run, "Autograd", with_keyset=True)
+
+
+_register_autograd(conv2d, _conv2d_backward, _conv2d_setup)
+_register_autograd(conv2d_dgrad, _conv2d_dgrad_backward, _conv2d_dgrad_setup)
+_register_autograd(conv2d_wgrad, _conv2d_wgrad_backward, _conv2d_wgrad_setup)
+_register_autograd(linear, _linear_backward, _linear_setup)
+_register_autograd(linear_dgrad, _linear_dgrad_backward, _linear_dgrad_setup)
+_register_autograd(linear_wgrad, _linear_wgrad_backward, _linear_wgrad_setup)
 
 
 # -- autocast: the factors and the bias take the autocast dtype; kernels accumulate in float32 ----
