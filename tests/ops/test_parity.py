@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+import sparsekd as skd
 from sparsekd.testing import (
     LayerCase,
     assert_layer_matches_dense,
@@ -74,6 +75,21 @@ def test_random_layers_cover_the_supported_set() -> None:
     for layout in ("channels_last", "sliced", "permuted", "expanded"):
         seen[layout] = sum(case.layout == layout for case in convs)
     assert min(seen.values()) >= 5, seen
+
+
+@pytest.mark.parametrize("isa", ["scalar", "generic", "avx2", "avx512"])
+def test_random_layers_on_every_instruction_set(isa: str) -> None:
+    core = pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    if isa not in core.info()["isas"]:
+        pytest.skip(f"this processor has no {isa}")
+    core.set_isa(isa)
+    try:
+        with skd.backend("cpp"), poisoned_memory():
+            for seed in range(CASES, CASES + 120):
+                case = random_layer(seed)
+                assert_layer_matches_dense(case, LIMITS[case.dtype])
+    finally:
+        core.set_isa("auto")
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
