@@ -32,7 +32,7 @@ test-cpp: $(VENV)/.installed
 	build/tests/core_tests
 
 test-python: $(VENV)/.built
-	$(RUN) -m pytest
+	$(RUN) -m pytest --doctest-modules tests sparsekd
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .
