@@ -54,7 +54,7 @@ sanitize: $(VENV)/.installed
 	build/sanitize/core_tests
 
 bench: $(VENV)/.built
-	$(RUN) -m pytest benchmarks/micro --benchmark-only
+	$(RUN) benchmarks/layers.py
 
 clean:
 	rm -rf build $(VENV)/.built sparsekd/_C*.so
