@@ -211,7 +211,7 @@ def dense_results(case: LayerCase, grad: Tensor | None = None) -> dict[str, Tens
         y = F.linear(leaves["x"], leaves["weight"], leaves.get("bias"))
     else:
         y = dense_conv2d(leaves["x"], leaves["weight"], leaves.get("bias"), **case.options)
-    results = _with_gradients(y, leaves, grad)
+    results = _with_gradients(y, leaves, grad, case.dtype)
     results["values"] = results.pop("weight")[mask]
     return results
 
@@ -227,14 +227,17 @@ def sparse_results(case: LayerCase, grad: Tensor | None = None) -> dict[str, Ten
     else:
         args = (topology, leaves["values"], leaves["x"], leaves.get("bias"))
         y = functional.conv2d(*args, **case.options)
-    return _with_gradients(y, leaves, grad)
+    return _with_gradients(y, leaves, grad, case.dtype)
 
 
-def _with_gradients(y: Tensor, leaves: dict[str, Tensor], grad: Tensor | None) -> dict[str, Tensor]:
+def _with_gradients(
+    y: Tensor, leaves: dict[str, Tensor], grad: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return `y` and the gradients of the leaves; the output gradient is rounded to `dtype`."""
     if grad is None:
         generator = torch.Generator().manual_seed(y.numel())
         grad = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype))
+    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(dtype).to(y.dtype))
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
@@ -315,8 +318,8 @@ def assert_matches_dense(module: SparseModule, x: Tensor, limit: float | None = 
     dense_leaves = {"x": x.detach().double().requires_grad_(), "values": dense.weight}
     if module.bias is not None:
         sparse_leaves["bias"], dense_leaves["bias"] = module.bias, dense.bias
-    actual = _with_gradients(module(sparse_leaves["x"]), sparse_leaves, None)
-    expected = _with_gradients(dense(dense_leaves["x"]), dense_leaves, None)
+    actual = _with_gradients(module(sparse_leaves["x"]), sparse_leaves, None, x.dtype)
+    expected = _with_gradients(dense(dense_leaves["x"]), dense_leaves, None, x.dtype)
     expected["values"] = expected["values"][module.topology.mask()]
     summands = max(x.numel(), expected["y"].numel(), module.topology.cols)
     allowed = tolerance(x.dtype, summands) if limit is None else limit
