@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsekd.errors import ShapeError, UnsupportedError
-from sparsekd.topology import Topology, row_indices
+from sparsekd.csr import row_indices
+from sparsekd.topology import Topology
 
 MODES = ("fan_in", "fan_out", "fan_avg")
 LAWS = ("uniform", "normal")

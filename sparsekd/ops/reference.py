@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekd.csr import flat_indices, validate
 from sparsekd.ops.layout import memory_format_of, rows_cols
-from sparsekd.topology import flat_indices, validate
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
