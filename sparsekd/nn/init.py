@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.csr import row_indices
+from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.topology import Topology
 
 MODES = ("fan_in", "fan_out", "fan_avg")
