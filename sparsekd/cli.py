@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +69,7 @@ def train(
         if threads is not None and threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {threads}")
     folder = out or Path("runs") / chosen.name
-    console = Console()
+    console = _console()
     with _one_line_errors(SparsekdError, OSError), contextlib.ExitStack() as stack:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -101,7 +102,7 @@ def _run(
             reporter.message("measuring a training step of every run, sparse and dense")
             experiment.time_steps()
     except Interrupted as interruption:
-        console.print(f"{interruption}; the same command goes on from {path}", highlight=False)
+        typer.echo(f"{interruption}; the same command goes on from {path}")
         raise typer.Exit(_INTERRUPTED) from None
     except FloatingPointError as error:
         _fail(error, code=1)
@@ -112,12 +113,12 @@ def _run(
 def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Print the table of a run and draw its figures again, from its raw rows."""
     with _one_line_errors(SparsekdError, OSError):
-        _report(run_dir, Console())
+        _report(run_dir, _console())
 
 
 def _report(path: Path, console: Console) -> None:
     rows = read_rows(path)
-    console.print(table(rows))
+    console.print(table(rows), highlight=False)
     for file in figures(rows, path):
         console.print(str(file), highlight=False, soft_wrap=True)
     console.print(str(path / "metrics.jsonl"), highlight=False, soft_wrap=True)
@@ -128,7 +129,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Show every field of this recipe.")] = None,
 ) -> None:
     """List the recipes, or every field of one, as --set names them."""
-    console = Console()
+    console = _console()
     if name is None:
         listing = Table("recipe", "what it does")
         for recipe in RECIPES.values():
@@ -143,7 +144,7 @@ def recipes(
 @app.command()
 def info() -> None:
     """Show versions, backends, instruction set, threads and OpenMP runtime."""
-    console = Console()
+    console = _console()
     facts = ops.info()
     backends = facts.pop("backends")
     for field, value in _fields(facts):
@@ -152,6 +153,11 @@ def info() -> None:
     for name, entry in backends.items():
         listing.add_row(name, "yes" if entry["available"] else "no", entry["detail"])
     console.print(listing)
+
+
+def _console() -> Console:
+    # A log file has no width; rich would fold the table at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

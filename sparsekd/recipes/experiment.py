@@ -242,7 +242,7 @@ class Experiment:
             self.folder.append_epoch(run.name, row)
         result = self._result(run, trainer)
         # The row comes last: a run counts as finished once it is there, and its files then are.
-        save_model(self.folder.model_path(run.name), trainer.model, {"run": run.name})
+        save_model(self.folder.model_path(run.name), trainer.model)
         self.folder.log.append(result)
         if trainer.state_path is not None:
             trainer.state_path.unlink(missing_ok=True)

@@ -54,8 +54,8 @@ def table(rows: Sequence[Row]) -> Table:
         0
     """
     result = Table(box=SIMPLE_HEAD, pad_edge=False, caption=_caption(rows), caption_justify="left")
-    result.add_column("method")
-    for name in ("sparsity", "test\naccuracy", "nnz of\nconvs", "train MFLOPs\nper image"):
+    result.add_column("method", no_wrap=True)
+    for name in ("sparsity", "test\naccuracy", "nnz of\nconvs", "train\nMFLOPs"):
         result.add_column(name, justify="right", no_wrap=True)
     for name in ("ms/step\nsparse", "ms/step\ndense", "speed-\nup"):
         result.add_column(name, justify="right", no_wrap=True)
@@ -117,7 +117,7 @@ def _caption(rows: Sequence[Row]) -> str:
     timing = next((row for row in rows if row["kind"] == "timing"), None)
     seeds = len({row["seed"] for row in rows if row["kind"] == "result"})
     spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
-    text = f"Accuracy on the test split after the last epoch, {spread}."
+    text = f"Accuracy on the test split after the last epoch, {spread}. FLOPs per image."
     if timing is not None:
         text += (
             f"\nSteps of batch {timing['batch_size']} on {timing['threads']} threads, medians of "

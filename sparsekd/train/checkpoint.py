@@ -67,21 +67,21 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_model(
-    path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
     """Save a model's state dict as safetensors, atomically, with a hash of its tensors.
+
+    Bit-equal models give byte-equal files.
 
     Args:
         path: the file to write.
         model: dense or sparse.
-        metadata: strings to store beside the tensors.
 
     Example:
         >>> save_model(Path(tempfile.mkdtemp()) / "model.safetensors", nn.Linear(2, 2))
     """
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(path, save(state, {**(metadata or {}), "sha256": state_hash(state)}))
+    # One entry only: safetensors writes several in an order that differs between processes.
+    write_atomic(path, save(state, {"sha256": state_hash(state)}))
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch)
 
 def test_a_sparse_model_survives_the_round_trip(build, tmp_path):
     model = build().to(memory_format=torch.channels_last)
-    save_model(tmp_path / "m.safetensors", model, {"run": "a"})
+    save_model(tmp_path / "m.safetensors", model)
     state = load_state(tmp_path / "m.safetensors")
     assert state_hash(state) == state_hash(model.state_dict())
     other = build()

@@ -1,0 +1,237 @@
+"""The command line as a user meets it: output, exit codes, one-line errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sparsekd
+from sparsekd.cli import app
+
+_QUICK = [
+    *("train", "demo", "--epochs", "1", "--sparsity", "0.9", "--method", "lt,kd"),
+    *("--set", "training.batch_size=512"),
+]
+_CALL = [sys.executable, "-c", "from sparsekd.cli import main; main()"]
+_ENV = {
+    **os.environ,
+    "PYTHONPATH": str(Path(sparsekd.__file__).parents[1]),
+    "COLUMNS": "120",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def call(*arguments: str):
+    threads = torch.get_num_threads()
+    try:
+        return CliRunner(env={"COLUMNS": "120"}).invoke(app, list(arguments))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "a folder"
+    result = call(*_QUICK, "--out", str(out), "--threads", "1")
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_training_ends_with_the_table_and_the_paths(finished):
+    out, output = finished
+    for text in ("LT", "KD ticket", "dense", "0.9", "ms/step"):
+        assert text in output
+    for name in ("accuracy_vs_sparsity", "loss_curves", "density_per_layer"):
+        assert f"{out}/figures/{name}.png" in output
+        assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
+    assert "keep_memory_warm" in output
+
+
+def test_training_leaves_configuration_rows_and_models(finished):
+    out, _ = finished
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows if row["kind"] == "result"] == [
+        "seed0/dense",
+        "seed0/lt-0.9",
+        "seed0/kd-0.9",
+    ]
+    timings = [row for row in rows if row["kind"] == "timing"]
+    assert len(timings) == 3
+    assert all(row["threads"] == 1 for row in timings)
+    assert (out / "seed0/kd-0.9/final.safetensors").exists()
+    assert json.loads((out / "config.json").read_text())["recipe"]["sparsities"] == [0.9]
+
+
+def test_the_same_command_again_repeats_nothing(finished):
+    out, _ = finished
+    before = (out / "metrics.jsonl").read_bytes()
+    result = call(*_QUICK, "--out", str(out), "--threads", "1")
+    assert result.exit_code == 0
+    assert "3 finished runs" in result.output
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_fresh_starts_over_and_spares_what_is_not_its_own(tmp_path):
+    dense = [*_QUICK, "--set", "methods=", "--out", str(tmp_path)]
+    assert call(*dense).exit_code == 0
+    keep = tmp_path / "notes.txt"
+    keep.write_text("mine")
+    assert call(*dense, "--set", "training.lr=0.01").exit_code == 2
+    assert call(*dense, "--set", "training.lr=0.01", "--fresh").exit_code == 0
+    assert keep.read_text() == "mine"
+    assert json.loads((tmp_path / "config.json").read_text())["recipe"]["training"]["lr"] == 0.01
+
+
+def test_report_draws_from_the_rows_alone(finished):
+    out, _ = finished
+    figure = out / "figures" / "loss_curves.png"
+    figure.unlink()
+    result = call("report", str(out))
+    assert result.exit_code == 0
+    assert "KD ticket" in result.output
+    assert figure.exists()
+
+
+def test_the_reference_backend_can_be_chosen(tmp_path):
+    result = call(*_QUICK, "--method", "lt", "--backend", "reference", "--out", str(tmp_path))
+    assert result.exit_code == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["sessions"][0]["forced"] == "reference"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "nothing"], "recipe: expected one of demo"),
+        (["train", "demo", "--data", "mnist"], "mnist"),
+        (["train", "demo", "--data-dir", "/does/not/exist"], "/does/not/exist"),
+        (["train", "demo", "--sparsity", "90"], "sparsities"),
+        (["train", "demo", "--sparsity", "high"], "expected a number, got 'high'"),
+        (["train", "demo", "--method", "magic"], "magic"),
+        (["train", "demo", "--epochs", "0"], "epochs"),
+        (["train", "demo", "--seeds", "0"], "seeds"),
+        (["train", "demo", "--threads", "0"], "--threads"),
+        (["train", "demo", "--backend", "tpu"], "tpu"),
+        (["train", "demo", "--set", "training.speed=1"], "no field 'speed'"),
+        (["train", "demo", "--set", "model.name=resnet21"], "resnet21"),
+        (["recipes", "nothing"], "recipe"),
+        (["report", "/does/not/exist"], "/does/not/exist"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path):
+    if arguments[0] == "train":
+        arguments = [*arguments, "--out", str(tmp_path / "out")]
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
+    result = call(*_QUICK, "--set", "methods=", "--out", str(tmp_path))
+    assert result.exit_code == 0
+    path = tmp_path / "seed0/dense/epoch_001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    result = call(*_QUICK, "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "epoch_001.safetensors" in result.stderr
+
+
+def test_diverging_is_one_line_and_exit_code_1(tmp_path):
+    result = call(*_QUICK, "--set", "training.lr=1e30", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "the loss became" in result.stderr
+
+
+def test_recipes_are_listed_and_shown():
+    listing = call("recipes").output
+    for name in ("demo", "fashion-mnist", "kd_ticket_cifar10", "kd_ticket_imagenet"):
+        assert name in listing
+    fields = call("recipes", "kd-ticket-imagenet").output.splitlines()
+    assert "kd.until = 60" in fields
+    assert "training.milestones = 30,60,80" in fields
+
+
+def test_every_field_shown_can_be_set():
+    for line in call("recipes", "kd_ticket_imagenet").output.splitlines():
+        field, _, value = line.partition(" = ")
+        if field not in ("name", "description"):
+            sparsekd_recipe = sparsekd.recipes.get("kd_ticket_imagenet")
+            assert sparsekd.recipes.override(sparsekd_recipe, f"{field}={value}") == sparsekd_recipe
+
+
+def test_info_names_versions_and_backends():
+    output = call("info").output
+    for text in ("torch", torch.__version__, "threads", "cpp", "reference"):
+        assert text in output
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*_CALL, *arguments], env=_ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_row(out: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def rows_without_times(out: Path) -> list[dict]:
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in row.items() if "second" not in name}
+        for row in rows
+        if row["kind"] != "timing"
+    ]
+
+
+_TWO_RUNS = [
+    *("train", "demo", "--epochs", "2", "--sparsity", "0.9", "--method", "kd"),
+    *("--threads", "1", "--set", "training.batch_size=256"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    process = start(*_TWO_RUNS, "--out", str(out))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_process_resumes_to_the_same_rows(whole, tmp_path, number, code):
+    process = start(*_TWO_RUNS, "--out", str(tmp_path))
+    wait_for_row(tmp_path, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    if number == signal.SIGINT:
+        assert f"the same command goes on from {tmp_path}" in output
+    process = start(*_TWO_RUNS, "--out", str(tmp_path))
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert rows_without_times(tmp_path) == rows_without_times(whole)
+    models = [(out / "seed0/kd-0.9/final.safetensors").read_bytes() for out in (tmp_path, whole)]
+    assert models[0] == models[1]
