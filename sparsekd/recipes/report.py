@@ -57,7 +57,7 @@ def table(rows: Sequence[Row]) -> Table:
     result.add_column("method", no_wrap=True)
     for name in ("sparsity", "test\naccuracy", "nnz of\nconvs", "train\nMFLOPs"):
         result.add_column(name, justify="right", no_wrap=True)
-    for name in ("ms/step\nsparse", "ms/step\ndense", "speed-\nup"):
+    for name in ("step ms\nsparse", "step ms\ndense", "speed\nup"):
         result.add_column(name, justify="right", no_wrap=True)
     results = [row for row in rows if row["kind"] == "result"]
     timings = {r["run"]: r for r in rows if r["kind"] == "timing"}
