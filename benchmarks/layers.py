@@ -38,7 +38,9 @@ LAYERS = {
 Step = Callable[[], tuple[torch.Tensor, ...]]
 
 
-def dense_step(x: torch.Tensor, weight: torch.Tensor, stride: int, layout: torch.memory_format) -> Step:
+def dense_step(
+    x: torch.Tensor, weight: torch.Tensor, stride: int, layout: torch.memory_format
+) -> Step:
     """Return a call that runs forward and backward of a dense convolution in one layout."""
     x = x.detach().to(memory_format=layout).requires_grad_()
     weight = weight.detach().to(memory_format=layout).requires_grad_()
@@ -72,7 +74,9 @@ def check(dense: Step, sparse: Step, mask: torch.Tensor) -> None:
     ):
         error = (expected - got).abs().max() / expected.abs().max()
         if not error < 2e-5:
-            raise SystemExit(f"{name} differs by {error:.1e}: no speed is printed for wrong results")
+            raise SystemExit(
+                f"{name} differs by {error:.1e}: no speed is printed for wrong results"
+            )
 
 
 def medians(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:

@@ -38,7 +38,8 @@ def train(
     data: Annotated[str | None, typer.Option(help="Data set instead of the recipe's.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data files.")] = None,
     sparsity: Annotated[str | None, typer.Option(help="Sparsities, as 0.9,0.98.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0, 1, ...")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds.")] = None,
+    first_seed: Annotated[int | None, typer.Option(help="The first of them [default: 0].")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs; the whole schedule scales with them.")
     ] = None,
@@ -58,7 +59,13 @@ def train(
     """Train a recipe's dense network and its tickets; go on where an earlier call stopped."""
     with _one_line_errors(ValueError):
         chosen = get(recipe)
-        named = {"data.name": data, "sparsities": sparsity, "seeds": seeds, "methods": method}
+        named = {
+            "data.name": data,
+            "sparsities": sparsity,
+            "seeds": seeds,
+            "first_seed": first_seed,
+            "methods": method,
+        }
         for field, value in named.items():
             if value is not None:
                 chosen = override(chosen, f"{field}={value}")

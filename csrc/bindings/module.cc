@@ -317,7 +317,9 @@ py::dict info() {
   d["compiler"] = __VERSION__;
   d["l1d_bytes"] = cache_sizes().l1d;
   d["l2_bytes"] = cache_sizes().l2;
-  d["cached_structures"] = cached_structures();
+  const CacheUse use = cache_use();
+  d["cached_structures"] = use.structures;
+  d["cached_bytes"] = use.bytes;
   return d;
 }
 

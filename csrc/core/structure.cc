@@ -95,9 +95,9 @@ bool Structure::same(const int32_t* other_crow, const int32_t* other_col) const 
          (nnz == 0 || std::memcmp(col.data(), other_col, col.size() * sizeof(int32_t)) == 0);
 }
 
-void Structure::forget_plans() const {
+int64_t Structure::bytes() const {
   const std::lock_guard<std::mutex> guard(mutex_);
-  plans_.clear();
+  return plan_bytes_ + static_cast<int64_t>((crow.size() + col.size()) * sizeof(int32_t));
 }
 
 std::shared_ptr<const Structure> find_structure(const int32_t* crow, int64_t crow_length, const int32_t* col,
@@ -134,10 +134,12 @@ void release_structure(const int32_t* crow, const int32_t* col) {
   table.entries.erase({crow, col});
 }
 
-int64_t cached_structures() {
+CacheUse cache_use() {
   Cache& table = cache();
   const std::lock_guard<std::mutex> guard(table.mutex);
-  return static_cast<int64_t>(table.entries.size());
+  CacheUse use{static_cast<int64_t>(table.entries.size()), 0};
+  for (const auto& entry : table.entries) use.bytes += entry.second.structure->bytes();
+  return use;
 }
 
 }  // namespace sparsekd

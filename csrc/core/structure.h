@@ -39,15 +39,20 @@ class Structure {
   std::shared_ptr<const P> plan(const std::vector<int64_t>& key,
                                 const std::function<std::shared_ptr<const P>()>& make) const {
     const std::lock_guard<std::mutex> guard(mutex_);
-    std::shared_ptr<const void>& entry = plans_[key];
-    if (!entry) entry = make();
-    return std::static_pointer_cast<const P>(entry);
+    const auto found = plans_.find(key);
+    if (found != plans_.end()) return std::static_pointer_cast<const P>(found->second);
+    std::shared_ptr<const P> made = make();
+    plan_bytes_ += made ? made->bytes() : 0;
+    plans_.emplace(key, made);
+    return made;
   }
-  void forget_plans() const;
+  // What the private copy and the plans occupy.
+  int64_t bytes() const;
 
  private:
   mutable std::mutex mutex_;
   mutable std::map<std::vector<int64_t>, std::shared_ptr<const void>> plans_;
+  mutable int64_t plan_bytes_ = 0;
 };
 
 // Finds the Structure of index arrays by their addresses and compares the contents, so an array that was
@@ -55,6 +60,10 @@ class Structure {
 std::shared_ptr<const Structure> find_structure(const int32_t* crow, int64_t crow_length, const int32_t* col,
                                                 int64_t nnz, int64_t rows, int64_t cols);
 void release_structure(const int32_t* crow, const int32_t* col);
-int64_t cached_structures();
+
+struct CacheUse {
+  int64_t structures, bytes;
+};
+CacheUse cache_use();
 
 }  // namespace sparsekd

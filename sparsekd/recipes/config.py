@@ -69,7 +69,9 @@ class Recipe:
         kd: of the methods that distil.
         methods: names from `sparsekd.tickets.METHODS`.
         sparsities: fractions of the convolution weights to prune.
-        seeds: number of repetitions, seeded 0, 1, ...
+        seeds: number of repetitions.
+        first_seed: of the first repetition; the others follow. Several machines can share an
+            experiment this way.
         rewind_epoch: k of the methods that rewind.
         prune_rate: fraction of the remaining weights pruned in a round of the iterative methods.
 
@@ -91,6 +93,7 @@ class Recipe:
     methods: tuple[str, ...] = ("lt", "kd")
     sparsities: tuple[float, ...] = (0.9,)
     seeds: int = 1
+    first_seed: int = 0
     rewind_epoch: int = 1
     prune_rate: float = 0.2
 
@@ -104,6 +107,8 @@ class Recipe:
                 raise ValueError(f"sparsities: expected numbers in [0, 1), got {sparsity}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+        if self.first_seed < 0:
+            raise ValueError(f"first_seed: expected at least 0, got {self.first_seed}")
         if not 0 <= self.rewind_epoch <= self.training.epochs:
             raise ValueError(
                 f"rewind_epoch: expected 0 to {self.training.epochs}, got {self.rewind_epoch}"

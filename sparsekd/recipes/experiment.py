@@ -64,7 +64,7 @@ def plan(recipe: Recipe) -> list[Run]:
         ['seed0/dense', 'seed0/lt-0.8']
     """
     runs = []
-    for seed in range(recipe.seeds):
+    for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
         runs.append(Run(seed, "dense"))
         for sparsity in recipe.sparsities:
             for name in recipe.methods:
@@ -189,7 +189,7 @@ class Experiment:
         batches = self.data.train.batches(self.recipe.training.batch_size)
         x, y = next(iter(batches))
         for run in plan(self.recipe):
-            if run.seed == 0 and run.name not in timed:
+            if run.seed == self.recipe.first_seed and run.name not in timed:
                 self.stop.check()
                 trainer = self._trainer(run)
                 times = time_step(trainer.model, x, y, trainer.objective)

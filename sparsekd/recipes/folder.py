@@ -19,14 +19,14 @@ from sparsekd.recipes.config import Recipe
 from sparsekd.train import MetricsLog, Row, write_atomic
 
 # More of these may be asked for later; the runs that are there stay valid.
-_GRID = ("methods", "sparsities", "seeds")
+_GRID = ("methods", "sparsities", "seeds", "first_seed")
 
 
 class RunFolder:
     """Hold config.json, metrics.jsonl, one subfolder a run, and figures.
 
-    Opening it again with the same recipe goes on where it stopped; methods, sparsities and the
-    number of seeds may differ from the last time, everything else may not.
+    Opening it again with the same recipe goes on where it stopped; methods, sparsities and
+    seeds may differ from the last time, everything else may not.
 
     Args:
         path: the folder; created if missing.

@@ -61,7 +61,7 @@ View4<T> phase_view(const View4<T>& y, const GatherPlan& p) {
 template <class T>
 void run_plans(const Engine& engine, const GatherPlans& plans, const View4<const T>& in, const T* values, const T* bias,
                const View4<T>& out, int threads) {
-  for (const GatherPlan& plan : plans) {
+  for (const GatherPlan& plan : plans.phases) {
     const View4<T> phase = phase_view(out, plan);
     if (plan.offset.empty()) {
       fill(phase, bias, threads);

@@ -118,6 +118,14 @@ bool make_gather(GatherPlan& plan, const std::vector<Tap>& taps, int64_t ins, in
 
 }  // namespace
 
+int64_t GatherPlans::bytes() const {
+  size_t total = 0;
+  for (const GatherPlan& p : phases)
+    total += (p.block_begin.size() + p.offset.size() + p.slot.size()) * sizeof(int32_t) +
+             p.entries.size() * sizeof(RowEntry);
+  return static_cast<int64_t>(total);
+}
+
 std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Structure& s, int64_t tile_pixels) {
   std::vector<Tap> taps;
   taps.reserve(s.nnz);
@@ -125,8 +133,8 @@ std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Struc
     taps.push_back({static_cast<int32_t>(out), static_cast<int32_t>(in), slot, kh * g.dilation_h - g.pad_top,
                     kw * g.dilation_w - g.pad_left});
   });
-  auto plans = std::make_shared<GatherPlans>(1);
-  GatherPlan& plan = plans->front();
+  auto plans = std::make_shared<GatherPlans>();
+  GatherPlan& plan = plans->phases.emplace_back();
   plan.out_h = g.out_h;
   plan.out_w = g.out_w;
   if (!make_gather(plan, taps, g.in_channels, g.out_channels, g.stride_h, g.stride_w, tile_pixels)) return nullptr;
@@ -152,7 +160,7 @@ std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Struc
       plan.every_h = g.stride_h;
       plan.every_w = g.stride_w;
       if (!make_gather(plan, taps, g.out_channels, g.in_channels, 1, 1, tile_pixels)) return nullptr;
-      plans->push_back(std::move(plan));
+      plans->phases.push_back(std::move(plan));
     }
   return plans;
 }

@@ -47,13 +47,17 @@ struct GatherPlan {
 
 // fprop is one gather; dgrad is one for each phase of the stride; empty plans (no taps) fill with the bias.
 // Null when a window would be too large to pack: the caller then takes the plain loops.
-using GatherPlans = std::vector<GatherPlan>;
+struct GatherPlans {
+  std::vector<GatherPlan> phases;
+  int64_t bytes() const;
+};
 std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry&, const Structure&, int64_t tile_pixels);
 std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry&, const Structure&, int64_t tile_pixels);
 
 struct WgradPlan {
   Window window;
   std::vector<int32_t> offset;  // for every nonzero in row-major order, as in GatherPlan
+  int64_t bytes() const { return static_cast<int64_t>(offset.size() * sizeof(int32_t)); }
 };
 std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry&, const Structure&);
 
