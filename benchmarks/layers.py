@@ -1,8 +1,9 @@
-"""Time sparse convolutions against dense ones, layer by layer: `python benchmarks/layers.py --help`.
+"""Time sparse convolutions against dense ones, layer by layer; --help lists the options.
 
-Dense (contiguous and channels_last) and sparse run interleaved in one process with the same threads; the
-dense baseline of a layer is the better of its two layouts. Before anything is timed, the sparse results
-are compared with the masked dense ones. SPARSEKD_ISA=avx2 pins an instruction set. One JSON line per layer and sparsity goes to --out.
+Dense (contiguous and channels_last) and sparse run interleaved in one process on the same threads;
+the dense baseline of a layer is the better of its two layouts. Before anything is timed, the sparse
+results are compared with the masked dense ones. SPARSEKD_ISA=avx2 pins an instruction set. One JSON
+line per layer and sparsity goes to --out.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def main() -> None:
         "torch": torch.__version__,
         "isa": skd.ops.info()["cpp"]["isa"],
     }
-    chosen = sum(LAYERS.values(), []) if options.layers == "all" else LAYERS[options.layers]
-    for layer in chosen:
+    names = LAYERS if options.layers == "all" else [options.layers]
+    for layer in (layer for name in names for layer in LAYERS[name]):
         for sparsity in map(float, options.sparsity.split(",")):
             row = measure(layer, sparsity, options.batch, options.rounds) | {"machine": machine}
             ms = row["ms"]

@@ -33,9 +33,7 @@ def allocated(model: torch.nn.Module) -> int:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
     optimizer.step()
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors(model, optimizer)
-    }
+    held = [t.untyped_storage() for t in tensors(model, optimizer)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 

@@ -42,8 +42,9 @@ void check_dims(const char* name, const py::array& a, int dims) {
 template <class T>
 void check_type(const char* name, const py::array& a) {
   if (!py::isinstance<py::array_t<T>>(a))
-    throw UnsupportedError(std::string(name) + ": expected dtype " + std::string(py::str(py::dtype::of<T>())) +
-                           ", got " + std::string(py::str(a.dtype())));
+    throw UnsupportedError(std::string(name) + ": expected dtype " +
+                           std::string(py::str(py::dtype::of<T>())) + ", got " +
+                           std::string(py::str(a.dtype())));
 }
 
 // Strides in elements. numpy keeps an array's bytes aligned to its elements unless asked otherwise.
@@ -64,8 +65,8 @@ T* data_of(const char* name, const py::array& a) {
 template <class T>
 View4<T> view4(const char* name, const py::array& a) {
   check_dims(name, a, 4);
-  return {data_of<T>(name, a), a.shape(0), a.shape(1), a.shape(2), a.shape(3), stride(name, a, 0), stride(name, a, 1),
-          stride(name, a, 2), stride(name, a, 3)};
+  return {data_of<T>(name, a), a.shape(0),         a.shape(1),         a.shape(2),        a.shape(3),
+          stride(name, a, 0),  stride(name, a, 1), stride(name, a, 2), stride(name, a, 3)};
 }
 
 template <class T>
@@ -81,7 +82,8 @@ T* vector_of(const char* name, const py::array& a, int64_t length) {
   if (a.shape(0) != length)
     throw ShapeError(std::string(name) + ": expected " + std::to_string(length) + " elements, got " +
                      std::to_string(a.shape(0)));
-  if (length > 1 && stride(name, a, 0) != 1) throw ShapeError(std::string(name) + ": expected a contiguous array");
+  if (length > 1 && stride(name, a, 0) != 1)
+    throw ShapeError(std::string(name) + ": expected a contiguous array");
   return data_of<T>(name, a);
 }
 
@@ -113,7 +115,8 @@ RawIndices raw(const Indices& crow, const Indices& col) {
           vector_of<const int32_t>("col_indices", col, col.shape(0)), crow.shape(0), col.shape(0)};
 }
 
-std::shared_ptr<const Structure> structure(const Indices& crow, const Indices& col, int64_t rows, int64_t cols) {
+std::shared_ptr<const Structure> structure(const Indices& crow, const Indices& col, int64_t rows,
+                                           int64_t cols) {
   const RawIndices r = raw(crow, col);
   return find_structure(r.crow, r.crow_length, r.col, r.nnz, rows, cols);
 }
@@ -128,7 +131,8 @@ template <class F>
 void by_type(const char* name, const py::array& a, F run) {
   if (py::isinstance<py::array_t<float>>(a)) return run(float{});
   if (py::isinstance<py::array_t<double>>(a)) return run(double{});
-  throw UnsupportedError(std::string(name) + ": expected float32 or float64, got " + std::string(py::str(a.dtype())));
+  throw UnsupportedError(std::string(name) + ": expected float32 or float64, got " +
+                         std::string(py::str(a.dtype())));
 }
 
 struct Convolution {
@@ -136,8 +140,9 @@ struct Convolution {
   std::shared_ptr<const Structure> weight;
 };
 
-Convolution convolution(const py::array& input, const Indices& crow, const Indices& col, const Quad& weight_shape,
-                        const Pair& stride, const Quad& padding, const Pair& dilation, int64_t groups) {
+Convolution convolution(const py::array& input, const Indices& crow, const Indices& col,
+                        const Quad& weight_shape, const Pair& stride, const Quad& padding,
+                        const Pair& dilation, int64_t groups) {
   check_dims("x", input, 4);
   ConvGeometry g{};
   g.batch = input.shape(0);
@@ -293,8 +298,8 @@ py::tuple transpose(const Indices& crow, const Indices& col, int64_t rows, int64
   return py::make_tuple(to_array(t.crow), to_array(t.col), to_array(t.slot));
 }
 
-py::array_t<int64_t> grow(const py::array& score, const Indices& crow, const Indices& col, int64_t rows, int64_t cols,
-                          int64_t k, int threads) {
+py::array_t<int64_t> grow(const py::array& score, const Indices& crow, const Indices& col, int64_t rows,
+                          int64_t cols, int64_t k, int threads) {
   const auto kept = structure(crow, col, rows, cols);
   check_threads(threads);
   std::vector<int64_t> positions;

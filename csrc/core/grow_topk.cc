@@ -78,7 +78,8 @@ template <class T>
 std::vector<int64_t> grow_topk(const T* score, const Structure& kept, int64_t k, int threads) {
   const int64_t free = kept.rows * kept.cols - kept.nnz;
   if (k < 0 || k > free)
-    throw ShapeError("k: expected 0 <= k <= " + std::to_string(free) + " free positions, got " + std::to_string(k));
+    throw ShapeError("k: expected 0 <= k <= " + std::to_string(free) + " free positions, got " +
+                     std::to_string(k));
   if (k == 0) return {};
   const int slots = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, kept.rows)));
   std::vector<BestK<T>> best;
@@ -87,7 +88,8 @@ std::vector<int64_t> grow_topk(const T* score, const Structure& kept, int64_t k,
   std::vector<char> nan(slots, 0);
   auto scan = [&](int slot) {
     const int64_t begin = kept.rows * slot / slots, end = kept.rows * (slot + 1) / slots;
-    for (int64_t row = begin; row < end && !nan[slot]; ++row) nan[slot] = !scan_row(score, kept, row, best[slot]);
+    for (int64_t row = begin; row < end && !nan[slot]; ++row)
+      nan[slot] = !scan_row(score, kept, row, best[slot]);
   };
   parallel(slots, slots, scan);
   if (std::find(nan.begin(), nan.end(), 1) != nan.end())

@@ -1,4 +1,5 @@
-// Which weights to grow: the k best-scoring positions outside a structure (RigL, arXiv 1911.11134, section 3).
+// Which weights to grow: the k best-scoring positions outside a structure (RigL, arXiv 1911.11134, section
+// 3).
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -32,9 +32,8 @@ const OpenMp& openmp() {
     omp.threads = reinterpret_cast<OpenMp::Query>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
     if (!omp.parallel || !omp.thread || !omp.threads) return OpenMp{};
     Dl_info info{};
-    omp.name = dladdr(reinterpret_cast<void*>(omp.parallel), &info) && info.dli_fname
-                   ? info.dli_fname
-                   : "OpenMP";
+    omp.name =
+        dladdr(reinterpret_cast<void*>(omp.parallel), &info) && info.dli_fname ? info.dli_fname : "OpenMP";
     return omp;
   }();
   return found;

@@ -42,12 +42,12 @@ void validate_csr(const int32_t* crow, int64_t crow_length, const int32_t* col, 
                         number(crow_length));
   if (crow[0] != 0) throw TopologyError("crow_indices: must start at 0, got " + number(crow[0]));
   if (crow[rows] != nnz)
-    throw TopologyError("crow_indices: last entry must equal the number of nonzeros " + number(nnz) + ", got " +
-                        number(crow[rows]));
+    throw TopologyError("crow_indices: last entry must equal the number of nonzeros " + number(nnz) +
+                        ", got " + number(crow[rows]));
   for (int64_t row = 0; row < rows; ++row)
     if (crow[row] > crow[row + 1])
-      throw TopologyError("crow_indices: not monotone at row " + number(row) + ": " + number(crow[row]) + " > " +
-                          number(crow[row + 1]));
+      throw TopologyError("crow_indices: not monotone at row " + number(row) + ": " + number(crow[row]) +
+                          " > " + number(crow[row + 1]));
   // Monotone between 0 and nnz, so every read below is in bounds.
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t k = crow[row]; k < crow[row + 1]; ++k) {
@@ -55,8 +55,9 @@ void validate_csr(const int32_t* crow, int64_t crow_length, const int32_t* col, 
         throw TopologyError("col_indices: out of range in row " + number(row) + ": expected 0 <= column < " +
                             number(cols) + ", got " + number(col[k]));
       if (k > crow[row] && col[k] <= col[k - 1])
-        throw TopologyError(std::string("col_indices: ") + (col[k] == col[k - 1] ? "duplicated" : "unsorted") +
-                            " column " + number(col[k]) + " in row " + number(row));
+        throw TopologyError(std::string("col_indices: ") +
+                            (col[k] == col[k - 1] ? "duplicated" : "unsorted") + " column " + number(col[k]) +
+                            " in row " + number(row));
     }
   }
 }
@@ -120,9 +121,8 @@ std::shared_ptr<const Structure> find_structure(const int32_t* crow, int64_t cro
   const std::lock_guard<std::mutex> guard(table.mutex);
   table.entries[key] = {made, ++table.clock};
   if (table.entries.size() > kMaxCached) {
-    const auto oldest = std::min_element(table.entries.begin(), table.entries.end(), [](auto& a, auto& b) {
-      return a.second.used < b.second.used;
-    });
+    const auto oldest = std::min_element(table.entries.begin(), table.entries.end(),
+                                         [](auto& a, auto& b) { return a.second.used < b.second.used; });
     table.entries.erase(oldest);
   }
   return made;

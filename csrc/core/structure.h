@@ -16,8 +16,8 @@ void validate_csr(const int32_t* crow, int64_t crow_length, const int32_t* col, 
                   int64_t cols);
 
 struct Transposed {
-  std::vector<int32_t> crow, col;   // compressed rows of the transpose
-  std::vector<int32_t> slot;        // transposed entry -> entry of the original
+  std::vector<int32_t> crow, col;  // compressed rows of the transpose
+  std::vector<int32_t> slot;       // transposed entry -> entry of the original
 };
 Transposed transpose_csr(const int32_t* crow, const int32_t* col, int64_t rows, int64_t cols);
 

@@ -72,7 +72,8 @@ struct Tensor {
     if (layout == 2) view.stride_n = 1, view.stride_c = n, view.stride_h = n * c * w, view.stride_w = n * c;
   }
   View4<const T> read() const {
-    return {view.data, view.n, view.c, view.h, view.w, view.stride_n, view.stride_c, view.stride_h, view.stride_w};
+    return {view.data,     view.n,        view.c,        view.h,       view.w,
+            view.stride_n, view.stride_c, view.stride_h, view.stride_w};
   }
 };
 
@@ -132,8 +133,9 @@ ConvGeometry random_geometry() {
 
 std::string describe(const ConvGeometry& g, const char* isa, double density, int threads) {
   std::string text = isa;
-  for (int64_t v : {g.batch, g.in_channels, g.in_h, g.in_w, g.out_channels, g.kernel_h, g.kernel_w, g.stride_h,
-                    g.stride_w, g.pad_top, g.pad_bottom, g.pad_left, g.pad_right, g.dilation_h, g.dilation_w, g.groups})
+  for (int64_t v :
+       {g.batch, g.in_channels, g.in_h, g.in_w, g.out_channels, g.kernel_h, g.kernel_w, g.stride_h,
+        g.stride_w, g.pad_top, g.pad_bottom, g.pad_left, g.pad_right, g.dilation_h, g.dilation_w, g.groups})
     text += " " + std::to_string(v);
   return text + " density " + std::to_string(density) + " threads " + std::to_string(threads);
 }
@@ -147,7 +149,8 @@ void test_convolution(int cases) {
     const double density = densities[pick(0, 4)];
     const int64_t columns = g.in_channels / g.groups * g.kernel_h * g.kernel_w;
     const Csr csr = random_csr(g.out_channels, columns, density);
-    const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), g.out_channels, columns);
+    const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), g.out_channels,
+                      columns);
     std::vector<T> values(s.nnz), bias(g.out_channels);
     for (T& v : values) v = static_cast<T>(uniform());
     for (T& v : bias) v = static_cast<T>(uniform());
@@ -155,7 +158,8 @@ void test_convolution(int cases) {
     const Tensor<T> x(g.batch, g.in_channels, g.in_h, g.in_w, pick(0, 2), false);
     const Tensor<T> grad(g.batch, g.out_channels, g.out_h, g.out_w, pick(0, 2), false);
 
-    Tensor<T> y0(g.batch, g.out_channels, g.out_h, g.out_w, 0, true), dx0(g.batch, g.in_channels, g.in_h, g.in_w, 0, true);
+    Tensor<T> y0(g.batch, g.out_channels, g.out_h, g.out_w, 0, true),
+        dx0(g.batch, g.in_channels, g.in_h, g.in_w, 0, true);
     std::vector<T> dv0(s.nnz);
     scalar::conv_fprop<T>(g, s, x.read(), values.data(), b, y0.view, 1);
     scalar::conv_dgrad<T>(g, s, grad.read(), values.data(), dx0.view, 1);
@@ -279,7 +283,8 @@ void test_grow() {
     const Csr csr = random_csr(rows, cols, 0.3);
     const Structure kept(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), rows, cols);
     std::vector<float> score(rows * cols);
-    for (float& v : score) v = static_cast<float>(pick(0, i % 2 ? 3 : 1000000));  // many ties every second time
+    for (float& v : score)
+      v = static_cast<float>(pick(0, i % 2 ? 3 : 1000000));  // many ties every second time
     std::vector<char> taken(rows * cols, 0);
     for (int64_t r = 0; r < rows; ++r)
       for (int32_t k = csr.crow[r]; k < csr.crow[r + 1]; ++k) taken[r * cols + csr.col[k]] = 1;
@@ -290,12 +295,14 @@ void test_grow() {
     std::stable_sort(free.begin(), free.end(), [&](int64_t a, int64_t b) { return score[a] > score[b]; });
     std::vector<int64_t> expected(free.begin(), free.begin() + k);
     std::sort(expected.begin(), expected.end());
-    check(grow_topk(score.data(), kept, k, static_cast<int>(pick(1, 4))) == expected, "growth equals a full sort");
+    check(grow_topk(score.data(), kept, k, static_cast<int>(pick(1, 4))) == expected,
+          "growth equals a full sort");
     if (!free.empty()) {
       score[free.back()] = std::numeric_limits<float>::quiet_NaN();
       check_throws<std::domain_error>([&] { grow_topk(score.data(), kept, 1, 2); }, "NaN");
     }
-    check_throws<ShapeError>([&] { grow_topk(score.data(), kept, static_cast<int64_t>(free.size()) + 1, 1); }, "free");
+    check_throws<ShapeError>([&] { grow_topk(score.data(), kept, static_cast<int64_t>(free.size()) + 1, 1); },
+                             "free");
   }
 }
 
@@ -314,8 +321,9 @@ void test_schedule() {
     const int64_t images = pick(1, 70), rows = pick(1, 60), channels = pick(1, 600), halo = pick(0, 6);
     const int threads = static_cast<int>(pick(1, 9));
     const Schedule s = schedule_rows(images, rows, channels, halo, 16, threads, 4);
-    check(s.strips * s.strip_rows >= rows && s.groups * 16 >= images * s.strips && s.chunks * s.chunk_rows >= s.strip_rows &&
-              s.parts >= 1 && s.parts <= std::max<int64_t>(1, channels),
+    check(s.strips * s.strip_rows >= rows && s.groups * 16 >= images * s.strips &&
+              s.chunks * s.chunk_rows >= s.strip_rows && s.parts >= 1 &&
+              s.parts <= std::max<int64_t>(1, channels),
           "a schedule covers every row of every image");
   }
 }

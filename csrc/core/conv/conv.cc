@@ -11,10 +11,12 @@ namespace {
 const Engine* find_engine(Isa isa) {
   switch (isa) {
 #define SPARSEKD_CASE(name, isa) \
-  case Isa::isa: return &engine_##name;
+  case Isa::isa:                 \
+    return &engine_##name;
     SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
 #undef SPARSEKD_CASE
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 
@@ -27,9 +29,22 @@ enum class Pass : int64_t { kFprop, kDgrad, kWgrad };
 
 // The batch is not part of a plan.
 std::vector<int64_t> plan_key(Pass pass, const ConvGeometry& g, int64_t tile_pixels) {
-  return {static_cast<int64_t>(pass), tile_pixels, g.in_channels, g.in_h,      g.in_w,       g.kernel_h,   g.kernel_w,
-          g.stride_h,                 g.stride_w,  g.pad_top,     g.pad_bottom, g.pad_left,  g.pad_right,  g.dilation_h,
-          g.dilation_w,               g.groups};
+  return {static_cast<int64_t>(pass),
+          tile_pixels,
+          g.in_channels,
+          g.in_h,
+          g.in_w,
+          g.kernel_h,
+          g.kernel_w,
+          g.stride_h,
+          g.stride_w,
+          g.pad_top,
+          g.pad_bottom,
+          g.pad_left,
+          g.pad_right,
+          g.dilation_h,
+          g.dilation_w,
+          g.groups};
 }
 
 // Writes the bias (or zero) everywhere, walking along whichever of channels and columns lies contiguous.
@@ -54,13 +69,20 @@ void fill(const View4<T>& y, const T* bias, int threads) {
 // The output positions that one plan computes.
 template <class T>
 View4<T> phase_view(const View4<T>& y, const GatherPlan& p) {
-  return {y.data + p.first_h * y.stride_h + p.first_w * y.stride_w, y.n, y.c, p.out_h, p.out_w,
-          y.stride_n, y.stride_c, p.every_h * y.stride_h, p.every_w * y.stride_w};
+  return {y.data + p.first_h * y.stride_h + p.first_w * y.stride_w,
+          y.n,
+          y.c,
+          p.out_h,
+          p.out_w,
+          y.stride_n,
+          y.stride_c,
+          p.every_h * y.stride_h,
+          p.every_w * y.stride_w};
 }
 
 template <class T>
-void run_plans(const Engine& engine, const GatherPlans& plans, const View4<const T>& in, const T* values, const T* bias,
-               const View4<T>& out, int threads) {
+void run_plans(const Engine& engine, const GatherPlans& plans, const View4<const T>& in, const T* values,
+               const T* bias, const View4<T>& out, int threads) {
   for (const GatherPlan& plan : plans.phases) {
     const View4<T> phase = phase_view(out, plan);
     if (plan.offset.empty()) {
@@ -77,8 +99,8 @@ bool empty(const ConvGeometry& g) { return g.batch == 0 || g.out_h == 0 || g.out
 
 }  // namespace
 
-Schedule schedule_rows(int64_t images, int64_t out_rows, int64_t out_channels, int64_t halo_rows, int64_t lanes,
-                       int threads, int64_t chunks_per_thread) {
+Schedule schedule_rows(int64_t images, int64_t out_rows, int64_t out_channels, int64_t halo_rows,
+                       int64_t lanes, int threads, int64_t chunks_per_thread) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   Schedule best{};
   int64_t best_cost = 0;
@@ -97,13 +119,14 @@ Schedule schedule_rows(int64_t images, int64_t out_rows, int64_t out_channels, i
   best.chunk_rows = ceil_div(best.strip_rows, best.chunks);
   best.chunks = ceil_div(best.strip_rows, best.chunk_rows);
   const int64_t items = best.groups * best.chunks;
-  if (items < threads) best.parts = std::max<int64_t>(1, std::min(ceil_div(threads, items), out_channels / 8));
+  if (items < threads)
+    best.parts = std::max<int64_t>(1, std::min(ceil_div(threads, items), out_channels / 8));
   return best;
 }
 
 template <class T>
-void conv_fprop(const ConvGeometry& g, const Structure& s, View4<const T> x, const T* values, const T* bias, View4<T> y,
-                int threads) {
+void conv_fprop(const ConvGeometry& g, const Structure& s, View4<const T> x, const T* values, const T* bias,
+                View4<T> y, int threads) {
   if (empty(g)) return;
   if (const Engine* engine = find_engine(current_isa())) {
     const auto plans = s.plan<GatherPlans>(plan_key(Pass::kFprop, g, engine->tile_pixels),
@@ -136,10 +159,11 @@ void conv_wgrad(const ConvGeometry& g, const Structure& s, View4<const T> grad, 
   scalar::conv_wgrad(g, s, grad, x, dvalues, threads);
 }
 
-#define SPARSEKD_INSTANTIATE(T)                                                                               \
-  template void conv_fprop<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, const T*, View4<T>, \
-                              int);                                                                           \
-  template void conv_dgrad<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, View4<T>, int); \
+#define SPARSEKD_INSTANTIATE(T)                                                                          \
+  template void conv_fprop<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, const T*, \
+                              View4<T>, int);                                                            \
+  template void conv_dgrad<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, View4<T>, \
+                              int);                                                                      \
   template void conv_wgrad<T>(const ConvGeometry&, const Structure&, View4<const T>, View4<const T>, T*, int);
 SPARSEKD_INSTANTIATE(float)
 SPARSEKD_INSTANTIATE(double)

@@ -26,8 +26,8 @@ void check_weight(const ConvGeometry& geometry, const Structure& weight);
 
 // x [batch, Ci, in_h, in_w], values [nnz], bias [Co] or null -> y [batch, Co, out_h, out_w]
 template <class T>
-void conv_fprop(const ConvGeometry&, const Structure&, View4<const T> x, const T* values, const T* bias, View4<T> y,
-                int threads);
+void conv_fprop(const ConvGeometry&, const Structure&, View4<const T> x, const T* values, const T* bias,
+                View4<T> y, int threads);
 
 // grad [batch, Co, out_h, out_w], values [nnz] -> dx [batch, Ci, in_h, in_w]
 template <class T>
@@ -42,8 +42,8 @@ void conv_wgrad(const ConvGeometry&, const Structure&, View4<const T> grad, View
 // The oracle: plain loops that accumulate in double, slow and independent of plans and packing.
 namespace scalar {
 template <class T>
-void conv_fprop(const ConvGeometry&, const Structure&, View4<const T> x, const T* values, const T* bias, View4<T> y,
-                int threads);
+void conv_fprop(const ConvGeometry&, const Structure&, View4<const T> x, const T* values, const T* bias,
+                View4<T> y, int threads);
 template <class T>
 void conv_dgrad(const ConvGeometry&, const Structure&, View4<const T> grad, const T* values, View4<T> dx,
                 int threads);

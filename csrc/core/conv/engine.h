@@ -53,7 +53,7 @@ struct Schedule {
   int64_t chunks, chunk_rows;
   int64_t parts;  // output channels are cut too when there is too little else to share
 };
-Schedule schedule_rows(int64_t images, int64_t out_rows, int64_t out_channels, int64_t halo_rows, int64_t lanes,
-                       int threads, int64_t chunks_per_thread);
+Schedule schedule_rows(int64_t images, int64_t out_rows, int64_t out_channels, int64_t halo_rows,
+                       int64_t lanes, int threads, int64_t chunks_per_thread);
 
 }  // namespace sparsekd

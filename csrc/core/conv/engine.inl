@@ -40,7 +40,8 @@ inline Vec<T> load(const char* at) {
 // tile[pixel] += sum of value * window pixel over a list of nonzeros. Pixels lie `step` bytes apart. A tile
 // with few pixels takes several nonzeros at once, each with accumulators of its own.
 template <class T, int Pixels>
-inline void accumulate(const char* x, const int32_t* offset, const T* value, int64_t count, int64_t step, T* tile) {
+inline void accumulate(const char* x, const int32_t* offset, const T* value, int64_t count, int64_t step,
+                       T* tile) {
   constexpr int V = Pixels * kVectors;
   constexpr int Unroll = V >= kAccumulators ? 1 : kAccumulators / V;
   Vec<T>* acc = reinterpret_cast<Vec<T>*>(tile);
@@ -55,13 +56,15 @@ inline void accumulate(const char* x, const int32_t* offset, const T* value, int
       const char* p = x + offset[k + u];
       const T v = value[k + u];
 #pragma GCC unroll 8
-      for (int i = 0; i < V; ++i) sum[u][i] += v * load<T>(p + (i / kVectors) * step + (i % kVectors) * kVectorBytes);
+      for (int i = 0; i < V; ++i)
+        sum[u][i] += v * load<T>(p + (i / kVectors) * step + (i % kVectors) * kVectorBytes);
     }
   for (; k < count; ++k) {
     const char* p = x + offset[k];
     const T v = value[k];
 #pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) sum[0][i] += v * load<T>(p + (i / kVectors) * step + (i % kVectors) * kVectorBytes);
+    for (int i = 0; i < V; ++i)
+      sum[0][i] += v * load<T>(p + (i / kVectors) * step + (i % kVectors) * kVectorBytes);
   }
   for (int i = 0; i < V; ++i) {
     for (int u = 1; u < Unroll; ++u) sum[0][i] += sum[u][i];
@@ -188,7 +191,8 @@ void gather_item(const GatherCall<T>& call, const Schedule& s, int64_t item) {
   point_lanes(call.in, s, group, window.step_h, source);
   point_lanes(call.out, s, group, 1, target);
   // A strip ends where the next begins, also when the image has more rows.
-  for (int lane = 0; lane < L; ++lane) target[lane].rows = min64(target[lane].rows, target[lane].row0 + s.strip_rows);
+  for (int lane = 0; lane < L; ++lane)
+    target[lane].rows = min64(target[lane].rows, target[lane].row0 + s.strip_rows);
   T* tile = static_cast<T*>(scratch(Scratch::kTile, (end - begin) * kTilePixels * kPixelBytes));
   RollingWindow<T> rows(window, h1 - h0, 0);
   rows.restart(h0 * window.step_h + window.lo_h);
@@ -204,8 +208,8 @@ void gather_item(const GatherCall<T>& call, const Schedule& s, int64_t item) {
 template <class T>
 void gather(const GatherCall<T>& call) {
   const Window& window = call.plan->window;
-  const Schedule s = schedule_rows(call.out.n, call.out.h, call.out.c, max64(0, window.span_h - window.step_h),
-                                   kLanes<T>, call.threads, 4);
+  const Schedule s = schedule_rows(call.out.n, call.out.h, call.out.c,
+                                   max64(0, window.span_h - window.step_h), kLanes<T>, call.threads, 4);
   const int64_t items = s.groups * s.chunks * s.parts;
   int64_t next = 0;
   // Items write disjoint outputs, so whoever is free may take the next.

@@ -13,8 +13,8 @@ void at_least(const char* name, int64_t value, int64_t least) {
                      std::to_string(value));
 }
 
-int64_t output_size(const char* name, int64_t in, int64_t before, int64_t after, int64_t kernel, int64_t dilation,
-                    int64_t stride) {
+int64_t output_size(const char* name, int64_t in, int64_t before, int64_t after, int64_t kernel,
+                    int64_t dilation, int64_t stride) {
   const int64_t room = in + before + after - dilation * (kernel - 1) - 1;
   if (room < 0)
     throw ShapeError(std::string(name) + ": padded input " + std::to_string(in + before + after) +
@@ -36,22 +36,26 @@ void complete_geometry(ConvGeometry& g) {
   at_least("padding", std::min(std::min(g.pad_top, g.pad_bottom), std::min(g.pad_left, g.pad_right)), 0);
   at_least("groups", g.groups, 1);
   // Every product of sizes below stays far inside int64.
-  const int64_t largest = std::max({g.batch, g.in_channels, g.out_channels, g.in_h, g.in_w, g.kernel_h, g.kernel_w,
-                                    g.stride_h, g.stride_w, g.dilation_h, g.dilation_w, g.pad_top, g.pad_bottom,
-                                    g.pad_left, g.pad_right, g.groups});
-  if (largest > (int64_t{1} << 30)) throw ShapeError("convolution: a size exceeds 2^30, got " + std::to_string(largest));
+  const int64_t largest = std::max({g.batch, g.in_channels, g.out_channels, g.in_h, g.in_w, g.kernel_h,
+                                    g.kernel_w, g.stride_h, g.stride_w, g.dilation_h, g.dilation_w, g.pad_top,
+                                    g.pad_bottom, g.pad_left, g.pad_right, g.groups});
+  if (largest > (int64_t{1} << 30))
+    throw ShapeError("convolution: a size exceeds 2^30, got " + std::to_string(largest));
   if (g.in_channels % g.groups || g.out_channels % g.groups)
-    throw ShapeError("groups: must divide in_channels " + std::to_string(g.in_channels) + " and out_channels " +
-                     std::to_string(g.out_channels) + ", got " + std::to_string(g.groups));
-  g.out_h = output_size("input height", g.in_h, g.pad_top, g.pad_bottom, g.kernel_h, g.dilation_h, g.stride_h);
+    throw ShapeError("groups: must divide in_channels " + std::to_string(g.in_channels) +
+                     " and out_channels " + std::to_string(g.out_channels) + ", got " +
+                     std::to_string(g.groups));
+  g.out_h =
+      output_size("input height", g.in_h, g.pad_top, g.pad_bottom, g.kernel_h, g.dilation_h, g.stride_h);
   g.out_w = output_size("input width", g.in_w, g.pad_left, g.pad_right, g.kernel_w, g.dilation_w, g.stride_w);
 }
 
 void check_weight(const ConvGeometry& g, const Structure& weight) {
   const int64_t columns = g.in_channels / g.groups * g.kernel_h * g.kernel_w;
   if (weight.rows != g.out_channels || weight.cols != columns)
-    throw ShapeError("weight: expected " + std::to_string(g.out_channels) + " rows and " + std::to_string(columns) +
-                     " columns, got " + std::to_string(weight.rows) + " and " + std::to_string(weight.cols));
+    throw ShapeError("weight: expected " + std::to_string(g.out_channels) + " rows and " +
+                     std::to_string(columns) + " columns, got " + std::to_string(weight.rows) + " and " +
+                     std::to_string(weight.cols));
 }
 
 }  // namespace sparsekd

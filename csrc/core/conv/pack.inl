@@ -3,15 +3,16 @@
 // One of the images computed together: where its data starts and which virtual row it begins at.
 template <class T>
 struct Lane {
-  T* base;        // null: no image here
-  int64_t row0;   // real row = row0 + virtual row
-  int64_t rows;   // real rows that exist
+  T* base;       // null: no image here
+  int64_t row0;  // real row = row0 + virtual row
+  int64_t rows;  // real rows that exist
 };
 
 template <class T>
 constexpr int kLanes = static_cast<int>(kPixelBytes / sizeof(T));
 
-// An 8 x 8 (float) block is transposed in registers: eight images' runs of eight elements become eight pixels.
+// An 8 x 8 (float) block is transposed in registers: eight images' runs of eight elements become eight
+// pixels.
 #if defined(__AVX2__)
 inline void transpose8(__m256 r[8]) {
   const __m256 t0 = _mm256_unpacklo_ps(r[0], r[1]), t1 = _mm256_unpackhi_ps(r[0], r[1]);
@@ -129,7 +130,8 @@ void pack_row(const View4<const T>& in, const Window& w, const Lane<const T>* la
   if (present == L && in.stride_c == 1) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t at = (w.lo_w + c * w.pack_step) * in.stride_w;
-      for (int64_t ch = 0; ch < blocked; ch += 8) interleave8(src, at + ch, dst + (ch * w.pitch + c) * L, w.pitch * L);
+      for (int64_t ch = 0; ch < blocked; ch += 8)
+        interleave8(src, at + ch, dst + (ch * w.pitch + c) * L, w.pitch * L);
       for (int64_t ch = blocked; ch < w.channels; ++ch) element(ch, c);
     }
   } else if (present == L && column == 1) {
@@ -147,8 +149,8 @@ void pack_row(const View4<const T>& in, const Window& w, const Lane<const T>* la
 
 // Writes a tile [channels begin..end)[pixels][lane] to columns ow... of row `row` of every lane that has it.
 template <class T>
-void store_tile(const View4<T>& out, const Lane<T>* lanes, int64_t row, int64_t ow, int64_t pixels, int64_t begin,
-                int64_t end, const T* tile) {
+void store_tile(const View4<T>& out, const Lane<T>* lanes, int64_t row, int64_t ow, int64_t pixels,
+                int64_t begin, int64_t end, const T* tile) {
   constexpr int L = kLanes<T>;
   T* dst[L];
   int present = 0;
@@ -176,7 +178,8 @@ void store_tile(const View4<T>& out, const Lane<T>* lanes, int64_t row, int64_t 
     for (int64_t ch = begin; ch < end; ++ch)
       deinterleave8(tile + (ch - begin) * channel, L, dst, ch * out.stride_c);
   } else if (present == L && out.stride_w == 1 && pixels == 4) {
-    for (int64_t ch = begin; ch < end; ++ch) deinterleave4(tile + (ch - begin) * channel, dst, ch * out.stride_c);
+    for (int64_t ch = begin; ch < end; ++ch)
+      deinterleave4(tile + (ch - begin) * channel, dst, ch * out.stride_c);
   } else {
     for (int64_t ch = begin; ch < end; ++ch)
       for (int64_t p = 0; p < pixels; ++p) element(ch, p);

@@ -41,7 +41,8 @@ struct Range {
 };
 
 // step_w counts input columns here; a single tap column packs only the columns it meets.
-Window make_window(int64_t channels, const Range& dh, const Range& dw, int64_t out_w, int64_t step_h, int64_t step_w) {
+Window make_window(int64_t channels, const Range& dh, const Range& dw, int64_t out_w, int64_t step_h,
+                   int64_t step_w) {
   Window w;
   w.channels = channels;
   w.lo_h = dh.lo;
@@ -59,9 +60,7 @@ Window make_window(int64_t channels, const Range& dh, const Range& dw, int64_t o
   return w;
 }
 
-bool fits(const Window& w) {
-  return w.span_h * w.row_bytes() <= kMaxWindowBytes;
-}
+bool fits(const Window& w) { return w.span_h * w.row_bytes() <= kMaxWindowBytes; }
 
 int32_t window_offset(const Window& w, int64_t in, int64_t dh, int64_t dw) {
   return static_cast<int32_t>((((dh - w.lo_h) * w.channels + in) * w.pitch + (dw - w.lo_w)) * kPixelBytes);
@@ -112,7 +111,8 @@ bool make_gather(GatherPlan& plan, const std::vector<Tap>& taps, int64_t ins, in
   }
   plan.window = make_window(ins, dh, dw, plan.out_w, step_h, step_w);
   if (!fits(plan.window)) return false;
-  fill_lists(plan, taps, outs, block_channels(plan.window, rows.size(), dw.hi - dw.lo + 1, tile_pixels, outs, taps.size()));
+  fill_lists(plan, taps, outs,
+             block_channels(plan.window, rows.size(), dw.hi - dw.lo + 1, tile_pixels, outs, taps.size()));
   return true;
 }
 
@@ -126,7 +126,8 @@ int64_t GatherPlans::bytes() const {
   return static_cast<int64_t>(total);
 }
 
-std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Structure& s, int64_t tile_pixels) {
+std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Structure& s,
+                                              int64_t tile_pixels) {
   std::vector<Tap> taps;
   taps.reserve(s.nnz);
   for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
@@ -137,11 +138,13 @@ std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Struc
   GatherPlan& plan = plans->phases.emplace_back();
   plan.out_h = g.out_h;
   plan.out_w = g.out_w;
-  if (!make_gather(plan, taps, g.in_channels, g.out_channels, g.stride_h, g.stride_w, tile_pixels)) return nullptr;
+  if (!make_gather(plan, taps, g.in_channels, g.out_channels, g.stride_h, g.stride_w, tile_pixels))
+    return nullptr;
   return plans;
 }
 
-std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Structure& s, int64_t tile_pixels) {
+std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Structure& s,
+                                              int64_t tile_pixels) {
   auto plans = std::make_shared<GatherPlans>();
   for (int64_t ph = 0; ph < std::min(g.stride_h, g.in_h); ++ph)
     for (int64_t pw = 0; pw < std::min(g.stride_w, g.in_w); ++pw) {
@@ -150,7 +153,8 @@ std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Struc
       for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
         const int64_t h = ph + g.pad_top - kh * g.dilation_h, w = pw + g.pad_left - kw * g.dilation_w;
         if (h % g.stride_h == 0 && w % g.stride_w == 0)
-          taps.push_back({static_cast<int32_t>(in), static_cast<int32_t>(out), slot, h / g.stride_h, w / g.stride_w});
+          taps.push_back(
+              {static_cast<int32_t>(in), static_cast<int32_t>(out), slot, h / g.stride_h, w / g.stride_w});
       });
       GatherPlan plan;
       plan.out_h = ceil_div(g.in_h - ph, g.stride_h);

@@ -19,10 +19,11 @@ struct Window {
   int64_t channels = 0;
   int64_t lo_h = 0, span_h = 0;  // input row of the first window row relative to out_row * step_h; rows
   int64_t lo_w = 0;              // input column of window column 0
-  int64_t cols = 0, pitch = 0;   // columns in use, and allocated (odd, so that channels spread over cache sets)
-  int64_t step_h = 1;            // input rows from one output row to the next
-  int64_t step_w = 1;            // window columns from one output column to the next
-  int64_t pack_step = 1;         // input columns from one window column to the next
+  int64_t cols = 0,
+          pitch = 0;      // columns in use, and allocated (odd, so that channels spread over cache sets)
+  int64_t step_h = 1;     // input rows from one output row to the next
+  int64_t step_w = 1;     // window columns from one output column to the next
+  int64_t pack_step = 1;  // input columns from one window column to the next
 
   int64_t row_bytes() const { return channels * pitch * kPixelBytes; }
 };

@@ -16,7 +16,8 @@ Tap tap(const ConvGeometry& g, int64_t row, int32_t column) {
   const int64_t area = g.kernel_h * g.kernel_w;
   const int64_t group = row / (g.out_channels / g.groups);
   return {group * (g.in_channels / g.groups) + column / area,
-          column % area / g.kernel_w * g.dilation_h - g.pad_top, column % g.kernel_w * g.dilation_w - g.pad_left};
+          column % area / g.kernel_w * g.dilation_h - g.pad_top,
+          column % g.kernel_w * g.dilation_w - g.pad_left};
 }
 
 // Calls visit(oh, ow, ih, iw) for every output position whose input position exists.
@@ -45,8 +46,8 @@ void for_images(int64_t images, int threads, F body) {
 }  // namespace
 
 template <class T>
-void conv_fprop(const ConvGeometry& g, const Structure& s, View4<const T> x, const T* values, const T* bias, View4<T> y,
-                int threads) {
+void conv_fprop(const ConvGeometry& g, const Structure& s, View4<const T> x, const T* values, const T* bias,
+                View4<T> y, int threads) {
   std::vector<double> sums(static_cast<size_t>(std::max(1, threads)) * g.out_h * g.out_w);
   for_images(g.batch, threads, [&](int64_t n, int slot) {
     double* sum = sums.data() + static_cast<size_t>(slot) * g.out_h * g.out_w;
@@ -59,7 +60,8 @@ void conv_fprop(const ConvGeometry& g, const Structure& s, View4<const T> x, con
         });
       }
       for (int64_t oh = 0; oh < g.out_h; ++oh)
-        for (int64_t ow = 0; ow < g.out_w; ++ow) *y.at(n, row, oh, ow) = static_cast<T>(sum[oh * g.out_w + ow]);
+        for (int64_t ow = 0; ow < g.out_w; ++ow)
+          *y.at(n, row, oh, ow) = static_cast<T>(sum[oh * g.out_w + ow]);
     }
   });
 }
@@ -76,12 +78,14 @@ void conv_dgrad(const ConvGeometry& g, const Structure& s, View4<const T> grad, 
       for (int32_t k = s.crow[row]; k < s.crow[row + 1]; ++k) {
         const Tap t = tap(g, row, s.col[k]);
         for_positions(g, t, [&](int64_t oh, int64_t ow, int64_t ih, int64_t iw) {
-          sum[(t.channel * g.in_h + ih) * g.in_w + iw] += static_cast<double>(values[k]) * *grad.at(n, row, oh, ow);
+          sum[(t.channel * g.in_h + ih) * g.in_w + iw] +=
+              static_cast<double>(values[k]) * *grad.at(n, row, oh, ow);
         });
       }
     for (int64_t c = 0; c < g.in_channels; ++c)
       for (int64_t h = 0; h < g.in_h; ++h)
-        for (int64_t w = 0; w < g.in_w; ++w) *dx.at(n, c, h, w) = static_cast<T>(sum[(c * g.in_h + h) * g.in_w + w]);
+        for (int64_t w = 0; w < g.in_w; ++w)
+          *dx.at(n, c, h, w) = static_cast<T>(sum[(c * g.in_h + h) * g.in_w + w]);
   });
 }
 
@@ -104,10 +108,11 @@ void conv_wgrad(const ConvGeometry& g, const Structure& s, View4<const T> grad, 
   parallel(slots, slots, work);
 }
 
-#define SPARSEKD_INSTANTIATE(T)                                                                               \
-  template void conv_fprop<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, const T*, View4<T>, \
-                              int);                                                                           \
-  template void conv_dgrad<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, View4<T>, int); \
+#define SPARSEKD_INSTANTIATE(T)                                                                          \
+  template void conv_fprop<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, const T*, \
+                              View4<T>, int);                                                            \
+  template void conv_dgrad<T>(const ConvGeometry&, const Structure&, View4<const T>, const T*, View4<T>, \
+                              int);                                                                      \
   template void conv_wgrad<T>(const ConvGeometry&, const Structure&, View4<const T>, View4<const T>, T*, int);
 SPARSEKD_INSTANTIATE(float)
 SPARSEKD_INSTANTIATE(double)

@@ -69,8 +69,8 @@ void sample_channel(const Strip& strip, const int32_t* offset, int64_t count, T*
 
 // Adds the contribution of one group of lanes and chunk of rows, channels [begin, end), to out [nnz].
 template <class T>
-void wgrad_item(const WgradCall<T>& call, const Schedule& s, int64_t group, int64_t chunk, int64_t begin, int64_t end,
-                T* out) {
+void wgrad_item(const WgradCall<T>& call, const Schedule& s, int64_t group, int64_t chunk, int64_t begin,
+                int64_t end, T* out) {
   constexpr int L = kLanes<T>;
   constexpr int64_t kStripPixels = 32;  // long enough that summing the accumulators up costs little
   const Window& window = call.plan->window;
@@ -98,8 +98,13 @@ void wgrad_item(const WgradCall<T>& call, const Schedule& s, int64_t group, int6
   rows.restart(h0 * window.step_h + window.lo_h);
   for (int64_t h = h0; h < h1; h += together) {
     const int64_t count = min64(together, h1 - h);
-    Strip strip{nullptr, rows.advance(call.x, x_lanes, h * window.step_h + window.lo_h), count, grad.w,
-                grad_row, window.step_h * window.row_bytes(), window.step_w * kPixelBytes};
+    Strip strip{nullptr,
+                rows.advance(call.x, x_lanes, h * window.step_h + window.lo_h),
+                count,
+                grad.w,
+                grad_row,
+                window.step_h * window.row_bytes(),
+                window.step_w * kPixelBytes};
     for (int64_t r = 0; r < count; ++r)
       pack_row(grad, grad_window, grad_lanes, h + r, reinterpret_cast<T*>(packed + r * grad_row));
     for (int64_t ch = begin; ch < end; ++ch) {
@@ -112,8 +117,8 @@ void wgrad_item(const WgradCall<T>& call, const Schedule& s, int64_t group, int6
 template <class T>
 void wgrad(const WgradCall<T>& call) {
   const Window& window = call.plan->window;
-  const Schedule s = schedule_rows(call.grad.n, call.grad.h, call.grad.c, max64(0, window.span_h - window.step_h),
-                                   kLanes<T>, call.threads, 2);
+  const Schedule s = schedule_rows(call.grad.n, call.grad.h, call.grad.c,
+                                   max64(0, window.span_h - window.step_h), kLanes<T>, call.threads, 2);
   const int64_t places = s.groups * s.chunks, nnz = call.weight->nnz;
   const int32_t* crow = call.weight->crow.data();
   // Which items share a sum depends on the number of threads alone, and the sums are added in order.

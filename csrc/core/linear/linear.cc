@@ -19,7 +19,8 @@ int64_t rows_per_image(int64_t batch, int threads) {
 
 template <class T>
 View4<T> as_images(const View2<T>& m, int64_t first, int64_t images, int64_t rows) {
-  return {m.data + first * m.stride_row, images, m.cols, 1, rows, rows * m.stride_row, m.stride_col, 0, m.stride_row};
+  return {m.data + first * m.stride_row, images,       m.cols, 1,           rows,
+          rows * m.stride_row,           m.stride_col, 0,      m.stride_row};
 }
 
 ConvGeometry geometry(const Structure& weight, int64_t images, int64_t rows) {
@@ -44,7 +45,8 @@ void for_images(int64_t batch, int threads, F run) {
 }  // namespace
 
 template <class T>
-void linear_fprop(const Structure& weight, View2<const T> x, const T* values, const T* bias, View2<T> y, int threads) {
+void linear_fprop(const Structure& weight, View2<const T> x, const T* values, const T* bias, View2<T> y,
+                  int threads) {
   for_images(x.rows, threads, [&](int64_t first, int64_t images, int64_t rows) {
     conv_fprop<T>(geometry(weight, images, rows), weight, as_images(x, first, images, rows), values, bias,
                   as_images(y, first, images, rows), threads);
@@ -75,9 +77,9 @@ void linear_wgrad(const Structure& weight, View2<const T> grad, View2<const T> x
   for (size_t k = 0; k < rest.size(); ++k) dvalues[k] += rest[k];
 }
 
-#define SPARSEKD_INSTANTIATE(T)                                                                                        \
-  template void linear_fprop<T>(const Structure&, View2<const T>, const T*, const T*, View2<T>, int);                  \
-  template void linear_dgrad<T>(const Structure&, View2<const T>, const T*, View2<T>, int);                            \
+#define SPARSEKD_INSTANTIATE(T)                                                                       \
+  template void linear_fprop<T>(const Structure&, View2<const T>, const T*, const T*, View2<T>, int); \
+  template void linear_dgrad<T>(const Structure&, View2<const T>, const T*, View2<T>, int);           \
   template void linear_wgrad<T>(const Structure&, View2<const T>, View2<const T>, T*, int);
 SPARSEKD_INSTANTIATE(float)
 SPARSEKD_INSTANTIATE(double)

@@ -18,7 +18,8 @@ struct View2 {
 
 // x [batch, in], weight out x in, values [nnz], bias [out] or null -> y [batch, out]
 template <class T>
-void linear_fprop(const Structure& weight, View2<const T> x, const T* values, const T* bias, View2<T> y, int threads);
+void linear_fprop(const Structure& weight, View2<const T> x, const T* values, const T* bias, View2<T> y,
+                  int threads);
 
 // grad [batch, out] -> dx [batch, in]
 template <class T>
