@@ -10,8 +10,15 @@ from torch import Tensor
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format that the result of an op on the maps `x` takes."""
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    """Return the memory format that the result of an op on the maps `x` takes.
+
+    A single channel fits both formats; as in torch, its stride then tells which one is meant.
+    """
+    if (
+        x.stride(1) == 1
+        and x.shape[2] * x.shape[3] > 1
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
         return torch.channels_last
     return torch.contiguous_format
 

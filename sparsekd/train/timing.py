@@ -20,7 +20,7 @@ class StepTimes:
     """Hold the median times of one training step in milliseconds.
 
     Args:
-        sparse_ms: of the model as it is; None for a dense model.
+        sparse_ms: of the model as it is, in channels_last; None for a dense model.
         dense_contiguous_ms: of the same weights in dense storage.
         dense_channels_last_ms: likewise, in channels_last.
         rounds: steps timed of each.
@@ -67,17 +67,18 @@ def time_step(
         >>> times = time_step(model, x, y, CrossEntropy(), rounds=1)
     """
     dense = densify(copy.deepcopy(model))
+    x_last = x.to(memory_format=torch.channels_last)
     arms = {
         "contiguous": _step(dense, x, y, objective),
         "channels_last": _step(
             to_channels_last(copy.deepcopy(dense)),
-            x.contiguous(memory_format=torch.channels_last),
+            x_last,
             y,
             objective,
         ),
     }
     if any(True for _ in sparse_modules(model)):
-        arms["sparse"] = _step(copy.deepcopy(model), x, y, objective)
+        arms["sparse"] = _step(copy.deepcopy(model), x_last, y, objective)
     times: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         for name, step in arms.items():
