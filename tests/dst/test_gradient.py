@@ -252,7 +252,9 @@ def test_a_compiled_model_is_rewired_like_an_eager_one(make_network):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model = make_network()
-        forward = torch.compile(model, fullgraph=True) if compiled else model
+        forward = model
+        if compiled:
+            forward = torch.compile(model, fullgraph=True, backend="aot_eager")
         dst = rigl(model, every=3, until=100)
         rewired = []
         for t in range(10):

@@ -138,7 +138,7 @@ values = torch.ones(4096, requires_grad=True)
 skd.functional.linear(topology, values, torch.ones(512, 64)).sum().backward()
 torch.ones(10**6).sum()
 with open("/proc/self/maps") as maps:
-    mapped = {line.split()[-1] for line in maps if "/" in line}
+    mapped = {line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line}
 runtimes = {path for path in mapped if re.search(r"lib(g|i|)omp[-.\\w]*\\.so", path)}
 assert len(runtimes) == 1, runtimes
 assert skd.ops.info()["cpp"]["parallel_runtime"] in runtimes
