@@ -271,33 +271,6 @@ void linear_wgrad_(const py::array& grad, const py::array& x, const Indices& cro
   });
 }
 
-template <class T>
-py::array_t<T> to_array(const std::vector<T>& v) {
-  return py::array_t<T>(static_cast<py::ssize_t>(v.size()), v.data());
-}
-
-py::tuple from_mask(const py::array& mask) {
-  check_dims("mask", mask, 2);
-  check_type<bool>("mask", mask);
-  const View2<const bool> m = view2<const bool>("mask", mask);
-  std::vector<int32_t> crow(1, 0), col;
-  if (m.rows > INT32_MAX - 1 || m.cols > INT32_MAX)
-    throw TopologyError("mask: rows and columns must fit int32, got shape " + shape_text(mask));
-  for (int64_t r = 0; r < m.rows; ++r) {
-    for (int64_t c = 0; c < m.cols; ++c)
-      if (m.data[r * m.stride_row + c * m.stride_col]) col.push_back(static_cast<int32_t>(c));
-    if (col.size() > INT32_MAX) throw TopologyError("mask: too many nonzeros for int32");
-    crow.push_back(static_cast<int32_t>(col.size()));
-  }
-  return py::make_tuple(to_array(crow), to_array(col));
-}
-
-py::tuple transpose(const Indices& crow, const Indices& col, int64_t rows, int64_t cols) {
-  const auto s = structure(crow, col, rows, cols);
-  const Transposed t = transpose_csr(s->crow.data(), s->col.data(), rows, cols);
-  return py::make_tuple(to_array(t.crow), to_array(t.col), to_array(t.slot));
-}
-
 py::array_t<int64_t> grow(const py::array& score, const Indices& crow, const Indices& col, int64_t rows,
                           int64_t cols, int64_t k, int threads) {
   const auto kept = structure(crow, col, rows, cols);
@@ -309,7 +282,7 @@ py::array_t<int64_t> grow(const py::array& score, const Indices& crow, const Ind
     py::gil_scoped_release release;
     positions = grow_topk<T>(s, *kept, k, threads);
   });
-  return to_array(positions);
+  return py::array_t<int64_t>(static_cast<py::ssize_t>(positions.size()), positions.data());
 }
 
 py::dict info() {
@@ -350,12 +323,6 @@ void translate(std::exception_ptr pending) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of sparsekd; use sparsekd.functional, which calls them.";
   py::register_local_exception_translator(translate);
-  m.def("validate", [](const Indices& crow, const Indices& col, int64_t rows, int64_t cols) {
-    const RawIndices r = raw(crow, col);
-    validate_csr(r.crow, r.crow_length, r.col, r.nnz, rows, cols);
-  });
-  m.def("transpose", &transpose);
-  m.def("from_mask", &from_mask);
   m.def("conv2d", &conv2d);
   m.def("conv2d_dgrad", &conv2d_dgrad);
   m.def("conv2d_wgrad", &conv2d_wgrad);

@@ -62,24 +62,6 @@ void validate_csr(const int32_t* crow, int64_t crow_length, const int32_t* col, 
   }
 }
 
-Transposed transpose_csr(const int32_t* crow, const int32_t* col, int64_t rows, int64_t cols) {
-  const int32_t nnz = crow[rows];
-  Transposed out;
-  out.crow.assign(cols + 1, 0);
-  out.col.resize(nnz);
-  out.slot.resize(nnz);
-  for (int32_t k = 0; k < nnz; ++k) ++out.crow[col[k] + 1];
-  for (int64_t c = 0; c < cols; ++c) out.crow[c + 1] += out.crow[c];
-  std::vector<int32_t> next(out.crow.begin(), out.crow.end() - 1);
-  for (int64_t row = 0; row < rows; ++row)
-    for (int32_t k = crow[row]; k < crow[row + 1]; ++k) {
-      const int32_t to = next[col[k]]++;
-      out.col[to] = static_cast<int32_t>(row);
-      out.slot[to] = k;
-    }
-  return out;
-}
-
 // The copy is taken first and validated after, so nothing can change between the check and the use.
 Structure::Structure(const int32_t* crow_in, int64_t crow_length, const int32_t* col_in, int64_t nnz_in,
                      int64_t rows_in, int64_t cols_in)

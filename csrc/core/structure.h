@@ -15,12 +15,6 @@ namespace sparsekd {
 void validate_csr(const int32_t* crow, int64_t crow_length, const int32_t* col, int64_t nnz, int64_t rows,
                   int64_t cols);
 
-struct Transposed {
-  std::vector<int32_t> crow, col;  // compressed rows of the transpose
-  std::vector<int32_t> slot;       // transposed entry -> entry of the original
-};
-Transposed transpose_csr(const int32_t* crow, const int32_t* col, int64_t rows, int64_t cols);
-
 // A validated private copy of the index arrays, so that nobody can change them behind a kernel's back,
 // and the plans made from them.
 class Structure {

@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -266,17 +265,6 @@ void test_cache() {
   check(find() != first, "a released structure is made anew");
 }
 
-void test_transpose() {
-  const Csr csr = random_csr(13, 29, 0.3);
-  const Transposed t = transpose_csr(csr.crow.data(), csr.col.data(), 13, 29);
-  const Transposed back = transpose_csr(t.crow.data(), t.col.data(), 29, 13);
-  check(back.crow == csr.crow && back.col == csr.col, "transposing twice gives the original");
-  bool ok = true;
-  for (int32_t c = 0; c < 29; ++c)
-    for (int32_t k = t.crow[c]; k < t.crow[c + 1]; ++k) ok &= csr.col[t.slot[k]] == c;
-  check(ok, "transposed slots point at their originals");
-}
-
 void test_grow() {
   for (int i = 0; i < 200; ++i) {
     const int64_t rows = pick(1, 30), cols = pick(1, 40);
@@ -352,7 +340,6 @@ void test_geometry() {
 int main() {
   test_validation();
   test_cache();
-  test_transpose();
   test_grow();
   test_parallel();
   test_schedule();
