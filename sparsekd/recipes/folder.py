@@ -146,7 +146,8 @@ def _session() -> dict[str, Any]:
     except PackageNotFoundError:  # run from the source tree
         own = "source tree"
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return {"started": started, "command": sys.argv, "sparsekd": own, **ops.info()}
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {"started": started, "command": command, "sparsekd": own, **ops.info()}
 
 
 def _jsonable(recipe: Recipe) -> dict[str, Any]:
