@@ -249,6 +249,16 @@ def test_two_processes_in_one_folder_are_refused(run, finished):
         run(run, finished)
 
 
+def test_a_refused_folder_is_not_left_locked(finished):
+    other = replace(TINY, training=replace(TINY.training, lr=0.37))
+    refused = RunFolder(finished, other)
+    with pytest.raises(CheckpointError) as error, refused:
+        pass
+    assert "another process" not in str(error.value)
+    with RunFolder(finished, TINY):  # `error` still holds the refused attempt
+        pass
+
+
 class StopAfter(StopRequest):
     """Ask for a stop after so many looks at the flag."""
 

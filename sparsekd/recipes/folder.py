@@ -54,6 +54,14 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _acquire(self.path / ".lock")
+        try:
+            self._open()
+        except BaseException:
+            self._lock.close()  # a folder that was refused must not stay locked
+            raise
+        return self
+
+    def _open(self) -> None:
         if self._fresh:
             self._clear()
         config = self._read_config()
@@ -62,7 +70,6 @@ class RunFolder:
         config["sessions"].append(_session())
         write_atomic(self.path / "config.json", json.dumps(config, indent=2).encode() + b"\n")
         self.log.keep(lambda row: True)  # drops a line that a crash cut short
-        return self
 
     def __exit__(
         self,
