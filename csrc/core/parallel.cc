@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <exception>
+#include <mutex>
 #include <new>
 #include <string>
 #include <thread>
@@ -43,13 +45,23 @@ struct Job {
   void (*body)(void*, int);
   void* context;
   int slots;
+  std::once_flag failed;
+  std::exception_ptr error;
+
+  // An exception that left a thread of the pool would end the process.
+  void run_share(int first, int step) {
+    try {
+      for (int slot = first; slot < slots; slot += step) body(context, slot);
+    } catch (...) {
+      std::call_once(failed, [this] { error = std::current_exception(); });
+    }
+  }
 };
 
 void openmp_entry(void* argument) {
-  const Job& job = *static_cast<const Job*>(argument);
   const OpenMp& omp = openmp();
   // The runtime may grant fewer threads than asked for; every slot still runs.
-  for (int slot = omp.thread(); slot < job.slots; slot += omp.threads()) job.body(job.context, slot);
+  static_cast<Job*>(argument)->run_share(omp.thread(), omp.threads());
 }
 
 struct Buffer {
@@ -62,21 +74,20 @@ struct Buffer {
 
 void run_slots(int threads, int slots, void (*body)(void*, int), void* context) {
   threads = std::min(threads, slots);
-  const auto run_share = [=](int first, int step) {
-    for (int slot = first; slot < slots; slot += step) body(context, slot);
-  };
-  if (threads <= 1) return run_share(0, 1);
-  const OpenMp& omp = openmp();
-  if (omp.parallel) {
-    Job job{body, context, slots};
+  Job job{body, context, slots, {}, nullptr};
+  if (threads <= 1) {
+    job.run_share(0, 1);
+  } else if (const OpenMp& omp = openmp(); omp.parallel) {
     omp.parallel(openmp_entry, &job, static_cast<unsigned>(threads), 0);
-    return;
+  } else {
+    std::vector<std::thread> workers;
+    workers.reserve(threads - 1);
+    for (int thread = 1; thread < threads; ++thread)
+      workers.emplace_back(&Job::run_share, &job, thread, threads);
+    job.run_share(0, threads);
+    for (std::thread& worker : workers) worker.join();
   }
-  std::vector<std::thread> workers;
-  workers.reserve(threads - 1);
-  for (int thread = 1; thread < threads; ++thread) workers.emplace_back(run_share, thread, threads);
-  run_share(0, threads);
-  for (std::thread& worker : workers) worker.join();
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 const char* parallel_runtime() { return openmp().name.c_str(); }

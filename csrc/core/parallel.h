@@ -4,7 +4,8 @@
 namespace sparsekd {
 
 // Calls body(context, slot) once for every slot in [0, slots), on at most `threads` threads. Which thread
-// runs a slot is unspecified, so results must depend on the slot only. Exceptions must not leave body.
+// runs a slot is unspecified, so results must depend on the slot only. The first exception that leaves body
+// is thrown again here, after every thread has stopped.
 void run_slots(int threads, int slots, void (*body)(void* context, int slot), void* context);
 
 // "libgomp.so.1 (path)" or "std::thread" when the process has no OpenMP runtime.

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -304,6 +305,54 @@ void test_parallel() {
     }
 }
 
+void test_parallel_errors() {
+  for (int threads : {1, 3}) {
+    auto body = [&](int slot) {
+      if (slot == 4) throw std::bad_alloc();
+    };
+    try {
+      parallel(threads, 9, body);
+      check(false, "an error of a slot reaches the caller");
+    } catch (const std::bad_alloc&) {
+      check(true, "an error of a slot reaches the caller");
+    }
+  }
+}
+
+// Views with stride 0 have enormous sizes without any memory behind them.
+void test_enormous_views() {
+  const int64_t big = int64_t{1} << 30;
+  ConvGeometry far{};  // one output whose four taps lie 2^30 - 1 rows and columns apart
+  far.batch = far.out_channels = far.stride_h = far.stride_w = far.groups = 1;
+  far.in_channels = 4;
+  far.in_h = far.in_w = big;
+  far.kernel_h = far.kernel_w = 2;
+  far.dilation_h = far.dilation_w = big - 1;
+  ConvGeometry sparse_rows{};  // two output rows, half a million input rows apart
+  sparse_rows.batch = sparse_rows.in_channels = sparse_rows.out_channels = sparse_rows.groups = 1;
+  sparse_rows.in_h = 1 << 20;
+  sparse_rows.in_w = 1000;
+  sparse_rows.kernel_h = sparse_rows.kernel_w = sparse_rows.stride_w = 1;
+  sparse_rows.dilation_h = sparse_rows.dilation_w = 1;
+  sparse_rows.stride_h = 1 << 19;
+  for (ConvGeometry g : {far, sparse_rows}) {
+    complete_geometry(g);
+    const int64_t columns = g.in_channels * g.kernel_h * g.kernel_w;
+    const Csr csr = random_csr(1, columns, 1.0);
+    const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), 1, columns);
+    const std::vector<float> values(s.nnz, 0.5f), x{3.0f}, grad{2.0f};
+    const View4<const float> xv{x.data(), 1, g.in_channels, g.in_h, g.in_w, 0, 0, 0, 0};
+    const View4<const float> gv{grad.data(), 1, 1, g.out_h, g.out_w, 0, 0, 0, 0};
+    Tensor<float> y(1, 1, g.out_h, g.out_w, 0, true);
+    std::vector<float> dv(s.nnz, std::numeric_limits<float>::quiet_NaN());
+    conv_fprop<float>(g, s, xv, values.data(), nullptr, y.view, 2);
+    conv_wgrad<float>(g, s, gv, xv, dv.data(), 2);
+    const float positions = static_cast<float>(g.out_h * g.out_w), sum = 1.5f * static_cast<float>(columns);
+    check(std::all_of(y.data.begin(), y.data.end(), [=](float v) { return v == sum; }), "enormous fprop");
+    check(std::all_of(dv.begin(), dv.end(), [=](float v) { return v == 6 * positions; }), "enormous wgrad");
+  }
+}
+
 void test_schedule() {
   for (int i = 0; i < 500; ++i) {
     const int64_t images = pick(1, 70), rows = pick(1, 60), channels = pick(1, 600), halo = pick(0, 6);
@@ -332,6 +381,11 @@ void test_geometry() {
   check_throws<ShapeError>(with([](ConvGeometry& c) { c.stride_w = 0; }), "stride");
   check_throws<ShapeError>(with([](ConvGeometry& c) { c.pad_left = -1; }), "padding");
   check_throws<ShapeError>(with([](ConvGeometry& c) { c.dilation_h = int64_t{1} << 40; }), "2^30");
+  check_throws<ShapeError>(with([](ConvGeometry& c) {
+                             c.in_channels = c.kernel_h = c.kernel_w = int64_t{1} << 22;
+                             c.pad_top = c.pad_left = int64_t{1} << 22;
+                           }),
+                           "int32");
   check_throws<UnsupportedError>([] { set_isa("mmx"); }, "expected one of auto, scalar");
 }
 
@@ -342,6 +396,8 @@ int main() {
   test_cache();
   test_grow();
   test_parallel();
+  test_parallel_errors();
+  test_enormous_views();
   test_schedule();
   test_geometry();
   test_convolution<float>(150);

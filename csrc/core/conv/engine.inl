@@ -123,9 +123,11 @@ class RollingWindow {
  public:
   RollingWindow(const Window& shape, int64_t output_rows, int64_t extra_span) : shape_(shape) {
     const int64_t span = shape.span_h + extra_span;
+    // Without overlap between one position and the next there is nothing to keep, however long the step.
+    const int64_t ahead = shape.step_h < span ? 2 * shape.step_h : 0;
     const int64_t whole = (output_rows - 1) * shape.step_h + span;
     const int64_t fitting = kBufferBytes / max64(1, shape.row_bytes());
-    capacity_ = max64(span, min64(whole, max64(fitting, span + 2 * shape.step_h)));
+    capacity_ = max64(span, min64(whole, max64(fitting, span + ahead)));
     span_ = span;
     data_ = static_cast<char*>(scratch(Scratch::kWindow, capacity_ * shape.row_bytes()));
   }
@@ -146,9 +148,10 @@ class RollingWindow {
   }
   void restart(int64_t begin) { first_ = packed_ = begin; }
 
- private:
   // Only the rows in use must stay in the caches; a longer buffer just moves rows less often.
   static constexpr int64_t kBufferBytes = int64_t{2} << 20;
+
+ private:
   const Window shape_;
   int64_t capacity_, span_;
   char* data_;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "core/conv/conv.h"
@@ -45,6 +46,8 @@ void complete_geometry(ConvGeometry& g) {
     throw ShapeError("groups: must divide in_channels " + std::to_string(g.in_channels) +
                      " and out_channels " + std::to_string(g.out_channels) + ", got " +
                      std::to_string(g.groups));
+  if (g.in_channels / g.groups > std::numeric_limits<int32_t>::max() / g.kernel_h / g.kernel_w)
+    throw ShapeError("weight: in_channels / groups * kernel height * kernel width must fit int32");
   g.out_h =
       output_size("input height", g.in_h, g.pad_top, g.pad_bottom, g.kernel_h, g.dilation_h, g.stride_h);
   g.out_w = output_size("input width", g.in_w, g.pad_left, g.pad_right, g.kernel_w, g.dilation_w, g.stride_w);

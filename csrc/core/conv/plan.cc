@@ -60,7 +60,8 @@ Window make_window(int64_t channels, const Range& dh, const Range& dw, int64_t o
   return w;
 }
 
-bool fits(const Window& w) { return w.span_h * w.row_bytes() <= kMaxWindowBytes; }
+// By division: the product of three sizes of a view with stride 0 can exceed 64 bits.
+bool fits(const Window& w) { return w.channels <= kMaxWindowBytes / kPixelBytes / w.pitch / w.span_h; }
 
 int32_t window_offset(const Window& w, int64_t in, int64_t dh, int64_t dw) {
   return static_cast<int32_t>((((dh - w.lo_h) * w.channels + in) * w.pitch + (dw - w.lo_w)) * kPixelBytes);

@@ -91,7 +91,9 @@ void wgrad_item(const WgradCall<T>& call, const Schedule& s, int64_t group, int6
   for (int lane = 0; lane < L; ++lane)
     grad_lanes[lane].rows = min64(grad_lanes[lane].rows, grad_lanes[lane].row0 + s.strip_rows);
 
-  const int64_t together = max64(1, min64(h1 - h0, kStripPixels / grad.w));
+  // Rows taken together need all the input rows between them, so a long stride allows fewer.
+  const int64_t buffered = RollingWindow<T>::kBufferBytes / window.row_bytes() / window.step_h;
+  const int64_t together = max64(1, min64(min64(h1 - h0, kStripPixels / grad.w), 1 + buffered));
   const int64_t grad_row = grad_window.row_bytes();
   char* packed = static_cast<char*>(scratch(Scratch::kGradient, together * grad_row));
   RollingWindow<T> rows(window, h1 - h0, (together - 1) * window.step_h);
