@@ -321,13 +321,15 @@ void test_parallel_errors() {
 
 // Views with stride 0 have enormous sizes without any memory behind them.
 void test_enormous_views() {
-  const int64_t big = int64_t{1} << 30;
-  ConvGeometry far{};  // one output whose four taps lie 2^30 - 1 rows and columns apart
+  const int64_t rows = int64_t{1} << 28, cols = int64_t{1} << 29;  // a window of over 2^63 bytes
+  ConvGeometry far{};  // one output whose four taps lie at the corners
   far.batch = far.out_channels = far.stride_h = far.stride_w = far.groups = 1;
-  far.in_channels = 4;
-  far.in_h = far.in_w = big;
+  far.in_channels = 1;
+  far.in_h = rows;
+  far.in_w = cols;
   far.kernel_h = far.kernel_w = 2;
-  far.dilation_h = far.dilation_w = big - 1;
+  far.dilation_h = rows - 1;
+  far.dilation_w = cols - 1;
   ConvGeometry sparse_rows{};  // two output rows, half a million input rows apart
   sparse_rows.batch = sparse_rows.in_channels = sparse_rows.out_channels = sparse_rows.groups = 1;
   sparse_rows.in_h = 1 << 20;
