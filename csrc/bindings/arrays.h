@@ -1,0 +1,133 @@
+// What every file of bindings needs: checks of numpy arrays, and views of them.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "core/error.h"
+#include "core/linear/linear.h"
+#include "core/structure.h"
+#include "core/view.h"
+
+namespace sparsekd {
+
+namespace py = pybind11;
+
+using Pair = std::array<int64_t, 2>;
+using Quad = std::array<int64_t, 4>;
+using Indices = py::array;
+
+inline std::string shape_text(const py::array& a) {
+  std::string text = "[";
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) text += (i ? ", " : "") + std::to_string(a.shape(i));
+  return text + "]";
+}
+
+inline void check_dims(const char* name, const py::array& a, int dims) {
+  if (a.ndim() != dims)
+    throw ShapeError(std::string(name) + ": expected " + std::to_string(dims) + " dimensions, got shape " +
+                     shape_text(a));
+}
+
+template <class T>
+void check_type(const char* name, const py::array& a) {
+  if (!py::isinstance<py::array_t<T>>(a))
+    throw UnsupportedError(std::string(name) + ": expected dtype " +
+                           std::string(py::str(py::dtype::of<T>())) + ", got " +
+                           std::string(py::str(a.dtype())));
+}
+
+// Strides in elements. numpy keeps an array's bytes aligned to its elements unless asked otherwise.
+inline int64_t stride(const char* name, const py::array& a, int dim) {
+  if (a.strides(dim) % a.itemsize()) throw ShapeError(std::string(name) + ": strides must be whole elements");
+  return a.strides(dim) / a.itemsize();
+}
+
+template <class T>
+T* data_of(const char* name, const py::array& a) {
+  check_type<std::remove_const_t<T>>(name, a);
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(a.data());
+  else
+    return static_cast<T*>(const_cast<py::array&>(a).mutable_data());  // throws when read-only
+}
+
+template <class T>
+View4<T> view4(const char* name, const py::array& a) {
+  check_dims(name, a, 4);
+  return {data_of<T>(name, a), a.shape(0),         a.shape(1),         a.shape(2),        a.shape(3),
+          stride(name, a, 0),  stride(name, a, 1), stride(name, a, 2), stride(name, a, 3)};
+}
+
+template <class T>
+View2<T> view2(const char* name, const py::array& a) {
+  check_dims(name, a, 2);
+  return {data_of<T>(name, a), a.shape(0), a.shape(1), stride(name, a, 0), stride(name, a, 1)};
+}
+
+// A one-dimensional contiguous array of `length` elements.
+template <class T>
+T* vector_of(const char* name, const py::array& a, int64_t length) {
+  check_dims(name, a, 1);
+  if (a.shape(0) != length)
+    throw ShapeError(std::string(name) + ": expected " + std::to_string(length) + " elements, got " +
+                     std::to_string(a.shape(0)));
+  if (length > 1 && stride(name, a, 0) != 1)
+    throw ShapeError(std::string(name) + ": expected a contiguous array");
+  return data_of<T>(name, a);
+}
+
+inline void expect_shape(const char* name, const py::array& a, const std::vector<int64_t>& expected) {
+  check_dims(name, a, static_cast<int>(expected.size()));
+  for (size_t i = 0; i < expected.size(); ++i)
+    if (a.shape(i) != expected[i]) {
+      std::string text;
+      for (int64_t v : expected) text += (text.empty() ? "[" : ", ") + std::to_string(v);
+      throw ShapeError(std::string(name) + ": expected shape " + text + "], got " + shape_text(a));
+    }
+}
+
+inline int check_threads(int threads) {
+  if (threads < 1) throw ShapeError("num_threads: expected at least 1, got " + std::to_string(threads));
+  return threads;
+}
+
+struct RawIndices {
+  const int32_t *crow, *col;
+  int64_t crow_length, nnz;
+};
+
+inline RawIndices raw(const Indices& crow, const Indices& col) {
+  check_dims("crow_indices", crow, 1);
+  check_dims("col_indices", col, 1);
+  if (crow.shape(0) < 1) throw TopologyError("crow_indices: expected at least one entry, got none");
+  return {vector_of<const int32_t>("crow_indices", crow, crow.shape(0)),
+          vector_of<const int32_t>("col_indices", col, col.shape(0)), crow.shape(0), col.shape(0)};
+}
+
+inline std::shared_ptr<const Structure> structure(const Indices& crow, const Indices& col, int64_t rows,
+                                                  int64_t cols) {
+  const RawIndices r = raw(crow, col);
+  return find_structure(r.crow, r.crow_length, r.col, r.nnz, rows, cols);
+}
+
+template <class T>
+const T* optional_bias(const py::object& bias, int64_t channels) {
+  return bias.is_none() ? nullptr : vector_of<const T>("bias", bias.cast<py::array>(), channels);
+}
+
+// Calls run(float{}) or run(double{}) by the type of `a`.
+template <class F>
+void by_type(const char* name, const py::array& a, F run) {
+  if (py::isinstance<py::array_t<float>>(a)) return run(float{});
+  if (py::isinstance<py::array_t<double>>(a)) return run(double{});
+  throw UnsupportedError(std::string(name) + ": expected float32 or float64, got " +
+                         std::string(py::str(a.dtype())));
+}
+
+}  // namespace sparsekd
