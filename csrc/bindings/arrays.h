@@ -82,6 +82,15 @@ T* vector_of(const char* name, const py::array& a, int64_t length) {
   return data_of<T>(name, a);
 }
 
+// A contiguous matrix; its shape has been checked.
+template <class T>
+T* rows_of(const char* name, const py::array& a) {
+  const View2<T> m = view2<T>(name, a);
+  if (m.rows * m.cols > 0 && ((m.cols > 1 && m.stride_col != 1) || (m.rows > 1 && m.stride_row != m.cols)))
+    throw ShapeError(std::string(name) + ": expected a contiguous matrix");
+  return m.data;
+}
+
 inline void expect_shape(const char* name, const py::array& a, const std::vector<int64_t>& expected) {
   check_dims(name, a, static_cast<int>(expected.size()));
   for (size_t i = 0; i < expected.size(); ++i)

@@ -12,6 +12,9 @@
 #include "core/parallel.h"
 
 namespace sparsekd {
+
+void bind_densify(py::module_& m);
+
 namespace {
 
 struct Convolution {
@@ -213,6 +216,7 @@ PYBIND11_MODULE(_C, m) {
     const RawIndices r = raw(crow, col);
     release_structure(r.crow, r.col);
   });
+  bind_densify(m);
   m.def("info", &info);
   m.def("set_isa", &set_isa);
   // For comparing instruction sets without touching code; a wrong name fails the import and says so.

@@ -1,0 +1,92 @@
+// What the tests of core share: checks that count, random numbers, random structures and tensors.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/view.h"
+
+namespace sparsekd {
+
+inline int passed = 0, failed = 0;
+
+inline void check(bool ok, const std::string& what) {
+  ok ? ++passed : ++failed;
+  if (!ok) std::printf("FAILED: %s\n", what.c_str());
+}
+
+template <class E, class F>
+void check_throws(F run, const std::string& text) {
+  try {
+    run();
+    check(false, "no error, expected: " + text);
+  } catch (const E& e) {
+    check(std::string(e.what()).find(text) != std::string::npos, std::string(e.what()) + " lacks: " + text);
+  }
+}
+
+inline std::mt19937_64 rng(7);
+inline int64_t pick(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(rng); }
+inline double uniform() { return std::uniform_real_distribution<double>(-1, 1)(rng); }
+
+struct Csr {
+  std::vector<int32_t> crow{0}, col;
+};
+
+inline Csr random_csr(int64_t rows, int64_t cols, double density) {
+  Csr s;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c)
+      if (std::bernoulli_distribution(density)(rng)) s.col.push_back(static_cast<int32_t>(c));
+    s.crow.push_back(static_cast<int32_t>(s.col.size()));
+  }
+  return s;
+}
+
+// A random tensor of the given sizes in contiguous, channels_last or batch-innermost order.
+template <class T>
+struct Tensor {
+  std::vector<T> data;
+  View4<T> view;
+  Tensor(int64_t n, int64_t c, int64_t h, int64_t w, int layout, bool poison) : data(n * c * h * w) {
+    for (T& v : data) v = poison ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(uniform());
+    view = {data.data(), n, c, h, w, c * h * w, h * w, w, 1};
+    if (layout == 1) view.stride_n = c * h * w, view.stride_c = 1, view.stride_h = w * c, view.stride_w = c;
+    if (layout == 2) view.stride_n = 1, view.stride_c = n, view.stride_h = n * c * w, view.stride_w = n * c;
+  }
+  View4<const T> read() const {
+    return {view.data,     view.n,        view.c,        view.h,       view.w,
+            view.stride_n, view.stride_c, view.stride_h, view.stride_w};
+  }
+};
+
+template <class T>
+double largest_difference(const Tensor<T>& a, const Tensor<T>& b) {
+  double difference = 0, scale = 1e-30;
+  for (int64_t n = 0; n < a.view.n; ++n)
+    for (int64_t c = 0; c < a.view.c; ++c)
+      for (int64_t h = 0; h < a.view.h; ++h)
+        for (int64_t w = 0; w < a.view.w; ++w) {
+          const double d = std::fabs(*a.view.at(n, c, h, w) - *b.view.at(n, c, h, w));
+          difference = d <= difference ? difference : d;  // keeps NaN
+          scale = std::max<double>(scale, std::fabs(*b.view.at(n, c, h, w)));
+        }
+  return difference / scale;
+}
+
+template <class T>
+double largest_difference(const std::vector<T>& a, const std::vector<T>& b) {
+  double difference = 0, scale = 1e-30;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double d = std::fabs(a[i] - b[i]);
+    difference = d <= difference ? difference : d;
+    scale = std::max<double>(scale, std::fabs(b[i]));
+  }
+  return difference / scale;
+}
+
+}  // namespace sparsekd
