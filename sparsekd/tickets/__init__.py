@@ -6,16 +6,21 @@ from sparsekd.tickets.kd import Distillation, kd_loss
 from sparsekd.tickets.methods import METHODS, Method, make_ticket
 from sparsekd.tickets.pipeline import Pipeline
 from sparsekd.tickets.pruning import Masks, collapsed_layers, prune, prune_further
+from sparsekd.tickets.sup import Cycles, SupTickets
+from sparsekd.tickets.superposition import superpose
 
 __all__ = [
     "METHODS",
+    "Cycles",
     "Distillation",
     "Masks",
     "Method",
     "Pipeline",
+    "SupTickets",
     "collapsed_layers",
     "kd_loss",
     "make_ticket",
     "prune",
     "prune_further",
+    "superpose",
 ]

@@ -1,0 +1,190 @@
+"""Superposition: the average of sparse networks, on the union of their supports, pruned back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sparsekd.errors import ShapeError
+from sparsekd.nn import SparseModule, sparse_modules
+from sparsekd.sparsity import target_nnz, topk_indices
+
+Average = Literal["caa", "cima"]
+
+
+def superpose(
+    models: Sequence[nn.Module],
+    average: Average = "caa",
+    sparsity: float | None = None,
+    *,
+    beta: float = 0.5,
+) -> nn.Module:
+    """Average sparse networks weight by weight and prune the result back to an exact count.
+
+    A weight that a network does not store counts as 0. The result lives on the union of the
+    supports, so nothing larger than the stored weights and one layer's mask is ever formed.
+    Everything dense is averaged alike: biases, normalisation parameters and running statistics,
+    layers that are not sparse; counters are those of the last network. Running statistics of an
+    average are no statistics of the averaged network: refresh them, for instance with
+    `torch.optim.swa_utils.update_bn`.
+
+    Args:
+        models: at least one, of one architecture; topologies may differ. They are only read.
+        average: "caa" is the mean of all; "cima" moves from the first towards each next one by
+            `beta`, so later ones count more.
+        sparsity: of the result over all sparse modules together: the `round((1 - sparsity) * N)`
+            largest magnitudes stay, or all if the union has fewer. None keeps the union.
+        beta: of "cima", in (0, 1]; 1 gives the last network.
+
+    Returns:
+        A new network.
+
+    Raises:
+        ValueError: `models` is empty, or another argument is out of range.
+        ShapeError: the networks do not have the same layers.
+
+    Source: Superposing Many Tickets into One (arXiv 2205.15322), section 3: connection-aware
+        averaging (CAA) and iterative moving averaging (CIMA).
+
+    Example:
+        >>> import sparsekd as skd
+        >>> a, b = (skd.nn.SparseLinear(20, 10, sparsity=0.9, seed=seed) for seed in (0, 1))
+        >>> merged = superpose([a, b], average="caa", sparsity=0.9)
+        >>> merged.topology.nnz
+        20
+    """
+    if not models:
+        raise ValueError("models: expected at least one, got none")
+    check_average(average, beta)
+    merged = blank_copy(models[0])
+    for count, model in enumerate(models[1:], start=1):
+        fold_(merged, model, average, count, beta)
+    if sparsity is not None:
+        numel = sum(module.topology.numel for _, module in sparse_modules(merged))
+        prune_back_(merged, target_nnz(numel, sparsity))
+    return merged
+
+
+def check_average(average: str, beta: float) -> None:
+    """Check the hyper-parameters of an average.
+
+    Args:
+        average: as in `superpose`.
+        beta: as in `superpose`.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    if average not in get_args(Average):
+        known = " or ".join(map(repr, get_args(Average)))
+        raise ValueError(f"average: expected {known}, got {average!r}")
+    if not 0 < beta <= 1:
+        raise ValueError(f"beta: expected a number in (0, 1], got {beta}")
+
+
+def blank_copy(model: nn.Module) -> nn.Module:
+    """Copy a network without its gradients."""
+    twin = copy.deepcopy(model)
+    twin.zero_grad(set_to_none=True)
+    return twin
+
+
+@torch.no_grad()
+def fold_(
+    merged: nn.Module, model: nn.Module, average: Average, count: int, beta: float = 0.5
+) -> None:
+    """Move an average of `count` networks on by one more, in place, on the union of supports.
+
+    Args:
+        merged: the average so far; its topologies grow.
+        model: the network to fold in; only read.
+        average: as in `superpose`.
+        count: how many networks the average is of.
+        beta: as in `superpose`.
+
+    Raises:
+        ShapeError: the networks do not have the same layers; nothing has changed then.
+    """
+    if (ours := _shapes(merged)) != (others := _shapes(model)):
+        name = min(k for k in ours.keys() | others.keys() if ours.get(k) != others.get(k))
+        raise ShapeError(
+            f"models: expected the same layers in all, but {name} has shape "
+            f"{ours.get(name, 'none')} in one and {others.get(name, 'none')} in another"
+        )
+    theirs = dict(sparse_modules(model))
+    for name, module in sparse_modules(merged):
+        support = theirs[name].topology.mask()
+        if average == "caa" or beta < 1:  # else the average counts for nothing, not even for zeros
+            support |= module.topology.mask()
+        module.rewire(support)
+        _move_(module.values, _stored_at(module, theirs[name]), average, count, beta)
+    target = _dense_tensors(merged)
+    for name, tensor in _dense_tensors(model).items():
+        if tensor.is_floating_point():
+            _move_(target[name], tensor, average, count, beta)
+        else:
+            target[name].copy_(tensor)
+
+
+def _move_(mean: Tensor, new: Tensor, average: Average, count: int, beta: float) -> None:
+    # Steps, not weighted sums: the average of equal networks is that network to the bit, and
+    # CIMA with beta 1 the last one.
+    if average == "caa":
+        mean += (new - mean) / (count + 1)
+    else:
+        mean.lerp_(new, beta)
+
+
+def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers, each once, less those that store a sparse weight."""
+    everything = dict(model.named_parameters()) | dict(model.named_buffers())
+    sparse = {
+        f"{name}.{leaf}" if name else leaf
+        for name, _ in sparse_modules(model)
+        for leaf in ("values", "crow_indices", "col_indices")
+    }
+    return {name: tensor for name, tensor in everything.items() if name not in sparse}
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Map the name of every weight to its shape, as if none were sparse."""
+    dense = {name: tuple(tensor.shape) for name, tensor in _dense_tensors(model).items()}
+    sparse = {n: tuple(module.topology.shape) for n, module in sparse_modules(model)}
+    return dense | {f"the sparse weight of {name!r}": shape for name, shape in sparse.items()}
+
+
+def _stored_at(mine: SparseModule, theirs: SparseModule) -> Tensor:
+    """Return the values of `theirs` at the positions of `mine`, 0 where it has none."""
+    slots = torch.searchsorted(mine.topology.flat_indices(), theirs.topology.flat_indices())
+    return torch.zeros_like(mine.values).index_copy_(0, slots, theirs.values.to(mine.values))
+
+
+@torch.no_grad()
+def prune_back_(model: nn.Module, nnz: int) -> None:
+    """Keep the `nnz` largest magnitudes of all sparse modules together, in place.
+
+    Among equals the earlier layer, then the lower position stays. Where fewer are stored, all stay.
+
+    Args:
+        model: a network with sparse modules; without one nothing happens.
+        nnz: how many weights stay.
+
+    Raises:
+        ValueError: a weight is NaN.
+    """
+    modules = [module for _, module in sparse_modules(model)]
+    stored = [module.values.numel() for module in modules]
+    if nnz >= sum(stored):
+        return
+    kept = topk_indices(torch.cat([module.values.abs() for module in modules]), nnz)
+    keep = torch.zeros(sum(stored), dtype=torch.bool, device=kept.device)
+    keep[kept] = True
+    for module, part in zip(modules, keep.split(stored), strict=True):
+        topology = module.topology
+        mask = torch.zeros(topology.numel, dtype=torch.bool, device=topology.device)
+        mask[topology.flat_indices()[part]] = True
+        module.rewire(mask.view(topology.shape))
