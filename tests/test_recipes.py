@@ -63,6 +63,34 @@ def test_the_published_imagenet_recipe():
     assert (recipe.data.scale, recipe.data.ratio) == ((0.1, 1.0), (0.8, 1.25))
 
 
+@pytest.mark.parametrize(
+    "name, tail, milestones, warmup, lr",
+    [
+        ("sup_tickets_cifar100", 24, (113, 169), 0, (0.001, 0.005)),
+        ("sup_tickets_imagenet", 8, (30, 60, 85), 5, (1e-4, 5e-4)),
+    ],
+)
+def test_the_published_recipes_of_sup_tickets(name, tail, milestones, warmup, lr):
+    recipe = get(name)
+    assert recipe.sup.tail(recipe.training.epochs) == tail
+    squeezed = recipe.training.squeezed(tail)
+    assert (squeezed.milestones, squeezed.warmup) == (milestones, warmup)
+    assert (recipe.sup.lr, recipe.sup.drop_fraction, recipe.sup.prune_each) == (lr, 0.5, True)
+    assert (recipe.dynamics.distribution, recipe.dynamics.decay) == ("erk", "constant")
+    assert {"rigl", "sup-rigl"} <= set(recipe.methods)
+
+
+def test_a_method_on_its_own_trains_the_dense_network_only_where_it_needs_it():
+    assert [run.name for run in plan(get("sup-rigl"))] == [
+        "seed0/sup-rigl-0.95",
+        "seed0/sup-rigl-0.98",
+    ]
+    assert "seed0/dense" in {run.name for run in plan(get("kd-sup-rigl"))}
+    recipe = get("sup-rigl")
+    assert recipe.sup.tail(recipe.training.epochs) == 3
+    assert recipe.data == get("fashion-mnist").data
+
+
 def test_the_demo_compares_three_methods_at_three_sparsities():
     runs = plan(get("demo"))
     assert len({run.sparsity for run in runs if run.method != "dense"}) == 3
@@ -244,6 +272,18 @@ def test_another_experiment_in_the_same_folder_is_refused(run, finished):
         run(other, finished)
 
 
+def test_a_folder_older_than_a_field_is_one_with_its_default(run, finished, tmp_path):
+    config = json.loads((finished / "config.json").read_text())
+    del config["recipe"]["sup"], config["recipe"]["training"]["tail"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with RunFolder(tmp_path, TINY):
+        pass
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    other = override(TINY, "sup.drop_fraction=0.1")
+    with pytest.raises(CheckpointError, match=r"sup\.drop_fraction=0\.5, expected 0\.1"):
+        RunFolder(tmp_path, other).__enter__()
+
+
 def test_two_processes_in_one_folder_are_refused(run, finished):
     with RunFolder(finished, TINY), pytest.raises(CheckpointError, match="another process"):
         run(run, finished)
@@ -282,7 +322,7 @@ def test_an_interrupted_experiment_ends_with_the_same_rows(run, finished, tmp_pa
 
 
 def test_a_crash_before_the_last_row_repeats_no_epoch(run, finished, tmp_path, monkeypatch):
-    def crash(self, run, trainer):
+    def crash(self, run, model, rows):
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:

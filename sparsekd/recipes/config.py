@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from sparsekd.tickets.hosts import Dynamics, Superposition
 from sparsekd.tickets.kd import Reduction, check_hyperparameters
 from sparsekd.tickets.methods import METHODS
 from sparsekd.train import Training
@@ -58,15 +59,17 @@ class DistillationChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Describe an experiment: a dense network, and tickets drawn from it, over seeds.
+    """Describe an experiment: ways to train one network sparse, over seeds.
 
     Args:
         name: of the recipe.
         description: one line for `sparsekd recipes`.
         data: the data set.
         model: the network.
-        training: hyper-parameters of the dense network and of every ticket.
+        training: hyper-parameters of every run, the dense network's included.
         kd: of the methods that distil.
+        dynamics: of the methods that move their topology, and of random masks.
+        sup: of Sup-tickets.
         methods: names from `sparsekd.tickets.METHODS`.
         sparsities: fractions of the convolution weights to prune.
         seeds: number of repetitions.
@@ -90,6 +93,8 @@ class Recipe:
     model: ModelChoice
     training: Training
     kd: DistillationChoice = field(default_factory=DistillationChoice)
+    dynamics: Dynamics = field(default_factory=Dynamics)
+    sup: Superposition = field(default_factory=Superposition)
     methods: tuple[str, ...] = ("lt", "kd")
     sparsities: tuple[float, ...] = (0.9,)
     seeds: int = 1
@@ -131,5 +136,6 @@ class Recipe:
             self,
             training=self.training.scaled(epochs),
             kd=replace(self.kd, until=None if until is None else round(until * share)),
+            sup=replace(self.sup, cycle_epochs=max(1, round(self.sup.cycle_epochs * share))),
             rewind_epoch=round(self.rewind_epoch * share),
         )

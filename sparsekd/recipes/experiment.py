@@ -56,7 +56,7 @@ def plan(recipe: Recipe) -> list[Run]:
         recipe: the recipe.
 
     Returns:
-        The runs; the dense one of a seed comes before its tickets.
+        The runs; the dense one of a seed, where a method needs it, comes before its tickets.
 
     Example:
         >>> from sparsekd.recipes import get
@@ -64,8 +64,10 @@ def plan(recipe: Recipe) -> list[Run]:
         ['seed0/dense', 'seed0/lt-0.8']
     """
     runs = []
+    dense = not recipe.methods or any(METHODS[name].needs_dense for name in recipe.methods)
     for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
-        runs.append(Run(seed, "dense"))
+        if dense:
+            runs.append(Run(seed, "dense"))
         for sparsity in recipe.sparsities:
             for name in recipe.methods:
                 if not METHODS[name].iterative:
@@ -205,6 +207,8 @@ class Experiment:
             seed=seed,
             folder=self.folder.path / f"seed{seed}",
             distillation=asdict(recipe.kd),
+            dynamics=recipe.dynamics,
+            superposition=recipe.sup,
             rewind_epoch=recipe.rewind_epoch,
             reporter=self.reporter,
             stop=self.stop,
@@ -219,7 +223,7 @@ class Experiment:
 
     def _masks(self, pipeline: Pipeline, run: Run) -> Masks:
         if run.round == 0:
-            return pipeline.one_shot_masks(run.sparsity, allow_collapse=True)
+            return pipeline.masks(METHODS[run.method], run.sparsity)
         previous = None
         if run.round > 1:
             before = Run(run.seed, run.method, round=run.round - 1)
@@ -240,9 +244,10 @@ class Experiment:
         self.folder.sync_epochs(run.name, trainer.rows)
         for row in trainer.epochs():
             self.folder.append_epoch(run.name, row)
-        result = self._result(run, trainer)
+        model = self._pipeline(run.seed).outcome(trainer)
+        result = self._result(run, model, trainer.rows)
         # The row comes last: a run counts as finished once it is there, and its files then are.
-        save_model(self.folder.model_path(run.name), trainer.model)
+        save_model(self.folder.model_path(run.name), model)
         self.folder.log.append(result)
         if trainer.state_path is not None:
             trainer.state_path.unlink(missing_ok=True)
@@ -253,9 +258,9 @@ class Experiment:
         for name in collapsed_layers(masks):
             self.reporter.message(f"warning: {run.name}: layer {name} lost every weight")
 
-    def _result(self, run: Run, trainer: Trainer) -> Row:
-        test = evaluate(trainer.model, self.data.test)
-        cost = flops.count(trainer.model, (1, *self.data.input_shape))
+    def _result(self, run: Run, model: nn.Module, rows: list[Row]) -> Row:
+        test = evaluate(model, self.data.test)
+        cost = flops.count(model, (1, *self.data.input_shape))
         pruned = [layer for layer in cost.layers if len(layer.shape) == 4]
         return {
             "kind": "result",
@@ -263,8 +268,8 @@ class Experiment:
             **_identity(run),
             "test_accuracy": test.accuracy,
             "test_loss": test.loss,
-            "epochs": len(trainer.rows),
-            "seconds": round(sum(row["seconds"] for row in trainer.rows), 1),
+            "epochs": len(rows),
+            "seconds": round(sum(row["seconds"] for row in rows), 1),
             "nnz": sum(layer.nnz for layer in pruned),
             "numel": sum(math.prod(layer.shape) for layer in pruned),
             "flops_train": cost.train,

@@ -15,11 +15,13 @@ from typing import Any, BinaryIO
 
 from sparsekd import ops
 from sparsekd.errors import CheckpointError
-from sparsekd.recipes.config import Recipe
-from sparsekd.train import MetricsLog, Row, write_atomic
+from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
+from sparsekd.train import MetricsLog, Row, Training, write_atomic
 
 # More of these may be asked for later; the runs that are there stay valid.
 _GRID = ("methods", "sparsities", "seeds", "first_seed")
+
+_DEFAULTS = Recipe("", "", DataChoice(""), ModelChoice(""), Training(epochs=1))
 
 
 class RunFolder:
@@ -115,7 +117,9 @@ class RunFolder:
     def _check_same(self, config: Mapping[str, Any]) -> None:
         if "recipe" not in config:
             return
-        stored, wanted = _flatten(config["recipe"]), _flatten(_jsonable(self._recipe))
+        # A field that came after this folder was made had its default then.
+        stored = _flatten(_jsonable(_DEFAULTS)) | _flatten(config["recipe"])
+        wanted = _flatten(_jsonable(self._recipe))
         for name in sorted(stored.keys() | wanted.keys()):
             if name not in (*_GRID, "description") and stored.get(name) != wanted.get(name):
                 raise CheckpointError(

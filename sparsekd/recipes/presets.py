@@ -1,10 +1,12 @@
-"""The recipes that ship: published hyper-parameters, and two sized for a laptop."""
+"""The recipes that ship: published hyper-parameters, and others sized for a laptop."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sparsekd.recipes.config import DataChoice, DistillationChoice, ModelChoice, Recipe
+from sparsekd.tickets import METHODS, Dynamics, Superposition
 from sparsekd.train import Training
 
 
@@ -72,9 +74,73 @@ _KD_TICKET_IMAGENET = Recipe(
     rewind_epoch=6,
 )
 
+# arXiv 2205.15322 and its code: 226 + 24 epochs; milestones at half and three quarters of the 226,
+# to which the schedule is squeezed when the cycles follow it.
+_SUP_TICKETS_CIFAR100 = Recipe(
+    name="sup_tickets_cifar100",
+    description="CIFAR-100, ResNet-50, Sup-tickets as published: 95 %, 250 epochs, 3 cycles of 8",
+    data=DataChoice("cifar100", val_fraction=0.1),
+    model=ModelChoice("resnet50", stem="cifar"),
+    training=Training(
+        epochs=250,
+        batch_size=128,
+        lr=0.1,
+        weight_decay=5e-4,
+        milestones=(125, 187),
+    ),
+    dynamics=Dynamics(drop_fraction=0.5, decay="constant", every=1000, until=1.0),
+    sup=Superposition(cycle_fraction=0.1, cycle_epochs=8, lr=(0.001, 0.005), prune_each=True),
+    methods=("set", "sup-set", "rigl", "sup-rigl"),
+    sparsities=(0.95,),
+)
+
+# Likewise 92 + 8 epochs; squeezed, the milestones are the published 30, 60 and 85.
+_SUP_TICKETS_IMAGENET = Recipe(
+    name="sup_tickets_imagenet",
+    description="ImageNet folder, ResNet-50, Sup-tickets as published: 90 %, 4 cycles of 2 epochs",
+    data=DataChoice("imagefolder", image_size=224),
+    model=ModelChoice("resnet50", stem="imagenet"),
+    training=Training(
+        epochs=100,
+        batch_size=128,
+        lr=0.1,
+        weight_decay=1e-4,
+        milestones=(33, 65, 92),
+        warmup=5,
+        label_smoothing=0.1,
+    ),
+    dynamics=Dynamics(drop_fraction=0.5, decay="constant", every=4000, until=1.0),
+    sup=Superposition(cycle_fraction=0.08, cycle_epochs=2, lr=(1e-4, 5e-4), prune_each=True),
+    methods=("rigl", "sup-rigl"),
+    sparsities=(0.9,),
+)
+
+
+def _alone(method: str) -> Recipe:
+    """Return a method on Fashion-MNIST, sized as the comparison of LT and KD tickets is."""
+    return replace(
+        _FASHION_MNIST,
+        name=method,
+        description=f"Fashion-MNIST, ResNet-20: {METHODS[method].label} at 95 % and 98 %",
+        dynamics=Dynamics(drop_fraction=0.3, every=100, until=0.75),
+        sup=Superposition(cycle_fraction=0.3, cycle_epochs=1),
+        methods=(method,),
+        sparsities=(0.95, 0.98),
+        seeds=1,
+    )
+
+
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
-    for recipe in (_DEMO, _FASHION_MNIST, _KD_TICKET_CIFAR10, _KD_TICKET_IMAGENET)
+    for recipe in (
+        _DEMO,
+        _FASHION_MNIST,
+        _KD_TICKET_CIFAR10,
+        _KD_TICKET_IMAGENET,
+        _SUP_TICKETS_CIFAR100,
+        _SUP_TICKETS_IMAGENET,
+        *map(_alone, ("static", "set", "rigl", "sup-set", "sup-rigl", "kd-sup-rigl")),
+    )
 }
 
 

@@ -85,7 +85,9 @@ def figures(rows: Sequence[Row], folder: Path) -> list[Path]:
     """
     from sparsekd.train.figures import draw  # matplotlib: not worth loading for `sparsekd info`
 
-    return draw(rows, folder / "figures", LABELS)
+    present = {row.get("method") for row in rows}
+    labels = {name: label for name, label in LABELS.items() if name in present}
+    return draw(rows, folder / "figures", labels)
 
 
 def _line(group: Sequence[Row], timing: Row | None) -> list[str]:

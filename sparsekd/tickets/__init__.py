@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsekd.tickets.hosts import Dynamics, Superposition
 from sparsekd.tickets.kd import Distillation, kd_loss
 from sparsekd.tickets.methods import METHODS, Method, make_ticket
 from sparsekd.tickets.pipeline import Pipeline
@@ -13,10 +14,12 @@ __all__ = [
     "METHODS",
     "Cycles",
     "Distillation",
+    "Dynamics",
     "Masks",
     "Method",
     "Pipeline",
     "SupTickets",
+    "Superposition",
     "collapsed_layers",
     "kd_loss",
     "make_ticket",

@@ -1,4 +1,4 @@
-"""The ways to train a pruned network again, as data: where its weights and its loss come from."""
+"""The ways to train a sparse network, as data: its start, its loss, and how its topology moves."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from torch import Tensor, nn
 
 from sparsekd.nn import sparsify
 
-Source = Literal["init", "reinit", "rewind", "final"]
+Source = Literal["init", "reinit", "rewind", "final", "random"]
+Moves = Literal["none", "set", "rigl"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """Say how a ticket is made from a dense run.
+    """Say how a sparse network starts and trains.
 
     Args:
         name: on the command line and in result rows.
         label: in tables and figures.
         source: weights, biases and BatchNorm state to start from: the dense run's own
             initialisation ("init"), a fresh one ("reinit"), its checkpoint after epoch k
-            ("rewind") or its final state ("final").
+            ("rewind") or its final state ("final"), all on masks pruned from its final weights;
+            "random" is the dense run's initialisation on random masks, which needs no dense run.
         distil: train with the dense run's final model as teacher.
         iterative: prune in rounds, training in between, instead of once.
+        moves: the method of `sparsekd.dst` that moves the topology, "none" to keep it.
+        superpose: spend the last part of the run on the cycles of Sup-tickets.
 
     Example:
         >>> METHODS["kd"].distil
@@ -37,6 +41,13 @@ class Method:
     source: Source
     distil: bool = False
     iterative: bool = False
+    moves: Moves = "none"
+    superpose: bool = False
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense network of the same seed has to be trained first."""
+        return self.source != "random" or self.distil
 
     def start_epoch(self, rewind_epoch: int) -> int:
         """Return the epoch of the full schedule at which the ticket starts to train.
@@ -64,6 +75,12 @@ METHODS: Mapping[str, Method] = {
         Method("lr-rewind", "LR rewinding", "final"),
         Method("kd-rewind", "KD + rewinding", "rewind", distil=True),
         Method("imp", "IMP with rewinding", "rewind", iterative=True),
+        Method("static", "Static", "random"),
+        Method("set", "SET", "random", moves="set"),
+        Method("rigl", "RigL", "random", moves="rigl"),
+        Method("sup-set", "Sup (SET)", "random", moves="set", superpose=True),
+        Method("sup-rigl", "Sup (RigL)", "random", moves="rigl", superpose=True),
+        Method("kd-sup-rigl", "KD + Sup (RigL)", "init", True, moves="rigl", superpose=True),
     )
 }
 

@@ -10,9 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekd.data import Dataset, Split
+from sparsekd.sparsity import allocate, random_masks
+from sparsekd.tickets.hosts import Dynamics, Superposition, attach
 from sparsekd.tickets.kd import Distillation
 from sparsekd.tickets.methods import Method, make_ticket
 from sparsekd.tickets.pruning import Masks, prune, prune_further
+from sparsekd.tickets.sup import SupTickets
 from sparsekd.train import (
     Reporter,
     StopRequest,
@@ -20,6 +23,7 @@ from sparsekd.train import (
     Training,
     derive_seed,
     load_state,
+    make_optimizer,
     save_model,
     to_channels_last,
 )
@@ -40,6 +44,8 @@ class Pipeline:
         seed: of initialisation, data order and augmentation.
         folder: where the runs keep their files.
         distillation: keyword arguments of `Distillation`.
+        dynamics: of the methods that move their topology, and of random masks.
+        superposition: of Sup-tickets.
         rewind_epoch: k of the methods that rewind.
         reporter: receives progress.
         stop: checked after every step.
@@ -62,6 +68,8 @@ class Pipeline:
     seed: int
     folder: Path
     distillation: dict[str, Any] = field(default_factory=dict)
+    dynamics: Dynamics = field(default_factory=Dynamics)
+    superposition: Superposition = field(default_factory=Superposition)
     rewind_epoch: int = 0
     reporter: Reporter | None = None
     stop: StopRequest | None = None
@@ -99,13 +107,27 @@ class Pipeline:
         """Return the trainer of the dense run; it keeps the state after every epoch."""
         model = self.fresh()
         save_model(self.checkpoint(0), model)
-        trainer = self._trainer(model, "dense")
+        trainer = self._trainer(model, "dense", self.training)
         trainer.keep = lambda epoch, model: save_model(self.checkpoint(epoch), model)
         return trainer
 
     def one_shot_masks(self, sparsity: float, *, allow_collapse: bool = False) -> Masks:
         """Prune the dense run's final network once; see `prune`."""
         return prune(self.dense_final(), sparsity, allow_collapse=allow_collapse)
+
+    def random_masks(self, sparsity: float) -> Masks:
+        """Draw masks for all convolutions of the network; they depend on the seed alone."""
+        model = self.fresh()
+        convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        shapes = {name: module.weight.shape for name, module in convolutions.items()}
+        nnz = allocate(shapes, sparsity, self.dynamics.distribution)
+        return random_masks(shapes, nnz, seed=derive_seed(self.seed, "masks"))
+
+    def masks(self, method: Method, sparsity: float) -> Masks:
+        """Return the masks at which a method starts: random ones, or those of one-shot pruning."""
+        if method.source == "random":
+            return self.random_masks(sparsity)
+        return self.one_shot_masks(sparsity, allow_collapse=True)
 
     def next_masks(
         self, previous: Path | None, rate: float, *, allow_collapse: bool = False
@@ -137,8 +159,8 @@ class Pipeline:
         Returns:
             The sparse network.
         """
-        if method.source == "reinit":
-            return make_ticket(self.fresh("reinit"), masks)
+        if method.source in ("reinit", "random"):
+            return make_ticket(self.fresh("reinit" if method.source == "reinit" else "init"), masks)
         epoch = {"init": 0, "rewind": self.rewind_epoch, "final": self.training.epochs}
         return make_ticket(self.fresh(), masks, self.dense_state(epoch[method.source]))
 
@@ -147,31 +169,64 @@ class Pipeline:
 
         Args:
             method: how the ticket starts and which loss it gets.
-            masks: module name -> bool mask; fixed while it trains.
+            masks: module name -> bool mask; fixed while it trains, unless the method moves them.
             name: subfolder of the run.
 
         Returns:
-            The trainer; its optimizer is fresh and its schedule starts where the method says.
+            The trainer; its optimizer is fresh and its schedule starts where the method says. In
+            a run of Sup-tickets the schedule ends where the cycles begin.
         """
-        objective = None
-        if method.distil:
-            smoothing = self.training.label_smoothing
-            teacher = self.dense_final()
-            if self.training.channels_last:
-                teacher = to_channels_last(teacher)
-            objective = Distillation(teacher, label_smoothing=smoothing, **self.distillation)
+        model = self.start(method, masks)
+        training, first = self.training, method.start_epoch(self.rewind_epoch)
+        if method.superpose:
+            training = training.squeezed(self.superposition.tail(training.epochs - first))
+        optimizer = make_optimizer(model, training)
+        dst = attach(
+            method,
+            model,
+            optimizer,
+            epochs=training.epochs - first,
+            steps=len(self.data.train.batches(training.batch_size)),
+            dynamics=self.dynamics,
+            superposition=self.superposition,
+            seed=derive_seed(self.seed, "growth"),
+        )
         return self._trainer(
-            self.start(method, masks),
+            model,
             name,
-            objective=objective,
-            start_epoch=method.start_epoch(self.rewind_epoch),
+            training,
+            objective=self._distillation() if method.distil else None,
+            start_epoch=first,
+            optimizer=optimizer,
+            dst=dst,
         )
 
-    def _trainer(self, model: nn.Module, name: str, **options: Any) -> Trainer:
+    def outcome(self, trainer: Trainer) -> nn.Module:
+        """Return the network that a finished run is about: the superposed one, if it has cycles.
+
+        Its BatchNorm statistics are of one pass over the unaugmented training images.
+
+        Args:
+            trainer: of this pipeline, trained to the end.
+        """
+        if not isinstance(trainer.dst, SupTickets):
+            return trainer.model
+        config = self.training
+        batches = self.data.train.batches(config.batch_size, channels_last=config.channels_last)
+        return trainer.dst.finish(batches)
+
+    def _distillation(self) -> Distillation:
+        teacher = self.dense_final()
+        if self.training.channels_last:
+            teacher = to_channels_last(teacher)
+        smoothing = self.training.label_smoothing
+        return Distillation(teacher, label_smoothing=smoothing, **self.distillation)
+
+    def _trainer(self, model: nn.Module, name: str, training: Training, **options: Any) -> Trainer:
         return Trainer(
             model,
             self.data.train,
-            self.training,
+            training,
             seed=derive_seed(self.seed, "train"),
             validation=_nonempty(self.data.val),
             folder=self.folder / name,

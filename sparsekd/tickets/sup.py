@@ -49,7 +49,7 @@ class Cycles:
     total_steps: int
     cycle_fraction: float
     cycle_steps: int
-    lr: tuple[float, float]
+    lr: tuple[float, ...]
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "cycle_steps"):
@@ -161,7 +161,7 @@ class SupTickets:
         total_steps: int,
         cycle_fraction: float = 0.1,
         cycle_steps: int,
-        lr: tuple[float, float] = (0.001, 0.005),
+        lr: tuple[float, ...] = (0.001, 0.005),
         drop_fraction: float = 0.5,
         average: Average = "caa",
         prune_each: bool = False,

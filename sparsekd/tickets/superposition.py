@@ -69,7 +69,7 @@ def superpose(
     return merged
 
 
-def check_average(average: str, beta: float) -> None:
+def check_average(average: str, beta: float = 0.5) -> None:
     """Check the hyper-parameters of an average.
 
     Args:

@@ -29,6 +29,8 @@ class Training:
         milestones: epochs at which the "step" schedule decays.
         gamma: factor of the "step" schedule.
         warmup: epochs of linear warm-up from 0, step by step.
+        tail: last epochs of the run that the schedule leaves to another, such as the cycles of
+            Sup-tickets: the cosine reaches 0 before them.
         label_smoothing: of the cross entropy.
         augment: apply the data set's standard augmentation.
         channels_last: keep images and dense weights in channels_last, the faster layout of most
@@ -54,6 +56,7 @@ class Training:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     warmup: int = 0
+    tail: int = 0
     label_smoothing: float = 0.0
     augment: bool = True
     channels_last: bool = True
@@ -72,7 +75,9 @@ class Training:
         ascending = list(self.milestones) == sorted(set(self.milestones))
         _require("milestones", ascending, "ascending epochs", self.milestones)
         _require("gamma", self.gamma > 0, "a positive number", self.gamma)
-        _require("warmup", 0 <= self.warmup <= self.epochs, "0 to epochs", self.warmup)
+        _require("tail", 0 <= self.tail <= self.epochs, "0 to epochs", self.tail)
+        most = self.epochs - self.tail
+        _require("warmup", 0 <= self.warmup <= most, "0 to epochs - tail", self.warmup)
         smoothing = self.label_smoothing
         _require("label_smoothing", 0 <= smoothing < 1, "a number in [0, 1)", smoothing)
 
@@ -94,8 +99,8 @@ class Training:
             return self.lr * epoch / self.warmup
         if self.schedule == "step":
             return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
-        done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1)
-        return self.lr * (1 + math.cos(math.pi * done)) / 2
+        done = (epoch - self.warmup) / max(self.epochs - self.tail - self.warmup, 1)
+        return self.lr * (1 + math.cos(math.pi * min(done, 1))) / 2
 
     def scaled(self, epochs: int) -> Training:
         """Return the same schedule stretched or shortened to another number of epochs.
@@ -117,7 +122,26 @@ class Training:
             epochs=epochs,
             milestones=tuple(m for m in milestones if m < epochs),
             warmup=round(self.warmup * share),
+            tail=round(self.tail * share),
         )
+
+    def squeezed(self, tail: int) -> Training:
+        """Return a run of the same length whose schedule ends `tail` epochs earlier.
+
+        Args:
+            tail: epochs to leave to another schedule; milestones and warm-up keep their share of
+                the rest.
+
+        Returns:
+            The new configuration.
+
+        Example:
+            >>> Training(epochs=250, milestones=(125, 187)).squeezed(24).milestones
+            (113, 169)
+        """
+        if tail == 0:
+            return self
+        return replace(self.scaled(max(self.epochs - tail, 1)), epochs=self.epochs, tail=tail)
 
 
 def _require(name: str, ok: bool, expected: str, got: object) -> None:

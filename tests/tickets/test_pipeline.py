@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import densify, sparse_modules
-from sparsekd.tickets import METHODS, make_ticket
+from sparsekd.tickets import METHODS, Distillation, Dynamics, Superposition, make_ticket
 from sparsekd.train import Trainer, Training, load_state, save_model, state_hash
 
 
@@ -58,7 +58,7 @@ def test_reinit_shares_the_masks_and_no_weight(pipeline):
         assert not (a.values == b.values).any()
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [m.name for m in METHODS.values() if m.moves == "none"])
 def test_masks_and_teacher_are_the_same_after_training(pipeline, method):
     masks = pipeline.one_shot_masks(0.6)
     trainer = pipeline.ticket_trainer(METHODS[method], masks, method)
@@ -148,3 +148,60 @@ def test_a_ticket_stores_only_its_weights(pipeline):
     stored = sum(module.values.numel() for _, module in sparse_modules(ticket))
     assert stored == 486 - int(0.75 * 486)
     assert state_hash(dense.state_dict()) == state_hash(pipeline.dense_state(3))
+
+
+def test_random_masks_need_no_dense_run_and_meet_the_sparsity(make_pipeline):
+    pipeline = make_pipeline()
+    masks = pipeline.masks(METHODS["rigl"], 0.8)
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * 486)
+    start = pipeline.start(METHODS["rigl"], masks)
+    for name, module in sparse_modules(start):
+        assert torch.equal(module.values, pipeline.fresh().get_submodule(name).weight[masks[name]])
+    other = replace(pipeline, seed=1).masks(METHODS["rigl"], 0.8)
+    assert not same(masks, other)
+
+
+MOVING = [m.name for m in METHODS.values() if m.moves != "none"]
+BUSY = {
+    "dynamics": Dynamics(drop_fraction=0.5, every=2, until=1.0),
+    "superposition": Superposition(cycle_fraction=0.7, cycle_epochs=1, lr=(0.01, 0.05)),
+}
+
+
+@pytest.mark.parametrize("method", MOVING)
+def test_a_moving_topology_keeps_its_count(pipeline, method):
+    pipeline = replace(pipeline, **BUSY)
+    masks = pipeline.masks(METHODS[method], 0.8)
+    trainer = pipeline.ticket_trainer(METHODS[method], masks, method)
+    trainer.fit()
+    for model in (trainer.model, pipeline.outcome(trainer)):
+        moved = masks_of(model)
+        assert not same(moved, masks)
+        total = sum(int(mask.sum()) for mask in masks.values())
+        assert sum(int(mask.sum()) for mask in moved.values()) == total
+
+
+@pytest.mark.parametrize("method", ["sup-rigl", "kd-sup-rigl"])
+def test_sup_tickets_superpose_at_the_end_and_squeeze_the_schedule(pipeline, method):
+    pipeline = replace(pipeline, **BUSY)
+    masks = pipeline.masks(METHODS[method], 0.8)
+    trainer = pipeline.ticket_trainer(METHODS[method], masks, method)
+    assert isinstance(trainer.objective, Distillation) == (method == "kd-sup-rigl")
+    rows = trainer.fit()
+    assert (trainer.dst.cycles.first_phase, trainer.dst.cycles.count) == (5, 2)
+    assert trainer.config.milestones == ()  # 2 of 3 epochs, of which only the first is left
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.026, 0.026])
+    merged = pipeline.outcome(trainer)
+    assert merged is not trainer.model
+    assert state_hash(merged.state_dict()) == state_hash(pipeline.outcome(trainer).state_dict())
+
+
+def test_a_sup_run_resumes_after_its_last_step(pipeline):
+    pipeline = replace(pipeline, **BUSY)
+    method, masks = METHODS["sup-set"], pipeline.random_masks(0.8)
+    trainer = pipeline.ticket_trainer(method, masks, "a")
+    trainer.fit()
+    again = pipeline.ticket_trainer(method, masks, "a")
+    assert again.epoch == 3
+    first, second = (state_hash(pipeline.outcome(t).state_dict()) for t in (trainer, again))
+    assert first == second
