@@ -32,7 +32,7 @@ test-cpp: $(VENV)/.installed
 	build/tests/core_tests
 
 test-python: $(VENV)/.built
-	$(RUN) -m pytest --doctest-modules tests sparsekd
+	SPARSEKD_CACHE=off $(RUN) -m pytest --doctest-modules tests sparsekd  # a busy machine's timings are not for keeps
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .

@@ -54,7 +54,9 @@ def train(
         bool, typer.Option("--fresh/--resume", help="Start over instead of going on.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Backend of the sparse ops.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend of the sparse ops: auto, cpp, dense or reference.")
+    ] = None,
 ) -> None:
     """Train a recipe's dense network and its tickets; go on where an earlier call stopped."""
     with _one_line_errors(ValueError):

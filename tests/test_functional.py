@@ -22,7 +22,7 @@ from sparsekd.testing import (
 )
 
 
-@pytest.fixture(params=["reference", "cpp"], autouse=True)
+@pytest.fixture(params=["reference", "cpp", "dense", "auto"], autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param not in available_backends():
         pytest.skip(f"backend {request.param} cannot run here")

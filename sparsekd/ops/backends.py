@@ -29,6 +29,7 @@ class Backend:
         device: the device type it runs on, None for any.
         dtypes: the dtypes it takes, None for any floating one.
         how_to_get: what a user must do to have it.
+        extends: the backend that runs the ops it does not have.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Backend:
     device: str | None
     dtypes: tuple[torch.dtype, ...] | None
     how_to_get: str
+    extends: str | None = None
 
 
 _NO_GPU_KERNELS = (
@@ -43,16 +45,15 @@ _NO_GPU_KERNELS = (
     'any device with `with sparsekd.backend("reference"):`'
 )
 
+_BUILD = "build the compiled module sparsekd._C with `pip install .` (needs a C++17 compiler)"
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(
-            "cpp",
-            "sparsekd.ops.cpp",
-            "cpu",
-            (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-            "build the compiled module sparsekd._C with `pip install .` (needs a C++17 compiler)",
-        ),
+        Backend("auto", "sparsekd.ops.dispatch", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
+        Backend("cpp", "sparsekd.ops.cpp", "cpu", _CPU_DTYPES, _BUILD),
+        Backend("dense", "sparsekd.ops.dense", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
         Backend("reference", "sparsekd.ops.reference", None, None, "it is always there"),
         Backend("triton", None, "cuda", None, _NO_GPU_KERNELS),
         Backend("cuda", None, "cuda", None, _NO_GPU_KERNELS),
@@ -95,10 +96,12 @@ def backend(name: str) -> Iterator[None]:
     """Run every op of sparsekd on the named backend while the context lasts.
 
     It holds for the whole process, and for the backward passes that run inside it. Outside, the
-    environment variable SPARSEKD_BACKEND decides, and without it the device and dtype do.
+    environment variable SPARSEKD_BACKEND decides, and without it CPU tensors get "auto".
 
     Args:
-        name: "cpp", "reference", "triton" or "cuda".
+        name: "auto" for whichever of "cpp" and "dense" measures faster, op by op; "cpp" for the
+            sparse kernels and nothing else; "dense" for torch's kernels on a weight that is
+            densified for each call; "reference", "triton" or "cuda".
 
     Raises:
         BackendError: there is no such backend, or it cannot run here; the text says how to get it.
@@ -130,7 +133,16 @@ def choose(op: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
     if not x.is_floating_point() or (chosen.dtypes is not None and x.dtype not in chosen.dtypes):
         supported = "floating dtypes" if chosen.dtypes is None else chosen.dtypes
         raise UnsupportedError(f"backend {name!r} supports {supported}, got {x.dtype}")
-    return getattr(_load(name)[0], op)
+    return _function(name, op)
+
+
+def _function(name: str, op: str) -> Callable[..., torch.Tensor]:
+    found = getattr(_load(name)[0], op, None)
+    if found is None:
+        extended = BACKENDS[name].extends
+        assert extended is not None, f"backend {name!r} has no {op!r}"
+        return _function(extended, op)
+    return found
 
 
 @cache
@@ -139,7 +151,7 @@ def _automatic(device: str) -> str:
         raise BackendError(f"no backend for device {device!r}: {_NO_GPU_KERNELS}")
     module, reason = _load("cpp")
     if module is not None:
-        return "cpp"
+        return "auto"
     warnings.warn(
         f"sparsekd runs on the slow reference backend, its compiled module is missing ({reason}): "
         f"{BACKENDS['cpp'].how_to_get}",
@@ -155,7 +167,8 @@ def info() -> dict[str, Any]:
     Returns:
         A dict of plain values: `torch`, `python`, `machine`, `threads`, `forced` (the backend
         asked for, or None), `default` (what CPU tensors get), `backends` (name to `available` and
-        `detail`) and `cpp`, what the compiled module says of itself (empty without it).
+        `detail`), `cpp`, what the compiled module says of itself, and `choices`, the file of
+        measured choices and how many of them this process knows (both empty without the module).
 
     Example:
         >>> info()["backends"]["reference"]["available"]
@@ -173,7 +186,8 @@ def info() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "forced": forced(),
-        "default": "cpp" if compiled is not None else "reference",
+        "default": "auto" if compiled is not None else "reference",
         "backends": table,
         "cpp": {} if compiled is None else compiled.info(),
+        "choices": {} if compiled is None else _load("auto")[0].choices().info(),
     }

@@ -17,7 +17,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["reference", "cpp"])
+@pytest.fixture(params=["reference", "cpp", "dense", "auto"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on every backend of the CPU; skip, saying why, where one cannot run."""
     entry = skd.ops.info()["backends"][request.param]

@@ -63,7 +63,7 @@ def test_the_environment_chooses(
     assert len(reference_calls) == 1
     assert ops.info()["forced"] == "reference"
     monkeypatch.setenv("SPARSEKD_BACKEND", "abacus")
-    with pytest.raises(BackendError, match="expected one of cpp, reference"):
+    with pytest.raises(BackendError, match="expected one of auto, cpp, dense, reference"):
         product()
 
 
@@ -75,7 +75,7 @@ def test_a_backend_that_cannot_run_says_how_to_get_it(name: str) -> None:
 
 def test_info_names_every_backend() -> None:
     table = ops.info()["backends"]
-    assert set(table) == {"cpp", "reference", "triton", "cuda"}
+    assert set(table) == {"auto", "cpp", "dense", "reference", "triton", "cuda"}
     assert table["reference"]["available"]
     assert all(entry["available"] or entry["detail"] for entry in table.values())
 

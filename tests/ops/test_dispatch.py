@@ -1,0 +1,255 @@
+"""Who runs which op when nobody has said it, and that a choice stays made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparsekd as skd
+from sparsekd import ops
+from sparsekd.nn import SparseConv2d, SparseLinear
+
+pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+from sparsekd.ops import cpp, dense, dispatch
+from sparsekd.ops.choices import Choice, Choices
+
+BACKENDS = {"cpp": cpp, "dense": dense}
+CONV = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Let every test start as a new process does, with a file of its own."""
+    monkeypatch.delenv("SPARSEKD_BACKEND", raising=False)
+    path = tmp_path / "choices.jsonl"
+    start_process(monkeypatch, path)
+    return path
+
+
+def start_process(monkeypatch: pytest.MonkeyPatch, path: Path | None) -> None:
+    choices = Choices(path)
+    monkeypatch.setattr(dispatch, "choices", lambda: choices)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+
+
+@pytest.fixture
+def races(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Decide races instead of timing them: sparse wins forward, dense backward; list them."""
+    run: list[str] = []
+
+    def race(arms: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        op = arms["cpp"].func.__name__  # type: ignore[attr-defined]
+        run.append(op)
+        forward = op in ("conv2d", "linear")
+        times = {"cpp": 1.0, "dense": 1.2} if forward else {"cpp": 1.2, "dense": 1.0}
+        return times, {name: arm() for name, arm in arms.items()}
+
+    monkeypatch.setattr(dispatch, "race", race)
+    return run
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """List which backend runs which op."""
+    seen: list[str] = []
+
+    def counted(name: str, op: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            seen.append(f"{name} {op}")
+            return run(*args)
+
+        call.__name__ = op
+        return call
+
+    for name, module in BACKENDS.items():
+        for op in ("conv2d", "conv2d_dgrad", "conv2d_wgrad"):
+            monkeypatch.setattr(module, op, counted(name, op, getattr(module, op)))
+    return seen
+
+
+def layer(sparsity: float = 0.5, channels: int = 32, seed: int = 0) -> SparseConv2d:
+    return SparseConv2d(channels, channels, 3, padding=1, sparsity=sparsity, seed=seed)
+
+
+def step(conv: torch.nn.Module, batch: int = 8, channels: int = 32) -> list[Tensor]:
+    x = torch.randn(batch, channels, 12, 12, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    y = conv(x)
+    return [y.detach(), *torch.autograd.grad((y * y).sum(), [x, *conv.parameters()])]
+
+
+FORWARD_SPARSE = ["cpp conv2d", "dense conv2d_dgrad", "dense conv2d_wgrad"]
+
+
+def test_each_direction_is_measured_once_and_then_runs_the_faster_way(
+    races: list[str], calls: list[str]
+) -> None:
+    conv = layer()
+    first = step(conv)
+    assert sorted(races) == ["conv2d", "conv2d_dgrad", "conv2d_wgrad"]
+    calls.clear()
+    again = step(conv)
+    assert len(races) == 3
+    assert sorted(calls) == FORWARD_SPARSE
+    assert all(map(torch.equal, first, again))  # the result of a race is that of the winner
+
+
+def test_a_later_process_makes_the_same_choices(
+    races: list[str], calls: list[str], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = step(layer())
+    races.clear()
+    calls.clear()
+    start_process(monkeypatch, file)
+    assert all(map(torch.equal, first, step(layer())))
+    assert races == []
+    assert sorted(calls) == FORWARD_SPARSE
+
+
+def test_without_a_file_choices_last_as_long_as_the_process(
+    races: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_process(monkeypatch, None)
+    step(layer())
+    step(layer())
+    assert len(races) == 3
+
+
+def test_kinds_that_time_differently_are_measured_apart(races: list[str]) -> None:
+    for conv, batch in ((layer(), 8), (layer(), 9), (layer(0.8), 8), (layer(channels=33), 8)):
+        step(conv, batch, conv.in_channels)
+        step(
+            SparseConv2d.from_dense(conv.to_dense(), conv.topology.mask()), batch, conv.in_channels
+        )
+    assert len(races) == 12
+    torch.set_num_threads(2)
+    step(layer())
+    assert len(races) == 15
+    channels_last = torch.randn(8, 32, 12, 12).contiguous(memory_format=torch.channels_last)
+    layer()(channels_last)
+    assert len(races) == 16
+
+
+def test_densities_within_five_percent_share_a_choice(races: list[str]) -> None:
+    step(layer(0.9, seed=1))
+    step(layer(0.899, seed=2))
+    assert len(races) == 3
+    step(layer(0.85, seed=1))
+    assert len(races) == 6
+
+
+def test_a_rewired_layer_is_not_measured_again(races: list[str]) -> None:
+    conv = layer()
+    step(conv)
+    conv.rewire(conv.topology.mask().flip(0))
+    step(conv)
+    assert len(races) == 3
+
+
+def test_small_and_empty_layers_run_sparse_and_full_ones_dense_unmeasured(
+    races: list[str], calls: list[str]
+) -> None:
+    step(layer(), batch=1)
+    step(layer(1.0))
+    assert {call.split()[0] for call in calls} == {"cpp"}
+    calls.clear()
+    step(layer(0.0))
+    assert {call.split()[0] for call in calls} == {"dense"}
+    assert races == []
+
+
+def test_linear_layers_share_choices_between_close_numbers_of_rows(races: list[str]) -> None:
+    fully = SparseLinear(128, 128, sparsity=0.8)
+    for rows in (1000, 1001, 998):
+        fully(torch.ones(rows, 128, requires_grad=True)).sum().backward()
+    assert len(races) == 3
+    fully(torch.ones(2, 500, 128))
+    assert len(races) == 3
+    fully(torch.ones(1200, 128))
+    assert len(races) == 4
+
+
+@pytest.mark.parametrize("name", ["cpp", "dense"])
+def test_a_named_backend_is_not_measured(races: list[str], calls: list[str], name: str) -> None:
+    with skd.backend(name):
+        step(layer())
+    assert races == []
+    assert {call.split()[0] for call in calls} == {name}
+    with skd.backend(name), skd.backend("auto"):
+        step(layer())
+    assert len(races) == 3
+
+
+def test_a_real_race_gives_what_the_sparse_kernels_give() -> None:
+    auto = step(layer())
+    with skd.backend("cpp"):
+        sparse = step(layer())
+    for a, b in zip(auto, sparse, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(dispatch.choices()) == 3
+
+
+def test_a_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="sparsekd.ops.dispatch"):
+        step(layer())
+    assert len(caplog.records) == 3
+    assert "conv2d_wgrad float32 threads=1" in caplog.text
+    assert "from now on" in caplog.text
+
+
+def test_the_plans_of_a_layer_that_runs_dense_are_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def race(arms: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        return {"cpp": 2.0, "dense": 1.0}, {name: arm() for name, arm in arms.items()}
+
+    monkeypatch.setattr(dispatch, "race", race)
+    conv = layer(0.2)
+    before = ops.info()["cpp"]["cached_bytes"]
+    step(conv)
+    indices = 4 * (conv.crow_indices.numel() + conv.topology.nnz)
+    assert ops.info()["cpp"]["cached_bytes"] - before <= indices
+
+
+def test_a_backward_pass_inside_autocast_keeps_its_precision() -> None:
+    fully = SparseLinear(64, 64, sparsity=0.5)
+    x = torch.randn(16, 64, requires_grad=True)
+    grads = []
+    for name in ("cpp", "dense"):
+        with skd.backend(name):
+            y = fully(x).square().sum()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                grads.append(torch.autograd.grad(y, [x, fully.values]))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_damaged_indices_are_refused_by_the_dense_backend_too() -> None:
+    x, values = torch.ones(2, 4), torch.ones(3)
+    crow, col = (
+        torch.tensor([0, 2, 3], dtype=torch.int32),
+        torch.tensor([0, 9, 1], dtype=torch.int32),
+    )
+    with skd.backend("dense"):
+        for op, first, second in (("linear", x, values), ("linear_dgrad", x[:, :2], values)):
+            more = [None] if op == "linear" else []
+            with pytest.raises(skd.errors.TopologyError, match="out of range"):
+                getattr(ops, op)(first, second, crow, col, *more, [2, 4])
+        with pytest.raises(skd.errors.TopologyError, match="out of range"):
+            ops.linear_wgrad(x[:, :2], x, crow, col, [2, 4])
+
+
+def test_the_choice_of_an_op_can_be_asked_for() -> None:
+    topology = layer().topology
+    args = (
+        torch.ones(1, 32, 4, 4), torch.ones(topology.nnz), topology.crow_indices,
+        topology.col_indices, None, [32, 32, 3, 3], *CONV,
+    )  # fmt: skip
+    assert dispatch.choose("conv2d", args) == (Choice("cpp"), None)
+    assert dispatch.products("conv2d", args) == 16 * 32 * 32 * 9
