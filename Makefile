@@ -31,8 +31,9 @@ test-cpp: $(VENV)/.installed
 	cmake --build build/tests --target core_tests
 	build/tests/core_tests
 
+# What the tests choose on a busy machine is not for keeps, hence no cache.
 test-python: $(VENV)/.built
-	SPARSEKD_CACHE=off $(RUN) -m pytest --doctest-modules tests sparsekd  # a busy machine's timings are not for keeps
+	SPARSEKD_CACHE=off $(RUN) -m pytest --doctest-modules tests sparsekd
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .
