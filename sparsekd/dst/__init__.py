@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from sparsekd.dst.acdc import ACDC
 from sparsekd.dst.base import LayerUpdate, Updater
+from sparsekd.dst.gmp import GMP
+from sparsekd.dst.granet import GraNet
+from sparsekd.dst.itop import ITOP, Exploration
+from sparsekd.dst.mest import MEST
+from sparsekd.dst.redistribution import RigLSG, RigLSM
 from sparsekd.dst.rigl import RigL
 from sparsekd.dst.set import SET
+from sparsekd.dst.snfs import SNFS
+from sparsekd.dst.srigl import SRigL
 from sparsekd.dst.static import Static
 
-__all__ = ["SET", "LayerUpdate", "RigL", "Static", "Updater"]
+__all__ = [
+    "ACDC",
+    "GMP",
+    "ITOP",
+    "MEST",
+    "SET",
+    "SNFS",
+    "Exploration",
+    "GraNet",
+    "LayerUpdate",
+    "RigL",
+    "RigLSG",
+    "RigLSM",
+    "SRigL",
+    "Static",
+    "Updater",
+]

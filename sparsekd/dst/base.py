@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from sparsekd.dst import scores
 from sparsekd.dst.capture import GradientCapture
 from sparsekd.dst.schedules import UpdateSchedule
 from sparsekd.errors import CheckpointError
-from sparsekd.nn import sparse_modules
+from sparsekd.nn import SparseModule, sparse_modules
 from sparsekd.optim import check_remappable, remap_
 from sparsekd.topology import Topology
 
@@ -43,8 +44,9 @@ class LayerUpdate:
 class Updater:
     """Rewire the sparse modules of a model while it trains.
 
-    A method is a schedule (when, and which fraction), a drop score and a grow rule. Subclasses
-    replace `grow` or `drop_score`, or `plan` for anything wider than one layer. The loop is
+    A method is a schedule (when, and which fraction), how many weights each layer loses and gains,
+    a drop score and a grow rule. Subclasses replace `grow`, `drop_score` or `counts`, or `plan`
+    where a mask is no drop and grow. The loop is
 
         opt.zero_grad(); loss.backward()
         if not dst.step():
@@ -84,6 +86,9 @@ class Updater:
     needs_gradient: ClassVar[bool] = False
     """Whether `grow` uses `gradient(name)`."""
 
+    saved: ClassVar[tuple[str, ...]] = ()
+    """Attributes that `state_dict` holds besides the iteration and the generator."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -101,7 +106,7 @@ class Updater:
                 "without any; call skd.sparsify(model, sparsity=...) first"
             )
         self.optimizer = optimizer
-        for name in self._trainable():
+        for name in self.layers():
             check_remappable(optimizer, self.modules[name].values, name=f"{name}.values")
         self.skip_sgd_on_update = skip_sgd_on_update
         self.generator = torch.Generator().manual_seed(seed)
@@ -151,7 +156,7 @@ class Updater:
             Whether there was anything to rewire.
         """
         self.last_update = {}
-        if self.needs_gradient and not self._capture:
+        if self.needs_gradient and not any(map(self.has_gradient, self.modules)):
             raise RuntimeError(
                 f"{type(self).__name__} grows by gradient, but no sparse module has seen a "
                 f"backward pass in iteration {self.iteration}; call loss.backward() before step()"
@@ -172,21 +177,35 @@ class Updater:
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
         """Return the new mask of each layer that changes, by name; change nothing yet."""
-        plan = {}
-        for name in self._trainable():
-            topology = self.modules[name].topology
-            k = math.floor(fraction * topology.nnz)
-            unused = self.needs_gradient and name not in self._capture
-            if k > 0 and topology.nnz < topology.numel and not unused:
-                plan[name] = self.drop_and_grow(name, drop=k, grow=k)
-        return plan
+        counts = self.counts(fraction)
+        return {
+            name: self.drop_and_grow(name, drop=drop, grow=grow)
+            for name, (drop, grow) in counts.items()
+            if drop or grow
+        }
+
+    def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
+        """Return by layer how many weights it loses and gains; here `fraction` of its own."""
+        moved = {name: self.replaceable(name, fraction) for name in self.layers()}
+        return {name: (k, k) for name, k in moved.items()}
+
+    def replaceable(self, name: str, fraction: float, pruned: int = 0) -> int:
+        """Return the number that is `fraction` of layer `name` once `pruned` weights are gone.
+
+        It is 0 where nothing can grow: in a layer that stores every weight, and where growth needs
+        a gradient in one that took no part in the backward pass.
+        """
+        topology = self.modules[name].topology
+        nnz = topology.nnz - pruned
+        unused = self.needs_gradient and not self.has_gradient(name)
+        return 0 if nnz == topology.numel or unused else math.floor(fraction * nnz)
 
     def drop_and_grow(self, name: str, *, drop: int, grow: int) -> Tensor:
         """Return the mask of layer `name` less `drop` weights and with `grow` others."""
         topology = self.modules[name].topology
         dropped = scores.smallest(self.drop_score(name), drop)
         kept = scores.without(topology, dropped)
-        grown = self.grow(name, kept, grow)
+        grown = self.grow(name, kept, grow) if grow else dropped[:0]
         mask = kept.mask()
         mask.view(-1)[grown] = True
         regrown = mask.view(-1)[topology.flat_indices()[dropped]]
@@ -211,12 +230,29 @@ class Updater:
             raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
         return gradient
 
+    def layers(self) -> dict[str, SparseModule]:
+        """Return the sparse modules that take part: those whose values are trained."""
+        return {name: m for name, m in self.modules.items() if m.values.requires_grad}
+
+    def nnz(self) -> int:
+        """Return how many weights these layers store."""
+        return sum(module.topology.nnz for module in self.layers().values())
+
+    def numel(self) -> int:
+        """Return how many weights these layers have, zeros included."""
+        return sum(module.topology.numel for module in self.layers().values())
+
+    def has_gradient(self, name: str) -> bool:
+        """Say whether layer `name` took part in the backward pass."""
+        return name in self._capture
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, next to the model's and the optimizer's state."""
         return {
             "method": type(self).__name__,
             "iteration": self.iteration,
             "generator": self.generator.get_state(),
+            **{name: copy.deepcopy(getattr(self, name)) for name in self.saved},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,15 +270,17 @@ class Updater:
             )
         self.iteration = int(state["iteration"])
         self.generator.set_state(state["generator"].cpu())
+        for name in self.saved:
+            setattr(self, name, copy.deepcopy(state[name]))
         self.last_update = {}
         self._prepare_next()
 
-    def _trainable(self) -> list[str]:
-        return [name for name, module in self.modules.items() if module.values.requires_grad]
-
     def _prepare_next(self) -> None:
-        due = self.schedule(self.iteration + 1) is not None
-        self._capture.switch(on=due and self.needs_gradient)
+        self._capture.switch(on=self._collects(self.iteration + 1))
+
+    def _collects(self, iteration: int) -> bool:
+        """Say whether `gradient(name)` is asked for in this iteration."""
+        return self.needs_gradient and self.schedule(iteration) is not None
 
     def _check_finite(self) -> None:
         for name, parameter in self.model.named_parameters():

@@ -15,6 +15,20 @@ def never(iteration: int) -> None:
     """Update at no iteration."""
 
 
+def check_positive(**numbers: int) -> None:
+    """Raise ValueError, naming the argument, unless all numbers are positive integers."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_fraction(**numbers: float) -> None:
+    """Raise ValueError, naming the argument, unless all numbers are in [0, 1]."""
+    for name, value in numbers.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected 0 to 1, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Periodic:
     """Update every `every` iterations, before iteration `until`.
@@ -39,10 +53,7 @@ class Periodic:
     until: int
 
     def __post_init__(self) -> None:
-        for name in ("every", "until"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        check_positive(every=self.every, until=self.until)
 
     def __call__(self, iteration: int) -> float | None:
         due = iteration % self.every == 0 and iteration < self.until
@@ -66,6 +77,5 @@ def cosine(drop_fraction: float, every: int, until: int) -> Periodic:
         >>> cosine(0.3, every=100, until=400)(200)
         0.15
     """
-    if not 0 <= drop_fraction <= 1:
-        raise ValueError(f"drop_fraction: expected 0 to 1, got {drop_fraction!r}")
+    check_fraction(drop_fraction=drop_fraction)
     return Periodic(Cosine(drop_fraction, until), every, until)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,28 @@ def smallest(score: Tensor, k: int) -> Tensor:
         [0, 2, 3]
     """
     return topk_indices(-score, k)
+
+
+def smallest_overall(scores: Mapping[str, Tensor], k: int) -> dict[str, int]:
+    """Count by layer the `k` smallest scores of all layers together.
+
+    Among equal scores those of an earlier layer go first.
+
+    Args:
+        scores: one number per weight, by layer; all of one device.
+        k: how many over all layers.
+
+    Raises:
+        ValueError: a score is NaN, or `k` is not in [0, number of scores].
+
+    Example:
+        >>> smallest_overall({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([0.0, 2.0])}, 3)
+        {'a': 1, 'b': 2}
+    """
+    gone = smallest(torch.cat(list(scores.values())), k)
+    ends = torch.tensor([len(score) for score in scores.values()]).cumsum(0).to(gone.device)
+    layer = torch.searchsorted(ends, gone, right=True)
+    return dict(zip(scores, torch.bincount(layer, minlength=len(scores)).tolist(), strict=True))
 
 
 def without(topology: Topology, slots: Tensor) -> Topology:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsekd.sparsity.distributions import DISTRIBUTIONS, ErdosRenyi, allocate, erdos_renyi
 from sparsekd.sparsity.masks import (
+    fan_in_masks,
     generator_for,
     global_masks,
     magnitude_mask,
@@ -26,6 +27,7 @@ __all__ = [
     "apportion",
     "check_sparsity",
     "erdos_renyi",
+    "fan_in_masks",
     "generator_for",
     "global_masks",
     "magnitude_mask",

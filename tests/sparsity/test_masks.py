@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sparsekd.errors import ShapeError
 from sparsekd.sparsity import (
+    fan_in_masks,
     generator_for,
     global_masks,
     magnitude_mask,
@@ -141,3 +142,14 @@ def test_global_masks_are_exact_on_ties():
 def test_global_masks_of_nothing_are_refused():
     with pytest.raises(ShapeError, match="at least one layer"):
         global_masks({}, 0)
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+def test_fan_in_masks_give_every_row_the_same(rows, cols, density, seed):
+    nnz = round(density * rows * cols)
+    mask = fan_in_masks({"fc": (rows, cols)}, {"fc": nnz}, seed=seed)["fc"]
+    assert len(mask.sum(1).unique()) == 1
+    assert abs(int(mask.sum()) - nnz) < rows
+    assert bool(mask.any()) == bool(nnz)
+    again = fan_in_masks({"other": (3, 3), "fc": (rows, cols)}, {"other": 3, "fc": nnz}, seed=seed)
+    assert torch.equal(again["fc"], mask)

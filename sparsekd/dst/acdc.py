@@ -1,0 +1,96 @@
+"""AC/DC: alternate between dense and compressed training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekd.dst import scores
+from sparsekd.dst.base import Updater
+from sparsekd.dst.schedules import check_positive, never
+from sparsekd.sparsity import check_sparsity, target_nnz
+from sparsekd.topology import Topology
+
+
+class ACDC(Updater):
+    """Compress to the largest weights of all layers at some iterations, decompress at others.
+
+    A compression keeps exactly `round((1 - sparsity) N)` weights; a decompression stores them all
+    again, the new ones at 0. Start from `sparsify(model, sparsity=0)`; the last dense phase leaves
+    a dense model for free. Phases that are compressed cost what sparse training costs; dense ones
+    run on sparse kernels at full density, which is slower than a dense layer would be. A change
+    that was skipped for a gradient that is not finite happens in the next iteration.
+
+    Args:
+        model: holds sparse modules.
+        optimizer: holds their values.
+        sparsity: fraction of zeros in compressed phases, over all trainable sparse modules.
+        compress: iterations that compress, counted from 1.
+        decompress: iterations that decompress.
+        seed: unused; there so that methods can stand in for each other.
+        skip_sgd_on_update: whether an update takes the place of the optimizer step.
+
+    Raises:
+        ValueError: an argument is out of range, an iteration is in both lists, or `model` has no
+            sparse module.
+        OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
+
+    Source: AC/DC: Alternating Compressed/DeCompressed Training (arXiv 2106.12379), section 4.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> layer = skd.nn.SparseLinear(8, 4, sparsity=0.0)
+        >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> dst = skd.dst.ACDC(layer, opt, sparsity=0.75, compress=(2, 5), decompress=(4,))
+        >>> [(dst.step(), layer.topology.nnz)[1] for _ in range(6)]
+        [32, 8, 8, 32, 8, 8]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        sparsity: float,
+        compress: Sequence[int],
+        decompress: Sequence[int] = (),
+        seed: int = 0,
+        skip_sgd_on_update: bool = True,
+    ) -> None:
+        for iteration in (*compress, *decompress):
+            check_positive(**{"compress, decompress": iteration})
+        if both := set(compress) & set(decompress):
+            raise ValueError(f"compress, decompress: expected no common number, got {min(both)}")
+        self.sparsity = check_sparsity(sparsity)
+        self.phases = sorted([(t, True) for t in compress] + [(t, False) for t in decompress])
+        super().__init__(
+            model, optimizer, schedule=never, seed=seed, skip_sgd_on_update=skip_sgd_on_update
+        )
+        self.schedule = self._due
+
+    def compressed(self, iteration: int) -> bool:
+        """Say whether the update of this iteration, or the last before it, compresses."""
+        return next((sparse for t, sparse in reversed(self.phases) if t <= iteration), False)
+
+    def target(self, iteration: int) -> int:
+        """Return how many weights are stored after this iteration."""
+        return target_nnz(self.numel(), self.sparsity if self.compressed(iteration) else 0.0)
+
+    def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
+        """Return by layer how many weights go or come back."""
+        layers = self.layers()
+        if not self.compressed(self.iteration):
+            return {n: (0, m.topology.numel - m.topology.nnz) for n, m in layers.items()}
+        surplus = max(0, self.nnz() - self.target(self.iteration))
+        gone = scores.smallest_overall({name: self.drop_score(name) for name in layers}, surplus)
+        return {name: (drop, 0) for name, drop in gone.items()}
+
+    def grow(self, name: str, kept: Topology, k: int) -> Tensor:
+        """Return the first `k` positions outside `kept`; a decompression asks for all of them."""
+        return (~kept.mask()).view(-1).nonzero().squeeze(1)[:k]
+
+    def _due(self, iteration: int) -> float | None:
+        begun = bool(self.phases) and iteration >= self.phases[0][0]
+        return 0.0 if begun and self.nnz() != self.target(iteration) else None

@@ -1,0 +1,111 @@
+"""Gradual magnitude pruning: start dense, remove the smallest weights along a cubic."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sparsekd.dst import scores
+from sparsekd.dst.base import Updater
+from sparsekd.dst.schedules import check_positive, never
+from sparsekd.sparsity import Polynomial, apportion, check_sparsity, target_nnz
+
+
+class GMP(Updater):
+    """Every `every` iterations prune the smallest weights, down to `sparsity` at `until`.
+
+    The sparsity follows a cubic that is steep at first: with s_i that of the model at hand,
+
+        s(t) = sparsity + (s_i - sparsity) (1 - (t - begin) / (until - begin))^3
+
+    and the update of iteration t leaves exactly `round((1 - s(t)) N)` weights, N counting those of
+    the trainable sparse modules. Start from `sparsify(model, sparsity=0)`: what is pruned is
+    neither stored nor computed from that iteration on. An update that was skipped for a gradient
+    that is not finite is made up for by the next one.
+
+    Args:
+        model: holds sparse modules.
+        optimizer: holds their values.
+        sparsity: fraction of zeros at the end, over all trainable sparse modules.
+        every: iterations from one update to the next.
+        until: iteration that reaches `sparsity`, rounded down to a multiple of `every`.
+        begin: iteration up to which nothing is pruned.
+        scope: "global" compares the weights of all layers; "layer" brings every layer to the same
+            sparsity by its own magnitudes.
+        seed: unused; there so that methods can stand in for each other.
+        skip_sgd_on_update: whether an update takes the place of the optimizer step.
+
+    Raises:
+        ValueError: an argument is out of range, the model is sparser than `sparsity` already, or it
+            has no sparse module.
+        OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
+
+    Source: Zhu and Gupta, To prune, or not to prune (arXiv 1710.01878), section 3; "global" as in
+        the reproduction of Rigging the Lottery (arXiv 2103.15767).
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> layer = skd.nn.SparseLinear(8, 4, sparsity=0.0)
+        >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> dst = skd.dst.GMP(layer, opt, sparsity=0.75, every=1, until=2)
+        >>> [(dst.step(), layer.topology.nnz) for _ in range(3)]
+        [(True, 11), (True, 8), (False, 8)]
+    """
+
+    saved = ("initial_sparsity",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        sparsity: float,
+        every: int = 100,
+        until: int,
+        begin: int = 0,
+        scope: str = "global",
+        seed: int = 0,
+        skip_sgd_on_update: bool = True,
+    ) -> None:
+        if scope not in ("global", "layer"):
+            raise ValueError(f"scope: expected 'global' or 'layer', got {scope!r}")
+        check_positive(every=every, until=until)
+        self.sparsity, self.scope = check_sparsity(sparsity), scope
+        self.every, self.begin, self.end = every, begin, until // every * every
+        # Not super(): GraNet mixes this class with RigL.
+        Updater.__init__(
+            self, model, optimizer, schedule=never, seed=seed, skip_sgd_on_update=skip_sgd_on_update
+        )
+        self.initial_sparsity = 1 - self.nnz() / max(self.numel(), 1)
+        if self.nnz() < target_nnz(self.numel(), sparsity):
+            raise ValueError(
+                f"sparsity: expected at least the model's, {self.initial_sparsity:.4g}, "
+                f"got {sparsity!r}"
+            )
+        self.target(0)  # refuses begin and until out of order
+        self.schedule = self._due
+
+    def target(self, iteration: int) -> int:
+        """Return how many weights the update of this iteration leaves."""
+        ramp = Polynomial(self.initial_sparsity, self.sparsity, self.begin, self.end)
+        return target_nnz(self.numel(), ramp(iteration))
+
+    def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
+        """Return by layer how many weights are pruned; none are grown."""
+        return {name: (drop, 0) for name, drop in self.pruned().items()}
+
+    def pruned(self) -> dict[str, int]:
+        """Return by layer how many of its smallest weights go in this iteration."""
+        nnz = {name: module.topology.nnz for name, module in self.layers().items()}
+        target = min(self.target(self.iteration), sum(nnz.values()))
+        if self.scope == "global":
+            score = {name: self.drop_score(name) for name in nnz}
+            return scores.smallest_overall(score, sum(nnz.values()) - target)
+        density = target / max(self.numel(), 1)
+        quota = {name: density * self.modules[name].topology.numel for name in nnz}
+        kept = apportion(quota, nnz, target)
+        return {name: nnz[name] - kept[name] for name in nnz}
+
+    def _due(self, iteration: int) -> float | None:
+        due = iteration % self.every == 0 and self.nnz() > self.target(iteration)
+        return 0.0 if due else None

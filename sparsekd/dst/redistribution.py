@@ -1,0 +1,133 @@
+"""RigL between layers: growth goes where the mean gradient or momentum is largest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sparsekd.dst.rigl import RigL
+from sparsekd.sparsity import apportion
+
+Counts = dict[str, tuple[int, int]]
+
+FULLEST = 0.99
+"""Share of its free positions that a layer may grow while another layer has room."""
+
+NEARLY_DENSE = 0.2
+"""Sparsity below which an important layer drops no larger fraction than its sparsity."""
+
+
+def redistribute(
+    nnz: Mapping[str, int], numel: Mapping[str, int], importance: Mapping[str, float], f: float
+) -> Counts:
+    """Share what all layers drop between them, in proportion to their importance.
+
+    Args:
+        nnz: weights stored, by layer.
+        numel: weights, zeros included.
+        importance: not negative; where all are 0, every layer regrows what it dropped.
+        f: fraction of its weights that a layer drops.
+
+    Returns:
+        By layer how many weights it loses and gains; both add up to the same number.
+
+    Source: arXiv 2103.15767, released code; here with integers that add up exactly.
+
+    Example:
+        >>> redistribute({"a": 10, "b": 10}, {"a": 99, "b": 99}, {"a": 3.0, "b": 1.0}, 0.4)
+        {'a': (4, 6), 'b': (4, 2)}
+    """
+    total = math.fsum(importance.values())
+    drop = {}
+    for name, stored in nnz.items():
+        drop[name], free = math.floor(f * stored), numel[name] - stored
+        if free < NEARLY_DENSE * numel[name] and importance[name] * len(nnz) > total:
+            drop[name] = min(drop[name], stored * free // numel[name])
+    dropped = sum(drop.values())
+    room = {name: numel[name] - nnz[name] + drop[name] for name in nnz}
+    quota = {name: dropped * importance[name] / total if total else drop[name] for name in nnz}
+    grow = apportion(_level(quota, room), room, dropped)
+    return {name: (drop[name], grow[name]) for name in nnz}
+
+
+def _level(quota: Mapping[str, float], room: Mapping[str, int]) -> dict[str, float]:
+    """Spread equally over the other layers what is more than a layer should take."""
+    level, below = dict(quota), set(quota)
+    while full := {name for name in below if level[name] > FULLEST * room[name]}:
+        excess = math.fsum(level[name] - FULLEST * room[name] for name in full)
+        below -= full
+        level |= {name: FULLEST * room[name] for name in full}
+        level |= {name: level[name] + excess / len(below) for name in below}
+    return level
+
+
+class RigLSG(RigL):
+    """Let layers of large gradient grow at the cost of others: RigL-SG.
+
+    What all layers drop is grown anew in proportion to the mean |gradient| over each layer's
+    weights: the total is kept exactly while layers change size. Takes the arguments of `RigL`;
+    layers that store every weight take part too.
+
+    Source: reproduction of Rigging the Lottery (arXiv 2103.15767), after Sparse Networks from
+        Scratch (arXiv 1907.04840).
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> model = torch.nn.Sequential(skd.nn.SparseLinear(8, 8), skd.nn.SparseLinear(8, 4))
+        >>> opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> dst = skd.dst.RigLSG(model, opt, drop_fraction=0.5, every=1, until=10)
+        >>> before = dst.nnz()
+        >>> model(torch.rand(2, 8)).square().sum().backward()
+        >>> dst.step(), dst.nnz() == before
+        (True, True)
+    """
+
+    def counts(self, fraction: float) -> Counts:
+        """Return by layer the weights it loses, and those that its share of growth gives it."""
+        part = {name: m for name, m in self.layers().items() if self.has_gradient(name)}
+        return redistribute(
+            {name: module.topology.nnz for name, module in part.items()},
+            {name: module.topology.numel for name, module in part.items()},
+            {name: mean_magnitude(self.importance(name)) for name in part},
+            fraction,
+        )
+
+    def importance(self, name: str) -> Tensor:
+        """Return one number per weight; a layer's share of growth is that of its mean magnitude."""
+        gradient = self.modules[name].values.grad
+        assert gradient is not None  # the layer took part in the backward pass
+        return gradient
+
+
+class RigLSM(RigLSG):
+    """Let layers of large momentum grow at the cost of others: RigL-SM.
+
+    As `RigLSG`, by the optimizer's momentum (or Adam's first moment) instead of the gradient of one
+    batch; by the gradient as long as there is none.
+
+    Source: as `RigLSG`.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> model = torch.nn.Sequential(skd.nn.SparseLinear(8, 8), skd.nn.SparseLinear(8, 4))
+        >>> opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> dst = skd.dst.RigLSM(model, opt, drop_fraction=0.5, every=2, until=10)
+        >>> model(torch.rand(2, 8)).square().sum().backward()
+        >>> dst.step(), dst.importance("0").shape == model[0].values.shape
+        (False, True)
+    """
+
+    def importance(self, name: str) -> Tensor:
+        """Return the momentum of each weight."""
+        state = self.optimizer.state.get(self.modules[name].values, {})
+        for key in ("momentum_buffer", "exp_avg"):
+            if state.get(key) is not None:
+                return state[key]
+        return super().importance(name)
+
+
+def mean_magnitude(importance: Tensor) -> float:
+    """Return the mean of the magnitudes, 0 for a layer without weights."""
+    return float(importance.detach().abs().mean()) if len(importance) else 0.0

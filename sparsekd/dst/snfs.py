@@ -1,0 +1,109 @@
+"""Sparse networks from scratch: grow where a running mean of the dense gradient is largest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekd.dst import growers
+from sparsekd.dst.base import NonFiniteGradient
+from sparsekd.dst.redistribution import Counts, mean_magnitude, redistribute
+from sparsekd.dst.schedules import check_fraction
+from sparsekd.dst.set import SET
+from sparsekd.topology import Topology
+
+
+class SNFS(SET):
+    """Move the smallest weights to where the momentum of the dense gradient is largest.
+
+    Each layer's dense gradient is formed on every iteration up to `until` and averaged:
+    `m = momentum m + (1 - momentum) g`. That, and one dense tensor a layer, is the price of this
+    method; the layers themselves stay sparse. A gradient that is not finite leaves the mean as it
+    was. With a GradScaler the mean is of scaled gradients, which the scale's rare changes disturb.
+
+    Args:
+        model: holds sparse modules.
+        optimizer: holds their values; its own momentum is another, and starts at 0 for grown
+            weights.
+        momentum: of the running mean, in [0, 1].
+        redistribute: share growth between layers by the mean |m| over each layer's weights,
+            instead of keeping every layer's size.
+        **options: `drop_fraction`, `every`, `until`, `seed` and `skip_sgd_on_update` of `SET`.
+
+    Raises:
+        ValueError: an argument is out of range, or `model` has no sparse module.
+        OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
+
+    Source: Sparse Networks from Scratch (arXiv 1907.04840); with a mean of its own and without
+        redistribution as the baseline of Rigging the Lottery (arXiv 1911.11134).
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> layer = skd.nn.SparseLinear(8, 4, sparsity=0.5, seed=0)
+        >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> dst = skd.dst.SNFS(layer, opt, drop_fraction=0.5, every=1, until=10)
+        >>> layer(torch.rand(2, 8)).square().sum().backward()
+        >>> dst.step(), layer.topology.nnz, dst.mean[""].shape
+        (True, 16, torch.Size([4, 8]))
+    """
+
+    needs_gradient = True
+    saved = ("mean",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        momentum: float = 0.9,
+        redistribute: bool = False,
+        until: int,
+        **options: Any,
+    ) -> None:
+        check_fraction(momentum=momentum)
+        self.momentum, self.redistribute, self.until = momentum, redistribute, until
+        self.mean: dict[str, Tensor] = {}
+        super().__init__(model, optimizer, until=until, **options)
+
+    def step(self) -> bool:
+        """Average this iteration's gradients, then do as `Updater.step`."""
+        for name in self.layers():
+            if super().has_gradient(name):
+                self._average(name)
+        return super().step()
+
+    def counts(self, fraction: float) -> Counts:
+        """Return by layer how many weights it loses and gains."""
+        if not self.redistribute:
+            return super().counts(fraction)
+        part = {name: m.topology for name, m in self.layers().items() if name in self.mean}
+        return redistribute(
+            {name: topology.nnz for name, topology in part.items()},
+            {name: topology.numel for name, topology in part.items()},
+            {n: mean_magnitude(self.mean[n].view(-1)[t.flat_indices()]) for n, t in part.items()},
+            fraction,
+        )
+
+    def grow(self, name: str, kept: Topology, k: int) -> Tensor:
+        """Return the `k` positions outside `kept` where the mean is largest in magnitude."""
+        return growers.largest(self.mean[name].abs(), kept, k)
+
+    def has_gradient(self, name: str) -> bool:
+        """Say whether layer `name` has taken part in a backward pass yet."""
+        return name in self.mean
+
+    def _collects(self, iteration: int) -> bool:
+        return iteration < self.until
+
+    @torch.no_grad()
+    def _average(self, name: str) -> None:
+        try:
+            gradient = self.gradient(name)
+        except NonFiniteGradient:
+            return
+        if name not in self.mean:
+            self.mean[name] = torch.zeros_like(gradient)
+        self.mean[name].lerp_(gradient, 1 - self.momentum)
