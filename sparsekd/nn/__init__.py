@@ -5,8 +5,9 @@ from __future__ import annotations
 from sparsekd.nn import init
 from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
-from sparsekd.nn.convert import Survey, densify, sparsify, survey
+from sparsekd.nn.convert import densify, sparsify
 from sparsekd.nn.linear import SparseLinear
+from sparsekd.sparsity import Survey, survey
 
 __all__ = [
     "SparseConv2d",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +13,16 @@ from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.init import kaiming_
 from sparsekd.nn.linear import SparseLinear
-from sparsekd.sparsity import allocate, generator_for, magnitude_masks, random_masks
+from sparsekd.sparsity import (
+    Survey,
+    allocate,
+    generator_for,
+    layers_to_prune,
+    magnitude_masks,
+    random_masks,
+    skipped_layers,
+    survey,
+)
 
 LAYOUTS = ("csr",)
 CRITERIA = ("random", "magnitude")
@@ -33,70 +39,6 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _DenseLayer = nn.Linear | nn.Conv2d
-
-
-class Survey(NamedTuple):
-    """What `sparsify` would find in a model.
-
-    `convertible` maps the name of each layer it understands to the layer; `left_alone` maps the
-    name of each nn.Linear or nn.Conv2d it does not understand to the reason; `aliases` maps each of
-    these names to all names of the same module.
-    """
-
-    convertible: dict[str, _DenseLayer]
-    left_alone: dict[str, str]
-    aliases: dict[str, list[str]]
-
-
-def survey(model: nn.Module) -> Survey:
-    """List the layers of a model that `sparsify` converts, and those it leaves alone and why.
-
-    Args:
-        model: any module; it is only read.
-
-    Returns:
-        The layers by name; one that occurs several times appears once, under its first name.
-
-    Example:
-        >>> found = survey(torch.nn.TransformerEncoderLayer(8, 2))
-        >>> list(found.convertible), list(found.left_alone)
-        (['linear1', 'linear2'], ['self_attn.out_proj'])
-    """
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            names[module].append(name)
-    holders: dict[Tensor, set[nn.Module]] = defaultdict(set)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders[parameter].add(module)
-    found = Survey({}, {}, {})
-    for module, aliases in names.items():
-        found.aliases[aliases[0]] = aliases
-        reason = _reason_to_leave(module, holders)
-        if reason:
-            found.left_alone[aliases[0]] = reason
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            found.convertible[aliases[0]] = module
-    return found
-
-
-def _reason_to_leave(module: nn.Module, holders: Mapping[Tensor, set[nn.Module]]) -> str | None:
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return f"{type(module).__name__} may compute something else than its base class"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed (weight_norm, spectral_norm or pruning hooks)"
-    if not weight.is_floating_point() or weight.layout != torch.strided:
-        return f"its weight is {weight.dtype}, {weight.layout}"
-    if set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules:
-        return "it holds parameters, buffers or modules besides weight and bias"
-    if "forward" in vars(module):
-        return "its forward has been replaced"
-    if len(holders[weight]) > 1:
-        return "its weight is shared with another module"
-    return None
 
 
 @torch.no_grad()
@@ -161,15 +103,14 @@ def sparsify(
     _check_choice("layout", layout, LAYOUTS)
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("init", init, INITS)
+    skip = [skip] if isinstance(skip, str) else list(skip)
     found = survey(model)
-    skipped = _skipped(found.aliases, [skip] if isinstance(skip, str) else list(skip))
+    skipped = skipped_layers(found, skip)
     layers = {name: m for name, m in found.convertible.items() if name not in skipped}
     if masks is not None:
         chosen = _given_masks(masks, layers, found, skipped)
-    elif layers:
-        chosen = _drawn_masks(layers, sparsity, distribution, criterion, seed)
     else:
-        raise ValueError(f"model: expected an nn.Linear or nn.Conv2d to convert, {_why(found)}")
+        chosen = _drawn_masks(layers_to_prune(model, skip), sparsity, distribution, criterion, seed)
     left = {name: why for name, why in found.left_alone.items() if name not in skipped}
     if left and masks is None:
         lines = "".join(f"\n  {name or 'the model itself'}: {why}" for name, why in left.items())
@@ -251,30 +192,6 @@ def _leave_fast_path(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def _skipped(aliases: Mapping[str, list[str]], patterns: list[str]) -> set[str]:
-    """Return the layers that match a pattern by a name of theirs or of a module around them."""
-    skipped: set[str] = set()
-    for pattern in patterns:
-        matched = {
-            name
-            for name, others in aliases.items()
-            if any(fnmatchcase(path, pattern) for other in others for path in _paths(other))
-        }
-        if not matched:
-            raise ValueError(
-                f"skip: {pattern!r} matches no layer; the layers are {', '.join(aliases)}"
-            )
-        skipped |= matched
-    return skipped
-
-
-def _paths(name: str) -> Iterator[str]:
-    """Yield a module's name and those of the modules around it."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-
-
 def _drawn_masks(
     layers: Mapping[str, _DenseLayer], sparsity: float, distribution: str, criterion: str, seed: int
 ) -> dict[str, Tensor]:
@@ -311,13 +228,6 @@ def _given_masks(
             raise ValueError(f"masks: {alias!r} and {name!r} are one module but differ")
         chosen[name] = mask
     return chosen
-
-
-def _why(found: Survey) -> str:
-    if not found.aliases:
-        return "found none"
-    reasons = [f"{name}: {why}" for name, why in found.left_alone.items()]
-    return "; ".join(["all are skipped or left alone", *reasons])
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
-"""Who gets how many nonzeros, and where: distributions, rounding, masks and schedules."""
+"""Who gets how many nonzeros, and where: distributions, rounding, masks, pruning at init."""
 
 from __future__ import annotations
 
+from sparsekd.sparsity.at_init import grasp, snip, synflow
 from sparsekd.sparsity.distributions import DISTRIBUTIONS, ErdosRenyi, allocate, erdos_renyi
 from sparsekd.sparsity.masks import (
     fan_in_masks,
@@ -12,9 +13,11 @@ from sparsekd.sparsity.masks import (
     random_mask,
     random_masks,
     topk_indices,
+    topk_mask,
 )
 from sparsekd.sparsity.rounding import apportion, check_sparsity, target_nnz
 from sparsekd.sparsity.schedules import Constant, Cosine, Polynomial, Schedule
+from sparsekd.sparsity.survey import Survey, layers_to_prune, skipped_layers, survey
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -23,6 +26,7 @@ __all__ = [
     "ErdosRenyi",
     "Polynomial",
     "Schedule",
+    "Survey",
     "allocate",
     "apportion",
     "check_sparsity",
@@ -30,10 +34,17 @@ __all__ = [
     "fan_in_masks",
     "generator_for",
     "global_masks",
+    "grasp",
+    "layers_to_prune",
     "magnitude_mask",
     "magnitude_masks",
     "random_mask",
     "random_masks",
+    "skipped_layers",
+    "snip",
+    "survey",
+    "synflow",
     "target_nnz",
     "topk_indices",
+    "topk_mask",
 ]

@@ -66,6 +66,26 @@ def _mask_at(indices: Tensor, shape: Sequence[int]) -> Tensor:
     return mask.reshape(tuple(shape))
 
 
+def topk_mask(score: Tensor, nnz: int) -> Tensor:
+    """Keep the `nnz` entries of largest score, the earlier one where scores are equal.
+
+    Args:
+        score: any shape.
+        nnz: number of ones.
+
+    Returns:
+        Bool tensor of the score's shape and device.
+
+    Raises:
+        ValueError: if `nnz` is not in [0, score.numel()] or a score is NaN.
+
+    Example:
+        >>> topk_mask(torch.tensor([1.0, -3.0, 0.5]), 2)
+        tensor([ True, False,  True])
+    """
+    return _mask_at(topk_indices(score, nnz), score.shape)
+
+
 def random_mask(
     shape: Sequence[int], nnz: int, *, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -112,7 +132,7 @@ def magnitude_mask(weight: Tensor, nnz: int) -> Tensor:
         tensor([[ True,  True],
                 [False, False]])
     """
-    return _mask_at(topk_indices(weight.detach().abs(), nnz), weight.shape)
+    return topk_mask(weight.detach().abs(), nnz)
 
 
 def random_masks(

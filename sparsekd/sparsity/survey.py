@@ -1,0 +1,143 @@
+"""Which layers of a model can be sparse."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+DenseLayer = nn.Linear | nn.Conv2d
+
+
+class Survey(NamedTuple):
+    """What `sparsify` would find in a model.
+
+    `convertible` maps the name of each layer it understands to the layer; `left_alone` maps the
+    name of each nn.Linear or nn.Conv2d it does not understand to the reason; `aliases` maps each of
+    these names to all names of the same module.
+    """
+
+    convertible: dict[str, DenseLayer]
+    left_alone: dict[str, str]
+    aliases: dict[str, list[str]]
+
+
+def survey(model: nn.Module) -> Survey:
+    """List the layers of a model that `sparsify` converts, and those it leaves alone and why.
+
+    Args:
+        model: any module; it is only read.
+
+    Returns:
+        The layers by name; one that occurs several times appears once, under its first name.
+
+    Example:
+        >>> found = survey(torch.nn.TransformerEncoderLayer(8, 2))
+        >>> list(found.convertible), list(found.left_alone)
+        (['linear1', 'linear2'], ['self_attn.out_proj'])
+    """
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            names[module].append(name)
+    holders: dict[Tensor, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[parameter].add(module)
+    found = Survey({}, {}, {})
+    for module, aliases in names.items():
+        found.aliases[aliases[0]] = aliases
+        reason = _reason_to_leave(module, holders)
+        if reason:
+            found.left_alone[aliases[0]] = reason
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            found.convertible[aliases[0]] = module
+    return found
+
+
+def _reason_to_leave(module: nn.Module, holders: Mapping[Tensor, set[nn.Module]]) -> str | None:
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} may compute something else than its base class"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed (weight_norm, spectral_norm or pruning hooks)"
+    if not weight.is_floating_point() or weight.layout != torch.strided:
+        return f"its weight is {weight.dtype}, {weight.layout}"
+    if set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules:
+        return "it holds parameters, buffers or modules besides weight and bias"
+    if "forward" in vars(module):
+        return "its forward has been replaced"
+    if len(holders[weight]) > 1:
+        return "its weight is shared with another module"
+    return None
+
+
+def layers_to_prune(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[str, DenseLayer]:
+    """Return the layers of a dense model that can be sparse, less those to skip.
+
+    Args:
+        model: any module; it is only read.
+        skip: as in `skipped_layers`.
+
+    Raises:
+        ValueError: there are none, or a pattern of `skip` matches no layer.
+
+    Example:
+        >>> list(layers_to_prune(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "0"))
+        ['2']
+    """
+    found = survey(model)
+    skipped = skipped_layers(found, skip)
+    layers = {name: layer for name, layer in found.convertible.items() if name not in skipped}
+    if not layers:
+        raise ValueError(f"model: expected an nn.Linear or nn.Conv2d to convert, {_why(found)}")
+    return layers
+
+
+def skipped_layers(found: Survey, skip: str | Iterable[str]) -> set[str]:
+    """Return the layers that match a pattern by a name of theirs or of a module around them.
+
+    Args:
+        found: what `survey` said of the model.
+        skip: names or fnmatch patterns, of layers or of modules around them.
+
+    Raises:
+        ValueError: a pattern matches no layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2)))
+        >>> skipped_layers(survey(model), "1")
+        {'1.0'}
+    """
+    aliases, skipped = found.aliases, set[str]()
+    for pattern in [skip] if isinstance(skip, str) else skip:
+        matched = {
+            name
+            for name, others in aliases.items()
+            if any(fnmatchcase(path, pattern) for other in others for path in _paths(other))
+        }
+        if not matched:
+            raise ValueError(
+                f"skip: {pattern!r} matches no layer; the layers are {', '.join(aliases)}"
+            )
+        skipped |= matched
+    return skipped
+
+
+def _paths(name: str) -> Iterator[str]:
+    """Yield a module's name and those of the modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _why(found: Survey) -> str:
+    if not found.aliases:
+        return "found none"
+    reasons = [f"{name}: {why}" for name, why in found.left_alone.items()]
+    return "; ".join(["all are skipped or left alone", *reasons])
