@@ -1,11 +1,11 @@
-"""Count the floating-point operations of a network's convolutions and linear layers, exactly."""
+"""Count the floating-point operations of a network, exactly, and of training as papers count it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,32 @@ class FlopCount:
         """Operations of forward and backward of the same network with dense weights."""
         return 3 * self.forward_dense
 
+    def at(self, nnz: Mapping[str, int]) -> FlopCount:
+        """Return what the network costs with other numbers of nonzeros.
+
+        Args:
+            nnz: number by layer name; layers without one stay as they are.
+
+        Raises:
+            ValueError: a name is no counted layer, or a number does not fit its weight.
+
+        Example:
+            >>> dense = count(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), (1, 8))
+            >>> dense.forward, dense.at({"0": 10}).forward
+            (80, 36)
+        """
+        sizes = {layer.name: math.prod(layer.shape) for layer in self.layers}
+        for name, number in nnz.items():
+            if name not in sizes or not 0 <= number <= sizes[name]:
+                raise ValueError(
+                    f"nnz: expected 0 to {sizes[name]} for {name!r}, got {number}"
+                    if name in sizes
+                    else f"nnz: expected names among {', '.join(sizes)}, got {name!r}"
+                )
+        return FlopCount(
+            tuple(replace(layer, nnz=nnz.get(layer.name, layer.nnz)) for layer in self.layers)
+        )
+
     def __str__(self) -> str:
         header = ("layer", "weight", "nnz", "density", "positions", "FLOPs")
         rows = [
@@ -153,6 +179,71 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> FlopCount:
             for name, calls in positions.items()
         )
     )
+
+
+def published(method: str, sparse: float, dense: float, every: int = 100) -> float:
+    """Return the operations of one training step as the papers count them.
+
+    With f_S a forward pass of the sparse network and f_D one of the dense network, backward costs
+    twice as much as forward; BatchNorm, the loss and the selection of weights are left out:
+
+    | method | step |
+    |---|---|
+    | dense | 3 f_D |
+    | static, small-dense, snip, grasp, synflow, set, itop, mest, gmp, acdc | 3 f_S |
+    | snfs | 2 f_S + f_D |
+    | rigl, rigl-sg, rigl-sm, granet, srigl | (3 f_S every + 2 f_S + f_D) / (every + 1) |
+
+    Where the number of weights changes (gmp, granet, acdc, mest, redistribution), `sparse` is the
+    mean over training, which assumes that kernels profit from every weight that goes. These here
+    do; what they compute is `FlopCount.train`, at each step that of its own topology.
+
+    Args:
+        method: one of the above.
+        sparse: f_S, per image or per batch.
+        dense: f_D, likewise.
+        every: iterations from one update to the next.
+
+    Returns:
+        Operations of a step, the mean where steps differ.
+
+    Raises:
+        ValueError: the method is not among the above.
+
+    Source: Evci et al., Rigging the Lottery (2020), appendix H; the last line's last four by the
+        same reasoning.
+
+    Example:
+        >>> published("rigl", sparse=10.0, dense=100.0, every=99)
+        30.9
+    """
+    if method not in _STEPS:
+        raise ValueError(f"method: expected one of {', '.join(_STEPS)}, got {method!r}")
+    return _STEPS[method](sparse, dense, every)
+
+
+def _rigl_step(sparse: float, dense: float, every: int) -> float:
+    return (3 * sparse * every + 2 * sparse + dense) / (every + 1)
+
+
+_SPARSE = (
+    "static",
+    "small-dense",
+    "snip",
+    "grasp",
+    "synflow",
+    "set",
+    "itop",
+    "mest",
+    "gmp",
+    "acdc",
+)
+_STEPS: dict[str, Callable[[float, float, int], float]] = {
+    "dense": lambda sparse, dense, every: 3 * dense,
+    **dict.fromkeys(_PRUNED + _RANDOM, lambda sparse, dense, every: 3 * sparse),
+    "snfs": lambda sparse, dense, every: 2 * sparse + dense,
+    **dict.fromkeys(_BY_GRADIENT, _rigl_step),
+}
 
 
 def _is_sparse(module: nn.Module) -> bool:

@@ -19,8 +19,7 @@ class ACDC(Updater):
 
     A compression keeps exactly `round((1 - sparsity) N)` weights; a decompression stores them all
     again, the new ones at 0. Start from `sparsify(model, sparsity=0)`; the last dense phase leaves
-    a dense model for free. Phases that are compressed cost what sparse training costs; dense ones
-    run on sparse kernels at full density, which is slower than a dense layer would be. A change
+    a dense model for free. Phases that are compressed cost what sparse training costs. A change
     that was skipped for a gradient that is not finite happens in the next iteration.
 
     Args:
