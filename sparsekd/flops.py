@@ -226,18 +226,9 @@ def _rigl_step(sparse: float, dense: float, every: int) -> float:
     return (3 * sparse * every + 2 * sparse + dense) / (every + 1)
 
 
-_SPARSE = (
-    "static",
-    "small-dense",
-    "snip",
-    "grasp",
-    "synflow",
-    "set",
-    "itop",
-    "mest",
-    "gmp",
-    "acdc",
-)
+_PRUNED = ("static", "small-dense", "snip", "grasp", "synflow", "gmp", "acdc")
+_RANDOM = ("set", "itop", "mest")
+_BY_GRADIENT = ("rigl", "rigl-sg", "rigl-sm", "granet", "srigl")
 _STEPS: dict[str, Callable[[float, float, int], float]] = {
     "dense": lambda sparse, dense, every: 3 * dense,
     **dict.fromkeys(_PRUNED + _RANDOM, lambda sparse, dense, every: 3 * sparse),
