@@ -15,7 +15,6 @@
 #include "core/cpu.h"
 #include "core/error.h"
 #include "core/grow_topk.h"
-#include "core/linear/linear.h"
 #include "core/parallel.h"
 #include "core/structure.h"
 #include "tests/harness.h"
@@ -23,6 +22,7 @@
 using namespace sparsekd;
 
 void test_densify();
+void test_linear();
 
 namespace {
 
@@ -109,47 +109,6 @@ void test_convolution(int cases) {
             "fprop not deterministic " + what);
       check(dv.empty() || !std::memcmp(dv.data(), dv_again.data(), dv.size() * sizeof(T)),
             "wgrad not deterministic " + what);
-    }
-  }
-  set_isa("auto");
-}
-
-template <class T>
-void test_linear(int cases) {
-  const double tolerance = std::is_same_v<T, float> ? 2e-5 : 1e-12;
-  for (int i = 0; i < cases; ++i) {
-    const int64_t batches[] = {0, 1, 5, 16, 40, 100, 200};
-    const int64_t batch = batches[pick(0, 6)], in = pick(1, 50), out = pick(1, 50);
-    const Csr csr = random_csr(out, in, pick(0, 1) ? 0.15 : 1.0);
-    const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), out, in);
-    std::vector<T> values(s.nnz), bias(out), x(batch * in), grad(batch * out);
-    for (auto* v : {&values, &bias, &x, &grad})
-      for (T& e : *v) e = static_cast<T>(uniform());
-    // The transposed view of x: features lie `batch` apart.
-    const View2<const T> xv{x.data(), batch, in, 1, batch}, gv{grad.data(), batch, out, out, 1};
-    std::vector<T> y0(batch * out), dx0(batch * in, 0), dv0(s.nnz, 0);
-    for (int64_t n = 0; n < batch; ++n)
-      for (int64_t r = 0; r < out; ++r) {
-        double sum = bias[r];
-        for (int32_t k = s.crow[r]; k < s.crow[r + 1]; ++k) {
-          sum += static_cast<double>(values[k]) * x[s.col[k] * batch + n];
-          dx0[n * in + s.col[k]] += values[k] * grad[n * out + r];
-          dv0[k] += grad[n * out + r] * x[s.col[k] * batch + n];
-        }
-        y0[n * out + r] = static_cast<T>(sum);
-      }
-    for (Isa isa : available_isas()) {
-      set_isa(isa_name(isa));
-      const int threads = static_cast<int>(pick(1, 3));
-      const T nan = std::numeric_limits<T>::quiet_NaN();
-      std::vector<T> y(batch * out, nan), dx(batch * in, nan), dv(s.nnz, nan);
-      linear_fprop<T>(s, xv, values.data(), bias.data(), {y.data(), batch, out, out, 1}, threads);
-      linear_dgrad<T>(s, gv, values.data(), {dx.data(), batch, in, in, 1}, threads);
-      linear_wgrad<T>(s, gv, xv, dv.data(), threads);
-      const std::string what = std::string(isa_name(isa)) + " batch " + std::to_string(batch);
-      check(largest_difference(y, y0) <= tolerance, "linear fprop " + what);
-      check(largest_difference(dx, dx0) <= tolerance, "linear dgrad " + what);
-      check(largest_difference(dv, dv0) <= tolerance, "linear wgrad " + what);
     }
   }
   set_isa("auto");
@@ -329,8 +288,7 @@ int main() {
   test_densify();
   test_convolution<float>(150);
   test_convolution<double>(80);
-  test_linear<float>(60);
-  test_linear<double>(30);
+  test_linear();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed ? 1 : 0;
 }

@@ -1,80 +1,114 @@
 #include "core/linear/linear.h"
 
 #include <algorithm>
-#include <vector>
 
-#include "core/conv/conv.h"
+#include "core/linear/engine.h"
+#include "core/parallel.h"
 
 namespace sparsekd {
 namespace {
 
-// Batch rows to an image: as many as leave a full group of lanes for each thread, at most 16. The rest of
-// the batch, less than one image, is computed as images of one row.
-int64_t rows_per_image(int64_t batch, int threads) {
-  constexpr int64_t kLanes = 16;
-  int64_t rows = 1;
-  while (rows < 16 && batch / (2 * rows) >= kLanes * threads) rows *= 2;
-  return rows;
+const LinearEngine* find_engine(Isa isa) {
+  switch (isa) {
+#define SPARSEKD_CASE(name, isa) \
+  case Isa::isa:                 \
+    return &linear_engine_##name;
+    SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
+#undef SPARSEKD_CASE
+    default:
+      return nullptr;
+  }
 }
 
-template <class T>
-View4<T> as_images(const View2<T>& m, int64_t first, int64_t images, int64_t rows) {
-  return {m.data + first * m.stride_row, images,       m.cols, 1,           rows,
-          rows * m.stride_row,           m.stride_col, 0,      m.stride_row};
+void run_spmm(const LinearEngine& e, const SpmmCall<float>& call) { e.spmm_f32(call); }
+void run_spmm(const LinearEngine& e, const SpmmCall<double>& call) { e.spmm_f64(call); }
+void run_sddmm(const LinearEngine& e, const SddmmCall<float>& call) { e.sddmm_f32(call); }
+void run_sddmm(const LinearEngine& e, const SddmmCall<double>& call) { e.sddmm_f64(call); }
+
+enum class Plan : int64_t { kLinearRows = 100, kLinearTranspose };
+std::vector<int64_t> plan_key(Plan plan, int64_t block) { return {static_cast<int64_t>(plan), block}; }
+
+std::shared_ptr<const Blocks> rows_plan(const Structure& s, int64_t block) {
+  return s.plan<Blocks>(plan_key(Plan::kLinearRows, block), [&] { return row_blocks(s, block); });
 }
 
-ConvGeometry geometry(const Structure& weight, int64_t images, int64_t rows) {
-  ConvGeometry g{};
-  g.batch = images;
-  g.in_channels = weight.cols;
-  g.out_channels = weight.rows;
-  g.in_h = g.out_h = 1;
-  g.in_w = g.out_w = rows;
-  g.kernel_h = g.kernel_w = g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = g.groups = 1;
-  return g;
+// The inputs of a block come from L1 or close to it; longer lists hide more of what a list costs.
+int64_t spmm_block(const Structure& s, bool transposed) {
+  constexpr int64_t kShortestList = 64;
+  return block_columns(s, transposed, 2 * cache_sizes().l1d, kWideBytes, kShortestList);
 }
 
-// Calls run(first row, images, rows to an image) for the bulk of the batch and for its rest.
-template <class F>
-void for_images(int64_t batch, int threads, F run) {
-  const int64_t rows = rows_per_image(batch, threads), images = batch / rows;
-  if (images) run(int64_t{0}, images, rows);
-  if (batch % rows) run(images * rows, batch % rows, int64_t{1});
+// A call too small to be worth waking other threads runs on one.
+int useful_threads(int64_t batch, int64_t nnz, int threads) {
+  constexpr int64_t kProductsPerThread = 1 << 17;
+  return static_cast<int>(std::clamp<int64_t>(batch * nnz / kProductsPerThread, 1, threads));
 }
 
 }  // namespace
 
+Tiles cut_batch(int64_t batch, int64_t element_bytes) {
+  const int64_t bytes = batch * element_bytes, rest = bytes % kWideBytes;
+  Tiles tiles{bytes / kWideBytes, 0, 0};
+  if (rest > 2 * kMiddleBytes) {
+    ++tiles.wide;
+  } else {
+    tiles.middle = rest / kMiddleBytes + (rest % kMiddleBytes > kNarrowBytes);
+    tiles.narrow = rest > tiles.middle * kMiddleBytes;
+  }
+  return tiles;
+}
+
+int64_t part_begin(const Blocks& blocks, int64_t part, int64_t parts) {
+  constexpr int64_t kRow = 8;  // what a row costs besides its nonzeros
+  const int64_t wanted = (blocks.crow[blocks.rows] + kRow * blocks.rows) * part / parts;
+  int64_t low = 0, high = blocks.rows;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (blocks.crow[middle] + kRow * middle < wanted)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
 template <class T>
-void linear_fprop(const Structure& weight, View2<const T> x, const T* values, const T* bias, View2<T> y,
+void linear_fprop(const Structure& s, View2<const T> x, const T* values, const T* bias, View2<T> y,
                   int threads) {
-  for_images(x.rows, threads, [&](int64_t first, int64_t images, int64_t rows) {
-    conv_fprop<T>(geometry(weight, images, rows), weight, as_images(x, first, images, rows), values, bias,
-                  as_images(y, first, images, rows), threads);
-  });
+  if (y.rows == 0 || y.cols == 0) return;
+  const LinearEngine* const engine = find_engine(current_isa());
+  if (!engine) return scalar::linear_fprop(s, x, values, bias, y);
+  const auto blocks = rows_plan(s, spmm_block(s, false));
+  run_spmm(*engine, SpmmCall<T>{x, y, blocks.get(), values, bias, useful_threads(x.rows, s.nnz, threads)});
 }
 
 template <class T>
-void linear_dgrad(const Structure& weight, View2<const T> grad, const T* values, View2<T> dx, int threads) {
-  for_images(grad.rows, threads, [&](int64_t first, int64_t images, int64_t rows) {
-    conv_dgrad<T>(geometry(weight, images, rows), weight, as_images(grad, first, images, rows), values,
-                  as_images(dx, first, images, rows), threads);
-  });
+void linear_dgrad(const Structure& s, View2<const T> grad, const T* values, View2<T> dx, int threads) {
+  if (dx.rows == 0 || dx.cols == 0) return;
+  const LinearEngine* const engine = find_engine(current_isa());
+  if (!engine) return scalar::linear_dgrad(s, grad, values, dx);
+  const int64_t block = spmm_block(s, true);
+  const auto plan =
+      s.plan<Transpose>(plan_key(Plan::kLinearTranspose, block), [&] { return transpose(s, block); });
+  threads = useful_threads(grad.rows, s.nnz, threads);
+  T* const ordered = static_cast<T*>(scratch(Scratch::kValues, s.nnz * sizeof(T)));
+  const int32_t* const slot = plan->slot.data();
+  auto order = [&](int part) {
+    for (int64_t k = s.nnz * part / threads; k < s.nnz * (part + 1) / threads; ++k)
+      ordered[k] = values[slot[k]];
+  };
+  parallel(threads, threads, order);
+  run_spmm(*engine, SpmmCall<T>{grad, dx, &plan->blocks, ordered, nullptr, threads});
 }
 
 template <class T>
-void linear_wgrad(const Structure& weight, View2<const T> grad, View2<const T> x, T* dvalues, int threads) {
-  std::fill(dvalues, dvalues + weight.nnz, T(0));
-  std::vector<T> rest;
-  for_images(x.rows, threads, [&](int64_t first, int64_t images, int64_t rows) {
-    T* out = dvalues;
-    if (first) {
-      rest.resize(weight.nnz);
-      out = rest.data();
-    }
-    conv_wgrad<T>(geometry(weight, images, rows), weight, as_images(grad, first, images, rows),
-                  as_images(x, first, images, rows), out, threads);
-  });
-  for (size_t k = 0; k < rest.size(); ++k) dvalues[k] += rest[k];
+void linear_wgrad(const Structure& s, View2<const T> grad, View2<const T> x, T* dvalues, int threads) {
+  if (s.nnz == 0) return;
+  if (x.rows == 0) return std::fill(dvalues, dvalues + s.nnz, T(0));
+  const LinearEngine* const engine = find_engine(current_isa());
+  if (!engine) return scalar::linear_wgrad(s, grad, x, dvalues);
+  const auto blocks = rows_plan(s, block_columns(s, false, cache_sizes().l2 / 2, kWideBytes, 24));
+  run_sddmm(*engine, SddmmCall<T>{grad, x, blocks.get(), dvalues, useful_threads(x.rows, s.nnz, threads)});
 }
 
 #define SPARSEKD_INSTANTIATE(T)                                                                       \

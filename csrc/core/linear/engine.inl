@@ -1,0 +1,91 @@
+// The linear engine, compiled once for each instruction set by generic.cc, avx2.cc and avx512.cc, which
+// define SPARSEKD_ENGINE (its name) and SPARSEKD_VECTOR_BYTES.
+//
+// Everything here has internal linkage and instantiates no library template that could also be emitted
+// elsewhere: a function compiled for AVX-512 must never be the one the linker keeps for everybody.
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "core/linear/engine.h"
+#include "core/parallel.h"
+
+namespace sparsekd {
+namespace {
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#include "core/linear/pack.inl"
+
+constexpr int kVectorBytes = SPARSEKD_VECTOR_BYTES;
+// Eight independent sums hide the latency of two fused multiply-adds a cycle.
+constexpr int kSums = 8;
+
+template <class T, int Bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+template <class T, int Bytes>
+using Vec = typename VectorOf<T, Bytes>::type;
+
+// How the elements of one input of a tile are held: N vectors of B bytes at a time, `Passes` times.
+template <int Bytes>
+struct Shape {
+  static constexpr int B = Bytes < kVectorBytes ? Bytes : kVectorBytes;
+  static constexpr int N = Bytes / B < kSums ? Bytes / B : kSums;
+  static constexpr int Passes = Bytes / (B * N);
+};
+
+// Calls run(slot) for every slot; whoever is free takes the next, so slots must not share outputs.
+template <class F>
+void share(int threads, int64_t slots, F& run) {
+  int64_t next = 0;
+  auto work = [&](int) {
+    for (;;) {
+      const int64_t slot = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (slot >= slots) return;
+      run(slot);
+    }
+  };
+  const int workers = static_cast<int>(min64(threads, slots));
+  parallel(workers, workers, work);
+}
+
+template <int Bytes>
+struct Width {
+  static constexpr int bytes = Bytes;
+};
+
+// Calls run(Width, first batch row) for tile number `tile`.
+template <class T, class F>
+inline void with_tile(const Tiles& tiles, int64_t tile, F run) {
+  const int64_t middle = tile - tiles.wide, narrow = middle - tiles.middle;
+  const int64_t wide_rows = tiles.wide * kWideBytes, middle_rows = tiles.middle * kMiddleBytes;
+  constexpr int64_t size = sizeof(T);
+  if (middle < 0)
+    run(Width<kWideBytes>{}, tile * kWideBytes / size);
+  else if (narrow < 0)
+    run(Width<kMiddleBytes>{}, (wide_rows + middle * kMiddleBytes) / size);
+  else
+    run(Width<kNarrowBytes>{}, (wide_rows + middle_rows + narrow * kNarrowBytes) / size);
+}
+
+// Bytes of a packed input before tile number `tile`.
+inline int64_t tile_offset(const Tiles& tiles, int64_t tile) {
+  const int64_t wide = min64(tile, tiles.wide), middle = min64(tile - wide, tiles.middle);
+  return wide * kWideBytes + middle * kMiddleBytes + (tile - wide - middle) * kNarrowBytes;
+}
+
+#include "core/linear/sddmm.inl"
+#include "core/linear/spmm.inl"
+
+}  // namespace
+
+#define SPARSEKD_JOIN(a, b) a##b
+#define SPARSEKD_EXPAND(a, b) SPARSEKD_JOIN(a, b)
+extern const LinearEngine SPARSEKD_EXPAND(linear_engine_, SPARSEKD_ENGINE) = {spmm<float>, spmm<double>,
+                                                                              sddmm<float>, sddmm<double>};
+
+}  // namespace sparsekd

@@ -1,0 +1,84 @@
+// Part of engine.inl: moving rows of a batch between strided matrices and packed tiles. A packed tile holds
+// for each column the elements of L batch rows, one after another.
+
+#if defined(__AVX2__)
+inline void transpose8(__m256 r[8]) {
+  const __m256 t0 = _mm256_unpacklo_ps(r[0], r[1]), t1 = _mm256_unpackhi_ps(r[0], r[1]);
+  const __m256 t2 = _mm256_unpacklo_ps(r[2], r[3]), t3 = _mm256_unpackhi_ps(r[2], r[3]);
+  const __m256 t4 = _mm256_unpacklo_ps(r[4], r[5]), t5 = _mm256_unpackhi_ps(r[4], r[5]);
+  const __m256 t6 = _mm256_unpacklo_ps(r[6], r[7]), t7 = _mm256_unpackhi_ps(r[6], r[7]);
+  const __m256 u0 = _mm256_shuffle_ps(t0, t2, 0x44), u1 = _mm256_shuffle_ps(t0, t2, 0xEE);
+  const __m256 u2 = _mm256_shuffle_ps(t1, t3, 0x44), u3 = _mm256_shuffle_ps(t1, t3, 0xEE);
+  const __m256 u4 = _mm256_shuffle_ps(t4, t6, 0x44), u5 = _mm256_shuffle_ps(t4, t6, 0xEE);
+  const __m256 u6 = _mm256_shuffle_ps(t5, t7, 0x44), u7 = _mm256_shuffle_ps(t5, t7, 0xEE);
+  r[0] = _mm256_permute2f128_ps(u0, u4, 0x20);
+  r[1] = _mm256_permute2f128_ps(u1, u5, 0x20);
+  r[2] = _mm256_permute2f128_ps(u2, u6, 0x20);
+  r[3] = _mm256_permute2f128_ps(u3, u7, 0x20);
+  r[4] = _mm256_permute2f128_ps(u0, u4, 0x31);
+  r[5] = _mm256_permute2f128_ps(u1, u5, 0x31);
+  r[6] = _mm256_permute2f128_ps(u2, u6, 0x31);
+  r[7] = _mm256_permute2f128_ps(u3, u7, 0x31);
+}
+#endif
+
+// dst[j * dst_stride + i] = src[i * src_stride + j] for i, j < 8.
+template <class T>
+inline void transpose_block(const T* src, int64_t src_stride, T* dst, int64_t dst_stride) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    __m256 r[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * src_stride);
+    transpose8(r);
+    for (int j = 0; j < 8; ++j) _mm256_storeu_ps(dst + j * dst_stride, r[j]);
+    return;
+  }
+#endif
+  for (int j = 0; j < 8; ++j)
+    for (int i = 0; i < 8; ++i) dst[j * dst_stride + i] = src[i * src_stride + j];
+}
+
+// Packs columns [begin, end) of the rows from `first` on; rows past the last count as zeros.
+template <class T, int L>
+void pack(const View2<const T>& m, int64_t first, int64_t begin, int64_t end, T* tile) {
+  const T* from = m.data + first * m.stride_row;
+  const int64_t rows = min64(L, m.rows - first);
+  if (m.stride_row == 1 && rows == L) {
+    for (int64_t c = begin; c < end; ++c) std::memcpy(tile + c * L, from + c * m.stride_col, L * sizeof(T));
+    return;
+  }
+  int64_t row = 0;
+  if (m.stride_col == 1)
+    for (; row + 8 <= rows; row += 8) {
+      int64_t c = begin;
+      for (; c + 8 <= end; c += 8)
+        transpose_block(from + row * m.stride_row + c, m.stride_row, tile + c * L + row, L);
+      for (; c < end; ++c)
+        for (int i = 0; i < 8; ++i) tile[c * L + row + i] = from[(row + i) * m.stride_row + c];
+    }
+  for (int64_t c = begin; c < end && row < L; ++c)
+    for (int64_t i = row; i < L; ++i)
+      tile[c * L + i] = i < rows ? from[i * m.stride_row + c * m.stride_col] : T(0);
+}
+
+// Writes columns [begin, end), packed in `tile` from its start, to the rows from `first` on that exist.
+template <class T, int L>
+void unpack(const T* tile, const View2<T>& m, int64_t first, int64_t begin, int64_t end) {
+  T* to = m.data + first * m.stride_row + begin * m.stride_col;
+  const int64_t rows = min64(L, m.rows - first), cols = end - begin;
+  if (m.stride_row == 1 && rows == L) {
+    for (int64_t c = 0; c < cols; ++c) std::memcpy(to + c * m.stride_col, tile + c * L, L * sizeof(T));
+    return;
+  }
+  int64_t row = 0;
+  if (m.stride_col == 1)
+    for (; row + 8 <= rows; row += 8) {
+      int64_t c = 0;
+      for (; c + 8 <= cols; c += 8)
+        transpose_block(tile + c * L + row, L, to + row * m.stride_row + c, m.stride_row);
+      for (; c < cols; ++c)
+        for (int i = 0; i < 8; ++i) to[(row + i) * m.stride_row + c] = tile[c * L + row + i];
+    }
+  for (int64_t c = 0; c < cols && row < rows; ++c)
+    for (int64_t i = row; i < rows; ++i) to[i * m.stride_row + c * m.stride_col] = tile[c * L + i];
+}

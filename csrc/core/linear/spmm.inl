@@ -1,0 +1,99 @@
+// Part of engine.inl: the product of a batch with the rows of a sparse matrix. The sums of one row stay in
+// registers over all its nonzeros of a block; a nonzero is one broadcast and N fused multiply-adds.
+
+// sums = (*start if given, else sums) + the products of one list.
+template <class T, int Bytes>
+inline void add_row(const T* x, const int32_t* col, const T* value, int64_t count, const T* start, T* sums) {
+  constexpr int B = Shape<Bytes>::B, N = Shape<Bytes>::N, U = kSums / N;
+  using V = Vec<T, B>;
+  for (int pass = 0; pass < Shape<Bytes>::Passes; ++pass) {
+    const char* const from = reinterpret_cast<const char*>(x) + pass * N * B;
+    V* const to = reinterpret_cast<V*>(sums) + pass * N;
+    V sum[U][N];
+    for (int i = 0; i < N; ++i) sum[0][i] = start ? V{} + *start : to[i];
+    for (int u = 1; u < U; ++u)
+      for (int i = 0; i < N; ++i) sum[u][i] = V{};
+    int64_t k = 0;
+    for (; k + U <= count; k += U)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        const V* const in = reinterpret_cast<const V*>(from + int64_t{col[k + u]} * Bytes);
+        const T v = value[k + u];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) sum[u][i] += v * in[i];
+      }
+    for (; k < count; ++k) {
+      const V* const in = reinterpret_cast<const V*>(from + int64_t{col[k]} * Bytes);
+      const T v = value[k];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) sum[0][i] += v * in[i];
+    }
+    for (int i = 0; i < N; ++i) {
+      for (int u = 1; u < U; ++u) sum[0][i] += sum[u][i];
+      to[i] = sum[0][i];
+    }
+  }
+}
+
+// Outputs [begin, end) of the tile whose packed inputs are x.
+template <class T, int Bytes>
+void spmm_tile(const SpmmCall<T>& call, int64_t first, int64_t begin, int64_t end, const T* x) {
+  constexpr int L = Bytes / static_cast<int>(sizeof(T));
+  constexpr int64_t kTogether = 16;  // outputs written at once: whole cache lines of a contiguous result
+  const Blocks& blocks = *call.blocks;
+  // With one block the sums of a few outputs are finished and gone before the next begin.
+  const int64_t held = blocks.count > 1 ? end - begin : kTogether;
+  T* const sums = static_cast<T*>(scratch(Scratch::kTile, held * Bytes));
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int32_t *from = blocks.begin(b), *to = blocks.end(b);
+    for (int64_t r0 = begin; r0 < end; r0 += kTogether) {
+      const int64_t r1 = min64(end, r0 + kTogether);
+      T* const group = sums + (blocks.count > 1 ? r0 - begin : 0) * L;
+      for (int64_t r = r0; r < r1; ++r) {
+        T* const row = group + (r - r0) * L;
+        const T start = call.bias ? call.bias[r] : T(0);
+        add_row<T, Bytes>(x, blocks.col + from[r], call.values + from[r], to[r] - from[r],
+                          b == 0 ? &start : nullptr, row);
+      }
+      if (b + 1 == blocks.count) unpack<T, L>(group, call.out, first, r0, r1);
+    }
+  }
+}
+
+template <class T>
+void spmm(const SpmmCall<T>& call) {
+  const Tiles tiles = cut_batch(call.in.rows, sizeof(T));
+  const int64_t count = tiles.count(), inputs = call.in.cols;
+  if (count % call.threads == 0 || count >= 4 * call.threads) {
+    auto run = [&](int64_t slot) {
+      with_tile<T>(tiles, slot, [&](auto width, int64_t first) {
+        constexpr int bytes = decltype(width)::bytes, L = bytes / static_cast<int>(sizeof(T));
+        T* const x = static_cast<T*>(scratch(Scratch::kWindow, inputs * bytes));
+        pack<T, L>(call.in, first, 0, inputs, x);
+        spmm_tile<T, bytes>(call, first, 0, call.out.cols, x);
+      });
+    };
+    return share(call.threads, count, run);
+  }
+  // Too few tiles to share them out: all threads work on each, so they pack the inputs first.
+  char* const packed = static_cast<char*>(scratch(Scratch::kWindow, inputs * tile_offset(tiles, count)));
+  const int64_t parts = call.threads;
+  auto fill = [&](int64_t slot) {
+    const int64_t tile = slot / parts, part = slot % parts;
+    with_tile<T>(tiles, tile, [&](auto width, int64_t first) {
+      constexpr int L = decltype(width)::bytes / static_cast<int>(sizeof(T));
+      pack<T, L>(call.in, first, inputs * part / parts, inputs * (part + 1) / parts,
+                 reinterpret_cast<T*>(packed + inputs * tile_offset(tiles, tile)));
+    });
+  };
+  share(call.threads, count * parts, fill);
+  auto run = [&](int64_t slot) {
+    const int64_t tile = slot / parts, part = slot % parts;
+    with_tile<T>(tiles, tile, [&](auto width, int64_t first) {
+      spmm_tile<T, decltype(width)::bytes>(
+          call, first, part_begin(*call.blocks, part, parts), part_begin(*call.blocks, part + 1, parts),
+          reinterpret_cast<const T*>(packed + inputs * tile_offset(tiles, tile)));
+    });
+  };
+  share(call.threads, count * parts, run);
+}
