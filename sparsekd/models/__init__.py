@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsekd.errors import UnsupportedError
@@ -58,6 +59,56 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return _FACTORIES[name](**kwargs)
 
 
+def small_dense(name: str, sparsity: float, **kwargs: Any) -> nn.Module:
+    """Build the narrow dense network that takes as many bits as a sparse one: the control.
+
+    All layers but the last get the same factor fewer channels, the largest for which the network's
+    parameters are no more than those of the sparse network, its mask counting as one bit per weight
+    of a convolution or linear layer.
+
+    Args:
+        name: one of `names()`.
+        sparsity: of the convolutions and linear layers of the network to compare with.
+        **kwargs: arguments of the function of that name, other than `width`.
+
+    Returns:
+        The initialised network.
+
+    Raises:
+        UnsupportedError: no network has this name.
+        ValueError: `sparsity` is outside [0, 1).
+
+    Source: Evci et al., Rigging the Lottery (2020), section 4, "Small-Dense".
+
+    Example:
+        >>> small_dense("resnet20", 0.9).conv1.out_channels
+        6
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
+    weights, others = _sizes(name, kwargs, 1.0)
+    room = (1 - sparsity) * weights + weights / 32 + others
+    if weights + others <= room:  # so few zeros that their mask outweighs them
+        return build(name, **kwargs)
+    fits, wide = 2**-12, 1.0  # one channel a layer takes less than the mask alone
+    while wide - fits > 2**-12:
+        middle = (fits + wide) / 2
+        if sum(_sizes(name, kwargs, middle)) <= room:
+            fits = middle
+        else:
+            wide = middle
+    return build(name, width=fits, **kwargs)
+
+
+def _sizes(name: str, kwargs: dict[str, Any], width: float) -> tuple[int, int]:
+    """Count the weights that could be sparse, and the other parameters."""
+    with torch.device("meta"):
+        model = build(name, width=width, **kwargs)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    return weights, sum(parameter.numel() for parameter in model.parameters()) - weights
+
+
 __all__ = [
     "VGG",
     "ResNet",
@@ -76,6 +127,7 @@ __all__ = [
     "resnet101",
     "resnet110",
     "resnet152",
+    "small_dense",
     "vgg16_bn",
     "vgg19_bn",
     "wrn22_2",

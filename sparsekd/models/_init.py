@@ -30,6 +30,25 @@ def he_init_(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def scaled(channels: int, width: float) -> int:
+    """Return `width` times as many channels, at least one.
+
+    Args:
+        channels: of the network at its published width.
+        width: the factor.
+
+    Raises:
+        ValueError: `width` is not positive.
+
+    Example:
+        >>> scaled(64, 0.26)
+        17
+    """
+    if not width > 0:
+        raise ValueError(f"width: expected a positive factor, got {width!r}")
+    return max(1, round(channels * width))
+
+
 def check_stem(stem: str, num_classes: int | None) -> int:
     """Check `stem` and return the number of classes, by default that of the stem's data set.
 

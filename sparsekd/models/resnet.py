@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsekd.models._init import check_stem, he_init_
+from sparsekd.models._init import check_stem, he_init_, scaled
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -113,6 +113,7 @@ class ResNet(nn.Module):
         stem: "cifar" for a 3x3 convolution of stride 1, "imagenet" for 7x7 stride 2 and max-pool.
         in_channels: channels of the input.
         zero_init_residual: start the last BatchNorm of every block at 0.
+        width: factor on `widths`.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``, any H and W.
@@ -138,9 +139,11 @@ class ResNet(nn.Module):
         stem: str = "cifar",
         in_channels: int = 3,
         zero_init_residual: bool = False,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         num_classes = check_stem(stem, num_classes)
+        widths = [scaled(channels, width) for channels in widths]
         channels = widths[0]
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
@@ -151,12 +154,12 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
 
         self.stages = tuple(f"layer{stage}" for stage in range(1, len(depths) + 1))
-        for name, depth, width in zip(self.stages, depths, widths, strict=True):
+        for name, depth, inner in zip(self.stages, depths, widths, strict=True):
             blocks = []
             for index in range(depth):
                 stride = 2 if name != "layer1" and index == 0 else 1
-                blocks.append(block(channels, width, stride))
-                channels = width * block.expansion
+                blocks.append(block(channels, inner, stride))
+                channels = inner * block.expansion
             self.add_module(name, nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
@@ -182,6 +185,7 @@ def resnet18(
     in_channels: int = 3,
     *,
     zero_init_residual: bool = False,
+    width: float = 1.0,
 ) -> ResNet:
     """Build ResNet-18 (basic blocks), parameter names as in torchvision.
 
@@ -190,6 +194,7 @@ def resnet18(
         stem: "cifar" or "imagenet", see `ResNet`.
         in_channels: channels of the input.
         zero_init_residual: start the last BatchNorm of every block at 0.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -213,6 +218,7 @@ def resnet18(
         stem=stem,
         in_channels=in_channels,
         zero_init_residual=zero_init_residual,
+        width=width,
     )
 
 
@@ -222,6 +228,7 @@ def resnet34(
     in_channels: int = 3,
     *,
     zero_init_residual: bool = False,
+    width: float = 1.0,
 ) -> ResNet:
     """Build ResNet-34 (basic blocks), parameter names as in torchvision.
 
@@ -230,6 +237,7 @@ def resnet34(
         stem: "cifar" or "imagenet", see `ResNet`.
         in_channels: channels of the input.
         zero_init_residual: start the last BatchNorm of every block at 0.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -253,6 +261,7 @@ def resnet34(
         stem=stem,
         in_channels=in_channels,
         zero_init_residual=zero_init_residual,
+        width=width,
     )
 
 
@@ -262,6 +271,7 @@ def resnet50(
     in_channels: int = 3,
     *,
     zero_init_residual: bool = False,
+    width: float = 1.0,
 ) -> ResNet:
     """Build ResNet-50 (bottlenecks, v1.5), parameter names as in torchvision.
 
@@ -270,6 +280,7 @@ def resnet50(
         stem: "cifar" or "imagenet", see `ResNet`.
         in_channels: channels of the input.
         zero_init_residual: start the last BatchNorm of every block at 0.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -293,6 +304,7 @@ def resnet50(
         stem=stem,
         in_channels=in_channels,
         zero_init_residual=zero_init_residual,
+        width=width,
     )
 
 
@@ -302,6 +314,7 @@ def resnet101(
     in_channels: int = 3,
     *,
     zero_init_residual: bool = False,
+    width: float = 1.0,
 ) -> ResNet:
     """Build ResNet-101 (bottlenecks, v1.5), parameter names as in torchvision.
 
@@ -310,6 +323,7 @@ def resnet101(
         stem: "cifar" or "imagenet", see `ResNet`.
         in_channels: channels of the input.
         zero_init_residual: start the last BatchNorm of every block at 0.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -333,6 +347,7 @@ def resnet101(
         stem=stem,
         in_channels=in_channels,
         zero_init_residual=zero_init_residual,
+        width=width,
     )
 
 
@@ -342,6 +357,7 @@ def resnet152(
     in_channels: int = 3,
     *,
     zero_init_residual: bool = False,
+    width: float = 1.0,
 ) -> ResNet:
     """Build ResNet-152 (bottlenecks, v1.5), parameter names as in torchvision.
 
@@ -350,6 +366,7 @@ def resnet152(
         stem: "cifar" or "imagenet", see `ResNet`.
         in_channels: channels of the input.
         zero_init_residual: start the last BatchNorm of every block at 0.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -373,4 +390,5 @@ def resnet152(
         stem=stem,
         in_channels=in_channels,
         zero_init_residual=zero_init_residual,
+        width=width,
     )

@@ -7,34 +7,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsekd.models._init import check_stem, he_init_
+from sparsekd.models._init import check_stem, he_init_, scaled
 
 
-def _features(depths: Sequence[int], in_channels: int, last_pool: bool) -> nn.Sequential:
+def _features(
+    depths: Sequence[int], in_channels: int, last_pool: bool, width: float
+) -> nn.Sequential:
     """Stack 3x3 convolutions, `depths` of them per resolution, each with BatchNorm and ReLU."""
     layers: list[nn.Module] = []
     channels = in_channels
-    for depth, width in zip(depths, (64, 128, 256, 512, 512), strict=True):
+    for depth, base in zip(depths, (64, 128, 256, 512, 512), strict=True):
+        inner = scaled(base, width)
         for _ in range(depth):
             layers += [
-                nn.Conv2d(channels, width, 3, padding=1),
-                nn.BatchNorm2d(width),
+                nn.Conv2d(channels, inner, 3, padding=1),
+                nn.BatchNorm2d(inner),
                 nn.ReLU(inplace=True),
             ]
-            channels = width
+            channels = inner
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*(layers if last_pool else layers[:-1]))
 
 
-def _imagenet_classifier(num_classes: int) -> nn.Sequential:
+def _imagenet_classifier(num_classes: int, width: float) -> nn.Sequential:
+    hidden = scaled(4096, width)
     classifier = nn.Sequential(
-        nn.Linear(512 * 7 * 7, 4096),
+        nn.Linear(scaled(512, width) * 7 * 7, hidden),
         nn.ReLU(inplace=True),
         nn.Dropout(),
-        nn.Linear(4096, 4096),
+        nn.Linear(hidden, hidden),
         nn.ReLU(inplace=True),
         nn.Dropout(),
-        nn.Linear(4096, num_classes),
+        nn.Linear(hidden, num_classes),
     )
     for module in classifier:
         if isinstance(module, nn.Linear):
@@ -55,6 +59,7 @@ class VGG(nn.Module):
         num_classes: outputs; None for 10 (cifar stem) or 1000 (imagenet stem).
         stem: "cifar" or "imagenet".
         in_channels: channels of the input.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``; H and W at least 16 (cifar) or 32.
@@ -75,14 +80,18 @@ class VGG(nn.Module):
         num_classes: int | None = None,
         stem: str = "cifar",
         in_channels: int = 3,
+        *,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         num_classes = check_stem(stem, num_classes)
         imagenet = stem == "imagenet"
-        self.features = _features(depths, in_channels, last_pool=imagenet)
+        self.features = _features(depths, in_channels, imagenet, width)
         self.avgpool = nn.AdaptiveAvgPool2d(7 if imagenet else 1)
         self.classifier = (
-            _imagenet_classifier(num_classes) if imagenet else nn.Linear(512, num_classes)
+            _imagenet_classifier(num_classes, width)
+            if imagenet
+            else nn.Linear(scaled(512, width), num_classes)
         )
         he_init_(self)
 
@@ -91,13 +100,20 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-def vgg16_bn(num_classes: int | None = None, stem: str = "cifar", in_channels: int = 3) -> VGG:
+def vgg16_bn(
+    num_classes: int | None = None,
+    stem: str = "cifar",
+    in_channels: int = 3,
+    *,
+    width: float = 1.0,
+) -> VGG:
     """Build VGG-16 with BatchNorm.
 
     Args:
         num_classes: outputs; None for 10 (cifar stem) or 1000 (imagenet stem).
         stem: "cifar" or "imagenet", see `VGG`.
         in_channels: channels of the input.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -114,16 +130,23 @@ def vgg16_bn(num_classes: int | None = None, stem: str = "cifar", in_channels: i
         >>> vgg16_bn(100).classifier.out_features
         100
     """
-    return VGG((2, 2, 3, 3, 3), num_classes, stem, in_channels)
+    return VGG((2, 2, 3, 3, 3), num_classes, stem, in_channels, width=width)
 
 
-def vgg19_bn(num_classes: int | None = None, stem: str = "cifar", in_channels: int = 3) -> VGG:
+def vgg19_bn(
+    num_classes: int | None = None,
+    stem: str = "cifar",
+    in_channels: int = 3,
+    *,
+    width: float = 1.0,
+) -> VGG:
     """Build VGG-19 with BatchNorm.
 
     Args:
         num_classes: outputs; None for 10 (cifar stem) or 1000 (imagenet stem).
         stem: "cifar" or "imagenet", see `VGG`.
         in_channels: channels of the input.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -140,4 +163,4 @@ def vgg19_bn(num_classes: int | None = None, stem: str = "cifar", in_channels: i
         >>> vgg19_bn(100).classifier.out_features
         100
     """
-    return VGG((2, 2, 4, 4, 4), num_classes, stem, in_channels)
+    return VGG((2, 2, 4, 4, 4), num_classes, stem, in_channels, width=width)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsekd.models._init import he_init_
+from sparsekd.models._init import he_init_, scaled
 
 
 class PreActivationBlock(nn.Module):
@@ -55,6 +55,7 @@ class WideResNet(nn.Module):
         widen: factor on the widths 16, 32, 64.
         num_classes: outputs.
         in_channels: channels of the input.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -66,17 +67,26 @@ class WideResNet(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, depth: int, widen: int, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        depth: int,
+        widen: int,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        width: float = 1.0,
+    ) -> None:
         super().__init__()
         blocks_per_stage = (depth - 4) // 6
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        stages, channels = [], 16
-        for stage, width in enumerate((16 * widen, 32 * widen, 64 * widen)):
-            blocks = []
+        channels = scaled(16, width)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        stages = []
+        for stage, base in enumerate((16, 32, 64)):
+            blocks, inner = [], scaled(base * widen, width)
             for index in range(blocks_per_stage):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(PreActivationBlock(channels, width, stride))
-                channels = width
+                blocks.append(PreActivationBlock(channels, inner, stride))
+                channels = inner
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3 = stages
         self.bn = nn.BatchNorm2d(channels)
@@ -90,12 +100,13 @@ class WideResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(F.relu(self.bn(x))), 1))
 
 
-def wrn22_2(num_classes: int = 10, in_channels: int = 3) -> WideResNet:
+def wrn22_2(num_classes: int = 10, in_channels: int = 3, *, width: float = 1.0) -> WideResNet:
     """Build WRN-22-2, the CIFAR-10 network of the RigL experiments.
 
     Args:
         num_classes: outputs.
         in_channels: channels of the input.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -109,15 +120,16 @@ def wrn22_2(num_classes: int = 10, in_channels: int = 3) -> WideResNet:
         >>> wrn22_2(100).fc.out_features
         100
     """
-    return WideResNet(22, 2, num_classes, in_channels)
+    return WideResNet(22, 2, num_classes, in_channels, width=width)
 
 
-def wrn28_10(num_classes: int = 10, in_channels: int = 3) -> WideResNet:
+def wrn28_10(num_classes: int = 10, in_channels: int = 3, *, width: float = 1.0) -> WideResNet:
     """Build WRN-28-10 without dropout.
 
     Args:
         num_classes: outputs.
         in_channels: channels of the input.
+        width: factor on the number of channels of every layer but the last.
 
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``.
@@ -131,4 +143,4 @@ def wrn28_10(num_classes: int = 10, in_channels: int = 3) -> WideResNet:
         >>> wrn28_10(100).fc.out_features
         100
     """
-    return WideResNet(28, 10, num_classes, in_channels)
+    return WideResNet(28, 10, num_classes, in_channels, width=width)

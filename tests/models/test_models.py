@@ -188,3 +188,48 @@ def test_traces_without_a_graph_break(name):
 def test_import_needs_no_sparse_module():
     sources = {type(module).__module__ for module in models.resnet18().modules()}
     assert all(source.startswith(("torch.nn", "sparsekd.models")) for source in sources)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_width_scales_every_channel_but_the_outputs(name):
+    options = {"num_classes": 7}
+    with torch.device("meta"):
+        full, half = models.build(name, **options), models.build(name, width=0.5, **options)
+    pairs = list(zip(layers(full), layers(half), strict=True))
+    for index, ((_, a), (_, b)) in enumerate(pairs):
+        (rows, cols), found = a.weight.shape[:2], b.weight.shape[:2]
+        assert found[0] == (rows if index == len(pairs) - 1 else round(rows / 2))
+        assert found[1] == (cols if index == 0 else round(cols / 2))
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "published"), [(0.8, 0.465), (0.9, 0.34), (0.95, 0.26), (0.965, 0.231)]
+)
+def test_small_dense_resnet50_is_as_wide_as_published(sparsity, published):
+    """Widths of the released code of RigL, which are rounded by hand."""
+    with torch.device("meta"):
+        model = models.small_dense("resnet50", sparsity, stem="imagenet")
+    assert model.layer4[0].conv1.out_channels / 512 == pytest.approx(published, abs=0.0065)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wrn22_2", "vgg16_bn", "lenet5", "lenet300_100"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.95])
+def test_small_dense_takes_the_bits_of_the_sparse_network(name, sparsity):
+    with torch.device("meta"):
+        full, small = models.build(name), models.small_dense(name, sparsity)
+    weights = sum(m.weight.numel() for _, m in layers(full))
+    total, narrow = (sum(p.numel() for p in m.parameters()) for m in (full, small))
+    room = (1 - sparsity) * weights + weights / 32 + total - weights
+    assert 0.75 * room < narrow <= room
+
+
+def test_small_dense_at_the_ends():
+    assert models.small_dense("lenet5", 0.0).conv1.out_channels == 6
+    with pytest.raises(ValueError, match="sparsity: expected a number in"):
+        models.small_dense("lenet5", 1.0)
+    with pytest.raises(ValueError, match="width: expected a positive factor, got 0"):
+        models.resnet20(width=0)
