@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import scores
+from sparsekd.dst import replicas, scores
 from sparsekd.dst.capture import GradientCapture
 from sparsekd.dst.schedules import UpdateSchedule
 from sparsekd.errors import CheckpointError
@@ -55,6 +55,10 @@ class Updater:
     Survivors keep their value, optimizer state and gradient, and so does a weight that is dropped
     and grown again in one update. A weight that was not there before starts at 0 with state 0.
     With a GradScaler, `scaler.step(opt)` and `scaler.update()` both belong under the `if`.
+
+    Under `torch.distributed` every rank builds the same updater on the module that
+    DistributedDataParallel wraps. Dense gradients are averaged over the ranks before they are
+    ranked, and topologies are compared at the first step and after each update.
 
     Args:
         model: holds the sparse modules. Those with frozen values are never rewired, nor those
@@ -112,6 +116,7 @@ class Updater:
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration = 0
         self.last_update: dict[str, LayerUpdate] = {}
+        self._compared = False
         self._capture = GradientCapture(self.modules)
         self.schedule = schedule
 
@@ -139,7 +144,10 @@ class Updater:
             RuntimeError: the update needs gradients and there was no backward pass.
             ValueError: a weight is NaN.
             OptimizerStateError: the optimizer has state that cannot follow its weights.
+            TopologyError: the ranks of a distributed run hold different topologies.
         """
+        if not self._compared:
+            self._compare_ranks()
         self.iteration += 1
         fraction = self.schedule(self.iteration)
         try:
@@ -161,6 +169,10 @@ class Updater:
                 f"{type(self).__name__} grows by gradient, but no sparse module has seen a "
                 f"backward pass in iteration {self.iteration}; call loss.backward() before step()"
             )
+        if self.needs_gradient and replicas.several():
+            seen = {name: int(self.has_gradient(name)) for name in self.modules}
+            problem = "layers took part in the backward pass on some ranks only"
+            replicas.check_equal(seen, problem, next(self.model.parameters()).device)
         try:
             self._check_finite()
             plan = self.plan(fraction)
@@ -171,8 +183,10 @@ class Updater:
             return False
         for name in plan:
             check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
-        for name, mask in plan.items():
-            self._rewire(name, mask)
+        resized = [self._rewire(name, mask) for name, mask in plan.items()]
+        self._compare_ranks()
+        if any(resized) and replicas.several():
+            replicas.rebuild_buckets(self.model)
         return bool(plan)
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
@@ -224,8 +238,8 @@ class Updater:
         raise NotImplementedError(f"{type(self).__name__} grows nothing")
 
     def gradient(self, name: str) -> Tensor:
-        """Return the dense gradient of layer `name`, once an update."""
-        gradient = self._capture.take(name)
+        """Return the dense gradient of layer `name`, the mean over all ranks, once an update."""
+        gradient = replicas.mean_(self._capture.take(name))
         if not gradient.isfinite().all():
             raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
         return gradient
@@ -272,7 +286,7 @@ class Updater:
         self.generator.set_state(state["generator"].cpu())
         for name in self.saved:
             setattr(self, name, copy.deepcopy(state[name]))
-        self.last_update = {}
+        self.last_update, self._compared = {}, False
         self._prepare_next()
 
     def _prepare_next(self) -> None:
@@ -287,7 +301,13 @@ class Updater:
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 raise NonFiniteGradient(f"the gradient of {name} is not finite")
 
-    def _rewire(self, name: str, mask: Tensor) -> None:
+    def _compare_ranks(self) -> None:
+        replicas.check_topologies({name: m.topology for name, m in self.modules.items()})
+        self._compared = True
+
+    def _rewire(self, name: str, mask: Tensor) -> bool:
+        """Rewire one layer and say whether its number of weights has changed."""
         module = self.modules[name]
         delta = module.rewire(mask)
         remap_(self.optimizer, module.values, delta)
+        return delta.old.nnz != delta.new.nnz

@@ -7,6 +7,7 @@ from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.convert import densify, sparsify
 from sparsekd.nn.linear import SparseLinear
+from sparsekd.nn.parallel import keep_indices_local
 from sparsekd.sparsity import Survey, survey
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Survey",
     "densify",
     "init",
+    "keep_indices_local",
     "sparse_modules",
     "sparsify",
     "survey",

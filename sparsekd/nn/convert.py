@@ -13,6 +13,7 @@ from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.init import kaiming_
 from sparsekd.nn.linear import SparseLinear
+from sparsekd.nn.parallel import keep_indices_local
 from sparsekd.sparsity import (
     Survey,
     allocate,
@@ -123,7 +124,7 @@ def sparsify(
             generator = generator_for(seed, f"{name}.values")
             kaiming_(sparse.values, sparse.topology, generator=generator)
         replacements[layers[name]] = sparse
-    return _replace(model, replacements)
+    return keep_indices_local(_replace(model, replacements))
 
 
 @torch.no_grad()

@@ -1,0 +1,132 @@
+"""Keep the replicas of data-parallel training at one topology.
+
+Every function is a collective where `torch.distributed` is initialised, and free elsewhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsekd.errors import TopologyError
+from sparsekd.topology import Topology
+
+
+def several() -> bool:
+    """Say whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_(tensor: Tensor) -> Tensor:
+    """Replace a tensor by its mean over all ranks, the same bits on each of them.
+
+    Growth scores are magnitudes of this mean: that of the magnitudes would rank by noise.
+    """
+    if several():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def check_topologies(topologies: Mapping[str, Topology]) -> None:
+    """Check that all ranks hold the same topology in every layer.
+
+    Args:
+        topologies: by layer.
+
+    Raises:
+        TopologyError: they do not; on every rank, naming layers and ranks.
+    """
+    if several():
+        check_equal(
+            {name: fingerprint(topology) for name, topology in topologies.items()},
+            "topologies differ between ranks, which need the same seeds and the same start",
+            next(iter(topologies.values())).device,
+        )
+
+
+def check_equal(numbers: Mapping[str, int], problem: str, device: torch.device) -> None:
+    """Check that all ranks hold the same number for every layer.
+
+    Two numbers a layer go over the wire, however many ranks there are; where they differ, those of
+    all ranks do.
+
+    Args:
+        numbers: in [0, 2^63), by layer.
+        problem: what it means if they differ.
+        device: that the process group works on.
+
+    Raises:
+        TopologyError: they differ; on every rank, naming layers and ranks.
+    """
+    if not several():
+        return
+    mine = torch.tensor(list(numbers.values()), device=device)
+    extremes = torch.stack([mine, -mine])
+    dist.all_reduce(extremes, dist.ReduceOp.MIN)
+    differ = (extremes[0] != -extremes[1]).tolist()
+    if not any(differ):
+        return
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    table = torch.stack(everyone, 1).tolist()
+    lines = [
+        f"{name} on {_ranks(row)}"
+        for name, row, wrong in zip(numbers, table, differ, strict=True)
+        if wrong
+    ]
+    raise TopologyError(f"rank {dist.get_rank()}: {problem}: {'; '.join(lines)}")
+
+
+def _ranks(row: list[int]) -> str:
+    groups: dict[int, list[str]] = {}
+    for rank, number in enumerate(row):
+        groups.setdefault(number, []).append(str(rank))
+    return " against ".join(f"rank {', '.join(ranks)}" for ranks in groups.values())
+
+
+def fingerprint(topology: Topology) -> int:
+    """Return 63 bits that equal topologies share in every process.
+
+    Example:
+        >>> mask = torch.eye(3, dtype=torch.bool)
+        >>> fingerprint(Topology.from_mask(mask)) == fingerprint(Topology.from_mask(mask.clone()))
+        True
+    """
+    digest = hashlib.blake2b(repr(tuple(topology.shape)).encode(), digest_size=8)
+    for indices in (topology.crow_indices, topology.col_indices):
+        digest.update(indices.cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def rebuild_buckets(model: nn.Module) -> None:
+    """Fit the DistributedDataParallel around a model to the sizes its parameters have now.
+
+    It lays out gradient buckets once, when it is made; a method that changes the number of nonzeros
+    makes that layout wrong. The parameters stay the same objects and nothing is sent.
+
+    Args:
+        model: whose parameters have changed in size; all wrappers of any of them are found.
+    """
+    parameters = set(model.parameters())
+    for wrapper in _wrappers():
+        if not parameters.isdisjoint(wrapper.parameters()):
+            # What unpickling does, but with the process group the wrapper has.
+            wanted, sparse = wrapper._build_params_for_reducer()
+            names = wrapper._build_debug_param_to_name_mapping(wanted)
+            wrapper._ddp_init_helper(wanted, sparse, names, wrapper.static_graph)
+            for hook, state in wrapper._comm_hooks:
+                dist._register_comm_hook(wrapper.reducer, state, hook)
+
+
+def _wrappers() -> Iterator[DistributedDataParallel]:
+    # A wrapper knows its model, not the other way round, and updaters are given the model.
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DistributedDataParallel):
+            yield thing

@@ -1,0 +1,198 @@
+"""What every rank does in tests/dst/test_replicas.py; started by torchrun, one file a rank."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsekd import dst, sparsify
+from sparsekd.dst import replicas
+from sparsekd.errors import TopologyError
+from sparsekd.nn import SparseLinear, densify, sparse_modules
+
+BATCH = 8
+Loop = Iterator[tuple[nn.Module, dst.Updater]]
+
+
+def network(sparsity: float = 0.7, seed: int = 0) -> nn.Module:
+    torch.manual_seed(7)
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)),
+    )
+    return sparsify(model.double(), sparsity, seed=seed)
+
+
+def batch(step: int, rank: int, world: int) -> Tensor:
+    """Return this rank's part of the batch that all ranks share."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 2, 8, 8, dtype=torch.float64, generator=generator)
+    return x[rank::world]
+
+
+METHODS: dict[str, Callable[..., dst.Updater]] = {
+    "set": lambda m, o: dst.SET(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "rigl": lambda m, o: dst.RigL(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "rigl-sg": lambda m, o: dst.RigLSG(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "snfs": lambda m, o: dst.SNFS(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "gmp": lambda m, o: dst.GMP(m, o, sparsity=0.95, every=2, until=20),
+    "granet": lambda m, o: dst.GraNet(m, o, sparsity=0.95, every=2, until=22),
+    "acdc": lambda m, o: dst.ACDC(
+        m, o, sparsity=0.95, compress=range(2, 40, 4), decompress=range(4, 40, 4)
+    ),
+}
+DENSE_AT_FIRST = ("gmp", "granet", "acdc")
+REWIRES = {"set": 100, "rigl": 100, "rigl-sg": 10, "snfs": 10, "gmp": 10, "granet": 10, "acdc": 10}
+
+
+def train(method: str, steps: int, rank: int, world: int, passes: int = 1) -> dict[str, Any]:
+    """Train `steps` steps, on one rank without any DistributedDataParallel."""
+    model = network(0.0 if method in DENSE_AT_FIRST else 0.7)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    updater = METHODS[method](model, optimizer)
+    identities = [id(p) for p in model.parameters()]
+    rewired = 0
+    for step in range(steps):
+        optimizer.zero_grad()
+        parts = batch(step, rank, world).chunk(passes)
+        for number, x in enumerate(parts):
+            last = number == len(parts) - 1
+            sync = wrapped.no_sync() if world > 1 and not last else torch.enable_grad()
+            with sync:
+                (wrapped(x).square().mean() / len(parts)).backward()
+        if updater.step():
+            rewired += 1
+        else:
+            optimizer.step()
+    return {
+        "masks": {name: module.topology.mask() for name, module in sparse_modules(model)},
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "rewired": rewired,
+        "same parameters": identities == [id(p) for p in model.parameters()],
+        "held": [id(p) for g in optimizer.param_groups for p in g["params"]] == identities,
+    }
+
+
+def many_rewires(rank: int, world: int) -> dict[str, Any]:
+    return {name: train(name, 2 * count, rank, world) for name, count in REWIRES.items()}
+
+
+def like_one_process(rank: int, world: int) -> dict[str, Any]:
+    """Train a few steps, in which rounding cannot yet decide between two weights."""
+    return {name: train(name, 12, rank, world, passes=2) for name in METHODS}
+
+
+def dense_gradient(rank: int, world: int) -> dict[str, Tensor]:
+    """Collect the mean dense gradient over two accumulated passes on every rank."""
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    updater = dst.RigL(model, optimizer, every=1, until=9)
+    with wrapped.no_sync():
+        wrapped(batch(0, rank, world)).square().mean().backward()
+    wrapped(batch(1, rank, world)).square().mean().backward()
+    found = {name: updater.gradient(name) for name in updater.modules}
+    twin = densify(copy.deepcopy(model))
+    for step in (0, 1):
+        twin(batch(step, 0, 1)).square().mean().backward()
+    expected = {name: twin.get_submodule(name).weight.grad.flatten(1) for name in found}
+    return {name: (found[name] - expected[name]).abs().max() for name in found}
+
+
+def mismatch_after_growth(rank: int, world: int) -> str:
+    """Grow from a seed that is the rank, which is what must never happen silently."""
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    updater = dst.SET(model, optimizer, every=1, until=9, seed=int(rank == 1))
+    wrapped(batch(0, rank, world)).square().mean().backward()
+    try:
+        updater.step()
+    except TopologyError as error:
+        return str(error)
+    return ""
+
+
+def mismatch_at_the_start(rank: int, world: int) -> str:
+    model = network(seed=int(rank == world - 1))
+    updater = dst.Static(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    try:
+        updater.step()
+    except TopologyError as error:
+        return str(error)
+    return ""
+
+
+def skipped_layer(rank: int, world: int) -> str:
+    """Leave a layer out on rank 0 alone, as a model with branches might."""
+    model = nn.ModuleDict({n: SparseLinear(6, 4, sparsity=0.5, seed=0) for n in ("used", "spare")})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    updater = dst.RigL(model, optimizer, every=1, until=9)
+    for name in ("used", "spare")[: 1 + min(rank, 1)]:
+        model[name](torch.ones(2, 6)).sum().backward()
+    try:
+        updater.step()
+    except TopologyError as error:
+        return str(error)
+    return ""
+
+
+def bytes_on_the_wire(rank: int, world: int) -> dict[str, Any]:
+    """Count what the buckets of one backward pass hold, before and after the size changes."""
+    model = network(0.0)
+    wrapped = DistributedDataParallel(model)
+    sent = [0]
+
+    def count(group, bucket):  # register_comm_hook cannot read annotations that are strings
+        sent[0] += bucket.buffer().nbytes
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, count)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    updater = dst.GMP(model, optimizer, sparsity=0.9, every=2, until=2)
+    result = []
+    for step in range(4):
+        sent[0] = 0
+        optimizer.zero_grad()
+        wrapped(batch(step, rank, world)).square().mean().backward()
+        stored = sum(parameter.numel() for parameter in model.parameters())
+        result.append((sent[0], 8 * stored))
+        if not updater.step():
+            optimizer.step()
+    return {"sent": result, "buffers": sorted(wrapped.named_module_buffers)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = {
+        scenario.__name__: scenario(rank, world)
+        for scenario in (
+            many_rewires,
+            like_one_process,
+            dense_gradient,
+            mismatch_after_growth,
+            mismatch_at_the_start,
+            skipped_layer,
+            bytes_on_the_wire,
+        )
+    }
+    results["fingerprint"] = replicas.fingerprint(network()[0].topology)
+    torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
