@@ -16,7 +16,7 @@ CMAKE_TESTS := cmake -S . -G Ninja -DSPARSEKD_PYTHON=OFF -DSPARSEKD_TESTS=ON
 DROP_FOREIGN_BUILD := grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' build/*/CMakeCache.txt \
   || rm -rf build
 
-.PHONY: demo test test-cpp test-python lint format sanitize bench clean
+.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.built
@@ -30,6 +30,26 @@ test-cpp: $(VENV)/.installed
 	$(CMAKE_TESTS) -B build/tests -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/tests --target core_tests
 	build/tests/core_tests
+
+# The engine of 64-byte vectors on a processor without AVX-512.
+test-wide: $(VENV)/.installed
+	$(DROP_FOREIGN_BUILD)
+	$(CMAKE_TESTS) -B build/wide -DCMAKE_BUILD_TYPE=Release -DSPARSEKD_WIDE_AVX2=ON
+	cmake --build build/wide --target core_tests
+	build/wide/core_tests
+
+# The engine of 16-byte vectors is NEON on ARM; Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+NEON := aarch64-linux-gnu
+test-neon: $(VENV)/.installed
+ifeq ($(and $(shell command -v $(NEON)-g++),$(shell command -v qemu-aarch64)),)
+	@echo "skipped: test-neon needs $(NEON)-g++ and qemu-aarch64"
+else
+	$(DROP_FOREIGN_BUILD)
+	$(CMAKE_TESTS) -B build/neon -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(NEON)-g++
+	cmake --build build/neon --target core_tests
+	qemu-aarch64 -L /usr/$(NEON) build/neon/core_tests
+endif
 
 # What the tests choose on a busy machine is not for keeps, hence no cache.
 test-python: $(VENV)/.built

@@ -37,10 +37,14 @@ std::vector<Isa> available_isas() {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // also asks the operating system whether it saves the wide registers
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(Isa::kAvx2);
+#if defined(SPARSEKD_WIDE_AVX2)
+  if (isas.back() == Isa::kAvx2) isas.push_back(Isa::kAvx512);  // whose engine needs no more in this build
+#else
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
     isas.push_back(Isa::kAvx512);
+#endif
 #endif
   return isas;
 }

@@ -11,7 +11,7 @@ inline void add_sums(const Vec<T>* sum, T* out) {
   }
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && SPARSEKD_VECTOR_BYTES == 32)
 // Eight horizontal sums at once cost about as much as one done lane by lane.
 template <>
 inline void add_sums<float, 8>(const Vec<float>* sum, float* out) {
