@@ -1,8 +1,9 @@
-"""The command line: train a recipe, list recipes, report on a run, show what runs here."""
+"""The command line: train a recipe, report on a run, race the kernels, show what runs here."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from sparsekd.errors import SparsekdError
 from sparsekd.memory import keep_memory_warm
 from sparsekd.recipes import RECIPES, Experiment, Recipe, RunFolder, get, load_data, override
 from sparsekd.recipes.report import figures, read_rows, table
-from sparsekd.train import Interrupted, ProgressReporter, StopRequest
+from sparsekd.train import Interrupted, MetricsLog, ProgressReporter, StopRequest
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -148,6 +149,71 @@ def recipes(
     with _one_line_errors(ValueError):
         for field, value in _fields(asdict(get(name))):
             console.print(f"{field} = {value}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick/--all", help="Minutes at batch 32, or everything at 128.")
+    ] = True,
+    level: Annotated[
+        str | None, typer.Option(help="Only these: peaks,op,layer,step,epoch,waterfall,memory.")
+    ] = None,
+    network: Annotated[str | None, typer.Option(help="Networks, as resnet18,vgg16_bn.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Sparsities, as 0.8,0.9.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Arms, as sparsekd,dense_bf16.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images or rows.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Turns of each arm.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    rows: Annotated[Path, typer.Option(help="JSON-lines file of the measurements.")] = Path(
+        "runs/bench/rows.jsonl"
+    ),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of report and figures [default: that of the rows].")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin nothing after this; the same command goes on.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Measure again what is there already.")
+    ] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="Measure nothing; report the rows.")] = False,
+) -> None:
+    """Race the sparse kernels against dense torch and installed rivals; tables and figures."""
+    from sparsekd import bench as arena
+    from sparsekd.bench import report as reports
+
+    console = _console()
+    with _one_line_errors(SparsekdError, OSError, ValueError):
+        plan = arena.Plan(
+            quick=quick,
+            levels=_words(level) or arena.LEVELS,
+            networks=_words(network),
+            sparsities=tuple(map(float, _words(sparsity) or ())) or None,
+            arms=_words(arm),
+            batch=batch,
+            rounds=rounds,
+        )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if not draw:
+            log = MetricsLog(rows)
+            if fresh:
+                rows.unlink(missing_ok=True)
+            limit = math.inf if seconds is None else seconds
+            if not arena.run(plan.sessions(), log, arena.describe(), console, limit):
+                console.print("time is up; the same command goes on", highlight=False)
+        results = reports.read(rows)
+        reports.show(results, console)
+        for file in reports.write(results, out or rows.parent, rows):
+            console.print(str(file), highlight=False, soft_wrap=True)
+        console.print(str(rows), highlight=False, soft_wrap=True)
+    if any(row["arm"].startswith("sparsekd") for row in results.shortfalls().get("refused", [])):
+        _fail(ValueError("an arm of sparsekd gave wrong results; see the table"), code=1)
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 @app.command()

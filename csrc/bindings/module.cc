@@ -14,6 +14,7 @@
 namespace sparsekd {
 
 void bind_densify(py::module_& m);
+void bind_peak(py::module_& m);
 
 namespace {
 
@@ -219,6 +220,7 @@ PYBIND11_MODULE(_C, m) {
   bind_densify(m);
   m.def("info", &info);
   m.def("set_isa", &set_isa);
+  bind_peak(m);
   // For comparing instruction sets without touching code; a wrong name fails the import and says so.
   if (const char* wanted = std::getenv("SPARSEKD_ISA")) set_isa(wanted);
 }

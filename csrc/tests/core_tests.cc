@@ -23,6 +23,7 @@ using namespace sparsekd;
 
 void test_densify();
 void test_linear();
+void test_peak();
 
 namespace {
 
@@ -286,6 +287,7 @@ int main() {
   test_schedule();
   test_geometry();
   test_densify();
+  test_peak();
   test_convolution<float>(150);
   test_convolution<double>(80);
   test_linear();

@@ -22,8 +22,18 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def info() -> dict[str, Any]:
-    """Return what the compiled module says of itself: instruction set, compiler, threads."""
-    return dict(_C.info())
+    """Return what the compiled module says of itself: its file, instruction set, compiler."""
+    return {"file": _C.__file__, **_C.info()}
+
+
+def peak_flops(threads: int, seconds: float) -> float:
+    """Measure the float32 operations a second of independent fused multiply-adds."""
+    return _C.peak_flops(threads, seconds)
+
+
+def read_bandwidth(bytes_each: int, threads: int, seconds: float) -> float:
+    """Measure the bytes a second that threads read, each over and over from a buffer of its own."""
+    return _C.read_bandwidth(bytes_each, threads, seconds)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

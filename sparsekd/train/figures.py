@@ -20,8 +20,8 @@ from matplotlib.ticker import (
 
 from sparsekd.train.metrics import Row
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKERS = "osD^vPX"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "osD^vPX"
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
 _DENSE: dict[str, Any] = {"color": "#666666", "linestyle": "--", "linewidth": 1.2}
 
@@ -72,31 +72,31 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
     tickets = [row for row in results if row["method"] != "dense"]
     if not tickets:
         return None
-    figure, axes = _axes(
+    figure, axes = single_axes(
         "Accuracy after the last epoch", "sparsity of the convolutions", "test accuracy"
     )
     sparsities = sorted({row["sparsity"] for row in tickets})
     methods = [method for method in labels if any(row["method"] == method for row in tickets)]
     # Methods stand a little beside each other, so that equal accuracies do not hide one.
-    width = 0.008 * (_stretched(sparsities[-1]) - _stretched(sparsities[0]))
+    width = 0.008 * (stretched(sparsities[-1]) - stretched(sparsities[0]))
     seeds = 1
     for number, method in enumerate(methods):
         groups = _group([r for r in tickets if r["method"] == method], "sparsity")
         seeds = max(seeds, *(len(group) for group in groups.values()))
         accuracies = [[row["test_accuracy"] for row in groups[s]] for s in sorted(groups)]
         axes.errorbar(
-            [_stretched(s) + width * (number - (len(methods) - 1) / 2) for s in sorted(groups)],
+            [stretched(s) + width * (number - (len(methods) - 1) / 2) for s in sorted(groups)],
             [statistics.mean(a) for a in accuracies],
             [statistics.stdev(a) if len(a) > 1 else 0 for a in accuracies],
             label=labels[method],
-            color=_COLORS[number % len(_COLORS)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            color=COLORS[number % len(COLORS)],
+            marker=MARKERS[number % len(MARKERS)],
             capsize=3,
         )
     dense = [row["test_accuracy"] for row in results if row["method"] == "dense"]
     if dense:
         axes.axhline(statistics.mean(dense), label="dense", **_DENSE)
-    axes.xaxis.set_major_locator(FixedLocator([_stretched(s) for s in sparsities]))
+    axes.xaxis.set_major_locator(FixedLocator([stretched(s) for s in sparsities]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels(
         [f"{s:.4g}" for s in sparsities], rotation=45 if len(sparsities) > 7 else 0
@@ -147,7 +147,7 @@ def loss_figure(
         grid[1, column].yaxis.set_major_formatter(_PERCENT)
         grid[1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in grid[:, column]:
-            _clean(axes)
+            clean(axes)
     grid[0, 0].set_ylabel("training loss (own objective)")
     grid[0, 0].set_yscale("log")
     grid[1, 0].set_ylabel("training accuracy")
@@ -170,7 +170,7 @@ def density_figure(results: Sequence[Row]) -> Figure | None:
         return None
     shown = sorted(groups) if len(groups) <= 6 else sorted(groups)[-6:]
     layers = list(groups[shown[0]][0]["density"])
-    figure, axes = _axes("Density per layer after global magnitude pruning", "", "density")
+    figure, axes = single_axes("Density per layer after global magnitude pruning", "", "density")
     figure.set_size_inches(max(6.4, 0.26 * len(layers) + 1.5), 4.4)
     for number, sparsity in enumerate(shown):
         density = groups[sparsity][0]["density"]
@@ -178,8 +178,8 @@ def density_figure(results: Sequence[Row]) -> Figure | None:
             range(len(layers)),
             [density[layer] or float("nan") for layer in layers],
             label=f"sparsity {sparsity:.4g}",
-            color=_COLORS[number % len(_COLORS)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            color=COLORS[number % len(COLORS)],
+            marker=MARKERS[number % len(MARKERS)],
             markersize=4,
         )
     axes.set_yscale("log")
@@ -189,26 +189,33 @@ def density_figure(results: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _stretched(sparsity: float) -> float:
-    # Equal steps for equal factors of density: 0.9, 0.99 and 0.999 are equally far apart.
+def stretched(sparsity: float) -> float:
+    """Place a sparsity on an axis: equal steps for equal factors of density.
+
+    Example:
+        >>> round(stretched(0.9), 6), round(stretched(0.99), 6), round(stretched(0.999), 6)
+        (1.0, 2.0, 3.0)
+    """
     return -math.log10(1 - sparsity)
 
 
 def _style(method: str, labels: Mapping[str, str]) -> dict[str, Any]:
     if method == "dense":
         return {"label": "dense", **_DENSE}
-    return {"label": labels[method], "color": _COLORS[list(labels).index(method) % len(_COLORS)]}
+    return {"label": labels[method], "color": COLORS[list(labels).index(method) % len(COLORS)]}
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def single_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """Make a figure of one panel in the house style."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    _clean(axes)
+    clean(axes)
     return figure, axes
 
 
-def _clean(axes: Axes) -> None:
+def clean(axes: Axes) -> None:
+    """Give a panel the house style: a faint grid, no frame."""
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 

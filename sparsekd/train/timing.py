@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,24 +70,17 @@ def time_step(
     """
     dense = densify(copy.deepcopy(model))
     x_last = x.to(memory_format=torch.channels_last)
-    arms = {
-        "contiguous": _step(dense, x, y, objective),
-        "channels_last": _step(
-            to_channels_last(copy.deepcopy(dense)),
-            x_last,
-            y,
-            objective,
-        ),
+    entries = {
+        "contiguous": (dense, x),
+        "channels_last": (to_channels_last(copy.deepcopy(dense)), x_last),
     }
     if any(True for _ in sparse_modules(model)):
-        arms["sparse"] = _step(copy.deepcopy(model), x_last, y, objective)
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
-        for name, step in arms.items():
-            start = time.perf_counter()
-            step()
-            if number > 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
+        entries["sparse"] = (copy.deepcopy(model), x_last)
+    arms = {
+        name: partial(training_step(entry, objective), images, y)
+        for name, (entry, images) in entries.items()
+    }
+    times = interleave(arms, rounds)
     medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
     return StepTimes(
         sparse_ms=medians.get("sparse"),
@@ -97,13 +92,74 @@ def time_step(
     )
 
 
-def _step(model: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> Callable[[], None]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    least: float = 0.0,
+    pause: float = 0.0,
+    slow: float = math.inf,
+) -> dict[str, list[float]]:
+    """Time several calls in turns, so that a change in the machine's load meets all of them.
+
+    Args:
+        calls: what to time, by name; each is called once before the first round.
+        rounds: turns of each.
+        least: seconds that a turn should last; a shorter call is repeated within it.
+        pause: seconds of rest before a turn, for the threads of the call before to fall asleep.
+        slow: a call that takes more seconds than this takes part in the first three rounds only.
+
+    Returns:
+        Milliseconds of one call, one entry a turn.
+
+    Example:
+        >>> times = interleave({"sum": lambda: sum(range(10))}, rounds=5)
+        >>> len(times["sum"])
+        5
+    """
+    once = {name: _seconds(call, 1) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name, call in calls.items():
+            if once[name] > slow and number >= 3:
+                continue
+            time.sleep(pause)
+            repeats = max(1, math.ceil(least / once[name]))
+            times[name].append(_seconds(call, repeats) * 1e3 / repeats)
+    return times
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - start
+
+
+def training_step(model: nn.Module, objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
+    """Prepare a call that trains a model on a batch: forward, loss, backward, SGD with momentum.
+
+    Args:
+        model: trained by every call, in training mode.
+        objective: the loss, called with epoch 0.
+
+    Returns:
+        The call; it takes images and labels and returns the loss.
+
+    Example:
+        >>> from sparsekd.train import CrossEntropy
+        >>> step = training_step(nn.Linear(4, 2), CrossEntropy())
+        >>> step(torch.randn(8, 4), torch.zeros(8, dtype=torch.long)).ndim
+        0
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     model.train()
 
-    def step() -> None:
+    def step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
-        objective(model(x), x, y, 0).backward()
+        loss = objective(model(x), x, y, 0)
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return step

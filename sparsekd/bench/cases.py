@@ -1,0 +1,207 @@
+"""What is measured: layers, networks and sparsities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from sparsekd import models
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+BATCH = 128
+PASSES = ("fprop", "dgrad", "wgrad")
+# The arms that speed-ups refer to: eager float32 torch, in the better layout of a case. Compiled
+# and bfloat16 dense are arms of their own, shown beside it.
+BASELINES = ("dense_contiguous", "dense_channels_last")
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """Describe one layer at one input size; a linear layer is 1x1 on a 1x1 map.
+
+    Args:
+        kind: "conv" or "linear".
+        channels: input channels or features.
+        outs: output channels or features.
+        size: height and width of the input.
+        kernel: height and width of the kernel; padding is half of it.
+        stride: of the kernel.
+        batch: images or rows.
+
+    Example:
+        >>> case = LayerCase("conv", 64, 128, size=32, kernel=3, stride=2)
+        >>> case.name, case.output_shape
+        ('64>128 32x32 3x3 s2', (128, 128, 16, 16))
+    """
+
+    kind: str
+    channels: int
+    outs: int
+    size: int = 1
+    kernel: int = 1
+    stride: int = 1
+    batch: int = BATCH
+
+    @property
+    def name(self) -> str:
+        """What rows and figures call the layer."""
+        if self.kind == "linear":
+            return f"linear {self.batch}x{self.channels}x{self.outs}"
+        stride = f" s{self.stride}" if self.stride > 1 else ""
+        maps = f"{self.size}x{self.size} {self.kernel}x{self.kernel}"
+        return f"{self.channels}>{self.outs} {maps}{stride}{_batch(self.batch)}"
+
+    @property
+    def padding(self) -> int:
+        """Zeros on every side of the map."""
+        return self.kernel // 2
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output."""
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the input tensor."""
+        shape = (self.batch, self.channels, self.size, self.size)
+        return shape if self.kind == "conv" else shape[:2]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the output tensor."""
+        shape = (self.batch, self.outs, self.out_size, self.out_size)
+        return shape if self.kind == "conv" else shape[:2]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        shape = (self.outs, self.channels, self.kernel, self.kernel)
+        return shape if self.kind == "conv" else shape[:2]
+
+    @property
+    def positions(self) -> int:
+        """Outputs per output channel."""
+        return self.batch * self.out_size**2
+
+    @property
+    def fan_in(self) -> int:
+        """Weights of one output channel."""
+        return math.prod(self.weight_shape[1:])
+
+    def flops(self, nnz: int) -> int:
+        """Count the operations of one pass with `nnz` weights."""
+        return 2 * nnz * self.positions
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """Describe one network whose training step is measured.
+
+    Args:
+        name: of the network in `sparsekd.models`.
+        input_shape: channels, height, width.
+        batch: images a step.
+    """
+
+    name: str
+    input_shape: tuple[int, int, int] = (3, 32, 32)
+    batch: int = BATCH
+
+    @property
+    def title(self) -> str:
+        """What rows and figures call the network."""
+        return f"{self.name}{_batch(self.batch)}"
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """Build the dense network from a seed of its own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return models.build(self.name, num_classes=10, in_channels=self.input_shape[0])
+
+
+def _batch(batch: int) -> str:
+    return "" if batch == BATCH else f" b{batch}"
+
+
+MODELS = {
+    name: ModelCase(name) for name in ("resnet18", "resnet50", "resnet20", "wrn22_2", "vgg16_bn")
+}
+
+LINEAR_LAYERS = (
+    LayerCase("linear", 2048, 1000, batch=128),
+    LayerCase("linear", 1024, 1024, batch=512),
+    LayerCase("linear", 768, 3072, batch=2048),
+)
+
+
+def dense_ends(model: nn.Module) -> tuple[str, str]:
+    """Name the first convolution and the last linear layer, which stay dense in every comparison.
+
+    Example:
+        >>> dense_ends(models.resnet20())
+        ('conv1', 'fc')
+    """
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return convs[0], linears[-1]
+
+
+@cache
+def conv_layers(networks: Sequence[str] = ("resnet18", "resnet50")) -> tuple[LayerCase, ...]:
+    """List every distinct convolution of some networks but their first, in the order of the maps.
+
+    Args:
+        networks: names of networks with the CIFAR stem, on images of 32x32.
+
+    Returns:
+        The layers at batch 128, large maps first.
+
+    Example:
+        >>> len(conv_layers(("resnet18",)))
+        10
+    """
+    found: dict[LayerCase, None] = {}
+    for network in networks:
+        with torch.device("meta"):
+            model = models.build(network, num_classes=10)
+            convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+            shapes = map_shapes(model, convs, torch.empty(2, 3, 32, 32))
+        for name, conv in convs.items():
+            if name != dense_ends(model)[0]:
+                found[_case_of(conv, shapes[name][0][-1])] = None
+    return tuple(sorted(found, key=lambda case: (-case.size, case.kernel, case.channels)))
+
+
+@torch.no_grad()
+def map_shapes(
+    model: nn.Module, layers: Mapping[str, nn.Module], x: Tensor
+) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Run a model once and return the shapes of input and output of some of its layers.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> [tuple(shape) for shape in map_shapes(layer, {"": layer}, torch.ones(2, 8))[""]]
+        [(2, 8), (2, 4)]
+    """
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def record(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        shapes[name] = (args[0].shape, y.shape)
+
+    handles = [layer.register_forward_hook(partial(record, name)) for name, layer in layers.items()]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return shapes
+
+
+def _case_of(conv: nn.Conv2d, size: int) -> LayerCase:
+    return LayerCase(
+        "conv", conv.in_channels, conv.out_channels, size, conv.kernel_size[0], conv.stride[0]
+    )

@@ -1,0 +1,78 @@
+"""What a row was measured on: processor, instruction sets, threads, versions, allocator."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsekd as skd
+from sparsekd.memory import keep_memory_warm
+
+_RIVALS = ("sparseprop", "sparselab")
+
+
+def describe() -> dict[str, Any]:
+    """Describe this machine and process; applies the allocator setting that every arm gets.
+
+    Returns:
+        Plain values. `build` is a digest of the compiled module, so that rows of different kernels
+        are never taken for rows of one; `id` sums up everything else here.
+
+    Example:
+        >>> describe()["torch"] == torch.__version__
+        True
+    """
+    compiled = skd.ops.info()["cpp"]
+    facts = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "isa": compiled.get("isa"),
+        "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "default"),
+        "threads": torch.get_num_threads(),
+        "memory_warm": keep_memory_warm(),
+        "choices": "fresh" if os.environ.get("SPARSEKD_CACHE") == "off" else "kept",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sparsekd": skd.__version__,
+        "build": _digest(compiled.get("file")),
+        **{name: _version(name) for name in _RIVALS},
+    }
+    text = json.dumps(facts, sort_keys=True).encode()
+    return {"id": hashlib.blake2b(text, digest_size=4).hexdigest(), **facts}
+
+
+def cpu_name() -> str:
+    """Return the processor's name, as the system gives it.
+
+    Example:
+        >>> cpu_name() != ""
+        True
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields: dict[str, str] = {}
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+        if "model name" in fields:
+            family = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+            return f"{fields['model name']} ({family})"
+    return platform.processor() or platform.machine()
+
+
+def _digest(file: str | None) -> str | None:
+    return file and hashlib.blake2b(Path(file).read_bytes(), digest_size=4).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,99 @@
+"""Who competes in a single pass of a layer: torch's own kernels and ours, each in both layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsekd import ops
+from sparsekd.bench.arms import RESULTS, LayerArm, Problem, Run, anywhere, laid_out, maps_only
+from sparsekd.bench.cases import PASSES
+from sparsekd.topology import Topology
+
+_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def pass_arms(name: str) -> dict[str, LayerArm]:
+    """List the competitors in one pass.
+
+    Args:
+        name: "fprop", "dgrad" or "wgrad".
+
+    Returns:
+        The arms by name.
+
+    Example:
+        >>> list(pass_arms("fprop"))[:2]
+        ['dense_contiguous', 'sparsekd_contiguous']
+    """
+    result = RESULTS[PASSES.index(name)]
+    arms = {}
+    for layout, memory_format in _LAYOUTS.items():
+        missing = anywhere if layout == "contiguous" else maps_only
+        for kind, build in (("dense", _dense), ("sparsekd", _sparse)):
+            arms[f"{kind}_{layout}"] = LayerArm(
+                f"{kind}_{layout}",
+                f"{kind}, {layout}",
+                partial(build, name=name, result=result, layout=memory_format),
+                missing,
+                sparse=kind == "sparsekd",
+            )
+    return arms
+
+
+def _dense(problem: Problem, name: str, result: str, layout: torch.memory_format) -> Run:
+    case = problem.case
+    x, weight, grad = (laid_out(t, layout) for t in (problem.x, problem.weight, problem.grad))
+    stride, padding = [case.stride] * 2, [case.padding] * 2
+    call: Callable[[], Tensor]
+    if case.kind == "linear":
+        call = {
+            "fprop": lambda: F.linear(x, weight),
+            "dgrad": lambda: grad @ weight,
+            "wgrad": lambda: grad.T @ x,
+        }[name]
+    elif name == "fprop":
+
+        def call() -> Tensor:
+            return F.conv2d(x, weight, None, stride, padding)
+    else:
+        wanted = [name == "dgrad", name == "wgrad", False]
+
+        def call() -> Tensor:
+            return torch.ops.aten.convolution_backward(
+                grad, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, wanted
+            )[wanted.index(True)]
+
+    return Run(lambda: (call(),), (result,), lambda gradient: gradient[problem.mask])
+
+
+def _sparse(problem: Problem, name: str, result: str, layout: torch.memory_format) -> Run:
+    case = problem.case
+    x, grad = (laid_out(t, layout) for t in (problem.x, problem.grad))
+    topology = Topology.from_mask(problem.mask)
+    indices = (topology.crow_indices, topology.col_indices)
+    values = problem.weight.reshape(-1)[topology.flat_indices()]
+    shape = list(case.weight_shape)
+    window = (shape, [case.stride] * 2, [case.padding] * 4, [1, 1], 1)
+    if case.kind == "linear":
+        call = {
+            "fprop": lambda: ops.linear(x, values, *indices, None, shape),
+            "dgrad": lambda: ops.linear_dgrad(grad, values, *indices, shape),
+            "wgrad": lambda: ops.linear_wgrad(grad, x, *indices, shape),
+        }[name]
+    else:
+        call = {
+            "fprop": lambda: ops.conv2d(x, values, *indices, None, *window),
+            "dgrad": lambda: ops.conv2d_dgrad(grad, values, *indices, list(x.shape), *window),
+            "wgrad": lambda: ops.conv2d_wgrad(grad, x, *indices, *window),
+        }[name]
+
+    def kernel() -> tuple[Tensor]:
+        with ops.backend("cpp"):  # the sparse kernel, also where a layer would run dense
+            return (call(),)
+
+    return Run(kernel, (result,), lambda gradient: gradient)

@@ -1,0 +1,127 @@
+"""Read rows: which count, what dense takes, how much faster an arm is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from sparsekd.bench.cases import BASELINES
+from sparsekd.bench.runner import identity
+from sparsekd.train import Row
+
+
+class Line(NamedTuple):
+    """Hold a straight line fitted through times against density."""
+
+    intercept: float
+    slope: float
+    r2: float
+
+
+class Results:
+    """Hold the rows of one machine and build, the newest of each kind.
+
+    Args:
+        rows: of any machines and builds; those of the machine of the last row count.
+
+    Example:
+        >>> machine = {"id": "a"}
+        >>> common = {"level": "layer", "case": "c", "op": "layer", "session": "1"}
+        >>> rows = [
+        ...     {**common, "arm": "dense_contiguous", "sparsity": None, "ms": 8.0},
+        ...     {**common, "arm": "sparsekd", "sparsity": 0.9, "ms": 2.0},
+        ... ]
+        >>> results = Results([{**row, "machine": machine} for row in rows])
+        >>> results.speedup(results.find("layer", "c", "layer", "sparsekd", 0.9))
+        4.0
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.machine: dict[str, Any] = rows[-1]["machine"] if rows else {}
+        self._newest: dict[tuple[str, str, str, str, float | None], Row] = {}
+        self._dense: dict[tuple[str, str, str, str], float] = {}
+        for row in rows:
+            if row["machine"]["id"] != self.machine["id"]:
+                continue
+            self._newest.pop(identity(row), None)
+            self._newest[identity(row)] = row
+            if row["arm"] in BASELINES and row["ms"] is not None:
+                place = (row["session"], row["level"], row["case"], row["op"])
+                self._dense[place] = min(row["ms"], self._dense.get(place, math.inf))
+
+    def rows(self, level: str, *, arm: str | None = None, case: str | None = None) -> list[Row]:
+        """List the rows of a level, in the order of measurement."""
+        return [
+            row
+            for row in self._newest.values()
+            if row["level"] == level
+            and (arm is None or row["arm"] == arm)
+            and (case is None or row["case"] == case)
+        ]
+
+    def cases(self, level: str) -> list[str]:
+        """List the cases of a level, in the order of measurement."""
+        return list(dict.fromkeys(row["case"] for row in self.rows(level)))
+
+    def sparsities(self, level: str) -> list[float]:
+        """List the sparsities of a level, ascending."""
+        found = {row["sparsity"] for row in self.rows(level)}
+        return sorted(sparsity for sparsity in found if sparsity is not None)
+
+    def find(
+        self, level: str, case: str, op: str, arm: str, sparsity: float | None = None
+    ) -> Row | None:
+        """Return the newest row of these, None if there is none."""
+        return self._newest.get((level, case, op, arm, sparsity))
+
+    def dense_ms(self, row: Row) -> float | None:
+        """Return the time of the better dense layout, measured in turns with this row."""
+        return self._dense.get((row["session"], row["level"], row["case"], row["op"]))
+
+    def speedup(self, row: Row | None) -> float | None:
+        """Return how many times faster than the better dense layout a row is."""
+        if row is None or row["ms"] is None:
+            return None
+        dense = self.dense_ms(row)
+        return None if dense is None else dense / row["ms"]
+
+    def geomean(self, arm: str, sparsity: float | None, cases: Iterable[str]) -> float | None:
+        """Return the geometric mean of an arm's speed-ups over layers, None unless all have one."""
+        speedups = [
+            self.speedup(self.find("layer", case, "layer", arm, sparsity)) for case in cases
+        ]
+        known = [speedup for speedup in speedups if speedup is not None]
+        if not known or len(known) < len(speedups):
+            return None
+        return statistics.geometric_mean(known)
+
+    def shortfalls(self) -> dict[str, list[Row]]:
+        """Group the rows without a time by why: "refused", "failed", "skipped"."""
+        found: dict[str, list[Row]] = defaultdict(list)
+        for row in self._newest.values():
+            for outcome in ("refused", "failed", "skipped"):
+                if outcome in row:
+                    found[outcome].append(row)
+        return dict(found)
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Line | None:
+    """Fit a line through (density, ms) by least squares.
+
+    Returns:
+        The line, None with fewer than three points.
+
+    Example:
+        >>> fit([(0.1, 2.0), (0.2, 3.0), (0.4, 5.0)]).intercept
+        1.0
+    """
+    if len(points) < 3:
+        return None
+    x, y = zip(*points, strict=True)
+    slope, intercept = statistics.linear_regression(x, y)
+    rest = sum((b - intercept - slope * a) ** 2 for a, b in points)
+    total = sum((b - statistics.mean(y)) ** 2 for b in y)
+    return Line(round(intercept, 9), slope, 1 - rest / total if total else 1.0)

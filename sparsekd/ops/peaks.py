@@ -1,0 +1,68 @@
+"""What this machine can do at best, measured by the compiled module: the roofs of a roofline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsekd.errors import BackendError
+from sparsekd.ops.backends import BACKENDS, info
+
+_L3_PART = 2 << 20  # per thread: past any L2, and inside any L3
+_MEMORY_PART = 128 << 20  # per thread: past any L3
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Hold the roofs of a machine, for the current instruction set and number of threads.
+
+    Args:
+        flops: float32 operations per second of independent fused multiply-adds.
+        l2: bytes per second read from the threads' own L2 caches.
+        l3: bytes per second read from what lies behind them.
+        memory: bytes per second read from memory.
+    """
+
+    flops: float
+    l2: float
+    l3: float
+    memory: float
+
+
+def measure_peaks(seconds: float = 0.3) -> Peaks:
+    """Measure the roofs of this machine for the current instruction set and number of threads.
+
+    Args:
+        seconds: spent on each of the four.
+
+    Returns:
+        The roofs, each the best of three runs.
+
+    Raises:
+        BackendError: the compiled module is missing.
+
+    Source: Williams et al., Roofline (2009), section 4.
+
+    Example:
+        >>> measure_peaks(seconds=0.001).flops > 0
+        True
+    """
+    try:
+        from sparsekd.ops import cpp
+    except ImportError as error:
+        raise BackendError(
+            f"peaks are measured by the compiled module ({error}): {BACKENDS['cpp'].how_to_get}"
+        ) from None
+    threads = torch.get_num_threads()
+    each = seconds / 3
+
+    def read(size: int) -> float:
+        return max(cpp.read_bandwidth(size, threads, each) for _ in range(3))
+
+    return Peaks(
+        flops=max(cpp.peak_flops(threads, each) for _ in range(3)),
+        l2=read(info()["cpp"]["l2_bytes"] // 2),
+        l3=read(_L3_PART),
+        memory=read(_MEMORY_PART),
+    )
