@@ -69,12 +69,13 @@ void set_isa(const std::string& name) {
 
 CacheSizes cache_sizes() {
   static const CacheSizes sizes = [] {
-    CacheSizes found{0, 0};
+    CacheSizes found{0, 0, 0};
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
-    found = {sysconf(_SC_LEVEL1_DCACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE)};
+    found = {sysconf(_SC_LEVEL1_DCACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)};
 #endif
     if (found.l1d <= 0) found.l1d = 32 << 10;
     if (found.l2 <= 0) found.l2 = 512 << 10;
+    if (found.l3 <= 0) found.l3 = 16 << 20;
     return found;
   }();
   return sizes;

@@ -17,6 +17,7 @@ void set_isa(const std::string& name);
 
 struct CacheSizes {
   long l1d, l2;  // bytes, for one core
+  long l3;       // bytes, shared
 };
 CacheSizes cache_sizes();
 

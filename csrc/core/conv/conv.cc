@@ -25,6 +25,26 @@ void run_gather(const Engine& e, const GatherCall<double>& call) { e.gather_f64(
 void run_wgrad(const Engine& e, const WgradCall<float>& call) { e.wgrad_f32(call); }
 void run_wgrad(const Engine& e, const WgradCall<double>& call) { e.wgrad_f64(call); }
 
+// A 1x1 convolution does not care where a row ends. In channels_last, rows of few pixels keep a window of all
+// channels small; otherwise long runs of each channel are what memory likes. Both views must have rows
+// without gaps between them.
+template <class A, class B>
+void refold(ConvGeometry& g, View4<A>& x, View4<B>& y) {
+  constexpr int64_t kWindowPixels = 2048, kShortest = 8, kLongRun = 32;
+  const bool pointwise = g.kernel_h * g.kernel_w * g.stride_h * g.stride_w == 1 && g.in_h == g.out_h &&
+                         g.in_w == g.out_w && g.pad_top == 0 && g.pad_left == 0;
+  if (!pointwise || x.stride_h != x.w * x.stride_w || y.stride_h != y.w * y.stride_w) return;
+  const int64_t area = g.out_h * g.out_w, channels = std::max(g.in_channels, g.out_channels);
+  int64_t width = x.stride_c == 1 ? std::max(kShortest, kWindowPixels / channels) : kLongRun;
+  width = std::min(width, area);
+  while (area % width) --width;
+  if (width < kShortest && width < g.out_w) return;
+  g.in_w = g.out_w = x.w = y.w = width;
+  g.in_h = g.out_h = x.h = y.h = area / width;
+  x.stride_h = width * x.stride_w;
+  y.stride_h = width * y.stride_w;
+}
+
 enum class Pass : int64_t { kFprop, kDgrad, kWgrad };
 
 // The batch is not part of a plan.
@@ -125,10 +145,12 @@ Schedule schedule_rows(int64_t images, int64_t out_rows, int64_t out_channels, i
 }
 
 template <class T>
-void conv_fprop(const ConvGeometry& g, const Structure& s, View4<const T> x, const T* values, const T* bias,
-                View4<T> y, int threads) {
+void conv_fprop(const ConvGeometry& geometry, const Structure& s, View4<const T> x, const T* values,
+                const T* bias, View4<T> y, int threads) {
+  ConvGeometry g = geometry;
   if (empty(g)) return;
   if (const Engine* engine = find_engine(current_isa())) {
+    refold(g, x, y);
     const auto plans = s.plan<GatherPlans>(plan_key(Pass::kFprop, g, engine->tile_pixels),
                                            [&] { return fprop_plan(g, s, engine->tile_pixels); });
     if (plans) return run_plans(*engine, *plans, x, values, bias, y, threads);
@@ -137,10 +159,12 @@ void conv_fprop(const ConvGeometry& g, const Structure& s, View4<const T> x, con
 }
 
 template <class T>
-void conv_dgrad(const ConvGeometry& g, const Structure& s, View4<const T> grad, const T* values, View4<T> dx,
-                int threads) {
+void conv_dgrad(const ConvGeometry& geometry, const Structure& s, View4<const T> grad, const T* values,
+                View4<T> dx, int threads) {
+  ConvGeometry g = geometry;
   if (g.batch == 0 || g.in_h == 0 || g.in_w == 0) return;
   if (const Engine* engine = find_engine(current_isa())) {
+    refold(g, dx, grad);
     const auto plans = s.plan<GatherPlans>(plan_key(Pass::kDgrad, g, engine->tile_pixels),
                                            [&] { return dgrad_plan(g, s, engine->tile_pixels); });
     if (plans) return run_plans<T>(*engine, *plans, grad, values, nullptr, dx, threads);
@@ -149,10 +173,12 @@ void conv_dgrad(const ConvGeometry& g, const Structure& s, View4<const T> grad, 
 }
 
 template <class T>
-void conv_wgrad(const ConvGeometry& g, const Structure& s, View4<const T> grad, View4<const T> x, T* dvalues,
-                int threads) {
+void conv_wgrad(const ConvGeometry& geometry, const Structure& s, View4<const T> grad, View4<const T> x,
+                T* dvalues, int threads) {
+  ConvGeometry g = geometry;
   if (empty(g) || s.nnz == 0) return std::fill(dvalues, dvalues + s.nnz, T(0));
   if (const Engine* engine = find_engine(current_isa())) {
+    refold(g, x, grad);
     const auto plan = s.plan<WgradPlan>(plan_key(Pass::kWgrad, g, 0), [&] { return wgrad_plan(g, s); });
     if (plan) return run_wgrad(*engine, WgradCall<T>{grad, x, &s, plan.get(), dvalues, threads});
   }

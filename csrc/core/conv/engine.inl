@@ -37,46 +37,64 @@ inline Vec<T> load(const char* at) {
   return *reinterpret_cast<const Vec<T>*>(at);
 }
 
-// tile[pixel] += sum of value * window pixel over a list of nonzeros. Pixels lie `step` bytes apart. A tile
-// with few pixels takes several nonzeros at once, each with accumulators of its own.
-template <class T, int Pixels>
-inline void accumulate(const char* x, const int32_t* offset, const T* value, int64_t count, int64_t step,
-                       T* tile) {
-  constexpr int V = Pixels * kVectors;
-  constexpr int Unroll = V >= kAccumulators ? 1 : kAccumulators / V;
+// A tile of outputs: Rows x Cols pixels of one channel, kept in registers over a list of nonzeros.
+template <class T, int Rows, int Cols>
+struct Tile {
+  static constexpr int kPixels = Rows * Cols;
+  static constexpr int kRowVectors = Cols * kVectors;
+  static constexpr int kCount = kPixels * kVectors;
+  // A tile with few pixels takes several nonzeros at once, each with accumulators of its own.
+  static constexpr int kUnroll = 2 * kCount > kAccumulators ? 1 : kAccumulators / kCount;
+  static constexpr int64_t kBytes = kPixels * kPixelBytes;
+};
+
+// sum[pixel] += value * window pixel.
+template <class T, class Shape>
+__attribute__((always_inline)) inline void add_nonzero(const char* p, T value, int64_t row_step, int64_t step,
+                                                       Vec<T>* sum) {
+  constexpr int R = Shape::kRowVectors;
+#pragma GCC unroll 8
+  for (int i = 0; i < Shape::kCount; ++i)
+    sum[i] +=
+        value * load<T>(p + i / R * row_step + i % R / kVectors * step + i % R % kVectors * kVectorBytes);
+}
+
+// acc = (acc, or start everywhere) + sum of value * window pixel over a list of nonzeros. Pixels of a row lie
+// Step bytes apart (step, if Step is 0), rows row_step.
+template <class T, class Shape, int64_t Step>
+inline void accumulate(const char* x, int64_t row_step, int64_t step, const int32_t* offset, const T* value,
+                       int64_t count, const T* start, T* tile) {
+  constexpr int V = Shape::kCount, Unroll = Shape::kUnroll;
+  if (Step) step = Step;  // a constant folds into the addresses
   Vec<T>* acc = reinterpret_cast<Vec<T>*>(tile);
   Vec<T> sum[Unroll][V];
-  for (int i = 0; i < V; ++i) sum[0][i] = acc[i];
-  for (int u = 1; u < Unroll; ++u)
-    for (int i = 0; i < V; ++i) sum[u][i] = Vec<T>{};
+  if (start) {
+    const Vec<T> all = *start - Vec<T>{};
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) sum[0][i] = all;
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) sum[0][i] = acc[i];
+  }
+#pragma GCC unroll 8
+  for (int i = V; i < Unroll * V; ++i) sum[i / V][i % V] = Vec<T>{};
   int64_t k = 0;
   for (; k + Unroll <= count; k += Unroll)
 #pragma GCC unroll 8
-    for (int u = 0; u < Unroll; ++u) {
-      const char* p = x + offset[k + u];
-      const T v = value[k + u];
+    for (int u = 0; u < Unroll; ++u)
+      add_nonzero<T, Shape>(x + offset[k + u], value[k + u], row_step, step, sum[u]);
+  for (; k < count; ++k) add_nonzero<T, Shape>(x + offset[k], value[k], row_step, step, sum[0]);
 #pragma GCC unroll 8
-      for (int i = 0; i < V; ++i)
-        sum[u][i] += v * load<T>(p + (i / kVectors) * step + (i % kVectors) * kVectorBytes);
-    }
-  for (; k < count; ++k) {
-    const char* p = x + offset[k];
-    const T v = value[k];
+  for (int i = V; i < Unroll * V; ++i) sum[0][i % V] += sum[i / V][i % V];
 #pragma GCC unroll 8
-    for (int i = 0; i < V; ++i)
-      sum[0][i] += v * load<T>(p + (i / kVectors) * step + (i % kVectors) * kVectorBytes);
-  }
-  for (int i = 0; i < V; ++i) {
-    for (int u = 1; u < Unroll; ++u) sum[0][i] += sum[u][i];
-    acc[i] = sum[0][i];
-  }
+  for (int i = 0; i < V; ++i) acc[i] = sum[0][i];
 }
 
 // First entry of a block whose output channel is at least `channel`.
 inline int32_t lower_entry(const RowEntry* entries, int32_t begin, int32_t end, int64_t channel) {
   while (begin < end) {
     const int32_t middle = begin + (end - begin) / 2;
-    if (entries[middle].out_channel < channel)
+    if (entries[middle].channel() < channel)
       begin = middle + 1;
     else
       end = middle;
@@ -84,20 +102,17 @@ inline int32_t lower_entry(const RowEntry* entries, int32_t begin, int32_t end, 
   return begin;
 }
 
-// All output channels of the part, for one tile of pixels whose window pixel is x.
-template <class T, int Pixels>
+// All output channels of the part, for one tile whose first window pixel is x.
+template <class T, class Shape>
 void compute_tile(const GatherCall<T>& call, const char* x, int64_t begin, int64_t end, T* tile) {
-  constexpr int L = kLanes<T>;
   const GatherPlan& plan = *call.plan;
-  for (int64_t ch = begin; ch < end; ++ch) {
-    const T start = call.bias ? call.bias[ch] : T(0);
-    for (int i = 0; i < Pixels * L; ++i) tile[(ch - begin) * Pixels * L + i] = start;
-  }
   const RowEntry* entries = plan.entries.data();
   const int32_t* offset = plan.offset.data();
   const int64_t blocks = static_cast<int64_t>(plan.block_begin.size()) - 1;
   const bool whole = begin == 0 && end == call.out.c;
+  const int64_t row_step = plan.window.step_h * plan.window.row_bytes();
   const int64_t step = plan.window.step_w * kPixelBytes;
+  const T zero = T(0);
   for (int64_t b = 0; b < blocks; ++b) {
     int32_t e = plan.block_begin[b], last = plan.block_begin[b + 1];
     if (!whole) {
@@ -106,12 +121,15 @@ void compute_tile(const GatherCall<T>& call, const char* x, int64_t begin, int64
       last = lower_entry(entries, e, stop, end);
     }
     for (; e < last; ++e) {
-      const int32_t from = entries[e].begin, to = entries[e + 1].begin;
-      T* acc = tile + (entries[e].out_channel - begin) * Pixels * L;
-      if (step == kPixelBytes)  // a constant lets the compiler fold it into the addresses
-        accumulate<T, Pixels>(x, offset + from, call.values + from, to - from, kPixelBytes, acc);
+      const int32_t from = entries[e].begin, count = entries[e + 1].begin - from;
+      const int64_t channel = entries[e].channel();
+      const T* start = !entries[e].first() ? nullptr : call.bias ? call.bias + channel : &zero;
+      T* acc = tile + (channel - begin) * (Shape::kBytes / sizeof(T));
+      if (step == kPixelBytes)
+        accumulate<T, Shape, kPixelBytes>(x, row_step, step, offset + from, call.values + from, count, start,
+                                          acc);
       else
-        accumulate<T, Pixels>(x, offset + from, call.values + from, to - from, step, acc);
+        accumulate<T, Shape, 0>(x, row_step, step, offset + from, call.values + from, count, start, acc);
     }
   }
 }
@@ -171,41 +189,94 @@ void point_lanes(const View4<T>& tensor, const Schedule& s, int64_t group, int64
   }
 }
 
-template <class T, int Pixels>
-inline int64_t sweep(const GatherCall<T>& call, const Lane<T>* lanes, const char* row, int64_t h, int64_t ow,
-                     int64_t begin, int64_t end, T* tile) {
-  const int64_t step = call.plan->window.step_w * kPixelBytes;
-  for (; ow + Pixels <= call.out.w; ow += Pixels) {
-    compute_tile<T, Pixels>(call, row + ow * step, begin, end, tile);
-    store_tile(call.out, lanes, h, ow, Pixels, begin, end, tile);
-  }
-  return ow;
+// What one item of a gather works with.
+template <class T>
+struct GatherItem {
+  const GatherCall<T>& call;
+  const Lane<T>* target;
+  int64_t begin, end;  // output channels
+  T* tile;
+  bool stream;
+};
+
+// One tile: outputs [h, h + Rows) x [w, w + Cols), whose window rows start at `row`.
+template <class T, int Rows, int Cols>
+void run_tile(const GatherItem<T>& item, const char* row, int64_t h, int64_t w) {
+  using Shape = Tile<T, Rows, Cols>;
+  const int64_t at = w * item.call.plan->window.step_w * kPixelBytes;
+  compute_tile<T, Shape>(item.call, row + at, item.begin, item.end, item.tile);
+  for (int r = 0; r < Rows; ++r)
+    store_tile(item.call.out, item.stream, item.target, h + r, w, Cols, item.begin, item.end, Shape::kPixels,
+               item.tile + r * Cols * kLanes<T>);
 }
 
+// Calls the tile of `cols` columns; cols <= Cols.
+template <class T, int Rows, int Cols>
+void run_width(const GatherItem<T>& item, const char* row, int64_t h, int64_t w, int64_t cols) {
+  if (cols == Cols) return run_tile<T, Rows, Cols>(item, row, h, w);
+  if constexpr (Cols > 1) run_width<T, Rows, Cols - 1>(item, row, h, w, cols);
+}
+
+// Tiles of a row have nearly equal widths: 14 pixels are two times seven, not eight, four and two.
 template <class T>
-void gather_item(const GatherCall<T>& call, const Schedule& s, int64_t item) {
-  constexpr int L = kLanes<T>;
-  const Window& window = call.plan->window;
-  const int64_t part = item % s.parts, chunk = item / s.parts % s.chunks, group = item / s.parts / s.chunks;
-  const int64_t begin = call.out.c * part / s.parts, end = call.out.c * (part + 1) / s.parts;
-  const int64_t h0 = chunk * s.chunk_rows, h1 = min64(s.strip_rows, h0 + s.chunk_rows);
-  Lane<const T> source[L];
-  Lane<T> target[L];
-  point_lanes(call.in, s, group, window.step_h, source);
-  point_lanes(call.out, s, group, 1, target);
-  // A strip ends where the next begins, also when the image has more rows.
-  for (int lane = 0; lane < L; ++lane)
-    target[lane].rows = min64(target[lane].rows, target[lane].row0 + s.strip_rows);
-  T* tile = static_cast<T*>(scratch(Scratch::kTile, (end - begin) * kTilePixels * kPixelBytes));
-  RollingWindow<T> rows(window, h1 - h0, 0);
-  rows.restart(h0 * window.step_h + window.lo_h);
-  for (int64_t h = h0; h < h1; ++h) {
-    const char* row = rows.advance(call.in, source, h * window.step_h + window.lo_h);
-    int64_t ow = sweep<T, kTilePixels>(call, target, row, h, 0, begin, end, tile);
-    if constexpr (kTilePixels > 4) ow = sweep<T, 4>(call, target, row, h, ow, begin, end, tile);
-    if constexpr (kTilePixels > 2) ow = sweep<T, 2>(call, target, row, h, ow, begin, end, tile);
-    sweep<T, 1>(call, target, row, h, ow, begin, end, tile);
+void run_row(const GatherItem<T>& item, const char* row, int64_t h) {
+  const int64_t width = item.call.out.w, tiles = (width + kTilePixels - 1) / kTilePixels;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t w = width * i / tiles;
+    run_width<T, 1, kTilePixels>(item, row, h, w, width * (i + 1) / tiles - w);
   }
+}
+
+// Rows narrower than half a tile are taken several at a time.
+template <class T, int Rows = kTilePixels>
+void run_rows(const GatherItem<T>& item, const char* row, int64_t h, int64_t rows) {
+  if (rows == 1) return run_row(item, row, h);
+  if constexpr (Rows > 1) {
+    if (rows == Rows) return run_width<T, Rows, kTilePixels / Rows>(item, row, h, 0, item.call.out.w);
+    run_rows<T, Rows / 2>(item, row, h, rows);
+  }
+}
+
+// How many rows of this width make a tile: a power of two.
+inline int64_t tile_rows(int64_t width) {
+  int64_t rows = 1;
+  while (2 * rows * width <= kTilePixels) rows *= 2;
+  return rows;
+}
+
+// The rows and channels of one item, and the lanes that read and write them.
+template <class T>
+struct GatherPlace {
+  int64_t begin, end, h0, h1;
+  Lane<const T> source[kLanes<T>];
+  Lane<T> target[kLanes<T>];
+
+  GatherPlace(const GatherCall<T>& call, const Schedule& s, int64_t item) {
+    const int64_t part = item % s.parts, chunk = item / s.parts % s.chunks, group = item / s.parts / s.chunks;
+    begin = call.out.c * part / s.parts;
+    end = call.out.c * (part + 1) / s.parts;
+    h0 = chunk * s.chunk_rows;
+    h1 = min64(s.strip_rows, h0 + s.chunk_rows);
+    point_lanes(call.in, s, group, call.plan->window.step_h, source);
+    point_lanes(call.out, s, group, 1, target);
+    // A strip ends where the next begins, also when the image has more rows.
+    for (Lane<T>& lane : target) lane.rows = min64(lane.rows, lane.row0 + s.strip_rows);
+  }
+};
+
+template <class T>
+void gather_item(const GatherCall<T>& call, const GatherPlace<T>& place) {
+  const Window& window = call.plan->window;
+  T* tile = static_cast<T*>(scratch(Scratch::kTile, (place.end - place.begin) * kTilePixels * kPixelBytes));
+  const int64_t together = tile_rows(call.out.w);
+  RollingWindow<T> rows(window, place.h1 - place.h0, (together - 1) * window.step_h);
+  rows.restart(place.h0 * window.step_h + window.lo_h);
+  const GatherItem<T> item{call, place.target, place.begin, place.end, tile, streams(call.out)};
+  for (int64_t h = place.h0, count; h < place.h1; h += count) {
+    count = place.h1 - h >= together ? together : 1;
+    run_rows(item, rows.advance(call.in, place.source, h * window.step_h + window.lo_h), h, count);
+  }
+  if (item.stream) finish_streams();
 }
 
 template <class T>
@@ -220,7 +291,7 @@ void gather(const GatherCall<T>& call) {
     for (;;) {
       const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (item >= items) return;
-      gather_item(call, s, item);
+      gather_item(call, GatherPlace<T>(call, s, item));
     }
   };
   const int workers = static_cast<int>(min64(call.threads, items));

@@ -34,33 +34,48 @@ inline void transpose8(__m256 r[8]) {
 }
 #endif
 
-// dst[i * dst_stride + lane] = src[lane][i] for 8 elements i; dst_stride counts elements.
-template <class T>
-inline void interleave8(const T* const* src, int64_t at, T* dst, int64_t dst_stride) {
+// dst[i * dst_stride + lane] = src[lane][at + i] for N elements i; dst_stride counts elements.
+template <class T, int N>
+inline void interleave(const T* const* src, int64_t at, T* dst, int64_t dst_stride) {
   for (int lane = 0; lane < kLanes<T>; ++lane)
-    for (int i = 0; i < 8; ++i) dst[i * dst_stride + lane] = src[lane][at + i];
+    for (int i = 0; i < N; ++i) dst[i * dst_stride + lane] = src[lane][at + i];
 }
 
-// dst[lane][at + i] = src[i * src_stride + lane] for 8 elements i.
-template <class T>
-inline void deinterleave8(const T* src, int64_t src_stride, T* const* dst, int64_t at) {
+// dst[lane][at + i] = src[i * src_stride + lane] for N elements i. Stream: past the caches, for aligned runs
+// of 16 floats whose memory nobody reads soon; spares reading each line before it is overwritten.
+template <class T, int N, bool Stream = false>
+inline void deinterleave(const T* src, int64_t src_stride, T* const* dst, int64_t at) {
   for (int lane = 0; lane < kLanes<T>; ++lane)
-    for (int i = 0; i < 8; ++i) dst[lane][at + i] = src[i * src_stride + lane];
-}
-
-// dst[lane][at + i] = src[i * lanes + lane] for 4 elements i.
-template <class T>
-inline void deinterleave4(const T* src, T* const* dst, int64_t at) {
-  for (int lane = 0; lane < kLanes<T>; ++lane)
-    for (int i = 0; i < 4; ++i) dst[lane][at + i] = src[i * kLanes<T> + lane];
+    for (int i = 0; i < N; ++i) dst[lane][at + i] = src[i * src_stride + lane];
 }
 
 #if defined(__AVX2__)
+template <bool Stream>
+inline void put(float* to, __m256 v) {
+  if (Stream)
+    _mm256_stream_ps(to, v);
+  else
+    _mm256_storeu_ps(to, v);
+}
+
 template <>
-inline void deinterleave4<float>(const float* src, float* const* dst, int64_t at) {
+inline void interleave<float, 4>(const float* const* src, int64_t at, float* dst, int64_t dst_stride) {
   for (int lane = 0; lane < 16; lane += 4) {
-    __m128 a = _mm_load_ps(src + lane), b = _mm_load_ps(src + 16 + lane);
-    __m128 c = _mm_load_ps(src + 32 + lane), d = _mm_load_ps(src + 48 + lane);
+    __m128 a = _mm_loadu_ps(src[lane] + at), b = _mm_loadu_ps(src[lane + 1] + at);
+    __m128 c = _mm_loadu_ps(src[lane + 2] + at), d = _mm_loadu_ps(src[lane + 3] + at);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_store_ps(dst + lane, a);
+    _mm_store_ps(dst + dst_stride + lane, b);
+    _mm_store_ps(dst + 2 * dst_stride + lane, c);
+    _mm_store_ps(dst + 3 * dst_stride + lane, d);
+  }
+}
+
+template <>
+inline void deinterleave<float, 4>(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
+  for (int lane = 0; lane < 16; lane += 4) {
+    __m128 a = _mm_load_ps(src + lane), b = _mm_load_ps(src + src_stride + lane);
+    __m128 c = _mm_load_ps(src + 2 * src_stride + lane), d = _mm_load_ps(src + 3 * src_stride + lane);
     _MM_TRANSPOSE4_PS(a, b, c, d);
     _mm_storeu_ps(dst[lane] + at, a);
     _mm_storeu_ps(dst[lane + 1] + at, b);
@@ -70,7 +85,7 @@ inline void deinterleave4<float>(const float* src, float* const* dst, int64_t at
 }
 
 template <>
-inline void interleave8<float>(const float* const* src, int64_t at, float* dst, int64_t dst_stride) {
+inline void interleave<float, 8>(const float* const* src, int64_t at, float* dst, int64_t dst_stride) {
   for (int half = 0; half < 16; half += 8) {
     __m256 r[8];
     for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(src[half + j] + at);
@@ -80,13 +95,39 @@ inline void interleave8<float>(const float* const* src, int64_t at, float* dst, 
 }
 
 template <>
-inline void deinterleave8<float>(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
+inline void deinterleave<float, 8>(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
   for (int half = 0; half < 16; half += 8) {
     __m256 r[8];
     for (int j = 0; j < 8; ++j) r[j] = _mm256_load_ps(src + j * src_stride + half);
     transpose8(r);
     for (int j = 0; j < 8; ++j) _mm256_storeu_ps(dst[half + j] + at, r[j]);
   }
+}
+
+// Both halves of a cache line one after the other, as streaming needs.
+template <bool Stream>
+inline void deinterleave_lines(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
+  for (int half = 0; half < 16; half += 8) {
+    __m256 r[8], q[8];
+    for (int j = 0; j < 8; ++j) r[j] = _mm256_load_ps(src + j * src_stride + half);
+    transpose8(r);
+    for (int j = 0; j < 8; ++j) q[j] = _mm256_load_ps(src + (8 + j) * src_stride + half);
+    transpose8(q);
+    for (int j = 0; j < 8; ++j) {
+      put<Stream>(dst[half + j] + at, r[j]);
+      put<Stream>(dst[half + j] + at + 8, q[j]);
+    }
+  }
+}
+template <>
+inline void deinterleave<float, 16, false>(const float* src, int64_t src_stride, float* const* dst,
+                                           int64_t at) {
+  deinterleave_lines<false>(src, src_stride, dst, at);
+}
+template <>
+inline void deinterleave<float, 16, true>(const float* src, int64_t src_stride, float* const* dst,
+                                          int64_t at) {
+  deinterleave_lines<true>(src, src_stride, dst, at);
 }
 #endif
 
@@ -131,14 +172,16 @@ void pack_row(const View4<const T>& in, const Window& w, const Lane<const T>* la
     for (int64_t c = first; c < last; ++c) {
       const int64_t at = (w.lo_w + c * w.pack_step) * in.stride_w;
       for (int64_t ch = 0; ch < blocked; ch += 8)
-        interleave8(src, at + ch, dst + (ch * w.pitch + c) * L, w.pitch * L);
+        interleave<T, 8>(src, at + ch, dst + (ch * w.pitch + c) * L, w.pitch * L);
       for (int64_t ch = blocked; ch < w.channels; ++ch) element(ch, c);
     }
   } else if (present == L && column == 1) {
     for (int64_t ch = 0; ch < w.channels; ++ch) {
       int64_t c = first;
-      for (; c + 8 <= last; c += 8)
-        interleave8(src, ch * in.stride_c + w.lo_w + c, dst + (ch * w.pitch + c) * L, L);
+      const int64_t at = ch * in.stride_c + w.lo_w;
+      T* line = dst + ch * w.pitch * L;
+      for (; c + 8 <= last; c += 8) interleave<T, 8>(src, at + c, line + c * L, L);
+      for (; c + 4 <= last; c += 4) interleave<T, 4>(src, at + c, line + c * L, L);
       for (; c < last; ++c) element(ch, c);
     }
   } else {
@@ -147,10 +190,43 @@ void pack_row(const View4<const T>& in, const Window& w, const Lane<const T>* la
   }
 }
 
-// Writes a tile [channels begin..end)[pixels][lane] to columns ow... of row `row` of every lane that has it.
+// Whether a result may be streamed: large enough not to survive in the caches, in whole lines.
 template <class T>
-void store_tile(const View4<T>& out, const Lane<T>* lanes, int64_t row, int64_t ow, int64_t pixels,
-                int64_t begin, int64_t end, const T* tile) {
+bool streams([[maybe_unused]] const View4<T>& out) {
+#if defined(__AVX2__)
+  constexpr int64_t line = kPixelBytes / sizeof(T);
+  return sizeof(T) == sizeof(float) && out.stride_c == 1 && out.stride_w % line == 0 &&
+         out.stride_h % line == 0 && out.stride_n % line == 0 &&
+         reinterpret_cast<uintptr_t>(out.data) % kPixelBytes == 0 &&
+         out.n * out.c * out.h * out.w > cache_sizes().l3 / 2 / static_cast<int64_t>(sizeof(T));
+#else
+  return false;
+#endif
+}
+
+// Streamed stores are not ordered with the ones that tell another thread that the result is there.
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Pixels of a tile whose lanes all have an image: channels [begin, end), `channel` elements apart.
+template <class T, bool Stream>
+void store_channels(const T* tile, int64_t channel, T* const* dst, int64_t at, int64_t begin, int64_t end) {
+  int64_t ch = begin;
+  for (; ch + 16 <= end; ch += 16)
+    deinterleave<T, 16, Stream>(tile + (ch - begin) * channel, channel, dst, at + ch);
+  for (; ch + 8 <= end; ch += 8) deinterleave<T, 8>(tile + (ch - begin) * channel, channel, dst, at + ch);
+  for (; ch < end; ++ch)
+    for (int lane = 0; lane < kLanes<T>; ++lane) dst[lane][at + ch] = tile[(ch - begin) * channel + lane];
+}
+
+// Writes pixels [channels begin..end)[pixels][lane] of a tile to columns ow... of row `row` of every lane
+// that has it; from one channel to the next the tile advances by `tile_pixels`.
+template <class T>
+void store_tile(const View4<T>& out, bool stream, const Lane<T>* lanes, int64_t row, int64_t ow,
+                int64_t pixels, int64_t begin, int64_t end, int64_t tile_pixels, const T* tile) {
   constexpr int L = kLanes<T>;
   T* dst[L];
   int present = 0;
@@ -160,28 +236,25 @@ void store_tile(const View4<T>& out, const Lane<T>* lanes, int64_t row, int64_t 
     dst[lane] = exists ? lanes[lane].base + real * out.stride_h + ow * out.stride_w : nullptr;
     present += exists;
   }
-  const int64_t channel = pixels * L;  // elements from one channel of the tile to the next
-  const auto element = [&](int64_t ch, int64_t p) {
-    const T* pixel = tile + (ch - begin) * channel + p * L;
-    const int64_t at = ch * out.stride_c + p * out.stride_w;
-    for (int lane = 0; lane < L; ++lane)
-      if (dst[lane]) dst[lane][at] = pixel[lane];
-  };
+  const int64_t channel = tile_pixels * L;  // elements from one channel of the tile to the next
   if (present == L && out.stride_c == 1) {
-    const int64_t blocked = begin + (end - begin) / 8 * 8;
-    for (int64_t p = 0; p < pixels; ++p) {
-      for (int64_t ch = begin; ch < blocked; ch += 8)
-        deinterleave8(tile + (ch - begin) * channel + p * L, channel, dst, ch + p * out.stride_w);
-      for (int64_t ch = blocked; ch < end; ++ch) element(ch, p);
+    for (int64_t p = 0; p < pixels; ++p)
+      if (stream && begin % 16 == 0)
+        store_channels<T, true>(tile + p * L, channel, dst, p * out.stride_w, begin, end);
+      else
+        store_channels<T, false>(tile + p * L, channel, dst, p * out.stride_w, begin, end);
+    return;
+  }
+  const bool planar = present == L && out.stride_w == 1;
+  for (int64_t ch = begin; ch < end; ++ch, tile += channel) {
+    const int64_t at = ch * out.stride_c;
+    int64_t p = 0;
+    if (planar) {
+      for (; p + 8 <= pixels; p += 8) deinterleave<T, 8>(tile + p * L, L, dst, at + p);
+      for (; p + 4 <= pixels; p += 4) deinterleave<T, 4>(tile + p * L, L, dst, at + p);
     }
-  } else if (present == L && out.stride_w == 1 && pixels == 8) {
-    for (int64_t ch = begin; ch < end; ++ch)
-      deinterleave8(tile + (ch - begin) * channel, L, dst, ch * out.stride_c);
-  } else if (present == L && out.stride_w == 1 && pixels == 4) {
-    for (int64_t ch = begin; ch < end; ++ch)
-      deinterleave4(tile + (ch - begin) * channel, dst, ch * out.stride_c);
-  } else {
-    for (int64_t ch = begin; ch < end; ++ch)
-      for (int64_t p = 0; p < pixels; ++p) element(ch, p);
+    for (; p < pixels; ++p)
+      for (int lane = 0; lane < L; ++lane)
+        if (dst[lane]) dst[lane][at + p * out.stride_w] = tile[p * L + lane];
   }
 }

@@ -67,14 +67,12 @@ int32_t window_offset(const Window& w, int64_t in, int64_t dh, int64_t dw) {
   return static_cast<int32_t>((((dh - w.lo_h) * w.channels + in) * w.pitch + (dw - w.lo_w)) * kPixelBytes);
 }
 
-// Input channels to a block: the part of the window that a tile of outputs reads should stay in L1, but a
-// list shorter than a few nonzeros costs more in loading and storing its accumulators than it saves.
-int64_t block_channels(const Window& w, int64_t tap_rows, int64_t tap_cols, int64_t tile_pixels, int64_t outs,
-                       int64_t taps) {
+// Input channels to a block: the `pixels` of each channel that a tile of outputs reads should stay in L1, but
+// a list shorter than a few nonzeros costs more in loading and storing its accumulators than it saves.
+int64_t block_channels(const Window& w, int64_t pixels, int64_t outs, int64_t taps) {
   constexpr int64_t kShortestList = 4;
-  const int64_t pixels = tap_rows * ((tile_pixels - 1) * w.step_w + tap_cols);
-  const int64_t in_l1 = cache_sizes().l1d * 3 / 4 / (pixels * kPixelBytes);
-  return std::max({int64_t{8}, in_l1, ceil_div(kShortestList * w.channels * outs, taps)});
+  const int64_t in_l1 = cache_sizes().l1d * 5 / 6 / (pixels * kPixelBytes);
+  return std::max({int64_t{1}, in_l1, ceil_div(kShortestList * w.channels * outs, taps)});
 }
 
 // Sorts the taps by (block, out) in linear time; taps come with rising slots.
@@ -83,13 +81,14 @@ void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, in
   const int64_t blocks = ceil_div(w.channels, block);
   std::vector<int32_t> count(blocks * outs + 1, 0);
   for (const Tap& t : taps) ++count[t.in / block * outs + t.out + 1];
+  // Every channel has an entry in the first block, if need be an empty one, which sets its outputs.
   plan.block_begin.assign(1, 0);
   for (int64_t key = 0; key < blocks * outs; ++key) {
-    if (count[key + 1]) plan.entries.push_back({static_cast<int32_t>(key % outs), count[key]});
+    if (count[key + 1] || key < outs) plan.entries.emplace_back(key % outs, key < outs, count[key]);
     if ((key + 1) % outs == 0) plan.block_begin.push_back(static_cast<int32_t>(plan.entries.size()));
     count[key + 1] += count[key];
   }
-  plan.entries.push_back({0, static_cast<int32_t>(taps.size())});
+  plan.entries.emplace_back(0, false, taps.size());
   plan.offset.resize(taps.size());
   plan.slot.resize(taps.size());
   for (const Tap& t : taps) {
@@ -112,8 +111,8 @@ bool make_gather(GatherPlan& plan, const std::vector<Tap>& taps, int64_t ins, in
   }
   plan.window = make_window(ins, dh, dw, plan.out_w, step_h, step_w);
   if (!fits(plan.window)) return false;
-  fill_lists(plan, taps, outs,
-             block_channels(plan.window, rows.size(), dw.hi - dw.lo + 1, tile_pixels, outs, taps.size()));
+  const int64_t pixels = rows.size() * ((tile_pixels - 1) * plan.window.step_w + dw.hi - dw.lo + 1);
+  fill_lists(plan, taps, outs, block_channels(plan.window, pixels, outs, taps.size()));
   return true;
 }
 
@@ -180,11 +179,23 @@ std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry& g, const Structu
   });
   plan->window = make_window(g.in_channels, dh, dw, g.out_w, g.stride_h, g.stride_w);
   if (!fits(plan->window)) return nullptr;
+  // Longer strips spread the cost of adding up over more positions; without a halo short ones waste nothing.
+  const Window& w = plan->window;
+  const int64_t tap_cols = dw.hi - dw.lo + 1, tap_rows = dh.hi - dh.lo + 1;
+  plan->strip_pixels = tap_cols * tap_rows > 1 ? 32 : 16;
+  plan->piece_cols = std::min(g.out_w, plan->strip_pixels);
+  const int64_t rows = std::clamp<int64_t>(plan->strip_pixels / g.out_w, 1, g.out_h);
+  const int64_t pixels =
+      ((rows - 1) * g.stride_h + tap_rows) * ((plan->piece_cols - 1) * w.step_w + tap_cols);
+  const int64_t block = block_channels(w, pixels, g.out_channels, s.nnz);
+  plan->blocks = ceil_div(g.in_channels, block);
   plan->offset.resize(s.nnz);
-  for_nonzeros(g, s, [&](int64_t, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
-    plan->offset[slot] =
-        window_offset(plan->window, in, kh * g.dilation_h - g.pad_top, kw * g.dilation_w - g.pad_left);
+  plan->list_begin.assign(g.out_channels * plan->blocks + 1, 0);
+  for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
+    plan->offset[slot] = window_offset(w, in, kh * g.dilation_h - g.pad_top, kw * g.dilation_w - g.pad_left);
+    ++plan->list_begin[out * plan->blocks + in / block + 1];
   });
+  for (size_t i = 1; i < plan->list_begin.size(); ++i) plan->list_begin[i] += plan->list_begin[i - 1];
   return plan;
 }
 

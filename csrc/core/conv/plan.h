@@ -30,7 +30,11 @@ struct Window {
 
 // The outputs of one channel that take their input from one block of channels: offsets [begin, next begin).
 struct RowEntry {
-  int32_t out_channel, begin;
+  int32_t tag, begin;  // tag: twice the output channel, plus one in the channel's first entry
+  RowEntry(int64_t channel, bool first, int64_t begin)
+      : tag(static_cast<int32_t>(2 * channel + first)), begin(static_cast<int32_t>(begin)) {}
+  int32_t channel() const { return tag >> 1; }
+  bool first() const { return tag & 1; }
 };
 
 // out[n, o, h, w] = sum of value * in[n, i, h * step_h + dh, w * step + dw], as a list sorted by
@@ -55,10 +59,18 @@ struct GatherPlans {
 std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry&, const Structure&, int64_t tile_pixels);
 std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry&, const Structure&, int64_t tile_pixels);
 
+// The nonzeros of one output channel whose input lies in one block of channels stand together in row-major
+// order: list (o, b) is [list_begin[o * blocks + b], list_begin[o * blocks + b + 1]).
 struct WgradPlan {
   Window window;
   std::vector<int32_t> offset;  // for every nonzero in row-major order, as in GatherPlan
-  int64_t bytes() const { return static_cast<int64_t>(offset.size() * sizeof(int32_t)); }
+  std::vector<int32_t> list_begin;
+  int64_t blocks = 0;
+  int64_t strip_pixels = 1;  // positions that a list is summed over before its sums are added up
+  int64_t piece_cols = 1;    // at most this many columns of a row at once
+  int64_t bytes() const {
+    return static_cast<int64_t>((offset.size() + list_begin.size()) * sizeof(int32_t));
+  }
 };
 std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry&, const Structure&);
 

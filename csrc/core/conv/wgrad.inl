@@ -1,6 +1,10 @@
 // Part of engine.inl: the weight gradient at the nonzeros. A few nonzeros of one output channel keep one
 // accumulator each over a strip of positions, so one gradient load serves all of them.
 
+// More accumulators share a gradient load among more nonzeros; these leave registers for the loads.
+constexpr int kMostSampled = 12;
+
+// out[u] += the sum of the elements of sum[u].
 template <class T, int Count>
 inline void add_sums(const Vec<T>* sum, T* out) {
   constexpr int W = kVectorBytes / static_cast<int>(sizeof(T));
@@ -13,10 +17,15 @@ inline void add_sums(const Vec<T>* sum, T* out) {
 
 #if defined(__AVX512F__) || (defined(__AVX2__) && SPARSEKD_VECTOR_BYTES == 32)
 // Eight horizontal sums at once cost about as much as one done lane by lane.
-template <>
-inline void add_sums<float, 8>(const Vec<float>* sum, float* out) {
+template <int Count>
+inline void add_sums_avx2(const Vec<float>* sum, float* out) {
   __m256 s[8];
+#pragma GCC unroll 8
   for (int u = 0; u < 8; ++u) {
+    if (u >= Count) {
+      s[u] = _mm256_setzero_ps();
+      continue;
+    }
 #if SPARSEKD_VECTOR_BYTES == 64
     const __m512 v = (__m512)sum[u];
     s[u] = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -27,7 +36,9 @@ inline void add_sums<float, 8>(const Vec<float>* sum, float* out) {
   const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
   const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
   const __m256 total = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), total));
+  const __m256i mask =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(Count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  _mm256_maskstore_ps(out, mask, _mm256_add_ps(_mm256_maskload_ps(out, mask), total));
 }
 #endif
 
@@ -38,81 +49,143 @@ struct Strip {
   int64_t grad_row, x_row, x_step;  // bytes
 };
 
+// Positions taken at once: few nonzeros alone would wait for the latency of their sums.
+template <int Count>
+constexpr int kSideBySide = Count * kVectors <= 2   ? 4
+                            : Count * kVectors <= 4 ? 2
+                                                    : 1;
+
 template <class T, int Count>
-inline void sample(const Strip& strip, const int32_t* offset, T* out) {
-  Vec<T> sum[Count];
-  for (int u = 0; u < Count; ++u) sum[u] = Vec<T>{};
+void sample(const Strip& strip, const int32_t* offset, T* out) {
+  constexpr int Side = kSideBySide<Count>;
+  Vec<T> sum[Side][Count];
+#pragma GCC unroll 16
+  for (int i = 0; i < Side * Count; ++i) sum[i / Count][i % Count] = Vec<T>{};
   for (int64_t r = 0; r < strip.rows; ++r) {
     const char* g = strip.grad + r * strip.grad_row;
+    const char* row = strip.x + r * strip.x_row;
     const char* x[Count];
-    for (int u = 0; u < Count; ++u) x[u] = strip.x + r * strip.x_row + offset[u];
-    for (int64_t c = 0, at = 0; c < strip.cols; ++c, g += kPixelBytes, at += strip.x_step)
+#pragma GCC unroll 16
+    for (int u = 0; u < Count; ++u) x[u] = row + offset[u];
+    int64_t c = 0, at = 0;
+    for (; c + Side <= strip.cols; c += Side, g += Side * kPixelBytes, at += Side * strip.x_step)
+#pragma GCC unroll 4
+      for (int i = 0; i < Side; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const Vec<T> gradient = load<T>(g + i * kPixelBytes + v * kVectorBytes);
+#pragma GCC unroll 16
+          for (int u = 0; u < Count; ++u)
+            sum[i][u] += gradient * load<T>(x[u] + at + i * strip.x_step + v * kVectorBytes);
+        }
+    for (; c < strip.cols; ++c, g += kPixelBytes, at += strip.x_step)
       for (int v = 0; v < kVectors; ++v) {
         const Vec<T> gradient = load<T>(g + v * kVectorBytes);
-#pragma GCC unroll 8
-        for (int u = 0; u < Count; ++u) sum[u] += gradient * load<T>(x[u] + at + v * kVectorBytes);
+#pragma GCC unroll 16
+        for (int u = 0; u < Count; ++u) sum[0][u] += gradient * load<T>(x[u] + at + v * kVectorBytes);
       }
   }
-  add_sums<T, Count>(sum, out);
-}
-
-template <class T>
-void sample_channel(const Strip& strip, const int32_t* offset, int64_t count, T* out) {
-  int64_t k = 0;
-  for (; k + 8 <= count; k += 8) sample<T, 8>(strip, offset + k, out + k);
-  if (k + 4 <= count) {
-    sample<T, 4>(strip, offset + k, out + k);
-    k += 4;
+#pragma GCC unroll 16
+  for (int i = Count; i < Side * Count; ++i) sum[0][i % Count] += sum[i / Count][i % Count];
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    add_sums_avx2 < Count<8 ? Count : 8>(sum[0], out);
+    if constexpr (Count > 8) add_sums_avx2<Count - 8>(sum[0] + 8, out + 8);
+    return;
   }
-  for (; k < count; ++k) sample<T, 1>(strip, offset + k, out + k);
+#endif
+  add_sums<T, Count>(sum[0], out);
 }
 
-// Adds the contribution of one group of lanes and chunk of rows, channels [begin, end), to out [nnz].
+template <class T, int Count = kMostSampled>
+inline void sample_few(const Strip& strip, const int32_t* offset, int64_t count, T* out) {
+  if (count == Count) return sample<T, Count>(strip, offset, out);
+  if constexpr (Count > 1) sample_few<T, Count - 1>(strip, offset, count, out);
+}
+
+// Groups of nearly equal size: a last group of one or two would cost as much as one of eight.
 template <class T>
-void wgrad_item(const WgradCall<T>& call, const Schedule& s, int64_t group, int64_t chunk, int64_t begin,
-                int64_t end, T* out) {
-  constexpr int L = kLanes<T>;
-  constexpr int64_t kStripPixels = 32;  // long enough that summing the accumulators up costs little
-  const Window& window = call.plan->window;
-  const int32_t *crow = call.weight->crow.data(), *offset = call.plan->offset.data();
-  const int64_t h0 = chunk * s.chunk_rows, h1 = min64(s.strip_rows, h0 + s.chunk_rows);
+void sample_list(const Strip& strip, const int32_t* offset, int64_t count, T* out) {
+  for (int64_t groups = (count + kMostSampled - 1) / kMostSampled; groups > 0; --groups) {
+    const int64_t some = count / groups;
+    sample_few(strip, offset, some, out);
+    offset += some;
+    out += some;
+    count -= some;
+  }
+}
 
-  View4<const T> grad = call.grad;
-  grad.data += begin * grad.stride_c;
-  grad.c = end - begin;
+// One group of lanes, chunk of rows and range of output channels, and the lanes that read them.
+template <class T>
+struct WgradPlace {
+  int64_t begin, end, h0, h1;
+  View4<const T> grad;
   Window grad_window;
-  grad_window.channels = grad.c;
-  grad_window.span_h = 1;
-  grad_window.cols = grad_window.pitch = grad.w;
+  Lane<const T> x_lanes[kLanes<T>], grad_lanes[kLanes<T>];
 
-  Lane<const T> x_lanes[L], grad_lanes[L];
-  point_lanes(call.x, s, group, window.step_h, x_lanes);
-  point_lanes(grad, s, group, 1, grad_lanes);
-  for (int lane = 0; lane < L; ++lane)
-    grad_lanes[lane].rows = min64(grad_lanes[lane].rows, grad_lanes[lane].row0 + s.strip_rows);
+  WgradPlace(const WgradCall<T>& call, const Schedule& s, int64_t group, int64_t chunk, int64_t begin,
+             int64_t end)
+      : begin(begin), end(end), grad(call.grad) {
+    h0 = chunk * s.chunk_rows;
+    h1 = min64(s.strip_rows, h0 + s.chunk_rows);
+    grad.data += begin * grad.stride_c;
+    grad.c = end - begin;
+    grad_window.channels = grad.c;
+    grad_window.span_h = 1;
+    grad_window.cols = grad_window.pitch = grad.w;
+    point_lanes(call.x, s, group, call.plan->window.step_h, x_lanes);
+    point_lanes(grad, s, group, 1, grad_lanes);
+    for (Lane<const T>& lane : grad_lanes) lane.rows = min64(lane.rows, lane.row0 + s.strip_rows);
+  }
+};
 
+// All nonzeros of the channels, block by block, for one strip of rows cut into pieces that fit L1.
+template <class T>
+void sample_strip(const WgradCall<T>& call, const WgradPlace<T>& place, const Strip& strip, T* out) {
+  const WgradPlan& plan = *call.plan;
+  const int64_t blocks = plan.blocks;
+  const int64_t pieces = (strip.cols + plan.piece_cols - 1) / plan.piece_cols;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t w = strip.cols * i / pieces;
+    Strip piece = strip;
+    piece.cols = strip.cols * (i + 1) / pieces - w;
+    piece.x += w * strip.x_step;
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t ch = place.begin; ch < place.end; ++ch) {
+        const int32_t* begin = plan.list_begin.data() + ch * blocks + b;
+        piece.grad = strip.grad + ((ch - place.begin) * strip.cols + w) * kPixelBytes;
+        sample_list(piece, plan.offset.data() + begin[0], begin[1] - begin[0], out + begin[0]);
+      }
+  }
+}
+
+// Adds the contribution of one place to out [nnz].
+template <class T>
+void wgrad_item(const WgradCall<T>& call, const WgradPlace<T>& place, T* out) {
+  const Window& window = call.plan->window;
+  const int64_t rows_left = place.h1 - place.h0;
   // Rows taken together need all the input rows between them, so a long stride allows fewer.
   const int64_t buffered = RollingWindow<T>::kBufferBytes / window.row_bytes() / window.step_h;
-  const int64_t together = max64(1, min64(min64(h1 - h0, kStripPixels / grad.w), 1 + buffered));
-  const int64_t grad_row = grad_window.row_bytes();
+  const int64_t together =
+      max64(1, min64(min64(rows_left, call.plan->strip_pixels / place.grad.w), 1 + buffered));
+  const int64_t grad_row = place.grad_window.row_bytes();
   char* packed = static_cast<char*>(scratch(Scratch::kGradient, together * grad_row));
-  RollingWindow<T> rows(window, h1 - h0, (together - 1) * window.step_h);
-  rows.restart(h0 * window.step_h + window.lo_h);
-  for (int64_t h = h0; h < h1; h += together) {
-    const int64_t count = min64(together, h1 - h);
+  RollingWindow<T> rows(window, rows_left, (together - 1) * window.step_h);
+  rows.restart(place.h0 * window.step_h + window.lo_h);
+  for (int64_t h = place.h0, count; h < place.h1; h += count) {
+    count = min64(together, place.h1 - h);
     Strip strip{nullptr,
-                rows.advance(call.x, x_lanes, h * window.step_h + window.lo_h),
+                rows.advance(call.x, place.x_lanes, h * window.step_h + window.lo_h),
                 count,
-                grad.w,
+                place.grad.w,
                 grad_row,
                 window.step_h * window.row_bytes(),
                 window.step_w * kPixelBytes};
     for (int64_t r = 0; r < count; ++r)
-      pack_row(grad, grad_window, grad_lanes, h + r, reinterpret_cast<T*>(packed + r * grad_row));
-    for (int64_t ch = begin; ch < end; ++ch) {
-      strip.grad = packed + (ch - begin) * grad.w * kPixelBytes;
-      sample_channel(strip, offset + crow[ch], crow[ch + 1] - crow[ch], out + crow[ch]);
-    }
+      pack_row(place.grad, place.grad_window, place.grad_lanes, h + r,
+               reinterpret_cast<T*>(packed + r * grad_row));
+    strip.grad = packed;
+    sample_strip(call, place, strip, out);
   }
 }
 
@@ -132,7 +205,7 @@ void wgrad(const WgradCall<T>& call) {
     T* out = partial + sum * nnz;
     std::memset(out + crow[begin], 0, (crow[end] - crow[begin]) * sizeof(T));
     for (int64_t place = places * sum / sums; place < places * (sum + 1) / sums; ++place)
-      wgrad_item(call, s, place / s.chunks, place % s.chunks, begin, end, out);
+      wgrad_item(call, WgradPlace<T>(call, s, place / s.chunks, place % s.chunks, begin, end), out);
   };
   parallel(call.threads, static_cast<int>(sums * s.parts), work);
 
