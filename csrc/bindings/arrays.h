@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/conv/conv.h"
 #include "core/error.h"
 #include "core/linear/linear.h"
 #include "core/structure.h"
@@ -123,6 +124,33 @@ inline std::shared_ptr<const Structure> structure(const Indices& crow, const Ind
                                                   int64_t cols) {
   const RawIndices r = raw(crow, col);
   return find_structure(r.crow, r.crow_length, r.col, r.nnz, rows, cols);
+}
+
+inline ConvGeometry conv_geometry(const py::array& input, const Quad& weight_shape, const Pair& stride,
+                                  const Quad& padding, const Pair& dilation, int64_t groups) {
+  check_dims("x", input, 4);
+  ConvGeometry g{};
+  g.batch = input.shape(0);
+  g.in_channels = input.shape(1);
+  g.in_h = input.shape(2);
+  g.in_w = input.shape(3);
+  g.out_channels = weight_shape[0];
+  g.kernel_h = weight_shape[2];
+  g.kernel_w = weight_shape[3];
+  g.stride_h = stride[0];
+  g.stride_w = stride[1];
+  g.pad_top = padding[0];
+  g.pad_bottom = padding[1];
+  g.pad_left = padding[2];
+  g.pad_right = padding[3];
+  g.dilation_h = dilation[0];
+  g.dilation_w = dilation[1];
+  g.groups = groups;
+  complete_geometry(g);
+  if (weight_shape[1] != g.in_channels / g.groups)
+    throw ShapeError("x: expected " + std::to_string(weight_shape[1] * groups) + " channels, got " +
+                     std::to_string(g.in_channels));
+  return g;
 }
 
 template <class T>

@@ -7,13 +7,13 @@
 #include "bindings/arrays.h"
 #include "core/conv/conv.h"
 #include "core/cpu.h"
-#include "core/grow_topk.h"
 #include "core/linear/linear.h"
 #include "core/parallel.h"
 
 namespace sparsekd {
 
 void bind_densify(py::module_& m);
+void bind_growth(py::module_& m);
 void bind_peak(py::module_& m);
 
 namespace {
@@ -26,28 +26,7 @@ struct Convolution {
 Convolution convolution(const py::array& input, const Indices& crow, const Indices& col,
                         const Quad& weight_shape, const Pair& stride, const Quad& padding,
                         const Pair& dilation, int64_t groups) {
-  check_dims("x", input, 4);
-  ConvGeometry g{};
-  g.batch = input.shape(0);
-  g.in_channels = input.shape(1);
-  g.in_h = input.shape(2);
-  g.in_w = input.shape(3);
-  g.out_channels = weight_shape[0];
-  g.kernel_h = weight_shape[2];
-  g.kernel_w = weight_shape[3];
-  g.stride_h = stride[0];
-  g.stride_w = stride[1];
-  g.pad_top = padding[0];
-  g.pad_bottom = padding[1];
-  g.pad_left = padding[2];
-  g.pad_right = padding[3];
-  g.dilation_h = dilation[0];
-  g.dilation_w = dilation[1];
-  g.groups = groups;
-  complete_geometry(g);
-  if (weight_shape[1] != g.in_channels / g.groups)
-    throw ShapeError("x: expected " + std::to_string(weight_shape[1] * groups) + " channels, got " +
-                     std::to_string(g.in_channels));
+  const ConvGeometry g = conv_geometry(input, weight_shape, stride, padding, dilation, groups);
   auto weight = structure(crow, col, g.out_channels, weight_shape[1] * weight_shape[2] * weight_shape[3]);
   check_weight(g, *weight);
   return {g, weight};
@@ -154,20 +133,6 @@ void linear_wgrad_(const py::array& grad, const py::array& x, const Indices& cro
   });
 }
 
-py::array_t<int64_t> grow(const py::array& score, const Indices& crow, const Indices& col, int64_t rows,
-                          int64_t cols, int64_t k, int threads) {
-  const auto kept = structure(crow, col, rows, cols);
-  check_threads(threads);
-  std::vector<int64_t> positions;
-  by_type("score", score, [&](auto type) {
-    using T = decltype(type);
-    const T* s = vector_of<const T>("score", score, rows * cols);
-    py::gil_scoped_release release;
-    positions = grow_topk<T>(s, *kept, k, threads);
-  });
-  return py::array_t<int64_t>(static_cast<py::ssize_t>(positions.size()), positions.data());
-}
-
 py::dict info() {
   py::dict d;
   std::vector<std::string> names;
@@ -212,12 +177,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear);
   m.def("linear_dgrad", &linear_dgrad_);
   m.def("linear_wgrad", &linear_wgrad_);
-  m.def("grow_topk", &grow);
   m.def("release", [](const Indices& crow, const Indices& col) {
     const RawIndices r = raw(crow, col);
     release_structure(r.crow, r.col);
   });
   bind_densify(m);
+  bind_growth(m);
   m.def("info", &info);
   m.def("set_isa", &set_isa);
   bind_peak(m);

@@ -18,7 +18,7 @@ void parallel(int threads, int slots, F& body) {
 
 // Memory of the calling thread that outlives the call, so that a step does not fault in fresh pages.
 // 64-byte aligned, uninitialised, valid until the same thread asks for the same purpose again.
-enum class Scratch { kValues, kWindow, kTile, kGradient, kPartial, kCount };
+enum class Scratch { kValues, kWindow, kTile, kGradient, kPartial, kPanels, kSums, kCount };
 void* scratch(Scratch purpose, unsigned long bytes);
 
 }  // namespace sparsekd

@@ -14,7 +14,6 @@
 #include "core/conv/engine.h"
 #include "core/cpu.h"
 #include "core/error.h"
-#include "core/grow_topk.h"
 #include "core/parallel.h"
 #include "core/structure.h"
 #include "tests/harness.h"
@@ -22,48 +21,11 @@
 using namespace sparsekd;
 
 void test_densify();
+void test_growth();
 void test_linear();
 void test_peak();
 
 namespace {
-
-ConvGeometry random_geometry() {
-  for (;;) {
-    ConvGeometry g{};
-    g.groups = pick(0, 3) ? 1 : pick(2, 3);
-    g.in_channels = g.groups * pick(1, 20);
-    g.out_channels = g.groups * pick(1, 20);
-    if (pick(0, 9) == 0) g.groups = g.out_channels = g.in_channels;  // depthwise
-    const int64_t batches[] = {0, 1, 2, 7, 16, 17, 33};
-    g.batch = batches[pick(0, 6)];
-    g.in_h = pick(1, 12);
-    g.in_w = pick(1, 20);
-    g.kernel_h = pick(1, 4);
-    g.kernel_w = pick(1, 4);
-    g.stride_h = pick(1, 3);
-    g.stride_w = pick(1, 3);
-    g.dilation_h = pick(1, 2);
-    g.dilation_w = pick(1, 3);
-    g.pad_top = pick(0, 3);
-    g.pad_bottom = pick(0, 3);
-    g.pad_left = pick(0, 3);
-    g.pad_right = pick(0, 3);
-    try {
-      complete_geometry(g);
-      return g;
-    } catch (const ShapeError&) {  // the kernel does not fit: draw again
-    }
-  }
-}
-
-std::string describe(const ConvGeometry& g, const char* isa, double density, int threads) {
-  std::string text = isa;
-  for (int64_t v :
-       {g.batch, g.in_channels, g.in_h, g.in_w, g.out_channels, g.kernel_h, g.kernel_w, g.stride_h,
-        g.stride_w, g.pad_top, g.pad_bottom, g.pad_left, g.pad_right, g.dilation_h, g.dilation_w, g.groups})
-    text += " " + std::to_string(v);
-  return text + " density " + std::to_string(density) + " threads " + std::to_string(threads);
-}
 
 template <class T>
 void test_convolution(int cases) {
@@ -148,35 +110,6 @@ void test_cache() {
   check(find() == first, "a restored array finds its structure again");
   release_structure(csr.crow.data(), csr.col.data());
   check(find() != first, "a released structure is made anew");
-}
-
-void test_grow() {
-  for (int i = 0; i < 200; ++i) {
-    const int64_t rows = pick(1, 30), cols = pick(1, 40);
-    const Csr csr = random_csr(rows, cols, 0.3);
-    const Structure kept(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), rows, cols);
-    std::vector<float> score(rows * cols);
-    for (float& v : score)
-      v = static_cast<float>(pick(0, i % 2 ? 3 : 1000000));  // many ties every second time
-    std::vector<char> taken(rows * cols, 0);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int32_t k = csr.crow[r]; k < csr.crow[r + 1]; ++k) taken[r * cols + csr.col[k]] = 1;
-    std::vector<int64_t> free;
-    for (int64_t p = 0; p < rows * cols; ++p)
-      if (!taken[p]) free.push_back(p);
-    const int64_t k = pick(0, static_cast<int64_t>(free.size()));
-    std::stable_sort(free.begin(), free.end(), [&](int64_t a, int64_t b) { return score[a] > score[b]; });
-    std::vector<int64_t> expected(free.begin(), free.begin() + k);
-    std::sort(expected.begin(), expected.end());
-    check(grow_topk(score.data(), kept, k, static_cast<int>(pick(1, 4))) == expected,
-          "growth equals a full sort");
-    if (!free.empty()) {
-      score[free.back()] = std::numeric_limits<float>::quiet_NaN();
-      check_throws<std::domain_error>([&] { grow_topk(score.data(), kept, 1, 2); }, "NaN");
-    }
-    check_throws<ShapeError>([&] { grow_topk(score.data(), kept, static_cast<int64_t>(free.size()) + 1, 1); },
-                             "free");
-  }
 }
 
 void test_parallel() {
@@ -280,7 +213,7 @@ void test_geometry() {
 int main() {
   test_validation();
   test_cache();
-  test_grow();
+  test_growth();
   test_parallel();
   test_parallel_errors();
   test_enormous_views();

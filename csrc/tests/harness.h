@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "core/conv/conv.h"
+#include "core/error.h"
 #include "core/view.h"
 
 namespace sparsekd {
@@ -87,6 +89,44 @@ double largest_difference(const std::vector<T>& a, const std::vector<T>& b) {
     scale = std::max<double>(scale, std::fabs(b[i]));
   }
   return difference / scale;
+}
+
+inline ConvGeometry random_geometry() {
+  for (;;) {
+    ConvGeometry g{};
+    g.groups = pick(0, 3) ? 1 : pick(2, 3);
+    g.in_channels = g.groups * pick(1, 20);
+    g.out_channels = g.groups * pick(1, 20);
+    if (pick(0, 9) == 0) g.groups = g.out_channels = g.in_channels;  // depthwise
+    const int64_t batches[] = {0, 1, 2, 7, 16, 17, 33};
+    g.batch = batches[pick(0, 6)];
+    g.in_h = pick(1, 12);
+    g.in_w = pick(1, 20);
+    g.kernel_h = pick(1, 4);
+    g.kernel_w = pick(1, 4);
+    g.stride_h = pick(1, 3);
+    g.stride_w = pick(1, 3);
+    g.dilation_h = pick(1, 2);
+    g.dilation_w = pick(1, 3);
+    g.pad_top = pick(0, 3);
+    g.pad_bottom = pick(0, 3);
+    g.pad_left = pick(0, 3);
+    g.pad_right = pick(0, 3);
+    try {
+      complete_geometry(g);
+      return g;
+    } catch (const ShapeError&) {  // the kernel does not fit: draw again
+    }
+  }
+}
+
+inline std::string describe(const ConvGeometry& g, const char* isa, double density, int threads) {
+  std::string text = isa;
+  for (int64_t v :
+       {g.batch, g.in_channels, g.in_h, g.in_w, g.out_channels, g.kernel_h, g.kernel_w, g.stride_h,
+        g.stride_w, g.pad_top, g.pad_bottom, g.pad_left, g.pad_right, g.dilation_h, g.dilation_w, g.groups})
+    text += " " + std::to_string(v);
+  return text + " density " + std::to_string(density) + " threads " + std::to_string(threads);
 }
 
 }  // namespace sparsekd

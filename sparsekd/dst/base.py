@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from sparsekd.dst.capture import GradientCapture
 from sparsekd.dst.schedules import UpdateSchedule
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import SparseModule, sparse_modules
+from sparsekd.ops.growth import Block
 from sparsekd.optim import check_remappable, remap_
 from sparsekd.topology import Topology
 
@@ -88,7 +89,7 @@ class Updater:
     """
 
     needs_gradient: ClassVar[bool] = False
-    """Whether `grow` uses `gradient(name)`."""
+    """Whether `grow` uses `gradient(name)` or `gradient_blocks(name)`."""
 
     saved: ClassVar[tuple[str, ...]] = ()
     """Attributes that `state_dict` holds besides the iteration and the generator."""
@@ -240,9 +241,20 @@ class Updater:
     def gradient(self, name: str) -> Tensor:
         """Return the dense gradient of layer `name`, the mean over all ranks, once an update."""
         gradient = replicas.mean_(self._capture.take(name))
-        if not gradient.isfinite().all():
+        if not _finite(gradient):
             raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
         return gradient
+
+    def gradient_blocks(self, name: str) -> Iterator[Block]:
+        """Yield that gradient in rectangles, `(row, column, entries)`, instead of storing it.
+
+        They cover `[rows, cols]` once, in an order that depends on the layer alone; each is
+        overwritten by the next. Use this or `gradient`, once an update.
+        """
+        for row, col, block in self._capture.blocks(name):
+            if not _finite(replicas.mean_(block)):
+                raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
+            yield row, col, block
 
     def layers(self) -> dict[str, SparseModule]:
         """Return the sparse modules that take part: those whose values are trained."""
@@ -298,7 +310,7 @@ class Updater:
 
     def _check_finite(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
+            if parameter.grad is not None and not _finite(parameter.grad):
                 raise NonFiniteGradient(f"the gradient of {name} is not finite")
 
     def _compare_ranks(self) -> None:
@@ -311,3 +323,8 @@ class Updater:
         delta = module.rewire(mask)
         remap_(self.optimizer, module.values, delta)
         return delta.old.nnz != delta.new.nnz
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A finite sum has finite terms and is found faster; an infinite one may have overflowed.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

@@ -3,39 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from sparsekd.nn import SparseModule
-from sparsekd.ops import observe
+from sparsekd.ops import growth, observe
 
-Geometry = list[Any]
-"""What follows the structure in the op's schema: weight_shape, and for conv stride, padding, ..."""
+
+@dataclass(frozen=True)
+class _Held:
+    """Hold a tensor that must not change; a copy where it might."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, lasting: bool) -> _Held:
+        tensor = tensor.detach() if lasting else tensor.detach().clone()
+        return cls(tensor, tensor._version)
+
+    def unchanged(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "an operand of the weight gradient was modified in place after the backward pass; "
+                "growth by gradient needs it until step() returns"
+            )
+        return self.tensor
 
 
 @dataclass
 class _Record:
     """Hold what one layer's gradient is made of."""
 
-    operands: list[tuple[Tensor, Tensor, Geometry]] = field(default_factory=list)
+    operands: list[tuple[_Held, _Held, list[Any]]] = field(default_factory=list)
     earlier: Tensor | None = None
     backward_pass: int = -1
 
     @property
     def size(self) -> int:
-        return sum(grad.numel() + x.numel() for grad, x, _ in self.operands)
+        return sum(grad.tensor.numel() + x.tensor.numel() for grad, x, _ in self.operands)
+
+    def blocks(self) -> Iterator[growth.Block]:
+        operands = [(g.unchanged(), x.unchanged(), geometry) for g, x, geometry in self.operands]
+        return growth.gradient(operands, self.earlier)
+
+    def dense(self) -> Tensor:
+        rows, *inner = self.operands[0][2][0]
+        dense: Tensor | None = None
+        for row, col, block in self.blocks():
+            if dense is None:
+                dense = block.new_empty(rows, math.prod(inner))
+            dense[row : row + block.shape[0], col : col + block.shape[1]] = block
+        return self.operands[0][0].tensor.new_empty(rows, 0) if dense is None else dense
 
     def fold(self) -> None:
         """Replace the operands by the gradient they make."""
-        for operands in self.operands:
-            part = dense_gradient(*operands)
-            self.earlier = part if self.earlier is None else self.earlier.add_(part)
+        self.earlier = self.dense()
         self.operands.clear()
 
 
@@ -44,8 +71,14 @@ class GradientCapture:
 
     The operands are seen where the weight gradient at the nonzeros is computed, so a layer that
     runs several times, several backward passes, checkpointing, autocast, padding modes and
-    compiled models need no care; forwards without a backward leave nothing. It holds copies:
-    compiled code reuses its buffers.
+    compiled models need no care; forwards without a backward leave nothing. What is held are the
+    tensors themselves, which costs no memory at the peak of a backward pass: the activations that
+    it frees on the way are as large. Compiled code reuses its buffers, so there copies are held,
+    and also of tensors that no operation made, such as the model's input.
+
+    The gradient comes tile by tile, each the sum over all calls of the layer. Only where several
+    backward passes add up (gradient accumulation) and their operands together would be larger than
+    a dense gradient is one stored: that of all passes but the last.
 
     Args:
         modules: the sparse modules to watch, by name.
@@ -68,13 +101,14 @@ class GradientCapture:
 
     def take(self, name: str) -> Tensor:
         """Return the dense gradient of layer `name`, `[rows, cols]`, and forget its operands."""
-        record = self._records.pop(name)
-        record.fold()
-        assert record.earlier is not None
-        return record.earlier
+        return self._records.pop(name).dense()
+
+    def blocks(self, name: str) -> Iterator[growth.Block]:
+        """Yield that gradient in rectangles, each overwritten by the next; forget its operands."""
+        return self._records.pop(name).blocks()
 
     def saw(self, op: str, args: tuple[Any, ...]) -> None:
-        """Copy the operands of a weight gradient, if it is that of a watched layer."""
+        """Hold the operands of a weight gradient, if it is that of a watched layer."""
         if op not in ("conv2d_wgrad", "linear_wgrad"):
             return
         grad, x, crow, _, *geometry = args
@@ -88,35 +122,12 @@ class GradientCapture:
             elif record.size > math.prod(geometry[0]):
                 record.fold()  # gradient accumulation: the sum is smaller than its parts
             record.backward_pass = current
-        record.operands.append((grad.detach().clone(), x.detach().clone(), geometry))
+        lasting = observe.lasting()
+        made = x.grad_fn is not None  # or else it may be a buffer that its owner fills anew
+        record.operands.append((_Held.of(grad, lasting), _Held.of(x, lasting and made), geometry))
 
     def _owner(self, crow: Tensor) -> str | None:
         for name, module in self._modules.items():
             if module.crow_indices.data_ptr() == crow.data_ptr():
                 return name
         return None
-
-
-def dense_gradient(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """Return the gradient of every weight, zero ones included, in float32 or better.
-
-    Args:
-        grad: gradient of the layer's output.
-        x: its input, as the op saw it.
-        geometry: what follows the structure in the schema of the weight-gradient op.
-
-    Shape:
-        - result: `[rows, cols]`, like the topology
-    """
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    grad, x = grad.to(dtype), x.to(dtype)
-    weight_shape, *conv = geometry
-    if not conv:
-        rows, cols = weight_shape
-        return grad.reshape(-1, rows).T @ x.reshape(-1, cols)
-    stride, (top, bottom, left, right), dilation, groups = conv
-    padding = (top, left)
-    if padding != (bottom, right):
-        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-    weight = conv2d_weight(x, weight_shape, grad, stride, padding, dilation, groups)
-    return weight.reshape(weight_shape[0], -1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from sparsekd.ops import growth
 from sparsekd.topology import Topology
 
 
@@ -58,3 +61,30 @@ def largest(score: Tensor, kept: Topology, k: int) -> Tensor:
     k = min(k, kept.numel - kept.nnz)
     score = score.reshape(kept.rows, kept.cols)
     return torch.ops.sparsekd.grow_topk(score, kept.crow_indices, kept.col_indices, k)
+
+
+def largest_magnitude(blocks: Iterable[growth.Block], kept: Topology, k: int) -> Tensor:
+    """Return what `largest` does for the absolute values of numbers that come in rectangles.
+
+    Args:
+        blocks: `(row, column, entries)` of rectangles that cover the weight, seen as
+            `[rows, cols]`, once; in any order, without NaN. Each is read before the next is asked
+            for.
+        kept: the structure to grow from.
+        k: how many; clamped to the number of free positions.
+
+    Returns:
+        int64 `[k]` positions in the flat weight, ascending.
+
+    Source: Rigging the Lottery (arXiv 1911.11134), algorithm 1.
+
+    Example:
+        >>> kept = Topology.from_mask(torch.tensor([[True, False], [False, False]]))
+        >>> halves = [(0, 1, torch.tensor([[1.0], [-3.0]])), (0, 0, torch.tensor([[9.0], [2.0]]))]
+        >>> largest_magnitude(halves, kept, 2).tolist()
+        [2, 3]
+    """
+    k = min(k, kept.numel - kept.nnz)
+    shape = kept.rows, kept.cols
+    crow, col = kept.crow_indices, kept.col_indices
+    return growth.largest(blocks, crow, col, shape, k, magnitude=True)

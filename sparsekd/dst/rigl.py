@@ -13,8 +13,9 @@ class RigL(SET):
     """Every `every` iterations move the smallest weights of each layer to the largest gradients.
 
     The gradient is that of the current batch (of all backward passes since the gradients were
-    zeroed), over all positions, before the drop. It is formed on these iterations only, for one
-    layer at a time. A layer that took no part in the backward pass stays as it is.
+    zeroed), over all positions, before the drop. It is formed on these iterations only, tile by
+    tile, and never stored for a whole layer: of each tile only the best candidates are kept. A
+    layer that took no part in the backward pass stays as it is.
 
     Args:
         model: holds sparse modules.
@@ -45,4 +46,4 @@ class RigL(SET):
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
         """Return the `k` positions outside `kept` where the gradient is largest in magnitude."""
-        return growers.largest(self.gradient(name).abs_(), kept, k)
+        return growers.largest_magnitude(self.gradient_blocks(name), kept, k)

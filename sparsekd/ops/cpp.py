@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 import sparsekd._C as _C
+from sparsekd.ops import reference
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.layout import memory_format_of
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from sparsekd.ops.growth import Tile
+
 _HALF = (torch.bfloat16, torch.float16)
+_NARROW = 4  # input channels to a group, below which torch's own grouped kernels are faster
 
 
 def info() -> dict[str, Any]:
@@ -164,10 +168,55 @@ def linear_wgrad(
     return dvalues.to(x.dtype)
 
 
+def conv2d_wgrad_tile(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    tile: Tile,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    if groups > 1 and weight_shape[1] < _NARROW:  # depthwise: blocks of channels would be empty
+        geometry = weight_shape, stride, padding, dilation, groups
+        reference.conv2d_wgrad_tile(grad, x, out, tile, *geometry)
+        return
+    _C.conv2d_wgrad_tile(
+        _array(grad), _array(x), tile, out.numpy(),
+        weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def linear_wgrad_tile(
+    grad: Tensor, x: Tensor, out: Tensor, tile: Tile, weight_shape: list[int]
+) -> None:
+    """See the layer as a 1x1 convolution of one image, a column of one pixel for each sample."""
+    grad, x = (m.reshape(-1, m.shape[-1]).T[None, :, :, None] for m in (grad, x))
+    geometry = [*weight_shape, 1, 1], [1, 1], [0] * 4, [1, 1], 1
+    conv2d_wgrad_tile(grad, x, out, tile, *geometry)
+
+
+class LargestK:
+    """Merge rectangles of scores into the k best positions outside a structure."""
+
+    def __init__(
+        self, crow: Tensor, col: Tensor, rows: int, cols: int, k: int, dtype: torch.dtype
+    ) -> None:
+        wide, threads = dtype == torch.float64, torch.get_num_threads()
+        self._best = _C.LargestK(_vector(crow), _vector(col), rows, cols, k, wide, threads)
+
+    def offer(self, scores: Tensor, row: int, col: int, magnitude: bool) -> None:
+        self._best.offer(_vector(scores), row, col, magnitude)
+
+    def positions(self) -> Tensor:
+        return torch.from_numpy(self._best.positions())
+
+
 def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
     rows = crow.shape[0] - 1
-    grown = _C.grow_topk(
-        _vector(score.reshape(-1)), _vector(crow), _vector(col),
-        rows, score.numel() // max(rows, 1), k, torch.get_num_threads(),
-    )  # fmt: skip
-    return torch.from_numpy(grown)
+    cols = score.numel() // max(rows, 1)
+    best = LargestK(crow, col, rows, cols, k, score.dtype)
+    best.offer(score.reshape(rows, cols), 0, 0, magnitude=False)
+    return best.positions()

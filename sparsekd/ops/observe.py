@@ -10,12 +10,14 @@ from __future__ import annotations
 import weakref
 from typing import Any, Protocol
 
+import torch
+
 
 class Listener(Protocol):
     """See the calls of every op of sparsekd while it is one of the `listeners`."""
 
     def saw(self, op: str, args: tuple[Any, ...]) -> None:
-        """Take note of a call; the tensors may be overwritten after it, so keep copies."""
+        """Take note of a call; unless `lasting()`, keep copies of what is to be used later."""
 
 
 listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
@@ -25,3 +27,14 @@ def tell(op: str, args: tuple[Any, ...]) -> None:
     """Show a call to all listeners; `args` are those of the op's schema, in order."""
     for listener in listeners:
         listener.saw(op, args)
+
+
+def lasting() -> bool:
+    """Say whether the operands of the call at hand will stay as they are.
+
+    They do where the call is the backward pass of one of our own autograd nodes: autograd never
+    writes into a tensor that somebody else holds. Compiled code reuses its buffers.
+    """
+    node = torch._C._current_autograd_node()
+    forward = getattr(type(node), "_forward_cls", None)
+    return forward is not None and forward.__module__.startswith("sparsekd.")

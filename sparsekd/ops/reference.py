@@ -7,13 +7,18 @@ kernels do. It is what they are tested against, and the fallback where they cann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.csr import flat_indices, validate
+from sparsekd.errors import ShapeError
 from sparsekd.ops.layout import memory_format_of, rows_cols
+
+if TYPE_CHECKING:
+    from sparsekd.ops.growth import Tile
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,16 +132,82 @@ def linear_wgrad(
     return dweight.reshape(-1)[positions].to(x.dtype)
 
 
+def conv2d_wgrad_tile(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    tile: Tile,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    """Add the dense gradient of `tile` to `out`."""
+    outs, (ins, *kernel) = weight_shape[0] // groups, weight_shape[1:]
+    padded = _pad(x, padding).unflatten(1, (groups, ins))
+    row, end = tile.row, tile.row + tile.rows
+    channels = slice(tile.channel, tile.channel + tile.channels)
+    while row < end:  # whole groups at once, or the part of a group that the tile has
+        whole = (end - row) // outs if row % outs == 0 else 0
+        step = whole * outs or min(end, (row // outs + 1) * outs) - row
+        group, together = row // outs, max(whole, 1)
+        part = padded[:, group : group + together, channels].flatten(1, 2)
+        _, dweight, _ = torch.ops.aten.convolution_backward(
+            grad[:, row : row + step], part, part.new_empty(step, tile.channels, *kernel), None,
+            stride, [0, 0], dilation, False, [0, 0], together, [False, True, False],
+        )  # fmt: skip
+        out[row - tile.row : row - tile.row + step] += dweight.flatten(1)
+        row += step
+
+
+def linear_wgrad_tile(
+    grad: Tensor, x: Tensor, out: Tensor, tile: Tile, weight_shape: list[int]
+) -> None:
+    """Add the dense gradient of `tile` to `out`."""
+    rows = grad.reshape(-1, weight_shape[0])[:, tile.row : tile.row + tile.rows]
+    cols = x.reshape(-1, weight_shape[1])[:, tile.channel : tile.channel + tile.channels]
+    out.addmm_(rows.T, cols)
+
+
+class LargestK:
+    """Merge rectangles of scores into the k best positions outside a structure."""
+
+    def __init__(
+        self, crow: Tensor, col: Tensor, rows: int, cols: int, k: int, dtype: torch.dtype
+    ) -> None:
+        free = rows * cols - col.shape[0]
+        if not 0 <= k <= free:
+            raise ShapeError(f"k: expected 0 <= k <= {free} free positions, got {k}")
+        self._cols, self._k = cols, k
+        self._taken = _positions(crow, col, (rows, cols))
+        self._position = torch.empty(0, dtype=torch.int64, device=col.device)
+        self._score = torch.empty(0, dtype=dtype, device=col.device)
+
+    def offer(self, scores: Tensor, row: int, col: int, magnitude: bool) -> None:
+        rows = torch.arange(row, row + scores.shape[0], device=scores.device)
+        cols = torch.arange(col, col + scores.shape[1], device=scores.device)
+        position = (rows[:, None] * self._cols + cols).flatten()
+        free = torch.isin(position, self._taken, assume_unique=True, invert=True)
+        score = (scores.abs() if magnitude else scores).flatten()[free]
+        if score.isnan().any():
+            raise ValueError("score: NaN among the positions that could grow")
+        position, order = torch.cat([self._position, position[free]]).sort()
+        score = torch.cat([self._score, score])[order]
+        # Ties: the lower position, as the sort by score is stable.
+        best = torch.sort(score, descending=True, stable=True).indices[: self._k]
+        self._position, self._score = position[best], score[best]
+
+    def positions(self) -> Tensor:
+        return self._position.sort().values
+
+
 def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
     rows = crow.shape[0] - 1
-    free = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
-    free[_positions(crow, col, (rows, score.numel() // max(rows, 1)))] = False
-    candidates = free.nonzero().squeeze(1)
-    scores = score.reshape(-1)[candidates]
-    if scores.isnan().any():
-        raise ValueError("score: NaN among the positions that could grow")
-    order = torch.sort(scores, descending=True, stable=True).indices  # ties: the lower position
-    return candidates[order[:k]].sort().values
+    cols = score.numel() // max(rows, 1)
+    best = LargestK(crow, col, rows, cols, k, score.dtype)
+    best.offer(score.reshape(rows, cols), 0, 0, magnitude=False)
+    return best.positions()
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sparsekd.dst import SET, RigL, Updater
 from sparsekd.nn import SparseConv2d, SparseLinear, densify, sparse_modules
 from sparsekd.ops import observe
+from sparsekd.ops.growth import Block
 
 
 def rigl(model: nn.Module, **arguments) -> RigL:
@@ -203,23 +205,58 @@ def test_set_never_collects(make_network):
     assert dst._capture not in observe.listeners
 
 
-def test_only_one_dense_gradient_exists_at_a_time(make_network):
-    model = nn.Sequential(*(SparseLinear(16, 16, sparsity=0.5, seed=s) for s in range(4)))
+def test_no_dense_gradient_of_a_layer_is_ever_stored(make_network, monkeypatch):
+    model = nn.Sequential(*(SparseLinear(64, 64, sparsity=0.5, seed=s) for s in range(2)))
     dst = rigl(model)
-    alive: list[int] = []
-    made: list[weakref.ref] = []
-    original = dst.gradient
+    monkeypatch.setattr(dst, "gradient", None)
+    shapes: list[torch.Size] = []
+    original = dst.gradient_blocks
 
-    def watched(name: str) -> Tensor:
-        gradient = original(name)
-        made.append(weakref.ref(gradient))
-        alive.append(sum(ref() is not None for ref in made))
-        return gradient
+    def watched(name: str) -> Iterator[Block]:
+        for row, col, block in original(name):
+            shapes.append(block.shape)
+            yield row, col, block
 
-    dst.gradient = watched  # type: ignore[method-assign]
-    model(torch.randn(2, 16)).square().sum().backward()
+    monkeypatch.setattr(dst, "gradient_blocks", watched)
+    model(torch.randn(2, 64)).square().sum().backward()
     assert dst.step()
-    assert alive == [1, 1, 1, 1]
+    assert shapes == [(64, 32)] * 4  # halves, as the layers are small
+
+
+def test_the_operands_are_not_copied(make_network):
+    model = make_network()
+    dst = rigl(model)
+    grads = []
+    model[3].register_full_backward_hook(lambda module, gx, gy: grads.append(gy[0].data_ptr()))
+    model(torch.randn(2, 4, 6, 6, dtype=torch.float64)).square().sum().backward()
+    ((grad, _, _),) = dst._capture._records["3"].operands
+    assert [grad.tensor.data_ptr()] == grads
+
+
+def test_a_batch_that_is_overwritten_after_the_backward_pass_does_no_harm(make_network):
+    """A loader may fill one buffer again and again, here within gradient accumulation."""
+    model = make_network().eval()
+    twin = densify(copy.deepcopy(model))
+    dst = rigl(model)
+    batch = torch.empty(2, 4, 6, 6, dtype=torch.float64)
+    for _ in range(3):
+        batch.normal_()
+        for net in (model, twin):
+            net(batch).square().sum().backward()
+    batch.zero_()
+    assert_like_dense(dst, twin)
+
+
+def test_an_operand_that_is_overwritten_is_found_out(make_network):
+    """An activation that the user kept and wrote to, between backward and step."""
+    layers = [SparseLinear(6, 6, sparsity=0.5, seed=s) for s in range(2)]
+    dst = rigl(nn.ModuleList(layers))
+    hidden = layers[0](torch.randn(2, 6))
+    layers[1](hidden).square().sum().backward()
+    with torch.no_grad():
+        hidden.zero_()
+    with pytest.raises(RuntimeError, match="modified in place after the backward pass"):
+        dst.step()
 
 
 def test_an_updater_that_is_gone_listens_no_more(make_network):

@@ -33,19 +33,23 @@ class Block(nn.Module):
 
 
 def train(name: str) -> tuple[torch.Tensor, list[dict]]:
-    """Train 200 steps with 3 updates; return the losses and the masks after each update."""
+    """Train 200 steps with 3 updates; return the losses and the masks after each update.
+
+    In float64: in float32 two candidates for growth may be closer than the rounding of their sums,
+    and the backends add in different orders.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), Block(8, 8, 1), Block(8, 16, 2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
     )  # fmt: skip
-    sparsify(model, sparsity=0.8, distribution="erk", seed=0)
+    sparsify(model.double(), sparsity=0.8, distribution="erk", seed=0)
     # A rate at which training does not amplify rounding: at 0.05 a change of one weight by 1e-6
     # ends, on one backend, in other masks and a loss that differs by 0.4.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     dst = RigL(model, optimizer, drop_fraction=0.3, every=50, until=200)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(256, 3, 8, 8, generator=generator)
+    x = torch.randn(256, 3, 8, 8, generator=generator).double()
     target = torch.randint(0, 10, (256,), generator=generator)
     losses, masks = [], []
     with backend(name):
@@ -71,5 +75,5 @@ def test_reference_and_compiled_kernels_train_alike():
     assert len(masks) == 3
     for found, wanted in zip(masks, expected_masks, strict=True):
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
     assert losses[-20:].mean() < losses[:20].mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sparsekd.dst import SET, RigL, Static, Updater
 from sparsekd.errors import OptimizerStateError
 from sparsekd.nn import SparseLinear, densify, sparse_modules
+from sparsekd.ops.growth import Block
 
 METHODS = pytest.mark.parametrize("method", [SET, RigL])
 
@@ -411,8 +413,9 @@ def test_arguments_out_of_range_are_refused(method, wrong, make_network):
 
 def test_growing_at_the_smallest_gradients_picks_the_other_end(make_network):
     class Opposite(RigL):
-        def gradient(self, name: str) -> Tensor:
-            return 1 / (super().gradient(name).abs() + 1e-30)
+        def gradient_blocks(self, name: str) -> Iterator[Block]:
+            for row, col, block in super().gradient_blocks(name):
+                yield row, col, 1 / (block.abs() + 1e-30)
 
     grown = []
     for method in (RigL, Opposite):

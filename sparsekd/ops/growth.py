@@ -1,0 +1,133 @@
+"""Growth without a stored dense gradient: its tiles, and the best positions of a stream of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekd.ops.backends import choose
+
+Operands = tuple[Tensor, Tensor, list[Any]]
+"""grad, x and what follows the structure in the schema of the weight-gradient op that took them."""
+
+Block = tuple[int, int, Tensor]
+"""First row, first column and entries of a rectangle of a weight seen as `[rows, cols]`."""
+
+_LARGEST = 1 << 19  # weights in a tile: 2 MiB in float32
+_SMALL = 1 << 15  # not worth cutting further than in two
+
+
+class Tile(NamedTuple):
+    """Name output channels and, within the group of each, input channels; all kernel taps."""
+
+    row: int
+    rows: int
+    channel: int
+    channels: int
+
+
+def tiles(weight_shape: Sequence[int], stride: Sequence[int] = (), groups: int = 1) -> list[Tile]:
+    """Cut a weight into tiles, each at most a quarter of it, or half of it if it is small.
+
+    Each tile reads one operand of the gradient whole and its share of the other; so the larger
+    operand is the one to cut. Nothing but the layer decides, so all ranks of a distributed run cut
+    alike.
+
+    Args:
+        weight_shape: shape of the weight, output channels first.
+        stride: of a convolution, whose input is larger by that than its output.
+        groups: number of groups of channels; these are not cut inside if that can be avoided.
+
+    Example:
+        >>> tiles([64, 128])[1]
+        Tile(row=0, rows=64, channel=64, channels=64)
+    """
+    rows, channels, *kernel = weight_shape
+    taps, numel = math.prod(kernel), math.prod(weight_shape)
+    if numel == 0:
+        return []
+    most = min(max(numel // 4, min(numel // 2, _SMALL)), _LARGEST)
+    if groups == 1 and channels * math.prod(stride) >= rows:
+        step = _round_down(most // (rows * taps), 8)
+        return [Tile(0, rows, c, min(step, channels - c)) for c in range(0, channels, step)]
+    step = _round_down(most // (channels * taps), rows // groups if groups > 1 else 32)
+    return [Tile(r, min(step, rows - r), 0, channels) for r in range(0, rows, step)]
+
+
+def _round_down(count: int, block: int) -> int:
+    """Return a multiple of `block`, as kernels like it; the number itself if it is too small."""
+    return count - count % block if count > block else max(count, 1)
+
+
+def gradient(operands: Sequence[Operands], earlier: Tensor | None = None) -> Iterator[Block]:
+    """Yield a dense weight gradient tile by tile, in float32 or better.
+
+    It is the sum over all operands, and over what `earlier` holds. Nothing larger than a tile is
+    allocated: a rectangle is overwritten when the next one is asked for.
+
+    Args:
+        operands: of calls of one layer's weight-gradient op, at least one.
+        earlier: a dense gradient `[rows, cols]` to add, or None.
+    """
+    dtype = torch.float32
+    for grad, x, _ in operands:
+        dtype = torch.promote_types(torch.promote_types(grad.dtype, x.dtype), dtype)
+    operands = [(grad.to(dtype), x.to(dtype), geometry) for grad, x, geometry in operands]
+    shape, *conv = operands[0][2]
+    taps, cut = math.prod(shape[2:]), (conv[0], conv[-1]) if conv else ()
+    buffer = operands[0][0].new_empty(0)
+    for tile in tiles(shape, *cut):
+        row, col, rows, cols = tile.row, tile.channel * taps, tile.rows, tile.channels * taps
+        if buffer.numel() < rows * cols:
+            buffer = buffer.new_empty(rows * cols)
+        block = buffer[: rows * cols].view(rows, cols)
+        if earlier is None:
+            block.zero_()
+        else:
+            block.copy_(earlier[row : row + rows, col : col + cols])
+        for grad, x, geometry in operands:
+            if grad.numel() == 0:
+                continue  # an empty batch
+            op = "conv2d_wgrad_tile" if geometry[1:] else "linear_wgrad_tile"
+            choose(op, grad)(grad, x, block, tile, *geometry)
+        yield row, col, block
+
+
+def largest(
+    blocks: Iterable[Block],
+    crow: Tensor,
+    col: Tensor,
+    shape: tuple[int, int],
+    k: int,
+    *,
+    magnitude: bool,
+) -> Tensor:
+    """Return the `k` best positions outside a structure, of scores that come in rectangles.
+
+    The rectangles may come in any order and are read once; equal scores go to the lower position.
+
+    Args:
+        blocks: the scores.
+        crow: where each row of the structure starts in `col`.
+        col: the columns whose scores are never looked at.
+        shape: rows and columns of the weight.
+        k: how many, at most the number of free positions.
+        magnitude: rank by absolute value.
+
+    Returns:
+        int64 `[k]` positions in the flat weight, ascending.
+
+    Raises:
+        ValueError: the score of a free position is NaN.
+        ShapeError: fewer than `k` positions are free.
+    """
+    best: Any = None
+    for row, column, scores in blocks:
+        if best is None:
+            best = choose("LargestK", scores)(crow, col, *shape, k, scores.dtype)
+        best.offer(scores, row, column, magnitude)
+    return crow.new_empty(0, dtype=torch.int64) if best is None else best.positions()
