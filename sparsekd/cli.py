@@ -197,6 +197,7 @@ def bench(
         if threads is not None:
             torch.set_num_threads(threads)
         if not draw:
+            arena.keep_choices(rows.parent / "choices")
             log = MetricsLog(rows)
             if fresh:
                 rows.unlink(missing_ok=True)

@@ -7,16 +7,13 @@ the same input, output gradient and masked weight, each in the layout and dtype 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekd import ops
 from sparsekd.bench import csr, rivals
 from sparsekd.bench.cases import LayerCase
 from sparsekd.nn import SparseConv2d, SparseLinear
@@ -27,21 +24,43 @@ WEIGHT_GRADIENT = "weight gradient"
 RESULTS = ("output", "input gradient", WEIGHT_GRADIENT)
 
 
+class Maps:
+    """Hold input and output gradient of a layer in every layout asked for; all arms share them.
+
+    Args:
+        case: the layer; its maps are drawn at once, contiguous and in float32.
+    """
+
+    def __init__(self, case: LayerCase) -> None:
+        generator = generator_for(0, case.name)
+        self._drawn = {
+            "x": torch.randn(case.input_shape, generator=generator),
+            "grad": torch.randn(case.output_shape, generator=generator),
+        }
+        self._copies: dict[tuple[str, torch.memory_format, torch.dtype], Tensor] = {}
+
+    def get(
+        self, name: str, layout: torch.memory_format, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return "x" or "grad" in a layout, outside of any graph."""
+        if (name, layout, dtype) not in self._copies:
+            self._copies[name, layout, dtype] = laid_out(self._drawn[name], layout, dtype)
+        return self._copies[name, layout, dtype].detach()
+
+
 @dataclass(frozen=True)
 class Problem:
     """Hold one layer at one sparsity: what every arm is given.
 
     Args:
         case: the layer.
-        x: its input, float32 and contiguous.
-        grad: the gradient of its output.
+        maps: its input and the gradient of its output.
         weight: dense, with zeros outside the mask.
         mask: where the nonzeros are.
     """
 
     case: LayerCase
-    x: Tensor
-    grad: Tensor
+    maps: Maps
     weight: Tensor
     mask: Tensor
 
@@ -51,19 +70,26 @@ class Problem:
         return int(self.mask.sum())
 
 
-def problem(case: LayerCase, sparsity: float) -> Problem:
-    """Draw input, gradient, weight and mask of a layer, the same ones every time.
+def problem(case: LayerCase, sparsity: float, maps: Maps | None = None) -> Problem:
+    """Draw maps, weight and mask of a layer, the same ones every time.
+
+    Args:
+        case: the layer.
+        sparsity: of its weight.
+        maps: of an earlier problem of the same layer.
+
+    Returns:
+        The problem.
 
     Example:
         >>> problem(LayerCase("linear", 20, 10, batch=4), 0.9).nnz
         20
     """
-    generator = generator_for(0, case.name)
-    draw = partial(torch.randn, generator=generator)
+    generator = generator_for(0, f"{case.name} weight")
+    weight = torch.randn(case.weight_shape, generator=generator) / case.fan_in**0.5
     nnz = target_nnz(case.outs * case.fan_in, sparsity)
     mask = random_mask(case.weight_shape, nnz, generator=generator_for(0, f"{case.name} mask"))
-    weight = draw(case.weight_shape) / case.fan_in**0.5
-    return Problem(case, draw(case.input_shape), draw(case.output_shape), weight * mask, mask)
+    return Problem(case, maps or Maps(case), weight * mask, mask)
 
 
 class Run(NamedTuple):
@@ -114,10 +140,9 @@ def _dense(
     layout: torch.memory_format, dtype: torch.dtype = torch.float32
 ) -> Callable[[Problem], Run]:
     def build(problem: Problem) -> Run:
-        case = problem.case
-        x, weight, grad = (
-            laid_out(tensor, layout, dtype) for tensor in (problem.x, problem.weight, problem.grad)
-        )
+        case, maps = problem.case, problem.maps
+        x, grad = (maps.get(name, layout, dtype) for name in ("x", "grad"))
+        weight = laid_out(problem.weight, layout, dtype)
         inputs = (x.requires_grad_(), weight.requires_grad_())
 
         def call() -> tuple[Tensor, ...]:
@@ -132,18 +157,15 @@ def _dense(
     return build
 
 
-def _sparsekd(layout: torch.memory_format, backend: str | None = None) -> Callable[[Problem], Run]:
-    """Run our module, on one backend's kernels or on those the dispatcher finds fastest."""
-
+def _sparsekd(layout: torch.memory_format) -> Callable[[Problem], Run]:
     def build(problem: Problem) -> Run:
         layer = sparse_layer(problem)
-        x, grad = (laid_out(tensor, layout) for tensor in (problem.x, problem.grad))
+        x, grad = (problem.maps.get(name, layout) for name in ("x", "grad"))
         x.requires_grad_()
 
         def call() -> tuple[Tensor, ...]:
-            with nullcontext() if backend is None else ops.backend(backend):
-                y = layer(x)
-                return (y, *torch.autograd.grad(y, (x, layer.values), grad))
+            y = layer(x)
+            return (y, *torch.autograd.grad(y, (x, layer.values), grad))
 
         return Run(call, RESULTS, lambda gradient: gradient)
 
@@ -171,12 +193,12 @@ def _foreign(build: Callable[..., rivals.Layer]) -> Callable[[Problem], Run]:
 
     def prepare(problem: Problem) -> Run:
         case = problem.case
-        x = problem.x.clone().requires_grad_()
-        layer = build(problem.weight, x, problem.grad, case.stride, case.padding)
+        x, grad = (problem.maps.get(name, torch.contiguous_format) for name in ("x", "grad"))
+        layer = build(problem.weight, x.requires_grad_(), grad, case.stride, case.padding)
 
         def call() -> tuple[Tensor, ...]:
             y = layer.forward(x)
-            return (y, *torch.autograd.grad(y, (x, layer.values), problem.grad))
+            return (y, *torch.autograd.grad(y, (x, layer.values), grad))
 
         return Run(call, RESULTS, lambda gradient: gradient[layer.order])
 
@@ -243,9 +265,6 @@ LAYER_ARMS = {
             least=_RIVALS,
         ),
         LayerArm("sparsekd", "sparsekd, channels_last", _sparsekd(_LAST), anywhere, True),
-        LayerArm(
-            "sparsekd_kernels", "sparse kernels only", _sparsekd(_LAST, "cpp"), anywhere, True
-        ),
         LayerArm(
             "sparsekd_contiguous", "sparsekd, contiguous", _sparsekd(_CONTIGUOUS), maps_only, True
         ),

@@ -37,7 +37,6 @@ def describe() -> dict[str, Any]:
         "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "default"),
         "threads": torch.get_num_threads(),
         "memory_warm": keep_memory_warm(),
-        "choices": "fresh" if os.environ.get("SPARSEKD_CACHE") == "off" else "kept",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sparsekd": skd.__version__,
@@ -46,6 +45,18 @@ def describe() -> dict[str, Any]:
     }
     text = json.dumps(facts, sort_keys=True).encode()
     return {"id": hashlib.blake2b(text, digest_size=4).hexdigest(), **facts}
+
+
+def keep_choices(folder: Path) -> None:
+    """Keep what the dispatcher measures from now on in a folder of its own.
+
+    So its choices are made on this machine as it is now, not as it was on a busy day, and every
+    process of a run shares them. A SPARSEKD_CACHE that the user has set stays.
+
+    Args:
+        folder: made when the first choice is.
+    """
+    os.environ.setdefault("SPARSEKD_CACHE", str(folder.absolute()))
 
 
 def cpu_name() -> str:

@@ -47,7 +47,8 @@ def pass_arms(name: str) -> dict[str, LayerArm]:
 
 def _dense(problem: Problem, name: str, result: str, layout: torch.memory_format) -> Run:
     case = problem.case
-    x, weight, grad = (laid_out(t, layout) for t in (problem.x, problem.weight, problem.grad))
+    x, grad = (problem.maps.get(name, layout) for name in ("x", "grad"))
+    weight = laid_out(problem.weight, layout)
     stride, padding = [case.stride] * 2, [case.padding] * 2
     call: Callable[[], Tensor]
     if case.kind == "linear":
@@ -73,7 +74,7 @@ def _dense(problem: Problem, name: str, result: str, layout: torch.memory_format
 
 def _sparse(problem: Problem, name: str, result: str, layout: torch.memory_format) -> Run:
     case = problem.case
-    x, grad = (laid_out(t, layout) for t in (problem.x, problem.grad))
+    x, grad = (problem.maps.get(name, layout) for name in ("x", "grad"))
     topology = Topology.from_mask(problem.mask)
     indices = (topology.crow_indices, topology.col_indices)
     values = problem.weight.reshape(-1)[topology.flat_indices()]

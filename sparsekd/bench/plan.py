@@ -36,7 +36,9 @@ _QUICK_LAYERS = (
     LayerCase("linear", 2048, 1000, batch=128),
 )
 _QUICK_BATCH = 32
+_ONCE = ("sparseprop", "sparsekd_contiguous")
 _MAIN = ("dense_contiguous", "dense_channels_last", "sparsekd", "sparsekd_optimized")
+_PASS_ARMS = ("dense_contiguous", "dense_channels_last", "sparsekd_channels_last")
 _Arm = TypeVar("_Arm")
 
 
@@ -115,7 +117,7 @@ class Plan:
 
     def _layers(self, level: str) -> Iterator[Session]:
         layers: Sequence[LayerCase] = (*conv_layers(), *LINEAR_LAYERS)
-        sparsities = self._levels_of_sparsity(SPARSITIES if level == "layer" else _HIGH)
+        sparsities = self._levels_of_sparsity(SPARSITIES)
         if self.quick:
             layers = [
                 replace(case, batch=min(case.batch, self.batch or _QUICK_BATCH))
@@ -127,10 +129,11 @@ class Plan:
         for case in layers:
             if level == "layer":
                 arms = self._chosen(LAYER_ARMS, tuple(LAYER_ARMS))
-                yield LayerRace(case, sparsities, arms, self._turns(5))
+                yield LayerRace(case, sparsities, arms, self._turns(3))
             else:
                 for name in PASSES:
-                    arms = self._chosen(pass_arms(name), tuple(pass_arms(name)))
+                    usual = _PASS_ARMS if case.kind == "conv" else tuple(pass_arms(name))
+                    arms = self._chosen(pass_arms(name), usual)
                     yield LayerRace(case, sparsities, arms, self._turns(5), op=name)
 
     def _steps(self) -> Iterator[Session]:
@@ -138,8 +141,8 @@ class Plan:
             arms = tuple(STEP_ARMS)
             if self.quick:
                 arms = tuple(name for name in arms if name != "dense_compiled")
-            if case.name != "resnet18":  # one network is enough to show a rival that loses
-                arms = tuple(name for name in arms if name != "sparseprop")
+            if case.name != "resnet18":  # one network shows what these do to a step
+                arms = tuple(name for name in arms if name not in _ONCE)
             sparsities: tuple[float, ...] = _FEW if self.quick else SPARSITIES
             if case.name == "resnet50":
                 sparsities = tuple(s for s in sparsities if s in _HIGH)

@@ -20,7 +20,6 @@ from sparsekd.train import Row
 Cell = float | str | None
 LAYER_GEOMEANS = (
     "sparsekd",
-    "sparsekd_kernels",
     "sparsekd_contiguous",
     "sparseprop",
     "torch_csr",

@@ -70,7 +70,8 @@ def step_bytes(model: nn.Module, input_shape: Sequence[int]) -> int:
     ]
     training = model.training
     try:
-        model.eval()(torch.zeros(tuple(input_shape)))
+        device = next(model.parameters()).device
+        model.eval()(torch.zeros(tuple(input_shape), device=device))
     finally:
         model.train(training)
         for handle in handles:
