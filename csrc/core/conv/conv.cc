@@ -109,8 +109,13 @@ void run_plans(const Engine& engine, const GatherPlans& plans, const View4<const
       fill(phase, bias, threads);
       continue;
     }
-    T* ordered = static_cast<T*>(scratch(Scratch::kValues, plan.slot.size() * sizeof(T)));
-    for (size_t k = 0; k < plan.slot.size(); ++k) ordered[k] = values[plan.slot[k]];
+    const int64_t nnz = static_cast<int64_t>(plan.slot.size());
+    T* ordered = static_cast<T*>(scratch(Scratch::kValues, nnz * sizeof(T)));
+    auto order = [&](int part) {
+      for (int64_t k = nnz * part / threads; k < nnz * (part + 1) / threads; ++k)
+        ordered[k] = values[plan.slot[k]];
+    };
+    parallel(nnz > 16384 ? threads : 1, threads, order);
     run_gather(engine, GatherCall<T>{in, phase, &plan, ordered, bias, threads});
   }
 }
