@@ -14,6 +14,7 @@ from sparsekd.dst.set import SET
 from sparsekd.dst.snfs import SNFS
 from sparsekd.dst.srigl import SRigL
 from sparsekd.dst.static import Static
+from sparsekd.dst.topkast import TopKAST
 
 __all__ = [
     "ACDC",
@@ -30,5 +31,6 @@ __all__ = [
     "RigLSM",
     "SRigL",
     "Static",
+    "TopKAST",
     "Updater",
 ]

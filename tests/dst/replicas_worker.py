@@ -43,6 +43,10 @@ def batch(step: int, rank: int, world: int) -> Tensor:
 METHODS: dict[str, Callable[..., dst.Updater]] = {
     "set": lambda m, o: dst.SET(m, o, drop_fraction=0.5, every=2, until=10**6),
     "rigl": lambda m, o: dst.RigL(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "itop": lambda m, o: dst.ITOP(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "mest": lambda m, o: dst.MEST(m, o, sparsity=0.7, extra=0.1, every=2, until=10**6),
+    "srigl": lambda m, o: dst.SRigL(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "rigl-sm": lambda m, o: dst.RigLSM(m, o, drop_fraction=0.5, every=2, until=10**6),
     "rigl-sg": lambda m, o: dst.RigLSG(m, o, drop_fraction=0.5, every=2, until=10**6),
     "snfs": lambda m, o: dst.SNFS(m, o, drop_fraction=0.5, every=2, until=10**6),
     "gmp": lambda m, o: dst.GMP(m, o, sparsity=0.95, every=2, until=20),
@@ -50,9 +54,12 @@ METHODS: dict[str, Callable[..., dst.Updater]] = {
     "acdc": lambda m, o: dst.ACDC(
         m, o, sparsity=0.95, compress=range(2, 40, 4), decompress=range(4, 40, 4)
     ),
+    "topkast": lambda m, o: dst.TopKAST(
+        m, o, sparsity=0.9, backward_sparsity=0.7, every=2, until=10**6
+    ),
 }
-DENSE_AT_FIRST = ("gmp", "granet", "acdc")
-REWIRES = {"set": 100, "rigl": 100, "rigl-sg": 10, "snfs": 10, "gmp": 10, "granet": 10, "acdc": 10}
+DENSE_AT_FIRST = ("gmp", "granet", "acdc", "topkast")
+REWIRES = {name: 100 if name in ("set", "rigl") else 10 for name in METHODS}
 
 
 def train(method: str, steps: int, rank: int, world: int, passes: int = 1) -> dict[str, Any]:
@@ -62,6 +69,7 @@ def train(method: str, steps: int, rank: int, world: int, passes: int = 1) -> di
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     updater = METHODS[method](model, optimizer)
     identities = [id(p) for p in model.parameters()]
+    known = set(identities)
     rewired = 0
     for step in range(steps):
         optimizer.zero_grad()
@@ -71,17 +79,22 @@ def train(method: str, steps: int, rank: int, world: int, passes: int = 1) -> di
             sync = wrapped.no_sync() if world > 1 and not last else torch.enable_grad()
             with sync:
                 (wrapped(x).square().mean() / len(parts)).backward()
-        if updater.step():
-            rewired += 1
-        else:
+        before = versions(model)
+        if not updater.step():
             optimizer.step()
+        rewired += versions(model) != before
     return {
         "masks": {name: module.topology.mask() for name, module in sparse_modules(model)},
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "rewired": rewired,
         "same parameters": identities == [id(p) for p in model.parameters()],
-        "held": [id(p) for g in optimizer.param_groups for p in g["params"]] == identities,
+        "held": [i for g in optimizer.param_groups for p in g["params"] if (i := id(p)) in known]
+        == identities,
     }
+
+
+def versions(model: nn.Module) -> list[int]:
+    return [module.topology.version for _, module in sparse_modules(model)]
 
 
 def many_rewires(rank: int, world: int) -> dict[str, Any]:
