@@ -120,12 +120,17 @@ class Topology:
         """
         if mask.dtype != torch.bool:
             raise TopologyError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-        size = _checked_shape(mask.shape)
+        return cls._at(mask.detach().reshape(-1).nonzero().squeeze(1), mask.shape, version)
+
+    @classmethod
+    def _at(cls, positions: Tensor, shape: Sequence[int], version: int) -> Topology:
+        """Build the topology with nonzeros at ascending positions of the flat weight."""
+        size = _checked_shape(shape)
+        rows, cols = size[0], math.prod(size[1:])
         with torch.inference_mode(False):
-            flat = mask.detach().reshape(size[0], math.prod(size[1:]))
-            crow = torch.zeros(size[0] + 1, dtype=torch.int32, device=mask.device)
-            torch.cumsum(flat.sum(1), 0, dtype=torch.int32, out=crow[1:])
-            col = flat.nonzero()[:, 1].to(torch.int32)
+            starts = torch.arange(rows + 1, device=positions.device) * cols
+            crow = torch.searchsorted(positions, starts, out_int32=True)
+            col = positions.to(torch.int32, copy=True).remainder_(max(cols, 1))
             topology = cls.__new__(cls)
             topology._own(crow, col, size, version)
         return topology
@@ -240,13 +245,15 @@ class Topology:
         """
         if mask.shape != self._shape:
             raise ShapeError(f"mask: expected shape {tuple(self._shape)}, got {tuple(mask.shape)}")
-        new = Topology.from_mask(mask.to(self.device), version=self._version + 1)
-        before, after = self.flat_indices(), new.flat_indices()
-        if self.nnz == 0:
-            source = torch.full_like(after, -1)
-        else:
-            slot = torch.searchsorted(before, after).clamp_(max=self.nnz - 1)
-            source = torch.where(before[slot] == after, slot, -1)
+        if mask.dtype != torch.bool:
+            raise TopologyError(f"mask: expected dtype torch.bool, got {mask.dtype}")
+        flat = mask.detach().to(self.device).reshape(-1)
+        before, after = self.flat_indices(), flat.nonzero().squeeze(1)
+        new = Topology._at(after, self._shape, self._version + 1)
+        # Survivors come in the same order in both.
+        source = torch.full_like(after, -1)
+        survivors = flat[before].nonzero().squeeze(1)
+        source.masked_scatter_(self.mask().view(-1)[after], survivors)
         return new, TopologyDelta(self, new, source)
 
     def to(self, device: torch.device | str) -> Topology:
@@ -365,9 +372,10 @@ class TopologyDelta:
                 f"topology, got {list(tensor.shape)}"
             )
         source = self.source.to(tensor.device)
-        kept = source >= 0
-        carried = tensor.new_full((self.new.nnz,), fill)
-        carried[kept] = tensor[source[kept]]
+        if self.old.nnz == 0:
+            return tensor.new_full((self.new.nnz,), fill)
+        carried = tensor[source.clamp(min=0)]
+        carried[source < 0] = fill
         return carried
 
 

@@ -129,7 +129,11 @@ void test_growth() {
   test_tiles<float>(120);
   test_tiles<double>(60);
   test_tile_limits();
-  test_largest<float>(150, 30, 40);
-  test_largest<float>(20, 200, 700);
-  test_largest<double>(20, 200, 700);
+  for (Isa isa : available_isas()) {
+    set_isa(isa_name(isa));
+    test_largest<float>(100, 30, 40);
+    test_largest<float>(10, 200, 700);
+    test_largest<double>(10, 200, 700);
+  }
+  set_isa("auto");
 }

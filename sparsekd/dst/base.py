@@ -221,11 +221,14 @@ class Updater:
         dropped = scores.smallest(self.drop_score(name), drop)
         kept = scores.without(topology, dropped)
         grown = self.grow(name, kept, grow) if grow else dropped[:0]
-        mask = kept.mask()
-        mask.view(-1)[grown] = True
-        regrown = mask.view(-1)[topology.flat_indices()[dropped]]
+        positions = topology.flat_indices()
+        flat = torch.zeros(topology.numel, dtype=torch.bool, device=topology.device)
+        flat[positions] = True
+        flat[positions[dropped]] = False
+        flat[grown] = True
+        regrown = flat[positions[dropped]]
         self.last_update[name] = LayerUpdate(drop, len(grown), int(regrown.sum()))
-        return mask
+        return flat.view(topology.shape)
 
     def drop_score(self, name: str) -> Tensor:
         """Return one score per weight of layer `name`; the lowest are dropped."""

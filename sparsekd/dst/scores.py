@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparsekd.sparsity import topk_indices
+from sparsekd.ops import growth
 from sparsekd.topology import Topology
 
 
@@ -42,7 +42,11 @@ def smallest(score: Tensor, k: int) -> Tensor:
         >>> smallest(torch.tensor([0.0, 2.0, 0.0, 1.0]), 3).tolist()
         [0, 2, 3]
     """
-    return topk_indices(-score, k)
+    if not 0 <= k <= len(score):
+        raise ValueError(f"k: expected 0 to {len(score)}, got {k}")
+    row = torch.zeros(2, dtype=torch.int32, device=score.device)  # a structure of one empty row
+    blocks = [(0, 0, -score[None])]
+    return growth.largest(blocks, row, row[:0], (1, len(score)), k, magnitude=False)
 
 
 def smallest_overall(scores: Mapping[str, Tensor], k: int) -> dict[str, int]:

@@ -1,3 +1,4 @@
 #define SPARSEKD_ENGINE avx2
 #define SPARSEKD_VECTOR_BYTES 32
 #include "core/grow/outer.inl"
+#include "core/grow/scan.inl"

@@ -8,12 +8,31 @@
 #include <string>
 
 #include "core/error.h"
+#include "core/grow/scan.h"
 #include "core/parallel.h"
 
 namespace sparsekd {
 namespace {
 
-constexpr int64_t kBlock = 16;  // scores turned away together
+const ScanEngine& engine() {
+  switch (current_isa()) {
+#define SPARSEKD_CASE(name, isa) \
+  case Isa::isa:                 \
+    return scan_##name;
+    SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
+#undef SPARSEKD_CASE
+    default:
+      return scan_generic;
+  }
+}
+const ScanKernels<float>& kernels(float) { return engine().f32; }
+const ScanKernels<double>& kernels(double) { return engine().f64; }
+
+template <class T>
+struct Candidate {
+  T score;
+  int32_t position;
+};
 
 template <class T>
 bool better(const Candidate<T>& a, const Candidate<T>& b) {
@@ -33,18 +52,14 @@ bool offer_row(const T* values, const Structure& kept, int64_t row, int64_t begi
   for (int64_t from = begin; from < end; from += kChunk) {
     const int64_t count = std::min(kChunk, end - from);
     const T* value = values + (from - begin);
-    int64_t nan = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      score[i] = magnitude ? std::fabs(value[i]) : value[i];
-      nan += score[i] != score[i];
-    }
+    int64_t nan = kernels(T()).prepare(value, count, magnitude, score);
     for (; col < last && *col < from + count; ++col) {
       T& taken = score[*col - from];
       nan -= taken != taken;
       taken = std::numeric_limits<T>::quiet_NaN();
     }
     if (nan) return false;
-    best.offer(score, count, row * kept.cols + from);
+    best.offer(score, count, static_cast<int32_t>(row * kept.cols + from));
   }
   return true;
 }
@@ -52,64 +67,57 @@ bool offer_row(const T* values, const Structure& kept, int64_t row, int64_t begi
 }  // namespace
 
 template <class T>
-void BestK<T>::offer(const T* score, int64_t count, int64_t position) {
+void BestK<T>::offer(const T* score, int64_t count, int32_t first) {
   make_room(count);
-  const T bar = has_bar_ ? bar_ : -std::numeric_limits<T>::infinity();
-  Candidate<T>* kept = kept_.data();
-  int64_t size = size_;
-  for (int64_t from = 0; from < count; from += kBlock) {
-    const int64_t to = std::min(from + kBlock, count);
-    int any = 0;
-    for (int64_t i = from; i < to; ++i) any |= score[i] >= bar;
-    if (!any) continue;
-    for (int64_t i = from; i < to; ++i) {  // written always, counted when good enough: no branch to predict
-      kept[size] = {score[i], static_cast<int32_t>(position + i)};
-      size += score[i] >= bar;
-    }
-  }
-  size_ = size;
+  size_ += kernels(T()).collect(score, nullptr, first, count, bar_, scores_.data() + size_,
+                                positions_.data() + size_);
 }
 
 template <class T>
 void BestK<T>::offer(const BestK& other) {
   make_room(other.size_);
-  std::copy(other.begin(), other.end(), kept_.begin() + size_);
-  size_ += other.size_;
+  size_ += kernels(T()).collect(other.scores_.data(), other.positions_.data(), 0, other.size_, bar_,
+                                scores_.data() + size_, positions_.data() + size_);
 }
 
-// One entry more than asked for, for what is written but not counted.
 template <class T>
 void BestK<T>::make_room(int64_t count) {
   const int64_t full = k_ + std::max<int64_t>(k_ / 2, 4096);
   if (size_ + count > full && size_ > k_ && !raise_bar()) settle();
-  if (size_ + count >= static_cast<int64_t>(kept_.size()))
-    kept_.resize(size_ + count + std::max(count, size_ / 2) + 1);
+  const int64_t needed = size_ + count + kScanSlack;
+  if (needed <= static_cast<int64_t>(scores_.size())) return;
+  scores_.resize(needed + size_ / 2);
+  positions_.resize(needed + size_ / 2);
 }
 
-// Drops most of what is not among the k best, in linear time: a sorted sample tells a bar that somewhat more
-// than k candidates should reach. False, and nothing done, when fewer do.
+// About the score that `rank` of the candidates reach, from a sample of them.
+template <class T>
+T BestK<T>::sampled(double rank) const {
+  constexpr int64_t kSample = 512;
+  T sample[kSample];
+  for (int64_t i = 0; i < kSample; ++i) sample[i] = scores_[i * size_ / kSample];
+  T* const at = sample + std::clamp<int64_t>(std::lround(rank / size_ * kSample), 0, kSample - 1);
+  std::nth_element(sample, at, sample + kSample, [](T a, T b) { return a > b; });
+  return *at;
+}
+
+// Three standard deviations of a sampled rank near k.
+double margin(int64_t k, int64_t size) {
+  const double share = static_cast<double>(k) / size;
+  return 3 * std::sqrt(share * (1 - share) / 512) * size + size / 512.0;
+}
+
+// Drops most of what is not among the k best, in linear time. False, and nothing done, where the sample
+// misleads or too many are equal.
 template <class T>
 bool BestK<T>::raise_bar() {
-  constexpr int64_t kSample = 512;
-  if (size_ <= 4 * kSample) return false;
-  Candidate<T> sample[kSample];
-  for (int64_t i = 0; i < kSample; ++i) sample[i] = kept_[i * size_ / kSample];
-  std::sort(sample, sample + kSample, better<T>);
-  const double share = static_cast<double>(k_) / size_;
-  const double margin = 3 * std::sqrt(kSample * share * (1 - share)) + 1;
-  const Candidate<T> bar = sample[std::min<int64_t>(kSample - 1, std::lround(kSample * share + margin))];
+  const T bar = sampled(k_ + margin(k_, size_));
   int64_t reach = 0;
-  for (int64_t i = 0; i < size_; ++i) reach += !better(bar, kept_[i]);
-  if (reach < k_ || reach > size_ - kSample) return false;
-  int64_t to = 0;
-  for (int64_t i = 0; i < size_; ++i) {
-    const Candidate<T> candidate = kept_[i];
-    kept_[to] = candidate;
-    to += !better(bar, candidate);
-  }
-  size_ = reach;
-  bar_ = bar.score;
-  has_bar_ = true;
+  for (int64_t i = 0; i < size_; ++i) reach += scores_[i] >= bar;
+  if (reach < k_ || reach > size_ - size_ / 16) return false;
+  bar_ = bar;
+  size_ = kernels(T()).collect(scores_.data(), positions_.data(), 0, size_, bar, scores_.data(),
+                               positions_.data());
   return true;
 }
 
@@ -117,10 +125,28 @@ template <class T>
 void BestK<T>::settle() {
   if (size_ <= k_) return;
   raise_bar();
-  if (k_ > 0 && size_ > k_) {
-    std::nth_element(kept_.begin(), kept_.begin() + (k_ - 1), kept_.begin() + size_, better<T>);
-    bar_ = kept_[k_ - 1].score;
-    has_bar_ = true;
+  // Only those near the k-th have to be compared with each other.
+  const T safe = sampled(k_ - margin(k_, size_));
+  int64_t chosen = 0;
+  for (int64_t i = 0; i < size_; ++i) chosen += scores_[i] > safe;
+  const T sure = chosen <= k_ ? safe : std::numeric_limits<T>::infinity();
+  std::vector<Candidate<T>> close;
+  chosen = 0;
+  for (int64_t i = 0; i < size_; ++i) {
+    if (!(scores_[i] > sure)) {
+      close.push_back({scores_[i], positions_[i]});
+      continue;
+    }
+    scores_[chosen] = scores_[i];
+    positions_[chosen++] = positions_[i];
+  }
+  if (chosen < k_) {
+    std::nth_element(close.begin(), close.begin() + (k_ - chosen - 1), close.end(), better<T>);
+    bar_ = std::max(bar_, close[k_ - chosen - 1].score);
+  }
+  for (int64_t i = 0; chosen < k_; ++i, ++chosen) {
+    scores_[chosen] = close[i].score;
+    positions_[chosen] = close[i].position;
   }
   size_ = k_;
 }
@@ -163,7 +189,7 @@ std::vector<int64_t> LargestK<T>::positions() const {
   all.settle();
   // A bit for each position sorts them faster than comparisons do.
   std::vector<uint64_t> chosen(kept_->rows * kept_->cols / 64 + 1);
-  for (const Candidate<T>& c : all) chosen[c.position / 64] |= uint64_t{1} << c.position % 64;
+  for (const int32_t position : all) chosen[position / 64] |= uint64_t{1} << position % 64;
   std::vector<int64_t> positions;
   positions.reserve(all.end() - all.begin());
   for (size_t word = 0; word < chosen.size(); ++word)

@@ -2,6 +2,7 @@
 // 3).
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -9,35 +10,29 @@
 
 namespace sparsekd {
 
-// A position of the flat weight and its score. Better is the larger score, then the lower position.
-template <class T>
-struct Candidate {
-  T score;
-  int32_t position;
-};
-
-// Keeps at least the k best of a stream. Once more than that have come, a bar that k of them reach turns most
-// of what follows away with one comparison.
+// Keeps at least the k best of a stream: the larger scores, among equals the lower positions. Once more than
+// that have come, a bar that k of them reach turns away most of what follows.
 template <class T>
 class BestK {
  public:
   explicit BestK(int64_t k) : k_(k) {}
   // Scores of `count` consecutive positions; NaN is never taken.
-  void offer(const T* score, int64_t count, int64_t position);
+  void offer(const T* score, int64_t count, int32_t first);
   void offer(const BestK& other);
   // Leaves exactly the k best, or all where there are fewer.
   void settle();
-  const Candidate<T>* begin() const { return kept_.data(); }
-  const Candidate<T>* end() const { return kept_.data() + size_; }
+  const int32_t* begin() const { return positions_.data(); }
+  const int32_t* end() const { return positions_.data() + size_; }
 
  private:
   void make_room(int64_t count);
   bool raise_bar();
+  T sampled(double rank) const;
 
   int64_t k_, size_ = 0;
-  std::vector<Candidate<T>> kept_;  // its first size_ entries
-  T bar_;
-  bool has_bar_ = false;
+  std::vector<T> scores_;  // their first size_ entries
+  std::vector<int32_t> positions_;
+  T bar_ = -std::numeric_limits<T>::infinity();
 };
 
 // Merges scores that come as rectangles of the weight, in any order, into the k best outside `kept`.
