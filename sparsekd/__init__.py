@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sparsekd import data, dst, errors, flops, functional, models, nn, ops, optim, sparsity, tickets
 from sparsekd.memory import keep_memory_warm
-from sparsekd.nn import densify, sparsify
+from sparsekd.nn import densify, optimize, sparsify
 from sparsekd.ops import backend
 from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
@@ -33,6 +33,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "optimize",
     "sparsify",
     "sparsity",
     "tickets",

@@ -15,6 +15,7 @@ namespace sparsekd {
 void bind_densify(py::module_& m);
 void bind_growth(py::module_& m);
 void bind_peak(py::module_& m);
+void bind_norm(py::module_& m);
 
 namespace {
 
@@ -183,6 +184,7 @@ PYBIND11_MODULE(_C, m) {
   });
   bind_densify(m);
   bind_growth(m);
+  bind_norm(m);
   m.def("info", &info);
   m.def("set_isa", &set_isa);
   bind_peak(m);

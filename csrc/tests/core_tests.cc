@@ -24,6 +24,7 @@ void test_densify();
 void test_growth();
 void test_linear();
 void test_peak();
+void test_norm();
 
 namespace {
 
@@ -221,6 +222,7 @@ int main() {
   test_geometry();
   test_densify();
   test_peak();
+  test_norm();
   test_convolution<float>(150);
   test_convolution<double>(80);
   test_linear();

@@ -7,6 +7,7 @@ from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.convert import densify, sparsify
 from sparsekd.nn.linear import SparseLinear
+from sparsekd.nn.optimize import optimize
 from sparsekd.nn.parallel import keep_indices_local
 from sparsekd.sparsity import Survey, survey
 
@@ -18,6 +19,7 @@ __all__ = [
     "densify",
     "init",
     "keep_indices_local",
+    "optimize",
     "sparse_modules",
     "sparsify",
     "survey",

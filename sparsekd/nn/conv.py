@@ -11,6 +11,7 @@ from sparsekd import ops
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.functional import PADDING_MODES, pad_input, resolve_padding
 from sparsekd.nn.base import SparseModule, copy_dense_, dense_mask, initial_mask
+from sparsekd.ops.layout import memory_format_of
 
 _Size = int | Sequence[int]
 
@@ -59,6 +60,10 @@ class SparseConv2d(SparseModule):
         (torch.Size([2, 128, 8, 8]), 7373)
     """
 
+    channels_last = False
+    """Whether the result is in channels_last also where the input is not, as a dense convolution's
+    is when its weight is."""
+
     def __init__(
         self,
         in_channels: int,
@@ -103,6 +108,8 @@ class SparseConv2d(SparseModule):
         """Return the convolution of `x` with the weight, plus the bias."""
         if x.ndim == 3:
             return self.forward(x[None])[0]
+        if self.channels_last and x.stride(1) != 1:
+            x = x.clone(memory_format=torch.channels_last)
         sides = self._sides
         if self.padding_mode != "zeros":
             x, sides = pad_input(x, sides, self.padding_mode), [0, 0, 0, 0]
@@ -162,6 +169,7 @@ class SparseConv2d(SparseModule):
             device=dense.weight.device,
             dtype=dense.weight.dtype,
         )
+        sparse.channels_last = memory_format_of(dense.weight) is torch.channels_last
         return copy_dense_(sparse, dense)
 
     def to_dense(self) -> nn.Conv2d:
@@ -184,7 +192,10 @@ class SparseConv2d(SparseModule):
             self.padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
-        return self._fill_dense(dense)
+        dense = self._fill_dense(dense)
+        if self.channels_last:
+            dense.weight.data = dense.weight.data.clone(memory_format=torch.channels_last)
+        return dense
 
     def extra_repr(self) -> str:
         parts = [

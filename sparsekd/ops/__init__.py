@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsekd.ops.backends import backend, info
+from sparsekd.ops.norm import batch_moments, norm_act, norm_act_backward
 from sparsekd.ops.register import (
     conv2d,
     conv2d_dgrad,
@@ -15,6 +16,7 @@ from sparsekd.ops.register import (
 
 __all__ = [
     "backend",
+    "batch_moments",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
@@ -23,4 +25,6 @@ __all__ = [
     "linear",
     "linear_dgrad",
     "linear_wgrad",
+    "norm_act",
+    "norm_act_backward",
 ]

@@ -119,6 +119,56 @@ def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> list[int]:
     return [k]
 
 
+def batch_moments(x: Tensor) -> list[int]:
+    if x.ndim != 4:
+        raise ShapeError(f"x: expected shape [N, C, H, W], got {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedError(f"x: expected float32 or float64, got {x.dtype}")
+    return [x.shape[1]]
+
+
+def norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *_: object,
+) -> list[int]:
+    channels = batch_moments(x)
+    _like("residual", residual, x)
+    if residual is not None:
+        _shape("residual", residual, x.shape)
+    for name, vector in {"weight": weight, "bias": bias, "mean": mean, "var": var}.items():
+        _like(name, vector, x)
+        if vector is not None:
+            _shape(name, vector, channels)
+    return list(x.shape)
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    frozen: bool,
+    param_grads: bool,
+) -> list[int]:
+    if y is not None and not relu:
+        raise ShapeError("y: expected None without a ReLU, it is only its mask")
+    if not (frozen or param_grads):
+        raise ShapeError("param_grads: expected True for a norm that is not frozen, got False")
+    _like("grad", grad, x)
+    _shape("grad", grad, x.shape)
+    return norm_act(x, y, weight, bias, mean, var)
+
+
 def conv2d_shape(
     input_shape: Ints, weight_shape: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> list[int]:

@@ -220,3 +220,65 @@ def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
     best = LargestK(crow, col, rows, cols, k, score.dtype)
     best.offer(score.reshape(rows, cols), 0, 0, magnitude=False)
     return best.positions()
+
+
+def _maps(x: Tensor, layout: torch.memory_format) -> np.ndarray:
+    return x.detach().contiguous(memory_format=layout).numpy()
+
+
+def _optional_maps(x: Tensor | None, layout: torch.memory_format) -> np.ndarray | None:
+    return None if x is None else _maps(x, layout)
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    maps = _maps(x, memory_format_of(x))
+    _C.norm_moments(maps, mean.numpy(), var.numpy(), torch.get_num_threads())
+    return mean, var
+
+
+def norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    frozen: bool,
+) -> Tensor:
+    layout = memory_format_of(x)
+    y = _empty(list(x.shape), x, layout)
+    _C.norm_forward(
+        _maps(x, layout), _optional_maps(residual, layout), _optional(weight), _optional(bias),
+        _vector(mean), _vector(var), eps, relu, y.numpy(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    frozen: bool,
+    param_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = memory_format_of(x)
+    shape = list(x.shape)
+    dx = _empty(shape, x, layout)
+    dresidual = x.new_empty(0) if y is None else _empty(shape, x, layout)
+    dweight, dbias = (x.new_empty(x.shape[1] if param_grads else 0) for _ in range(2))
+    _C.norm_backward(
+        _maps(grad, layout), _maps(x, layout), _optional_maps(y, layout), _optional(weight),
+        _optional(bias), _vector(mean), _vector(var), eps, relu, frozen, dx.numpy(),
+        None if y is None else dresidual.numpy(), dweight.numpy() if param_grads else None,
+        dbias.numpy() if param_grads else None, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dresidual, dweight, dbias

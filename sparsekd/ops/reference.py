@@ -20,6 +20,8 @@ from sparsekd.ops.layout import memory_format_of, rows_cols
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
 
+_PER_CHANNEL = (0, 2, 3)
+
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -208,6 +210,71 @@ def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
     best = LargestK(crow, col, rows, cols, k, score.dtype)
     best.offer(score.reshape(rows, cols), 0, 0, magnitude=False)
     return best.positions()
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x, _PER_CHANNEL, correction=0)
+    return mean, var
+
+
+def norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    frozen: bool,
+) -> Tensor:
+    y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    if residual is not None:
+        y = y + residual
+    return (y.relu() if relu else y).contiguous(memory_format=memory_format_of(x))
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    frozen: bool,
+    param_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, the residual (empty without y), weight and bias.
+
+    Differentiable itself, in every tensor but `y`, `mean` and `var`.
+    """
+
+    def over_maps(vector: Tensor) -> Tensor:
+        return vector[:, None, None]
+
+    if not frozen:
+        mean, var = batch_moments(x)
+    rstd = over_maps((var + eps).rsqrt())
+    normal = (x - over_maps(mean)) * rstd
+    scaled = normal if weight is None else normal * over_maps(weight)
+    if relu:
+        out = y if y is not None else scaled if bias is None else scaled + over_maps(bias)
+        grad = grad.masked_fill(out.detach() <= 0, 0)
+    upper = grad if weight is None else grad * over_maps(weight)
+    dx = upper
+    if not frozen:
+        along = (upper * normal).mean(_PER_CHANNEL, keepdim=True)
+        dx = dx - upper.mean(_PER_CHANNEL, keepdim=True) - normal * along
+    dx = (dx * rstd).contiguous(memory_format=memory_format_of(x))
+    return (
+        dx,
+        x.new_empty(0) if y is None else grad.contiguous(memory_format=memory_format_of(x)),
+        (grad * normal).sum(_PER_CHANNEL) if param_grads else x.new_empty(0),
+        grad.sum(_PER_CHANNEL) if param_grads else x.new_empty(0),
+    )
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:

@@ -19,14 +19,15 @@ from sparsekd.ops.backends import choose
 from sparsekd.ops.layout import memory_format_of
 from sparsekd.ops.schemas import SCHEMAS
 
-_library = torch.library.Library("sparsekd", "DEF")
+library = torch.library.Library("sparsekd", "DEF")
 _MAPS = ("conv2d", "conv2d_dgrad")
 
 
-def _kernel(name: str) -> Callable[..., Tensor]:
+def kernel(name: str) -> Callable[..., Any]:
+    """Return the function that checks a call, shows it to the listeners and runs it."""
     check = getattr(checks, name)
 
-    def run(*args: Any) -> Tensor:
+    def run(*args: Any) -> Any:
         check(*args)
         if observe.listeners:
             observe.tell(name, args)
@@ -48,9 +49,9 @@ def _fake(name: str) -> Callable[..., Tensor]:
 
 
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparsekd::{_name}", _fake(_name), lib=_library)
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(_name, kernel(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsekd::{_name}", _fake(_name), lib=library)
 
 _ops = torch.ops.sparsekd
 conv2d = _ops.conv2d.default
@@ -166,7 +167,7 @@ def _linear_wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
     return dgrad, dx, None, None, None
 
 
-def _register_autograd(
+def register_autograd(
     op: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]
 ) -> None:
     """Do what torch.library.register_autograd does, without its reading the schema on every call.
@@ -174,40 +175,40 @@ def _register_autograd(
     That reading took longer than a whole small layer.
     """
 
-    def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+    def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     class Node(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Tensor:
+        def forward(ctx: Any, *args: Any) -> Any:
             *inputs, keyset = args  # last, so that needs_input_grad counts as the op does
             result = below(keyset, *inputs)
             setup(ctx, inputs, result)
             return result
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            return *backward(ctx, grad), None
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            return *backward(ctx, *grads), None
 
     Node.__name__ = Node.__qualname__ = f"Sparsekd_{op._opname}"
 
-    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
             return Node.apply(*args, keyset)
         return below(keyset, *args)
 
-    _library.impl(op._opname, run, "Autograd", with_keyset=True)
+    library.impl(op._opname, run, "Autograd", with_keyset=True)
 
 
-_register_autograd(conv2d, _conv2d_backward, _conv2d_setup)
-_register_autograd(conv2d_dgrad, _conv2d_dgrad_backward, _conv2d_dgrad_setup)
-_register_autograd(conv2d_wgrad, _conv2d_wgrad_backward, _conv2d_wgrad_setup)
-_register_autograd(linear, _linear_backward, _linear_setup)
-_register_autograd(linear_dgrad, _linear_dgrad_backward, _linear_dgrad_setup)
-_register_autograd(linear_wgrad, _linear_wgrad_backward, _linear_wgrad_setup)
+register_autograd(conv2d, _conv2d_backward, _conv2d_setup)
+register_autograd(conv2d_dgrad, _conv2d_dgrad_backward, _conv2d_dgrad_setup)
+register_autograd(conv2d_wgrad, _conv2d_wgrad_backward, _conv2d_wgrad_setup)
+register_autograd(linear, _linear_backward, _linear_setup)
+register_autograd(linear_dgrad, _linear_dgrad_backward, _linear_dgrad_setup)
+register_autograd(linear_wgrad, _linear_wgrad_backward, _linear_wgrad_setup)
 
 
 # -- autocast: the factors and the bias take the autocast dtype; kernels accumulate in float32 ----
@@ -231,8 +232,8 @@ def _autocast(op: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
 
 
 for _device in ("cpu", "cuda"):
-    _library.impl("conv2d", _autocast(conv2d, _device), f"Autocast{_device.upper()}")
-    _library.impl("linear", _autocast(linear, _device), f"Autocast{_device.upper()}")
+    library.impl("conv2d", _autocast(conv2d, _device), f"Autocast{_device.upper()}")
+    library.impl("linear", _autocast(linear, _device), f"Autocast{_device.upper()}")
 
 
 # -- FLOPs: one multiplication and one addition per nonzero and position --------------------------

@@ -22,3 +22,16 @@ SCHEMAS = {
     "linear_wgrad": f"(Tensor grad, Tensor x, {_STRUCTURE}, int[2] weight_shape) -> Tensor",
     "grow_topk": f"(Tensor score, {_STRUCTURE}, SymInt k) -> Tensor",
 }
+
+# BatchNorm with the residual and the ReLU behind it, see `sparsekd.ops.norm`. Unless `frozen`, mean
+# and var are the moments of x, and the gradient of x goes through them.
+_NORM = "Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, bool relu, bool frozen"
+
+NORM_SCHEMAS = {
+    "batch_moments": "(Tensor x) -> (Tensor, Tensor)",
+    "norm_act": f"(Tensor x, Tensor? residual, {_NORM}) -> Tensor",
+    "norm_act_backward": (
+        f"(Tensor grad, Tensor x, Tensor? y, {_NORM}, bool param_grads) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}

@@ -34,13 +34,6 @@ struct Engine {
   void (*wgrad_f64)(const WgradCall<double>&);
 };
 
-// One line for each instruction set that engine.inl is compiled for; dispatch and tests read this table.
-#if defined(__x86_64__)
-#define SPARSEKD_FOR_EACH_ENGINE(X) X(generic, kGeneric) X(avx2, kAvx2) X(avx512, kAvx512)
-#else
-#define SPARSEKD_FOR_EACH_ENGINE(X) X(generic, kGeneric)
-#endif
-
 #define SPARSEKD_DECLARE(name, isa) extern const Engine engine_##name;
 SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_DECLARE)
 #undef SPARSEKD_DECLARE

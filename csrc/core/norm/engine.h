@@ -1,0 +1,77 @@
+// What an instruction set must provide: each of the four passes over one slot's share of the maps.
+#pragma once
+#include "core/cpu.h"
+#include "core/norm/norm.h"
+
+namespace sparsekd {
+
+// The passes walk rows. In channels_last a row is a few pixels with all their channels, enough for a dozen
+// vectors however few the channels are; the last row may be short. Otherwise it is one plane. A column is
+// what has coefficients and sums of its own: column c of a row belongs to channel c % channels.
+inline int64_t elements(const Maps& m) { return m.images * m.channels * m.pixels; }
+inline int64_t columns(const Maps& m) {
+  constexpr int64_t kWide = 256;
+  return m.channels_last && m.channels < kWide ? kWide / m.channels * m.channels : m.channels;
+}
+inline int64_t row_width(const Maps& m) { return m.channels_last ? columns(m) : m.pixels; }
+inline int64_t rows(const Maps& m) { return (elements(m) + row_width(m) - 1) / row_width(m); }
+
+struct Range {
+  int64_t begin, end;  // rows
+};
+
+// Moments of one slot, [columns] each; a column without elements in the range has count 0.
+struct Moments {
+  double *count, *mean, *squares;  // squares: sum of squared deviations from the mean
+};
+
+// `stream` writes past the caches, for maps that would not stay in them.
+
+// y = act((x - mean) * scale + shift + residual); coefficients are [columns]
+template <class T>
+struct ApplyPass {
+  const T *x, *residual, *mean, *scale, *shift;
+  bool relu, stream;
+  T* y;
+};
+
+// Where the gradient of a ReLU comes from.
+enum class Mask { kNone, kRecomputed, kStored };
+
+// sum += dz, dot += dz * (x - mean), where dz is grad behind the mask; a stored mask also writes dz.
+template <class T>
+struct ReducePass {
+  const T *grad, *x, *y, *mean, *scale, *shift;
+  Mask mask;
+  bool stream;
+  T* dz;
+  double *sum, *dot;  // [columns]
+};
+
+// dx = scale * dz + slope * (x - mean) + offset; the mask is never a stored one.
+template <class T>
+struct SpreadPass {
+  const T *grad, *x, *mean, *scale, *shift, *slope, *offset;
+  Mask mask;
+  bool stream;
+  T* dx;
+};
+
+template <class T>
+struct NormKernels {
+  void (*moments)(const Maps&, Range, const T* x, const Moments&);
+  void (*apply)(const Maps&, Range, const ApplyPass<T>&);
+  void (*reduce)(const Maps&, Range, const ReducePass<T>&);
+  void (*spread)(const Maps&, Range, const SpreadPass<T>&);
+};
+
+struct NormEngine {
+  NormKernels<float> f32;
+  NormKernels<double> f64;
+};
+
+#define SPARSEKD_DECLARE(name, isa) extern const NormEngine norm_engine_##name;
+SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_DECLARE)
+#undef SPARSEKD_DECLARE
+
+}  // namespace sparsekd

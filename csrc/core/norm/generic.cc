@@ -1,0 +1,3 @@
+#define SPARSEKD_ENGINE generic
+#define SPARSEKD_VECTOR_BYTES 16
+#include "core/norm/engine.inl"
