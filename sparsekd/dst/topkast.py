@@ -13,7 +13,7 @@ from sparsekd.dst import replicas, scores
 from sparsekd.dst.base import Updater
 from sparsekd.dst.schedules import Periodic, check_fraction
 from sparsekd.ops import observe
-from sparsekd.sparsity import Constant, target_nnz, topk_mask
+from sparsekd.sparsity import Constant, allocate, topk_mask
 from sparsekd.topology import Topology
 
 Pair = tuple[Tensor, Tensor]
@@ -34,8 +34,10 @@ class TopKAST(Updater):
     Args:
         model: holds sparse modules; those with trained values are rewired at once.
         optimizer: holds their values; it must not have stepped yet.
-        sparsity: of A, in each layer.
-        backward_sparsity: of B, in each layer; at most `sparsity`.
+        sparsity: of A, over all layers.
+        backward_sparsity: of B; at most `sparsity`.
+        distribution: how both are shared between layers, as in `sparsify`; the paper's is
+            "uniform".
         every: iterations from one choice to the next.
         until: the first iteration that chooses no more, and trains A alone.
         penalty: weight of the penalty.
@@ -43,6 +45,7 @@ class TopKAST(Updater):
 
     Raises:
         ValueError: an argument is out of range, or `model` has no sparse module.
+        UnsupportedError: `distribution` is not known.
         OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
 
     Source: Top-KAST: Top-K Always Sparse Training (arXiv 2106.03517), section 2.
@@ -64,6 +67,7 @@ class TopKAST(Updater):
         *,
         sparsity: float,
         backward_sparsity: float,
+        distribution: str = "uniform",
         every: int = 100,
         until: int,
         penalty: float = 1e-4,
@@ -74,10 +78,14 @@ class TopKAST(Updater):
             raise ValueError(
                 f"backward_sparsity: expected at most sparsity={sparsity}, got {backward_sparsity}"
             )
-        self.sparsity, self.backward_sparsity = sparsity, backward_sparsity
-        self.penalty, self.until = penalty, until
+        self.sparsity, self.penalty, self.until = sparsity, penalty, until
         schedule = Periodic(Constant(0.0), every, until)
         super().__init__(model, optimizer, schedule=schedule, seed=seed, skip_sgd_on_update=False)
+        shapes = {name: module.topology.shape for name, module in self.layers().items()}
+        inner = allocate(shapes, sparsity, distribution)
+        outer = allocate(shapes, backward_sparsity, distribution)
+        # one weight a layer may be rounded the other way round
+        self._sizes = {name: (inner[name], max(inner[name], outer[name])) for name in shapes}
         self.resting: dict[str, Tensor] = {}
         self.extra: dict[str, nn.Parameter] = {}
         self._outer: dict[str, Topology] = {}  # where the extra weights are
@@ -112,7 +120,7 @@ class TopKAST(Updater):
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
         """Return the mask of A for every layer: its largest weights, those at rest included."""
-        return {name: self._largest(name, self.sparsity) for name in self.layers()}
+        return {name: self._largest(name, inner) for name, (inner, _) in self._sizes.items()}
 
     def weights(self, name: str) -> Tensor:
         """Return all weights of layer `name`, in training or at rest, in the weight's shape."""
@@ -156,14 +164,13 @@ class TopKAST(Updater):
             extra.data = state["extra"][name].to(extra.device, extra.dtype, copy=True)
             self._place(name, state["outer"][name])
 
-    def _largest(self, name: str, sparsity: float) -> Tensor:
-        weights = self.weights(name)
-        return topk_mask(scores.magnitude(weights), target_nnz(weights.numel(), sparsity))
+    def _largest(self, name: str, nnz: int) -> Tensor:
+        return topk_mask(scores.magnitude(self.weights(name)), nnz)
 
     def _rewire(self, name: str, mask: Tensor) -> bool:
         """Move values, gradients and optimizer state of both parameters to the new A and B."""
         module, extra = self.modules[name], self.extra[name]
-        outer = self._largest(name, self.backward_sparsity) & ~mask
+        outer = self._largest(name, self._sizes[name][1]) & ~mask
         self.resting[name] = self.weights(name)
         old = (module.topology.flat_indices(), self._outer[name].flat_indices())
         new = (mask.view(-1).nonzero().squeeze(1), outer.view(-1).nonzero().squeeze(1))

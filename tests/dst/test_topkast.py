@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekd.dst import TopKAST
 from sparsekd.nn import densify, sparse_modules
-from sparsekd.sparsity import topk_mask
+from sparsekd.sparsity import allocate, topk_mask
 
 OPTIONS = {"sparsity": 0.7, "backward_sparsity": 0.4, "every": 3, "until": 14, "penalty": 1e-2}
 
@@ -105,6 +105,16 @@ def test_sets_are_nested_exact_and_what_is_outside_rests(make_dense_network, tra
             assert not (inner & outer).any()
             asleep = ~(inner | outer)
             assert torch.equal(dst.weights(name)[asleep], rest[name][asleep])
+
+
+def test_a_distribution_shares_both_sets_between_layers(make_dense_network, train):
+    model = make_dense_network()
+    dst = topkast(model, distribution="erk")
+    shapes = {name: tuple(m.topology.shape) for name, m in sparse_modules(model)}
+    train(dst, 4)
+    sizes = {name: (m.topology.nnz, len(dst.extra[name])) for name, m in dst.modules.items()}
+    inner, outer = allocate(shapes, 0.7, "erk"), allocate(shapes, 0.4, "erk")
+    assert sizes == {name: (inner[name], outer[name] - inner[name]) for name in shapes}
 
 
 def test_a_gradient_of_the_input_alone_does_not_count(make_dense_network):
