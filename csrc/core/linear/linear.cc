@@ -28,14 +28,15 @@ void run_sddmm(const LinearEngine& e, const SddmmCall<double>& call) { e.sddmm_f
 enum class Plan : int64_t { kLinearRows = 100, kLinearTranspose };
 std::vector<int64_t> plan_key(Plan plan, int64_t block) { return {static_cast<int64_t>(plan), block}; }
 
-std::shared_ptr<const Blocks> rows_plan(const Structure& s, int64_t block) {
-  return s.plan<Blocks>(plan_key(Plan::kLinearRows, block), [&] { return row_blocks(s, block); });
-}
-
-// The inputs of a block come from L1 or close to it; longer lists hide more of what a list costs.
-int64_t spmm_block(const Structure& s, bool transposed) {
+// Inputs to a block: they come from L1 or close to it, but longer lists hide more of what a list costs.
+int64_t block_size(const Structure& s, bool transposed) {
   constexpr int64_t kShortestList = 64;
   return block_columns(s, transposed, 2 * cache_sizes().l1d, kWideBytes, kShortestList);
+}
+
+std::shared_ptr<const Blocks> rows_plan(const Structure& s) {
+  const int64_t block = block_size(s, false);
+  return s.plan<Blocks>(plan_key(Plan::kLinearRows, block), [&] { return row_blocks(s, block); });
 }
 
 // A call too small to be worth waking other threads runs on one.
@@ -78,7 +79,7 @@ void linear_fprop(const Structure& s, View2<const T> x, const T* values, const T
   if (y.rows == 0 || y.cols == 0) return;
   const LinearEngine* const engine = find_engine(current_isa());
   if (!engine) return scalar::linear_fprop(s, x, values, bias, y);
-  const auto blocks = rows_plan(s, spmm_block(s, false));
+  const auto blocks = rows_plan(s);
   run_spmm(*engine, SpmmCall<T>{x, y, blocks.get(), values, bias, useful_threads(x.rows, s.nnz, threads)});
 }
 
@@ -87,7 +88,7 @@ void linear_dgrad(const Structure& s, View2<const T> grad, const T* values, View
   if (dx.rows == 0 || dx.cols == 0) return;
   const LinearEngine* const engine = find_engine(current_isa());
   if (!engine) return scalar::linear_dgrad(s, grad, values, dx);
-  const int64_t block = spmm_block(s, true);
+  const int64_t block = block_size(s, true);
   const auto plan =
       s.plan<Transpose>(plan_key(Plan::kLinearTranspose, block), [&] { return transpose(s, block); });
   threads = useful_threads(grad.rows, s.nnz, threads);
@@ -107,7 +108,7 @@ void linear_wgrad(const Structure& s, View2<const T> grad, View2<const T> x, T* 
   if (x.rows == 0) return std::fill(dvalues, dvalues + s.nnz, T(0));
   const LinearEngine* const engine = find_engine(current_isa());
   if (!engine) return scalar::linear_wgrad(s, grad, x, dvalues);
-  const auto blocks = rows_plan(s, block_columns(s, false, cache_sizes().l2 / 2, kWideBytes, 24));
+  const auto blocks = rows_plan(s);
   run_sddmm(*engine, SddmmCall<T>{grad, x, blocks.get(), dvalues, useful_threads(x.rows, s.nnz, threads)});
 }
 
