@@ -72,6 +72,17 @@ def test_wide_layers(backend: str, batch: int, features: tuple[int, int]) -> Non
         assert_layer_matches_dense(case)
 
 
+@pytest.mark.parametrize("features", [(5, 65536), (65536, 5)])
+def test_results_larger_than_a_cache(features: tuple[int, int]) -> None:
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    torch.set_num_threads(2)
+    case = dataclasses.replace(
+        CASE, in_features=features[0], out_features=features[1], batch=(70,), density=0.4
+    )
+    with skd.backend("cpp"), poisoned_memory():
+        assert_layer_matches_dense(case)
+
+
 @pytest.mark.parametrize("batch", [1, 6, 100, 200])
 def test_results_do_not_depend_on_the_number_of_threads(batch: int) -> None:
     pytest.importorskip("sparsekd._C", reason="the compiled module is not built")

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #endif
 
+#include "core/cpu.h"
 #include "core/linear/engine.h"
 #include "core/parallel.h"
 

@@ -61,8 +61,51 @@ void pack(const View2<const T>& m, int64_t first, int64_t begin, int64_t end, T*
       tile[c * L + i] = i < rows ? from[i * m.stride_row + c * m.stride_col] : T(0);
 }
 
-// Writes columns [begin, end), packed in `tile` from its start, to the rows from `first` on that exist.
-template <class T, int L>
+// Whether to write a result past the caches: too large to survive there, and in whole lines. This spares
+// reading each line before it is overwritten.
+template <class T>
+bool streams([[maybe_unused]] const View2<T>& m) {
+#if defined(__AVX2__)
+  return sizeof(T) == sizeof(float) && m.stride_col == 1 && m.stride_row % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(m.data) % 64 == 0 &&
+         m.rows > cache_sizes().l3 / 2 / static_cast<int64_t>(sizeof(T)) / max64(1, m.cols);
+#else
+  return false;
+#endif
+}
+
+// Streamed stores are not ordered with the ones that tell another thread that the result is there.
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// dst[i * dst_stride + j] = src[j * src_stride + i] for i < 8, j < 16: eight cache lines, each at once.
+template <class T, bool Stream>
+inline void transpose_lines(const T* src, int64_t src_stride, T* dst, int64_t dst_stride) {
+#if defined(__AVX2__)
+  if constexpr (Stream && sizeof(T) == 4) {
+    __m256 low[8], high[8];
+    for (int j = 0; j < 8; ++j) low[j] = _mm256_loadu_ps(src + j * src_stride);
+    for (int j = 0; j < 8; ++j) high[j] = _mm256_loadu_ps(src + (8 + j) * src_stride);
+    transpose8(low);
+    transpose8(high);
+    for (int i = 0; i < 8; ++i) {
+      _mm256_stream_ps(dst + i * dst_stride, low[i]);
+      _mm256_stream_ps(dst + i * dst_stride + 8, high[i]);
+    }
+    return;
+  }
+#endif
+  transpose_block(src, src_stride, dst, dst_stride);
+  transpose_block(src + 8 * src_stride, src_stride, dst + 8, dst_stride);
+}
+
+// Writes columns [begin, end), packed in `tile` from its start, to the rows from `first` on that exist. Runs
+// of many columns matter where rows lie a power of two apart: few lines of one cache set are under way at
+// once.
+template <class T, int L, bool Stream>
 void unpack(const T* tile, const View2<T>& m, int64_t first, int64_t begin, int64_t end) {
   T* to = m.data + first * m.stride_row + begin * m.stride_col;
   const int64_t rows = min64(L, m.rows - first), cols = end - begin;
@@ -73,11 +116,12 @@ void unpack(const T* tile, const View2<T>& m, int64_t first, int64_t begin, int6
   int64_t row = 0;
   if (m.stride_col == 1)
     for (; row + 8 <= rows; row += 8) {
+      T* const lines = to + row * m.stride_row;
       int64_t c = 0;
-      for (; c + 8 <= cols; c += 8)
-        transpose_block(tile + c * L + row, L, to + row * m.stride_row + c, m.stride_row);
+      for (; c + 16 <= cols; c += 16)
+        transpose_lines<T, Stream>(tile + c * L + row, L, lines + c, m.stride_row);
       for (; c < cols; ++c)
-        for (int i = 0; i < 8; ++i) to[(row + i) * m.stride_row + c] = tile[c * L + row + i];
+        for (int i = 0; i < 8; ++i) lines[i * m.stride_row + c] = tile[c * L + row + i];
     }
   for (int64_t c = 0; c < cols && row < rows; ++c)
     for (int64_t i = row; i < rows; ++i) to[i * m.stride_row + c * m.stride_col] = tile[c * L + i];

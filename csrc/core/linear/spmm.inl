@@ -39,11 +39,12 @@ inline void add_row(const T* x, const int32_t* col, const T* value, int64_t coun
 template <class T, int Bytes>
 void spmm_tile(const SpmmCall<T>& call, int64_t first, int64_t begin, int64_t end, const T* x) {
   constexpr int L = Bytes / static_cast<int>(sizeof(T));
-  constexpr int64_t kTogether = 16;  // outputs written at once: whole cache lines of a contiguous result
+  constexpr int64_t kTogether = 256;  // outputs written at once, see unpack
   const Blocks& blocks = *call.blocks;
   // With one block the sums of a few outputs are finished and gone before the next begin.
-  const int64_t held = blocks.count > 1 ? end - begin : kTogether;
+  const int64_t held = blocks.count > 1 ? end - begin : min64(kTogether, end - begin);
   T* const sums = static_cast<T*>(scratch(Scratch::kTile, held * Bytes));
+  const bool stream = begin % 16 == 0 && streams(call.out);
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int32_t *from = blocks.begin(b), *to = blocks.end(b);
     for (int64_t r0 = begin; r0 < end; r0 += kTogether) {
@@ -55,9 +56,14 @@ void spmm_tile(const SpmmCall<T>& call, int64_t first, int64_t begin, int64_t en
         add_row<T, Bytes>(x, blocks.col + from[r], call.values + from[r], to[r] - from[r],
                           b == 0 ? &start : nullptr, row);
       }
-      if (b + 1 == blocks.count) unpack<T, L>(group, call.out, first, r0, r1);
+      if (b + 1 < blocks.count) continue;
+      if (stream)
+        unpack<T, L, true>(group, call.out, first, r0, r1);
+      else
+        unpack<T, L, false>(group, call.out, first, r0, r1);
     }
   }
+  if (stream) finish_streams();
 }
 
 template <class T>
