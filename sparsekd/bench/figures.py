@@ -16,7 +16,6 @@ from sparsekd.bench.results import Results, fit
 from sparsekd.bench.steps import STEP_ARMS
 from sparsekd.bench.tables import (
     LAYER_GEOMEANS,
-    OURS,
     best_steps,
     layer_cases,
     percent,
@@ -104,7 +103,11 @@ def speedup_models(results: Results) -> Figure | None:
             line = _plot_speedups(axes, results, "step", case, arm.name, **style)
             if line is not None:
                 shown.setdefault(arm.label, line)
-        for name, dashes in (("dense_compiled", "--"), ("dense_bf16", ":")):
+        for name, dashes in (
+            ("dense_compiled", "--"),
+            ("dense_bf16", ":"),
+            ("dense_optimized", "-."),
+        ):
             speedup = results.speedup(results.find("step", case, "step", name))
             if speedup is not None:
                 line = axes.axhline(speedup, color="#666666", linestyle=dashes)
@@ -217,7 +220,7 @@ def time_and_density(results: Results) -> Figure | None:
     )
     drawn = 0
     for number, case in enumerate(results.cases("step")):
-        for arm in reversed(OURS):
+        for arm in ("sparsekd_optimized", "sparsekd"):
             rows = [r for r in results.rows("step", arm=arm, case=case) if r["ms"] is not None]
             dense = results.dense_ms(rows[0]) if rows else None
             points = [(1 - row["sparsity"], row["ms"] / (dense or 1)) for row in rows]
@@ -227,7 +230,7 @@ def time_and_density(results: Results) -> Figure | None:
             style: dict[str, Any] = {"color": COLORS[number % len(COLORS)]}
             label = f"{case}: {line.intercept:.3f} + {line.slope:.2f} density, R² {line.r2:.3f}"
             axes.plot(*zip(*points, strict=True), MARKERS[number % len(MARKERS)], **style)
-            ends = [0.0, max(density for density, _ in points)]
+            ends = [0.0, min(0.2, max(density for density, _ in points))]
             axes.plot(ends, [line.intercept + line.slope * x for x in ends], label=label, **style)
             drawn += 1
             break

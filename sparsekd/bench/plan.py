@@ -36,7 +36,12 @@ _QUICK_LAYERS = (
     LayerCase("linear", 2048, 1000, batch=128),
 )
 _QUICK_BATCH = 32
-_ONCE = ("sparseprop", "sparsekd_contiguous")
+_ONCE = (
+    "dense_optimized",
+    "sparseprop",
+    "sparsekd_contiguous",
+    "sparsekd_optimized_contiguous",
+)
 _MAIN = ("dense_contiguous", "dense_channels_last", "sparsekd", "sparsekd_optimized")
 _PASS_ARMS = ("dense_contiguous", "dense_channels_last", "sparsekd_channels_last")
 _Arm = TypeVar("_Arm")

@@ -109,15 +109,19 @@ class Results:
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Line | None:
-    """Fit a line through (density, ms) by least squares.
+    """Fit a line through (density, time) by least squares.
+
+    Densities above a fifth do not count: there the dispatcher runs some layers dense, at a time
+    that no longer depends on density.
 
     Returns:
         The line, None with fewer than three points.
 
     Example:
-        >>> fit([(0.1, 2.0), (0.2, 3.0), (0.4, 5.0)]).intercept
+        >>> fit([(0.05, 1.5), (0.1, 2.0), (0.2, 3.0), (0.5, 4.0)]).intercept
         1.0
     """
+    points = [point for point in points if point[0] <= 0.2 + 1e-9]
     if len(points) < 3:
         return None
     x, y = zip(*points, strict=True)

@@ -131,17 +131,26 @@ def _run(model: nn.Module, x: Tensor, y: Tensor) -> StepRun:
     return StepRun(training_step(model, _OBJECTIVE), model, x, y)
 
 
+def _dense_model(contest: Contest) -> nn.Module:
+    return densify(copy.deepcopy(contest.model))
+
+
 def _dense_contiguous(contest: Contest) -> StepRun:
-    return _run(densify(copy.deepcopy(contest.model)), contest.x, contest.y)
+    return _run(_dense_model(contest), contest.x, contest.y)
 
 
 def _channels_last(contest: Contest) -> tuple[nn.Module, Tensor]:
-    model = to_channels_last(densify(copy.deepcopy(contest.model)))
-    return model, contest.x.to(memory_format=torch.channels_last)
+    x = contest.x.to(memory_format=torch.channels_last)
+    return to_channels_last(_dense_model(contest)), x
 
 
 def _dense_channels_last(contest: Contest) -> StepRun:
     return _run(*_channels_last(contest), contest.y)
+
+
+def _dense_optimized(contest: Contest) -> StepRun:
+    model, x = _channels_last(contest)
+    return _run(_optimize(model), x, contest.y)
 
 
 def _dense_compiled(contest: Contest) -> StepRun:
@@ -173,21 +182,16 @@ def _sparseprop(contest: Contest) -> StepRun:
     return _run(model, contest.x, contest.y)
 
 
-def _sparsekd(contest: Contest) -> StepRun:
-    return _run(
-        copy.deepcopy(contest.model),
-        contest.x.to(memory_format=torch.channels_last),
-        contest.y,
-    )
+def _sparsekd(
+    layout: torch.memory_format, *, optimized: bool = False
+) -> Callable[[Contest], StepRun]:
+    def build(contest: Contest) -> StepRun:
+        model = copy.deepcopy(contest.model)
+        if optimized:
+            model = _optimize(model)
+        return _run(model, contest.x.contiguous(memory_format=layout), contest.y)
 
-
-def _sparsekd_contiguous(contest: Contest) -> StepRun:
-    return _run(copy.deepcopy(contest.model), contest.x, contest.y)
-
-
-def _sparsekd_optimized(contest: Contest) -> StepRun:
-    model = _optimize(copy.deepcopy(contest.model))
-    return _run(model, contest.x.to(memory_format=torch.channels_last), contest.y)
+    return build
 
 
 def _compiler_missing() -> str | None:
@@ -204,6 +208,7 @@ def _here() -> str | None:
     return None
 
 
+_LAST, _CONTIGUOUS = torch.channels_last, torch.contiguous_format
 STEP_ARMS = {
     arm.name: arm
     for arm in (
@@ -220,13 +225,21 @@ STEP_ARMS = {
             False,
             torch.bfloat16,
         ),
+        StepArm("dense_optimized", "dense, optimize()", _dense_optimized, _optimize_missing, False),
         StepArm("sparseprop", "SparseProp", _sparseprop, rivals.sparseprop_absent, True, least=0.8),
-        StepArm("sparsekd", "sparsekd, channels_last", _sparsekd, _here, True),
-        StepArm("sparsekd_contiguous", "sparsekd, contiguous", _sparsekd_contiguous, _here, True),
+        StepArm("sparsekd", "sparsekd, channels_last", _sparsekd(_LAST), _here, True),
+        StepArm("sparsekd_contiguous", "sparsekd, contiguous", _sparsekd(_CONTIGUOUS), _here, True),
         StepArm(
             "sparsekd_optimized",
             "sparsekd, optimize()",
-            _sparsekd_optimized,
+            _sparsekd(_LAST, optimized=True),
+            _optimize_missing,
+            True,
+        ),
+        StepArm(
+            "sparsekd_optimized_contiguous",
+            "sparsekd, optimize(), contiguous images",
+            _sparsekd(_CONTIGUOUS, optimized=True),
             _optimize_missing,
             True,
         ),
