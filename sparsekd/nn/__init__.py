@@ -6,8 +6,8 @@ from sparsekd.nn import init
 from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.convert import densify, sparsify
+from sparsekd.nn.fuse import optimize, unfuse
 from sparsekd.nn.linear import SparseLinear
-from sparsekd.nn.optimize import optimize
 from sparsekd.nn.parallel import keep_indices_local
 from sparsekd.sparsity import Survey, survey
 
@@ -23,4 +23,5 @@ __all__ = [
     "sparse_modules",
     "sparsify",
     "survey",
+    "unfuse",
 ]

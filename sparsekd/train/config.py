@@ -35,6 +35,7 @@ class Training:
         augment: apply the data set's standard augmentation.
         channels_last: keep images and dense weights in channels_last, the faster layout of most
             dense convolutions on CPUs.
+        optimize: run BatchNorm, residual and ReLU as one op, see `sparsekd.optimize`.
 
     Raises:
         ValueError: a value is out of range.
@@ -60,6 +61,7 @@ class Training:
     label_smoothing: float = 0.0
     augment: bool = True
     channels_last: bool = True
+    optimize: bool = True
 
     def __post_init__(self) -> None:
         _require("epochs", self.epochs >= 1, "at least 1", self.epochs)

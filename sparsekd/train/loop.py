@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sparsekd.data import Split
 from sparsekd.errors import CheckpointError
+from sparsekd.nn import optimize
 from sparsekd.train.checkpoint import load_training, save_training
 from sparsekd.train.config import Training
 from sparsekd.train.interrupt import Interrupted, StopRequest
@@ -166,7 +167,7 @@ class Trainer:
     goes on from it, to the very numbers of an uninterrupted run with the same thread count.
 
     Args:
-        model: trained in place; its 4-D parameters take the memory format of the configuration.
+        model: trained in place; optimized and in channels_last as the configuration says.
         data: the training split.
         config: hyper-parameters.
         seed: of data order, augmentation and dropout.
@@ -211,7 +212,9 @@ class Trainer:
     ) -> None:
         if not 0 <= start_epoch <= config.epochs:
             raise ValueError(f"start_epoch: expected 0 to {config.epochs}, got {start_epoch}")
-        self.model = to_channels_last(model) if config.channels_last else model
+        self.model = optimize(model, channels_last=False) if config.optimize else model
+        if config.channels_last:
+            to_channels_last(model)
         self.data = data
         self.config = config
         self.seed = seed

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparsekd.nn import densify, sparse_modules
+from sparsekd.nn import densify, sparse_modules, unfuse
 from sparsekd.train.loop import Objective, to_channels_last
 
 
@@ -68,7 +68,7 @@ def time_step(
         >>> x, y = torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.long)
         >>> times = time_step(model, x, y, CrossEntropy(), rounds=1)
     """
-    dense = densify(copy.deepcopy(model))
+    dense = unfuse(densify(copy.deepcopy(model)))  # plain torch is what to compare with
     x_last = x.to(memory_format=torch.channels_last)
     entries = {
         "contiguous": (dense, x),

@@ -263,6 +263,13 @@ def test_names_parameters_and_state_stay() -> None:
     assert isinstance(model.layer1[0], skd.models.resnet.BasicBlock)
 
 
+def test_unfuse_takes_it_back(x: Tensor) -> None:
+    fast, plain = twins(lambda: Torchvision(True))
+    assert type(skd.nn.unfuse(fast)) is Torchvision
+    assert count(copy.deepcopy(fast), x) == (0, 3, 2)
+    assert_equal_steps(fast, plain, x)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_stay_optimized(how: str) -> None:
     torch.manual_seed(0)

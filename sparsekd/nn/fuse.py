@@ -11,7 +11,7 @@ from sparsekd.ops.layout import memory_format_of
 
 
 @torch.no_grad()
-def optimize(model: nn.Module) -> nn.Module:
+def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     """Prepare a model for fast steps on the CPU, in place, without changing what it computes.
 
     Every nn.BatchNorm2d runs as one op with the residual addition and the ReLU that follow it in
@@ -25,6 +25,7 @@ def optimize(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module, sparse or dense.
+        channels_last: False leaves the layout of the convolutions as it is.
 
     Returns:
         The model.
@@ -37,10 +38,30 @@ def optimize(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         _fuse(module)
+        if not channels_last:
+            continue
         if isinstance(module, SparseConv2d):
             module.channels_last = True
         elif isinstance(module, nn.Conv2d) and not nn.parameter.is_lazy(module.weight):
             _to_channels_last(module.weight)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Take back the fusion of `optimize`, in place; the layout stays.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The model, running the methods that were written for it.
+
+    Example:
+        >>> import sparsekd as skd
+        >>> model = unfuse(skd.optimize(skd.models.resnet20()))
+    """
+    for module in model.modules():
+        module.__class__ = plain_class(module)
     return model
 
 
