@@ -15,7 +15,7 @@ inline void add_sums(const Vec<T>* sum, T* out) {
   }
 }
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && SPARSEKD_VECTOR_BYTES == 32)
+#if defined(__AVX2__)
 // Eight horizontal sums at once cost about as much as one done lane by lane.
 template <int Count>
 inline void add_sums_avx2(const Vec<float>* sum, float* out) {
@@ -26,9 +26,13 @@ inline void add_sums_avx2(const Vec<float>* sum, float* out) {
       s[u] = _mm256_setzero_ps();
       continue;
     }
-#if SPARSEKD_VECTOR_BYTES == 64
+#if SPARSEKD_VECTOR_BYTES == 64 && defined(__AVX512F__)
     const __m512 v = (__m512)sum[u];
     s[u] = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#elif SPARSEKD_VECTOR_BYTES == 64
+    __m256 half[2];
+    std::memcpy(half, &sum[u], sizeof(half));
+    s[u] = _mm256_add_ps(half[0], half[1]);
 #else
     s[u] = (__m256)sum[u];
 #endif
