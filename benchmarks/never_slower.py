@@ -1,0 +1,179 @@
+"""Is a training step ever slower than dense? And could other choices have made it faster?
+
+For each network and sparsity: whole training steps (forward, loss, backward, SGD with momentum),
+sparse against dense in both layouts, interleaved in one process on the same threads with the same
+allocator setting. The first convolution and the last linear layer stay dense. With --regret,
+instead, every pass of every layer is timed both ways on the operands of a real step, and what the
+measured choices take is compared with what the best ones would. One JSON line per network and
+sparsity goes to --out; lines that are there already are not measured again. --help lists the
+options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sparsekd as skd
+from sparsekd.ops import cpp, dense, dispatch, observe
+from sparsekd.ops.choices import surroundings
+from sparsekd.train import to_channels_last
+
+MODELS = ("resnet20", "resnet18", "resnet50", "wrn22_2", "vgg16_bn")
+PASSES = (
+    *(f"conv2d{p}" for p in ("", "_dgrad", "_wgrad")),
+    *(f"linear{p}" for p in ("", "_dgrad", "_wgrad")),
+)
+
+
+class Passes:
+    """Listen to the passes of a step; with `rounds`, time each both ways."""
+
+    def __init__(self, rounds: int = 0) -> None:
+        self.rounds = rounds
+        self.chosen: list[str] = []
+        self.times: list[dict[str, float]] = []
+
+    def saw(self, op: str, args: tuple[Any, ...]) -> None:
+        """Note which backend is chosen for a call, and what each takes."""
+        if op not in PASSES:
+            return
+        self.chosen.append(dispatch.choose(op, args)[0].backend)
+        if self.rounds:
+            arms = {"cpp": getattr(cpp, op), "dense": getattr(dense, op)}
+            times = interleaved({n: lambda f=f: f(*args) for n, f in arms.items()}, self.rounds)
+            self.times.append({name: statistics.median(taken) for name, taken in times.items()})
+
+
+def interleaved(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return every arm's times in milliseconds, taken in turn; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        for name, run in arms.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                times[name].append(round((time.perf_counter() - start) * 1e3, 3))
+    return times
+
+
+def listened(step: Callable[[], None], rounds: int = 0) -> Passes:
+    """Run a step and return what its passes were."""
+    passes = Passes(rounds)
+    observe.listeners.add(passes)
+    step()
+    observe.listeners.discard(passes)
+    return passes
+
+
+def sparse_model(name: str, sparsity: float) -> nn.Module:
+    """Build a network with uniform sparsity behind its first and before its last layer."""
+    torch.manual_seed(0)
+    model = skd.models.build(name, num_classes=10)
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return skd.sparsify(
+        model, sparsity=sparsity, distribution="uniform", skip=(layers[0], layers[-1])
+    )
+
+
+def training_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    """Return a call that trains the model on one batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def compare(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """Time steps of a sparse model and of its dense twins."""
+    x_last = x.to(memory_format=torch.channels_last)
+    twin = skd.densify(copy.deepcopy(model))
+    arms = {
+        "dense_contiguous": training_step(twin, x, y),
+        "dense_channels_last": training_step(to_channels_last(copy.deepcopy(twin)), x_last, y),
+        "sparse": training_step(model, x_last, y),
+    }
+    chosen = listened(arms["sparse"]).chosen  # where nothing is known yet, this measures
+    times = interleaved(arms, rounds)
+    median = {name: statistics.median(taken) for name, taken in times.items()}
+    best = min(("dense_contiguous", "dense_channels_last"), key=median.__getitem__)
+    ratios = sorted(s / d for s, d in zip(times["sparse"], times[best], strict=True))
+    return {
+        "ms": {name: round(value, 2) for name, value in median.items()},
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_spread": [round(ratios[0], 4), round(ratios[-1], 4)],
+        "dense_share": round(chosen.count("dense") / len(chosen), 3),
+        "rounds": rounds,
+    }
+
+
+def regret(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """Compare the measured choices with the best ones, pass by pass."""
+    step = training_step(model, x.to(memory_format=torch.channels_last), y)
+    step()
+    passes = listened(step, rounds)
+    taken = sum(t[name] for t, name in zip(passes.times, passes.chosen, strict=True))
+    best = sum(min(t.values()) for t in passes.times)
+    return {
+        "passes": len(passes.times),
+        "chosen_ms": round(taken, 2),
+        "best_ms": round(best, 2),
+        "all_sparse_ms": round(sum(t["cpp"] for t in passes.times), 2),
+        "all_dense_ms": round(sum(t["dense"] for t in passes.times), 2),
+        "regret": round(taken / best - 1, 4),
+        "dense_share": round(passes.chosen.count("dense") / len(passes.chosen), 3),
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    """Measure and print one line per network and sparsity."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--sparsity", default="0,0.5,0.7,0.8,0.9,0.95,0.98")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--regret", action="store_true", help="time every pass both ways")
+    parser.add_argument("--out", type=Path, help="JSONL file to append to and go on from")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    skd.keep_memory_warm()
+    done = set()
+    if options.out and options.out.exists():
+        rows = map(json.loads, options.out.read_text().splitlines())
+        done = {(row["what"], row["model"], row["sparsity"], row["batch"]) for row in rows}
+    what = "regret" if options.regret else "step"
+    for name in options.models.split(","):
+        for sparsity in map(float, options.sparsity.split(",")):
+            if (what, name, sparsity, options.batch) in done:
+                continue
+            torch.manual_seed(1)
+            x = torch.randn(options.batch, 3, 32, 32)
+            y = torch.randint(0, 10, (options.batch,))
+            measure = regret if options.regret else compare
+            row = {"what": what, "model": name, "sparsity": sparsity, "batch": options.batch}
+            row |= measure(sparse_model(name, sparsity), x, y, options.rounds)
+            row |= {"threads": options.threads, "machine": surroundings()}
+            print({key: row[key] for key in row if key not in ("machine", "what")}, flush=True)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
