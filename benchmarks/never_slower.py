@@ -47,7 +47,7 @@ class Passes:
         """Note which backend is chosen for a call, and what each takes."""
         if op not in PASSES:
             return
-        self.chosen.append(dispatch.choose(op, args)[0].backend)
+        self.chosen.append(dispatch.choose(op, args).backend)
         if self.rounds:
             arms = {"cpp": getattr(cpp, op), "dense": getattr(dense, op)}
             times = interleaved({n: lambda f=f: f(*args) for n, f in arms.items()}, self.rounds)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from sparsekd import data, dst, errors, flops, functional, models, nn, ops, optim, sparsity, tickets
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, optimize, sparsify
-from sparsekd.ops import backend
+from sparsekd.ops import backend, explain
 from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
 
@@ -25,6 +25,7 @@ __all__ = [
     "densify",
     "dst",
     "errors",
+    "explain",
     "flops",
     "functional",
     "kd_loss",

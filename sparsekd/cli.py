@@ -15,9 +15,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparsekd import ops
+from sparsekd import models, ops
 from sparsekd.errors import SparsekdError
 from sparsekd.memory import keep_memory_warm
+from sparsekd.nn import sparsify
 from sparsekd.recipes import RECIPES, Experiment, Recipe, RunFolder, get, load_data, override
 from sparsekd.recipes.report import figures, read_rows, table
 from sparsekd.train import Interrupted, MetricsLog, ProgressReporter, StopRequest
@@ -215,6 +216,28 @@ def bench(
 
 def _words(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+@app.command()
+def explain(
+    network: Annotated[str, typer.Argument(help="A network, as resnet18.")],
+    sparsity: Annotated[float, typer.Option(help="Of the whole network.")] = 0.9,
+    distribution: Annotated[str, typer.Option(help="uniform, er or erk.")] = "uniform",
+    batch: Annotated[int, typer.Option(help="Images per step.")] = 128,
+    input_shape: Annotated[
+        str, typer.Option("--input", help="Channels, height and width.")
+    ] = "3,32,32",
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+) -> None:
+    """Time each pass of each sparse layer both ways; show what runs, and when dense would win."""
+    with _one_line_errors(ValueError, SparsekdError):
+        image = tuple(map(int, input_shape.split(",")))
+        if threads is not None:
+            torch.set_num_threads(threads)
+        keep_memory_warm()
+        model = models.build(network, num_classes=10, in_channels=image[0])
+        sparsify(model, sparsity=sparsity, distribution=distribution)
+        _console().print(ops.explain(model, (batch, *image)))
 
 
 @app.command()

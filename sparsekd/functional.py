@@ -221,7 +221,7 @@ def pad_input(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
 
 def _linear(topology: Topology, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     shape = [topology.rows, topology.cols]
-    return ops.linear(x, values, topology.crow_indices, topology.col_indices, bias, shape)
+    return ops.call_linear(x, values, topology.crow_indices, topology.col_indices, bias, shape)
 
 
 def _conv2d(
@@ -239,7 +239,7 @@ def _conv2d(
         x, padding = pad_input(x, padding, padding_mode), [0, 0, 0, 0]
     crow, col = topology.crow_indices, topology.col_indices
     shape = list(topology.shape)
-    return ops.conv2d(x, values, crow, col, bias, shape, stride, padding, dilation, groups)
+    return ops.call_conv2d(x, values, crow, col, bias, shape, stride, padding, dilation, groups)
 
 
 def _pair(name: str, value: int | Sequence[int]) -> list[int]:

@@ -113,7 +113,7 @@ class SparseConv2d(SparseModule):
         sides = self._sides
         if self.padding_mode != "zeros":
             x, sides = pad_input(x, sides, self.padding_mode), [0, 0, 0, 0]
-        return ops.conv2d(
+        return ops.call_conv2d(
             x,
             self.values,
             self.crow_indices,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from sparsekd.ops.backends import backend, info
+from sparsekd.ops.explain import explain
 from sparsekd.ops.norm import batch_moments, norm_act, norm_act_backward
 from sparsekd.ops.register import (
+    call_conv2d,
+    call_linear,
     conv2d,
     conv2d_dgrad,
     conv2d_wgrad,
@@ -17,9 +20,12 @@ from sparsekd.ops.register import (
 __all__ = [
     "backend",
     "batch_moments",
+    "call_conv2d",
+    "call_linear",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "explain",
     "grow_topk",
     "info",
     "linear",

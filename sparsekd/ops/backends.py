@@ -61,25 +61,33 @@ BACKENDS = {
 }
 
 _override: str | None = None
+# os.environ.get raises and catches a KeyError inside; too slow for every call of an op.
+_environment = getattr(os.environ, "_data", os.environ)
+_KEY = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "_data") else VARIABLE
 
 
 @cache
 def _load(name: str) -> tuple[Any, str]:
     """Return the backend's module, or None and the reason why it cannot run here."""
-    module = BACKENDS[name].module
-    if module is None:
+    path = BACKENDS[name].module
+    if path is None:
         return None, "not part of this build"
     try:
-        return importlib.import_module(module), ""
+        return importlib.import_module(path), ""
     except ImportError as error:
         return None, str(error)
+
+
+def module(name: str) -> Any:
+    """Return the functions of a backend that can run here."""
+    return _load(_get(name).name)[0]
 
 
 def _get(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    module, reason = _load(name)
-    if module is None:
+    loaded, reason = _load(name)
+    if loaded is None:
         raise BackendError(
             f"backend {name!r} cannot run here ({reason}): {BACKENDS[name].how_to_get}"
         )
@@ -88,7 +96,9 @@ def _get(name: str) -> Backend:
 
 def forced() -> str | None:
     """Return the backend asked for by `backend(...)` or SPARSEKD_BACKEND, None for automatic."""
-    return _override or os.environ.get(VARIABLE) or None
+    if _override is not None or _KEY not in _environment:
+        return _override
+    return os.environ[VARIABLE] or None
 
 
 @contextmanager
@@ -120,11 +130,28 @@ def backend(name: str) -> Iterator[None]:
         _override = before
 
 
-def choose(op: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
+def choose(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """Return the function that runs `op` on tensors like `x`."""
-    name = forced()
-    if name is None:
-        name = _automatic(x.device.type)
+    backend = _backend_for(x)
+    own = module(backend.name)
+    if backend.extends is not None and not hasattr(own, op):
+        return getattr(module(backend.extends), op)
+    return getattr(own, op)
+
+
+def choose_measured(op: str, args: tuple[Any, ...]) -> Any:
+    """Return the module whose function of this name runs a product on operands like these.
+
+    Args:
+        op: one of `dispatch.OPS`.
+        args: those of its schema.
+    """
+    chosen = module(_backend_for(args[0]).name)
+    return module(chosen.choose(op, args).backend) if hasattr(chosen, "choose") else chosen
+
+
+def _backend_for(x: torch.Tensor) -> Backend:
+    name = forced() or _automatic(x.device.type)
     chosen = _get(name)
     if chosen.device is not None and x.device.type != chosen.device:
         raise BackendError(
@@ -133,24 +160,15 @@ def choose(op: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
     if not x.is_floating_point() or (chosen.dtypes is not None and x.dtype not in chosen.dtypes):
         supported = "floating dtypes" if chosen.dtypes is None else chosen.dtypes
         raise UnsupportedError(f"backend {name!r} supports {supported}, got {x.dtype}")
-    return _function(name, op)
-
-
-def _function(name: str, op: str) -> Callable[..., torch.Tensor]:
-    found = getattr(_load(name)[0], op, None)
-    if found is None:
-        extended = BACKENDS[name].extends
-        assert extended is not None, f"backend {name!r} has no {op!r}"
-        return _function(extended, op)
-    return found
+    return chosen
 
 
 @cache
 def _automatic(device: str) -> str:
     if device != "cpu":
         raise BackendError(f"no backend for device {device!r}: {_NO_GPU_KERNELS}")
-    module, reason = _load("cpp")
-    if module is not None:
+    loaded, reason = _load("cpp")
+    if loaded is not None:
         return "auto"
     warnings.warn(
         f"sparsekd runs on the slow reference backend, its compiled module is missing ({reason}): "
@@ -176,9 +194,9 @@ def info() -> dict[str, Any]:
     """
     table = {}
     for name, entry in BACKENDS.items():
-        module, reason = _load(name)
-        detail = "" if module is not None else f"{reason}: {entry.how_to_get}"
-        table[name] = {"available": module is not None, "detail": detail}
+        loaded, reason = _load(name)
+        detail = "" if loaded is not None else f"{reason}: {entry.how_to_get}"
+        table[name] = {"available": loaded is not None, "detail": detail}
     compiled = _load("cpp")[0]
     return {
         "torch": torch.__version__,

@@ -6,6 +6,7 @@ Kernels and fakes run the same check, so a traced model fails where an eager one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,6 +168,12 @@ def norm_act_backward(
     _like("grad", grad, x)
     _shape("grad", grad, x.shape)
     return norm_act(x, y, weight, bias, mean, var)
+
+
+def geometry(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return weight_shape and, for a convolution, stride, padding, dilation and groups."""
+    one_more = op in ("conv2d", "linear", "conv2d_dgrad")  # a bias, or the shape of the input
+    return args[5:] if one_more else args[4:]
 
 
 def conv2d_shape(

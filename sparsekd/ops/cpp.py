@@ -40,6 +40,11 @@ def read_bandwidth(bytes_each: int, threads: int, seconds: float) -> float:
     return _C.read_bandwidth(bytes_each, threads, seconds)
 
 
+def forget(crow: Tensor, col: Tensor) -> None:
+    """Drop the plans that the kernels have made for a structure; they are made anew when needed."""
+    _C.release(crow.numpy(), col.numpy())
+
+
 def _array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach()
     return (tensor.float() if tensor.dtype in _HALF else tensor).numpy()

@@ -6,9 +6,9 @@ weight without zeros is a view of `values`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +17,41 @@ from torch import Tensor
 import sparsekd._C as _C
 from sparsekd.ops.layout import memory_format_of, rows_cols
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _BELOW_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-
-
-def _as_dtyped(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compute in the dtype of the operands: a backward pass inside autocast must not lower it."""
-
-    @wraps(op)
-    def run(*args: object) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
-            return op(*args)
-
-    return run
+_NONE = [0, 0]
 
 
 @cache
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     """Return `dtype` where oneDNN computes it with float32 sums, else the dtype to convert to."""
-    if dtype == torch.bfloat16:
-        return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    if dtype == torch.float16:
-        return dtype if torch.ops.mkldnn._is_mkldnn_fp16_supported() else torch.float32
-    return dtype
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return torch.float32 if dtype in native and not native[dtype]() else dtype
 
 
-def _array(tensor: Tensor):
+def _widening(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compute a dtype that oneDNN does not have in float32, and round once."""
+
+    @wraps(op)
+    def run(first: Tensor, *args: object) -> Tensor:
+        dtype = _computed_in(first.dtype)
+        if dtype == first.dtype:
+            return op(first, *args)
+        wide = [
+            arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+            for arg in args
+        ]
+        return op(first.to(dtype), *wide).to(first.dtype)
+
+    return run
+
+
+def _array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach()
     return (tensor.view(torch.int16) if tensor.itemsize == 2 else tensor).numpy()
 
@@ -53,36 +63,39 @@ def _densify(
     weight_shape: Sequence[int],
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Return the dense weight, in channels_last if `layout` says so and it makes a difference."""
+    """Return the dense weight, in `layout` unless it is a view."""
     rows, cols = rows_cols(weight_shape)
-    values = values.contiguous()
-    if values.shape[0] == rows * cols:
-        return values.view(weight_shape)
-    weight = values.new_empty((rows, cols))
-    taps = math.prod(weight_shape[2:]) if layout == torch.channels_last else 1
+    nnz = col.shape[0]
+    if nnz == rows * cols:
+        return values.reshape(weight_shape)
+    weight = torch.empty(weight_shape, dtype=values.dtype, memory_format=layout)
+    matrix, taps = _as_matrix(weight)
     _C.scatter(
-        _array(values), crow.numpy(), col.numpy(), _array(weight), taps, torch.get_num_threads()
-    )
-    if layout == torch.channels_last:
-        out, channels, high, wide = weight_shape
-        return weight.view(out, high, wide, channels).permute(0, 3, 1, 2)
-    return weight.view(weight_shape)
+        _array(values.contiguous()), crow.numpy(), col.numpy(), _array(matrix), taps,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return weight
 
 
 def _gather(dweight: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     """Return the entries of a dense gradient, contiguous or channels_last, at the nonzeros."""
-    if col.shape[0] == dweight.numel():
-        return dweight.contiguous().view(-1)
-    taps = 1
-    if not dweight.is_contiguous():
-        taps = math.prod(dweight.shape[2:])
-        dweight = dweight.permute(0, 2, 3, 1)
-    matrix = dweight.reshape(dweight.shape[0], -1)
-    dvalues = matrix.new_empty(col.shape[0])
+    nnz = col.shape[0]
+    if nnz == dweight.numel():
+        return dweight.reshape(nnz)
+    matrix, taps = _as_matrix(dweight)
+    dvalues = dweight.new_empty(nnz)
     _C.gather(
         _array(matrix), crow.numpy(), col.numpy(), _array(dvalues), taps, torch.get_num_threads()
     )
     return dvalues
+
+
+def _as_matrix(weight: Tensor) -> tuple[Tensor, int]:
+    """Return the rows in the order of memory, and how many kernel positions come outermost."""
+    rows = weight.shape[0]
+    if weight.is_contiguous():
+        return weight.view(rows, -1), 1
+    return weight.permute(0, 2, 3, 1).view(rows, -1), weight.shape[2] * weight.shape[3]
 
 
 def _symmetric(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -90,10 +103,10 @@ def _symmetric(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
     top, bottom, left, right = padding
     if top == bottom and left == right:
         return x, [top, left]
-    return F.pad(x, (left, right, top, bottom)), [0, 0]
+    return F.pad(x, (left, right, top, bottom)), _NONE
 
 
-@_as_dtyped
+@_widening
 def conv2d(
     x: Tensor,
     values: Tensor,
@@ -106,15 +119,14 @@ def conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    layout, dtype = memory_format_of(x), _computed_in(x.dtype)
-    weight = _densify(values, crow, col, weight_shape, layout).to(dtype)
-    padded, sides = _symmetric(x.to(dtype), padding)
-    bias = None if bias is None else bias.to(dtype)
-    y = torch.convolution(padded, weight, bias, stride, sides, dilation, False, [0, 0], groups)
-    return y.to(x.dtype).contiguous(memory_format=layout)
+    layout = memory_format_of(x)
+    weight = _densify(values, crow, col, weight_shape, layout)
+    padded, sides = _symmetric(x, padding)
+    y = torch.convolution(padded, weight, bias, stride, sides, dilation, False, _NONE, groups)
+    return y.contiguous(memory_format=layout)
 
 
-@_as_dtyped
+@_widening
 def conv2d_dgrad(
     grad: Tensor,
     values: Tensor,
@@ -127,22 +139,27 @@ def conv2d_dgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    layout, dtype = memory_format_of(grad), _computed_in(grad.dtype)
-    weight = _densify(values, crow, col, weight_shape, layout).to(dtype)
-    # only its shape is read
-    x = torch.empty(input_shape, dtype=dtype, memory_format=layout)
-    padded, sides = _symmetric(x, padding)
-    dx, _, _ = torch.ops.aten.convolution_backward.default(
-        grad.to(dtype), padded, weight, None,
-        stride, sides, dilation, False, [0, 0], groups, [True, False, False],
-    )  # fmt: skip
-    if padded is not x:
-        top, _, left, _ = padding
-        dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-    return dx.to(grad.dtype).contiguous(memory_format=layout)
+    layout = memory_format_of(grad)
+    weight = _densify(values, crow, col, weight_shape, layout)
+    top, bottom, left, right = padding
+    high, wide = input_shape[2:]
+    even = top == bottom and left == right
+    sides = [top, left] if even else _NONE
+    padded = (high, wide) if even else (high + top + bottom, wide + left + right)
+    # The transposed convolution is the same oneDNN kernel as torch's backward pass, without an
+    # input to be allocated just for its shape.
+    rest = [
+        padded[d] + 2 * sides[d]
+        - (grad.shape[2 + d] - 1) * stride[d] - dilation[d] * (weight_shape[2 + d] - 1) - 1
+        for d in (0, 1)
+    ]  # fmt: skip
+    dx = torch.convolution(grad, weight, None, stride, sides, dilation, True, rest, groups)
+    if not even:
+        dx = dx[:, :, top : top + high, left : left + wide]
+    return dx.contiguous(memory_format=layout)
 
 
-@_as_dtyped
+@_widening
 def conv2d_wgrad(
     grad: Tensor,
     x: Tensor,
@@ -154,17 +171,17 @@ def conv2d_wgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    dtype = _computed_in(x.dtype)
-    weight = torch.empty(weight_shape, dtype=dtype)  # only its shape is read
-    padded, sides = _symmetric(x.to(dtype), padding)
+    # Only its shape and layout are read.
+    weight = torch.empty(weight_shape, dtype=x.dtype, memory_format=memory_format_of(x))
+    padded, sides = _symmetric(x, padding)
     _, dweight, _ = torch.ops.aten.convolution_backward.default(
-        grad.to(dtype), padded, weight, None,
-        stride, sides, dilation, False, [0, 0], groups, [False, True, False],
+        grad, padded, weight, None,
+        stride, sides, dilation, False, _NONE, groups, [False, True, False],
     )  # fmt: skip
-    return _gather(dweight, crow, col).to(x.dtype)
+    return _gather(dweight, crow, col)
 
 
-@_as_dtyped
+@_widening
 def linear(
     x: Tensor,
     values: Tensor,
@@ -173,26 +190,57 @@ def linear(
     bias: Tensor | None,
     weight_shape: list[int],
 ) -> Tensor:
-    dtype = _computed_in(x.dtype)
-    weight = _densify(values, crow, col, weight_shape).to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return F.linear(x.to(dtype), weight, bias).to(x.dtype).contiguous()
+    with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+        return F.linear(x, _densify(values, crow, col, weight_shape), bias).contiguous()
 
 
-@_as_dtyped
+@_widening
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    dtype = _computed_in(grad.dtype)
-    weight = _densify(values, crow, col, weight_shape).to(dtype)
-    return (grad.to(dtype) @ weight).to(grad.dtype).contiguous()
+    # A backward pass may run inside autocast, which must not lower what came out of it.
+    with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+        return (grad @ _densify(values, crow, col, weight_shape)).contiguous()
 
 
-@_as_dtyped
+@_widening
 def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
     rows, cols = weight_shape
+    with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+        return _gather(grad.reshape(-1, rows).T @ x.reshape(-1, cols), crow, col)
+
+
+def whole_conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Run a convolution without zeros as torch does, its derivative included."""
     dtype = _computed_in(x.dtype)
-    dweight = grad.to(dtype).reshape(-1, rows).T @ x.to(dtype).reshape(-1, cols)
-    return _gather(dweight, crow, col).to(x.dtype)
+    padded, sides = _symmetric(x.to(dtype), padding)
+    weight, bias = values.view(weight_shape).to(dtype), None if bias is None else bias.to(dtype)
+    y = F.conv2d(padded, weight, bias, stride, sides, dilation, groups)
+    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def whole_linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+) -> Tensor:
+    """Run a linear layer without zeros as torch does, its derivative included."""
+    dtype = _computed_in(x.dtype)
+    weight, bias = values.view(weight_shape).to(dtype), None if bias is None else bias.to(dtype)
+    return F.linear(x.to(dtype), weight, bias).to(x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsekd.ops import checks, observe
-from sparsekd.ops.backends import choose
+from sparsekd.ops.backends import choose, choose_measured, forced
+from sparsekd.ops.direct import intercepted, plain
 from sparsekd.ops.layout import memory_format_of
 from sparsekd.ops.schemas import SCHEMAS
 
 library = torch.library.Library("sparsekd", "DEF")
 _MAPS = ("conv2d", "conv2d_dgrad")
+_MOST_KNOWN = 1 << 16
 
 
 def kernel(name: str) -> Callable[..., Any]:
@@ -36,6 +39,49 @@ def kernel(name: str) -> Callable[..., Any]:
     return run
 
 
+class _Product:
+    """Run a product: show the call to the listeners, choose a backend, call it.
+
+    What calls alike have in common is checked and chosen once. Between two large products little of
+    Python is left in the caches, and each object touched costs a trip to memory: what takes a
+    microsecond by itself takes five in a training step.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._check = getattr(checks, name)
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *args: Any) -> Tensor:
+        if observe.listeners:
+            observe.tell(self.name, args)
+        return getattr(self.backend(args), self.name)(*args)
+
+    def backend(self, args: tuple[Any, ...]) -> Any:
+        """Return the module that runs these operands."""
+        facts = _facts(args)
+        backend = self._known.get(facts)
+        if backend is None:
+            self._check(*args)
+            if len(self._known) >= _MOST_KNOWN:  # inputs of ever new shapes
+                self._known.clear()
+            backend = self._known[facts] = choose_measured(self.name, args)
+        return backend
+
+
+def _facts(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return all that checks and choice depend on."""
+    first, second, crow, col, *rest = args
+    return (
+        forced(), torch.get_num_threads(),
+        first.shape, first.stride(), first.dtype, first.is_cpu or first.device,
+        second.shape, second.stride(), second.dtype, second.is_cpu or second.device,
+        crow.shape, crow.dtype, col.shape, col.dtype,
+        *[tuple(a) if isinstance(a, list) else (a.shape, a.dtype, a.device)
+          if isinstance(a, Tensor) else a for a in rest],
+    )  # fmt: skip
+
+
 def _fake(name: str) -> Callable[..., Tensor]:
     check = getattr(checks, name)
     dtype = torch.int64 if name == "grow_topk" else None
@@ -48,9 +94,12 @@ def _fake(name: str) -> Callable[..., Tensor]:
     return fake
 
 
+_kernels = SimpleNamespace(
+    **{name: kernel(name) if name == "grow_topk" else _Product(name) for name in SCHEMAS}
+)
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(_name, kernel(_name), "CompositeExplicitAutograd")
+    library.impl(_name, getattr(_kernels, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsekd::{_name}", _fake(_name), lib=library)
 
 _ops = torch.ops.sparsekd
@@ -61,6 +110,7 @@ linear = _ops.linear.default
 linear_dgrad = _ops.linear_dgrad.default
 linear_wgrad = _ops.linear_wgrad.default
 grow_topk = _ops.grow_topk.default
+_overloads = SimpleNamespace(**{name: getattr(_ops, name).default for name in SCHEMAS})
 
 
 def _save(ctx: Any, inputs: list[Any], first_rest: int) -> None:
@@ -69,6 +119,12 @@ def _save(ctx: Any, inputs: list[Any], first_rest: int) -> None:
     needs_left, needs_right = ctx.needs_input_grad[:2]
     ctx.save_for_backward(left if needs_right else None, right if needs_left else None, crow, col)
     ctx.rest = inputs[first_rest:]
+
+
+def _calls(ctx: Any, grad: Tensor) -> SimpleNamespace:
+    """Return what a backward pass calls: kernels where its forward could, see `direct`."""
+    direct = ctx.direct and type(grad) is Tensor and not torch.is_grad_enabled()
+    return _kernels if direct and not intercepted() else _overloads
 
 
 # -- conv2d ---------------------------------------------------------------------------------------
@@ -80,12 +136,13 @@ def _conv2d_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    run = _calls(ctx, grad)
     x, values, crow, col = ctx.saved_tensors
     dx = dvalues = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = conv2d_dgrad(grad, values, crow, col, ctx.input_shape, *ctx.rest)
+        dx = run.conv2d_dgrad(grad, values, crow, col, ctx.input_shape, *ctx.rest)
     if ctx.needs_input_grad[1]:
-        dvalues = conv2d_wgrad(grad, x, crow, col, *ctx.rest)
+        dvalues = run.conv2d_wgrad(grad, x, crow, col, *ctx.rest)
     if ctx.needs_input_grad[4]:
         dbias = grad.sum((0, 2, 3))
     return dx, dvalues, None, None, dbias, *[None] * 5
@@ -96,12 +153,13 @@ def _conv2d_dgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
 
 
 def _conv2d_dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    run = _calls(ctx, ddx)
     grad, values, crow, col = ctx.saved_tensors
     dgrad = dvalues = None
     if ctx.needs_input_grad[0]:
-        dgrad = conv2d(ddx, values, crow, col, None, *ctx.rest)
+        dgrad = run.conv2d(ddx, values, crow, col, None, *ctx.rest)
     if ctx.needs_input_grad[1]:
-        dvalues = conv2d_wgrad(grad, ddx, crow, col, *ctx.rest)
+        dvalues = run.conv2d_wgrad(grad, ddx, crow, col, *ctx.rest)
     return dgrad, dvalues, *[None] * 8
 
 
@@ -111,12 +169,13 @@ def _conv2d_wgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
 
 
 def _conv2d_wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
+    run = _calls(ctx, ddvalues)
     grad, x, crow, col = ctx.saved_tensors
     dgrad = dx = None
     if ctx.needs_input_grad[0]:
-        dgrad = conv2d(x, ddvalues, crow, col, None, *ctx.rest)
+        dgrad = run.conv2d(x, ddvalues, crow, col, None, *ctx.rest)
     if ctx.needs_input_grad[1]:
-        dx = conv2d_dgrad(grad, ddvalues, crow, col, ctx.input_shape, *ctx.rest)
+        dx = run.conv2d_dgrad(grad, ddvalues, crow, col, ctx.input_shape, *ctx.rest)
     return dgrad, dx, *[None] * 7
 
 
@@ -128,12 +187,13 @@ def _linear_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    run = _calls(ctx, grad)
     x, values, crow, col = ctx.saved_tensors
     dx = dvalues = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = linear_dgrad(grad, values, crow, col, *ctx.rest)
+        dx = run.linear_dgrad(grad, values, crow, col, *ctx.rest)
     if ctx.needs_input_grad[1]:
-        dvalues = linear_wgrad(grad, x, crow, col, *ctx.rest)
+        dvalues = run.linear_wgrad(grad, x, crow, col, *ctx.rest)
     if ctx.needs_input_grad[4]:
         dbias = grad.sum(tuple(range(grad.ndim - 1))) if grad.ndim > 1 else grad
     return dx, dvalues, None, None, dbias, None
@@ -144,12 +204,13 @@ def _linear_dgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
 
 
 def _linear_dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    run = _calls(ctx, ddx)
     grad, values, crow, col = ctx.saved_tensors
     dgrad = dvalues = None
     if ctx.needs_input_grad[0]:
-        dgrad = linear(ddx, values, crow, col, None, *ctx.rest)
+        dgrad = run.linear(ddx, values, crow, col, None, *ctx.rest)
     if ctx.needs_input_grad[1]:
-        dvalues = linear_wgrad(grad, ddx, crow, col, *ctx.rest)
+        dvalues = run.linear_wgrad(grad, ddx, crow, col, *ctx.rest)
     return dgrad, dvalues, None, None, None
 
 
@@ -158,24 +219,29 @@ def _linear_wgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
 
 
 def _linear_wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
+    run = _calls(ctx, ddvalues)
     grad, x, crow, col = ctx.saved_tensors
     dgrad = dx = None
     if ctx.needs_input_grad[0]:
-        dgrad = linear(x, ddvalues, crow, col, None, *ctx.rest)
+        dgrad = run.linear(x, ddvalues, crow, col, None, *ctx.rest)
     if ctx.needs_input_grad[1]:
-        dx = linear_dgrad(grad, ddvalues, crow, col, *ctx.rest)
+        dx = run.linear_dgrad(grad, ddvalues, crow, col, *ctx.rest)
     return dgrad, dx, None, None, None
 
 
 def register_autograd(
     op: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]
-) -> None:
+) -> Callable[..., Any]:
     """Do what torch.library.register_autograd does, without its reading the schema on every call.
 
-    That reading took longer than a whole small layer.
+    That reading took longer than a whole small layer. Returned is what now runs under autograd; it
+    takes the dispatcher's key set, None to go past the dispatcher, and the operands.
     """
+    name = op._opname
 
-    def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    def below(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Any:
+        if keyset is None:
+            return getattr(_kernels, name)(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -184,6 +250,7 @@ def register_autograd(
         def forward(ctx: Any, *args: Any) -> Any:
             *inputs, keyset = args  # last, so that needs_input_grad counts as the op does
             result = below(keyset, *inputs)
+            ctx.direct = keyset is None
             setup(ctx, inputs, result)
             return result
 
@@ -191,22 +258,46 @@ def register_autograd(
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
             return *backward(ctx, *grads), None
 
-    Node.__name__ = Node.__qualname__ = f"Sparsekd_{op._opname}"
+    Node.__name__ = Node.__qualname__ = f"Sparsekd_{name}"
 
-    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    def run(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
             return Node.apply(*args, keyset)
         return below(keyset, *args)
 
-    library.impl(op._opname, run, "Autograd", with_keyset=True)
+    library.impl(name, run, "Autograd", with_keyset=True)
+    return run
 
 
-register_autograd(conv2d, _conv2d_backward, _conv2d_setup)
+def _eager(
+    op: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]
+) -> Callable[..., Tensor]:
+    """Register the derivative; return a function like `op` that takes short cuts where it can.
+
+    They lead past the dispatcher, see `direct`, and to torch's own layer, derivative included,
+    where a backend has a function for weights without zeros.
+    """
+    run = register_autograd(op, backward, setup)
+    product = getattr(_kernels, op._opname)
+
+    def call(*args: Any) -> Tensor:
+        if not plain(args):
+            return op(*args)
+        if args[3].shape[0] == math.prod(args[5]) and not observe.listeners:
+            whole = getattr(product.backend(args), f"whole_{op._opname}", None)
+            if whole is not None:
+                return whole(*args)
+        return run(None, *args)
+
+    return call
+
+
+call_conv2d = _eager(conv2d, _conv2d_backward, _conv2d_setup)
 register_autograd(conv2d_dgrad, _conv2d_dgrad_backward, _conv2d_dgrad_setup)
 register_autograd(conv2d_wgrad, _conv2d_wgrad_backward, _conv2d_wgrad_setup)
-register_autograd(linear, _linear_backward, _linear_setup)
+call_linear = _eager(linear, _linear_backward, _linear_setup)
 register_autograd(linear_dgrad, _linear_dgrad_backward, _linear_dgrad_setup)
 register_autograd(linear_wgrad, _linear_wgrad_backward, _linear_wgrad_setup)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sparsekd import ops
 from sparsekd.nn import SparseConv2d, SparseLinear
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-from sparsekd.ops import cpp, dense, dispatch
+from sparsekd.ops import cpp, dense, dispatch, observe, register
 from sparsekd.ops.choices import Choice, Choices
 
 BACKENDS = {"cpp": cpp, "dense": dense}
@@ -34,7 +35,9 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def start_process(monkeypatch: pytest.MonkeyPatch, path: Path | None) -> None:
     choices = Choices(path)
     monkeypatch.setattr(dispatch, "choices", lambda: choices)
-    monkeypatch.setattr(dispatch, "_chosen", {})
+    for kernel in vars(register._kernels).values():
+        if hasattr(kernel, "_known"):
+            monkeypatch.setattr(kernel, "_known", {})
 
 
 @pytest.fixture
@@ -42,12 +45,12 @@ def races(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Decide races instead of timing them: sparse wins forward, dense backward; list them."""
     run: list[str] = []
 
-    def race(arms: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        op = arms["cpp"].func.__name__  # type: ignore[attr-defined]
-        run.append(op)
-        forward = op in ("conv2d", "linear")
-        times = {"cpp": 1.0, "dense": 1.2} if forward else {"cpp": 1.2, "dense": 1.0}
-        return times, {name: arm() for name, arm in arms.items()}
+    def race(arms: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+        for arm in arms.values():
+            arm()
+        run.append(arms["cpp"].func.__name__)  # type: ignore[attr-defined]
+        forward = run[-1] in ("conv2d", "linear")
+        return {"cpp": 1.0, "dense": 1.2} if forward else {"cpp": 1.2, "dense": 1.0}
 
     monkeypatch.setattr(dispatch, "race", race)
     return run
@@ -96,7 +99,7 @@ def test_each_direction_is_measured_once_and_then_runs_the_faster_way(
     again = step(conv)
     assert len(races) == 3
     assert sorted(calls) == FORWARD_SPARSE
-    assert all(map(torch.equal, first, again))  # the result of a race is that of the winner
+    assert all(map(torch.equal, first, again))
 
 
 def test_a_later_process_makes_the_same_choices(
@@ -159,6 +162,9 @@ def test_small_and_empty_layers_run_sparse_and_full_ones_dense_unmeasured(
     assert {call.split()[0] for call in calls} == {"cpp"}
     calls.clear()
     step(layer(0.0))
+    assert calls == []  # torch's own convolution, its derivative included
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step(layer(0.0))
     assert {call.split()[0] for call in calls} == {"dense"}
     assert races == []
 
@@ -172,6 +178,41 @@ def test_linear_layers_share_choices_between_close_numbers_of_rows(races: list[s
     assert len(races) == 3
     fully(torch.ones(1200, 128))
     assert len(races) == 4
+
+
+def test_a_listener_sees_every_pass_whoever_runs_it(races: list[str]) -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.ops: list[str] = []
+
+        def saw(self, op: str, args: tuple[Any, ...]) -> None:
+            self.ops.append(op)
+
+    for sparsity in (0.0, 0.5, 1.0):
+        listener = Listener()
+        observe.listeners.add(listener)
+        step(layer(sparsity))
+        assert sorted(listener.ops) == ["conv2d", "conv2d_dgrad", "conv2d_wgrad"]
+        observe.listeners.discard(listener)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("padding", [1, (0, 1, 2, 1)])
+def test_a_layer_without_zeros_equals_its_dense_twin(dtype: torch.dtype, padding: Any) -> None:
+    conv = SparseConv2d(32, 32, 3, padding="same", sparsity=0.0).to(dtype)
+    x = torch.randn(8, 32, 14, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    results = []
+    for name in ("auto", "cpp"):
+        with skd.backend(name):
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            y = skd.functional.conv2d(conv.topology, conv.values, leaf, conv.bias, padding=padding)
+            gradients = torch.autograd.grad(y.square().sum(), [leaf, *conv.parameters()])
+            results.append([y, *gradients])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert a.stride() == b.stride()
+        error = (a.double() - b.double()).abs().max() / b.double().abs().max()
+        assert error < 4 * torch.finfo(dtype).eps * math.sqrt(8 * 14 * 14)
 
 
 @pytest.mark.parametrize("name", ["cpp", "dense"])
@@ -205,8 +246,10 @@ def test_a_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_plans_of_a_layer_that_runs_dense_are_given_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def race(arms: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        return {"cpp": 2.0, "dense": 1.0}, {name: arm() for name, arm in arms.items()}
+    def race(arms: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+        for arm in arms.values():
+            arm()
+        return {"cpp": 2.0, "dense": 1.0}
 
     monkeypatch.setattr(dispatch, "race", race)
     conv = layer(0.2)
@@ -251,5 +294,5 @@ def test_the_choice_of_an_op_can_be_asked_for() -> None:
         torch.ones(1, 32, 4, 4), torch.ones(topology.nnz), topology.crow_indices,
         topology.col_indices, None, [32, 32, 3, 3], *CONV,
     )  # fmt: skip
-    assert dispatch.choose("conv2d", args) == (Choice("cpp"), None)
+    assert dispatch.choose("conv2d", args) == Choice("cpp")
     assert dispatch.products("conv2d", args) == 16 * 32 * 32 * 9

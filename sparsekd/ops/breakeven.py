@@ -1,0 +1,150 @@
+"""Time one pass sparse and dense, and estimate from which sparsity on sparse is faster.
+
+The cost of a sparse pass is a line through a small intercept: so much for reading and writing the
+maps, and so much a nonzero. Times at a few densities give the line.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekd.ops.backends import module
+from sparsekd.ops.checks import geometry
+from sparsekd.ops.layout import rows_cols
+
+_DENSITIES = (0.05, 0.5)
+_TURNS, _MOST_SECONDS = 5, 1.0
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Hold what a pass takes, in milliseconds; sums of passes add up.
+
+    Args:
+        backend: what runs it: "cpp", "dense" or "reference".
+        ms: as it runs.
+        dense_ms: with a dense weight on torch's kernels.
+        sparse_ms: on the sparse kernels; None without them.
+        intercept_ms: of the line that sparse times at several densities lie on.
+        full_ms: where that line is at full density.
+    """
+
+    backend: str
+    ms: float
+    dense_ms: float
+    sparse_ms: float | None
+    intercept_ms: float
+    full_ms: float
+
+    @classmethod
+    def zero(cls) -> PassTimes:
+        """Return what nothing takes."""
+        return cls("", 0.0, 0.0, 0.0, 0.0, 0.0)
+
+    def __add__(self, other: PassTimes) -> PassTimes:
+        sparse = (
+            None
+            if self.sparse_ms is None or other.sparse_ms is None
+            else self.sparse_ms + other.sparse_ms
+        )
+        return PassTimes(
+            other.backend,
+            self.ms + other.ms,
+            self.dense_ms + other.dense_ms,
+            sparse,
+            self.intercept_ms + other.intercept_ms,
+            self.full_ms + other.full_ms,
+        )
+
+    @property
+    def break_even(self) -> float | None:
+        """Sparsity from which on sparse is faster: 0 if it always is, None if it never is."""
+        if self.sparse_ms is None or self.intercept_ms >= self.dense_ms:
+            return None
+        if self.full_ms <= self.dense_ms:
+            return 0.0
+        return 1 - (self.dense_ms - self.intercept_ms) / (self.full_ms - self.intercept_ms)
+
+
+def time_pass(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
+    """Time an op on these operands both ways, and sparse at other densities too.
+
+    Args:
+        op: its name.
+        args: those of its schema.
+        backend: which one runs it.
+    """
+    if backend not in ("cpp", "dense"):
+        ms = _fastest({backend: _call(backend, op, args)})[backend]
+        return PassTimes(backend, ms, ms, None, ms, ms)
+    shape = tuple(geometry(op, args)[0])
+    size, nnz = math.prod(shape), args[3].shape[0]
+    arms: dict[Any, Callable[[], Tensor]] = {
+        name: _call(name, op, args) for name in ("cpp", "dense")
+    }
+    probes = [_with_density(op, args, shape, density) for density in _DENSITIES]
+    arms |= {probe[3].shape[0]: _call("cpp", op, probe) for probe in probes}
+    times = _fastest(arms)
+    for probe in probes:
+        module("cpp").forget(probe[2], probe[3])
+    points = {nnz: times["cpp"], **{n: ms for n, ms in times.items() if isinstance(n, int)}}
+    intercept, full = _line(points, size)
+    ms = times[backend]
+    return PassTimes(backend, ms, times["dense"], times["cpp"], intercept, full)
+
+
+def _call(name: str, op: str, args: tuple[Any, ...]) -> Callable[[], Tensor]:
+    return partial(getattr(module(name), op), *args)
+
+
+def _fastest(arms: dict[Any, Callable[[], Tensor]]) -> dict[Any, float]:
+    """Return the fastest of a few runs of each arm in milliseconds; the first does not count."""
+    for run in arms.values():
+        run()
+    best = dict.fromkeys(arms, math.inf)
+    begin = time.perf_counter()
+    for turn in range(_TURNS):
+        if turn and time.perf_counter() - begin > _MOST_SECONDS:
+            break
+        for name, run in arms.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
+    return best
+
+
+def _with_density(
+    op: str, args: tuple[Any, ...], shape: tuple[int, ...], density: float
+) -> tuple[Any, ...]:
+    """Return the operands with a random structure of another density in place of theirs."""
+    crow, col = _random_structure(*rows_cols(shape), density)
+    second = args[1] if op.endswith("wgrad") else args[1].new_ones(col.shape[0])
+    return args[0], second, crow, col, *args[4:]
+
+
+@lru_cache(maxsize=len(_DENSITIES))
+def _random_structure(rows: int, cols: int, density: float) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand((rows, cols), generator=generator) < density
+    crow = torch.zeros(rows + 1, dtype=torch.int32)
+    crow[1:] = mask.sum(1).cumsum(0)
+    return crow, mask.nonzero()[:, 1].to(torch.int32)
+
+
+def _line(points: dict[int, float], size: int) -> tuple[float, float]:
+    """Return where the line through times by nonzeros starts, and where it is at `size`."""
+    if len(points) < 2:
+        return (ms := next(iter(points.values()))), ms
+    nnz, ms = np.array(sorted(points.items())).T
+    slope, intercept = np.polyfit(nnz, ms, 1, w=1 / np.maximum(ms, 1e-6))
+    intercept, slope = max(float(intercept), 0.0), max(float(slope), 0.0)
+    return intercept, intercept + slope * size

@@ -1,0 +1,283 @@
+"""What runs where: each pass of each sparse layer timed both ways, and when dense would win."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekd.errors import ShapeError
+from sparsekd.ops import observe
+from sparsekd.ops.backends import choose_measured
+from sparsekd.ops.breakeven import PassTimes, time_pass
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PASSES = {
+    f"{kind}{suffix}": name
+    for kind in ("conv2d", "linear")
+    for suffix, name in (("", "fprop"), ("_dgrad", "dgrad"), ("_wgrad", "wgrad"))
+}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one sparse layer does in a training step, all its calls together.
+
+    Args:
+        name: of the module in the model.
+        shape: of its weight.
+        nnz: weights stored.
+        passes: what each direction takes and which backend runs it, by "fprop", "dgrad", "wgrad";
+            a layer whose input needs no gradient has no dgrad.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nnz: int
+    passes: dict[str, PassTimes]
+
+    @property
+    def density(self) -> float:
+        """Share of the weight that is stored."""
+        return self.nnz / max(math.prod(self.shape), 1)
+
+    @property
+    def ms(self) -> float:
+        """Time of all passes as they run."""
+        return sum(times.ms for times in self.passes.values())
+
+    @property
+    def dense_ms(self) -> float:
+        """Time of all passes with a dense weight."""
+        return sum(times.dense_ms for times in self.passes.values())
+
+    @property
+    def break_even(self) -> float | None:
+        """Sparsity from which on the sparse kernels are faster in sum, None if they never are."""
+        return sum(self.passes.values(), start=PassTimes.zero()).break_even
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What every sparse layer of a network does; print it for a table.
+
+    Args:
+        layers: in the order of their first call.
+        threads: of torch, when it was measured.
+    """
+
+    layers: tuple[LayerReport, ...]
+    threads: int
+
+    @property
+    def ms(self) -> float:
+        """Time of all sparse layers as they run."""
+        return sum(layer.ms for layer in self.layers)
+
+    @property
+    def dense_ms(self) -> float:
+        """Time of the same layers with dense weights."""
+        return sum(layer.dense_ms for layer in self.layers)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the cells of the table, its header first."""
+        names = ("fprop", "dgrad", "wgrad")
+        rows: list[tuple[str, ...]] = [
+            ("layer", "weight", "density", *names, "all passes", "break-even")
+        ]
+        for layer in self.layers:
+            cells = [_pair(layer.passes.get(name)) for name in names]
+            rows.append(
+                (
+                    layer.name,
+                    "x".join(map(str, layer.shape)),
+                    f"{layer.density:.3g}",
+                    *cells,
+                    f"{layer.ms:.3g} / {layer.dense_ms:.3g}",
+                    "never" if layer.break_even is None else f"{layer.break_even:.0%}",
+                )
+            )
+        rows.append(("total", "", "", "", "", "", f"{self.ms:.3g} / {self.dense_ms:.3g}", ""))
+        return rows
+
+    @property
+    def caption(self) -> str:
+        """How to read the table."""
+        return (
+            "Passes: ms sparse / dense, * is what runs. All passes: ms as they run / dense. "
+            "Break-even: the sparsity from which on the sparse kernels are faster. "
+            f"{self.threads} threads."
+        )
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, self.caption])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        header, *rows = self.rows()
+        table = Table(caption=self.caption, caption_justify="left")
+        for number, title in enumerate(header):
+            table.add_column(title, justify="left" if number < 2 else "right", no_wrap=number > 1)
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+
+def _pair(times: PassTimes | None) -> str:
+    if times is None:
+        return "-"
+    if times.sparse_ms is None:
+        return f"{times.backend} {times.ms:.3g}"
+    marks = ("", "*") if times.backend == "dense" else ("*", "")
+    return f"{times.sparse_ms:.3g}{marks[0]} / {times.dense_ms:.3g}{marks[1]}"
+
+
+class _Watcher:
+    """Time every pass of the model's sparse layers as it is called."""
+
+    def __init__(self, layers: dict[str, Any], advance: Callable[[], None]) -> None:
+        self.layers = layers
+        self.found: dict[str, dict[str, PassTimes]] = {}
+        self._advance = advance
+        self._known: dict[Any, PassTimes] = {}
+
+    def saw(self, op: str, args: tuple[Any, ...]) -> None:
+        """Time a call, unless one just like it was."""
+        if op not in PASSES:
+            return
+        name = next((n for n, m in self.layers.items() if _owns(m, args[2])), None)
+        if name is None:
+            return
+        alike = (op, *[_key(arg) for arg in args])
+        if alike not in self._known:
+            backend = choose_measured(op, args).__name__.rpartition(".")[-1]
+            self._known[alike] = time_pass(op, args, backend)
+        passes = self.found.setdefault(name, {})
+        passes[PASSES[op]] = passes.get(PASSES[op], PassTimes.zero()) + self._known[alike]
+        self._advance()
+
+
+def _owns(module: Any, crow: Tensor) -> bool:
+    return module.crow_indices.data_ptr() == crow.data_ptr()
+
+
+def _key(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.shape, arg.stride(), arg.dtype
+    return tuple(arg) if isinstance(arg, list) else arg
+
+
+def explain(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Explanation:
+    """Time each pass of each sparse layer, sparse and dense, and say what runs and why.
+
+    The network runs forward and backward once on random numbers, in evaluation mode; its
+    parameters, gradients, statistics and training flags stay as they were. What was never measured
+    on this machine is, and the choices are kept as in training.
+
+    Args:
+        model: any network with sparse layers.
+        input_shape: shape of its input, the batch included.
+        memory_format: of an input of four dimensions.
+
+    Returns:
+        One row per layer, and totals; printing it gives a table.
+
+    Raises:
+        ShapeError: the network has no output that depends on a sparse layer.
+
+    Example:
+        >>> import sparsekd as skd
+        >>> found = explain(skd.nn.SparseLinear(64, 32, sparsity=0.9), (16, 64))
+        >>> sorted(found.layers[0].passes)
+        ['fprop', 'wgrad']
+    """
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "crow_indices")}
+    with _progress(len(layers)) as advance:
+        watcher = _Watcher(layers, advance)
+        with _alone(watcher), _evaluating(model), torch.enable_grad():
+            _run(model, _input_like(model, input_shape, memory_format))
+    return Explanation(
+        tuple(
+            LayerReport(name, tuple(layers[name].weight_shape), layers[name].values.numel(), passes)
+            for name, passes in watcher.found.items()
+        ),
+        torch.get_num_threads(),
+    )
+
+
+def _run(model: nn.Module, x: Tensor) -> None:
+    output = model(x)
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not output.requires_grad or not parameters:
+        raise ShapeError("model: expected an output that depends on trainable parameters")
+    torch.autograd.grad(output, parameters, torch.ones_like(output), allow_unused=True)
+
+
+def _input_like(
+    model: nn.Module, shape: Sequence[int], memory_format: torch.memory_format
+) -> Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tuple(shape), generator=generator).to(device, dtype)
+    return x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
+
+
+@contextmanager
+def _alone(watcher: _Watcher) -> Iterator[None]:
+    """Let nobody else listen: to a method that grows weights this is no training."""
+    others = list(observe.listeners)
+    observe.listeners.clear()
+    observe.listeners.add(watcher)
+    try:
+        yield
+    finally:
+        observe.listeners.clear()
+        observe.listeners.update(others)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _progress(layers: int) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("timing each pass both ways", total=3 * layers)
+        yield partial(progress.advance, task)
