@@ -14,6 +14,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from sparsekd import models, ops
 from sparsekd.errors import SparsekdError
@@ -21,7 +22,14 @@ from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import sparsify
 from sparsekd.recipes import RECIPES, Experiment, Recipe, RunFolder, get, load_data, override
 from sparsekd.recipes.report import figures, read_rows, table
-from sparsekd.train import Interrupted, MetricsLog, ProgressReporter, StopRequest
+from sparsekd.train import (
+    Interrupted,
+    MetricsLog,
+    ProgressReporter,
+    Reporter,
+    StopRequest,
+    distributed,
+)
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -30,8 +38,8 @@ _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line, under torchrun as one of several processes."""
+    record(app)()
 
 
 @app.command()
@@ -99,25 +107,37 @@ def _run(
 ) -> None:
     stop = stack.enter_context(StopRequest())
     warm = keep_memory_warm()
-    console.print(
-        "freed memory stays mapped (keep_memory_warm), for sparse and dense alike"
-        if warm
-        else "freed memory is returned to the system (keep_memory_warm has no effect here)"
-    )
     dataset = load_data(recipe.data, data_dir)
-    folder = stack.enter_context(RunFolder(path, recipe, fresh=fresh))
     try:
-        with ProgressReporter(console) as reporter:
+        with distributed.process_group():
+            first, ranks = distributed.rank() == 0, distributed.ranks()
+            folder = stack.enter_context(RunFolder(path, recipe, fresh=fresh))
+            reporter = stack.enter_context(ProgressReporter(console)) if first else Reporter()
+            reporter.message(_mode(warm, ranks))
             experiment = Experiment(recipe, dataset, folder, reporter=reporter, stop=stop)
             experiment.run()
+        if not first:
+            return
+        if ranks == 1:
             reporter.message("measuring a training step of every run, sparse and dense")
             experiment.time_steps()
     except Interrupted as interruption:
         typer.echo(f"{interruption}; the same command goes on from {path}")
         raise typer.Exit(_INTERRUPTED) from None
+    except distributed.LostRank as error:
+        _fail(RuntimeError(f"{error}; the same command goes on from {path}"), code=1)
     except FloatingPointError as error:
         _fail(error, code=1)
     _report(path, console)
+
+
+def _mode(warm: bool, ranks: int) -> str:
+    text = (
+        "freed memory stays mapped (keep_memory_warm), for sparse and dense alike"
+        if warm
+        else "freed memory is returned to the system (keep_memory_warm has no effect here)"
+    )
+    return text if ranks == 1 else f"{ranks} processes, each with its share of every batch; {text}"
 
 
 @app.command()

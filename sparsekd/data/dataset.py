@@ -71,6 +71,8 @@ class Split:
         drop_last: bool = False,
         channels_last: bool = False,
         start: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Batches:
         """Iterate over the split once per `iter()`, in batches.
 
@@ -86,15 +88,19 @@ class Split:
             drop_last: leave out a last batch that is not full.
             channels_last: give the images in channels_last memory format.
             start: number of batches to skip, to resume an epoch.
+            rank: which share of every batch to read; `batch_size` is that of all shares.
+            ranks: how many shares there are. They are of equal size: a batch that does not divide
+                borrows images from the start of the epoch.
 
         Shape:
-            Yields x ``[B, C, H, W]`` float32, normalised, and y ``[B]`` int64.
+            Yields x ``[B, C, H, W]`` float32, normalised, and y ``[B]`` int64, with B the size of
+            a share.
 
         Returns:
             An iterable with a length.
 
         Raises:
-            DataError: `batch_size` below 1, or `start` outside the epoch.
+            DataError: `batch_size` below 1, `start` outside the epoch, `rank` not below `ranks`.
 
         Example:
             >>> from sparsekd import data
@@ -106,7 +112,10 @@ class Split:
         total = len(self) // batch_size if drop_last else -(-len(self) // batch_size)
         if not 0 <= start <= total:
             raise DataError(f"start: expected a number of batches in [0, {total}]; got {start}")
-        return Batches(self, batch_size, shuffle, augment, generator, channels_last, start, total)
+        if not 0 <= rank < ranks:
+            raise DataError(f"rank: expected a number in [0, {ranks}); got {rank}")
+        layout = (augment, generator, channels_last, start, total, rank, ranks)
+        return Batches(self, batch_size, shuffle, *layout)
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,8 @@ class Batches:
     channels_last: bool
     start: int
     total: int
+    rank: int
+    ranks: int
 
     def __len__(self) -> int:
         return self.total - self.start
@@ -138,9 +149,12 @@ class Batches:
         mean, std = split.mean.view(-1, 1, 1), split.std.view(-1, 1, 1)
         for number in range(self.start, self.total):
             chosen = order[number * size : (number + 1) * size]
+            borrowed = order[: -len(chosen) % self.ranks]
+            chosen = torch.cat([chosen, borrowed])[self.rank :: self.ranks]
             raw = split.images[chosen]
             if self.augment:
-                raw = split.augmentation(raw, torch.Generator().manual_seed(seed + number))
+                draw = torch.Generator().manual_seed(seed + number * self.ranks + self.rank)
+                raw = split.augmentation(raw, draw)
             elif split.preparation is not None:
                 raw = split.preparation(raw)
             x = raw.to(torch.float32, memory_format=layout, copy=True)

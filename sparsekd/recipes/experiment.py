@@ -16,7 +16,7 @@ from sparsekd.nn import sparse_modules
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
 from sparsekd.recipes.folder import RunFolder
 from sparsekd.tickets import METHODS, Masks, Pipeline, collapsed_layers
-from sparsekd.train import Reporter, Row, StopRequest, Trainer, evaluate, save_model
+from sparsekd.train import Reporter, Row, StopRequest, Trainer, distributed, evaluate, save_model
 from sparsekd.train.timing import time_step
 
 
@@ -245,6 +245,11 @@ class Experiment:
         for row in trainer.epochs():
             self.folder.append_epoch(run.name, row)
         model = self._pipeline(run.seed).outcome(trainer)
+        if distributed.rank() == 0:
+            self._finish(run, model, trainer)
+        distributed.wait()  # the next run reads these files on every rank
+
+    def _finish(self, run: Run, model: nn.Module, trainer: Trainer) -> None:
         result = self._result(run, model, trainer.rows)
         # The row comes last: a run counts as finished once it is there, and its files then are.
         save_model(self.folder.model_path(run.name), model)

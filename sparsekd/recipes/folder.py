@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from sparsekd import ops
 from sparsekd.errors import CheckpointError
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
-from sparsekd.train import MetricsLog, Row, Training, write_atomic
+from sparsekd.train import MetricsLog, Row, Training, distributed, write_atomic
 
 # More of these may be asked for later; the runs that are there stay valid.
 _GRID = ("methods", "sparsities", "seeds", "first_seed")
@@ -28,7 +28,8 @@ class RunFolder:
     """Hold config.json, metrics.jsonl, one subfolder a run, and figures.
 
     Opening it again with the same recipe goes on where it stopped; methods, sparsities and
-    seeds may differ from the last time, everything else may not.
+    seeds may differ from the last time, everything else may not. In a distributed run every rank
+    opens it, on a file system they share; rank 0 holds the lock and writes.
 
     Args:
         path: the folder; created if missing.
@@ -54,6 +55,12 @@ class RunFolder:
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> RunFolder:
+        if distributed.rank() == 0:
+            self._prepare()
+        distributed.wait()
+        return self
+
+    def _prepare(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _acquire(self.path / ".lock")
         try:
@@ -61,7 +68,6 @@ class RunFolder:
         except BaseException:
             self._lock.close()  # a folder that was refused must not stay locked
             raise
-        return self
 
     def _open(self) -> None:
         if self._fresh:

@@ -1,7 +1,8 @@
-"""Training: the loop, its metrics, checkpoints that resume bit-equal, timing and figures."""
+"""Training: the loop, its metrics, checkpoints that resume bit-equal, processes, figures."""
 
 from __future__ import annotations
 
+from sparsekd.train import distributed
 from sparsekd.train.checkpoint import (
     load_state,
     load_training,
@@ -36,6 +37,7 @@ __all__ = [
     "Trainer",
     "Training",
     "derive_seed",
+    "distributed",
     "evaluate",
     "load_state",
     "load_training",

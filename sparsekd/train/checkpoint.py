@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sparsekd.errors import CheckpointError
+from sparsekd.train import distributed
 
 _MAGIC = b"sparsekd training state 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -24,6 +25,8 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
 
+    In a distributed run rank 0 writes, and the others do nothing.
+
     Args:
         path: the file; its folder is created.
         content: all of it.
@@ -31,6 +34,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     Example:
         >>> write_atomic(Path(tempfile.mkdtemp()) / "a.txt", b"hello")
     """
+    if distributed.rank() > 0:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

@@ -33,6 +33,8 @@ class Training:
             Sup-tickets: the cosine reaches 0 before them.
         label_smoothing: of the cross entropy.
         augment: apply the data set's standard augmentation.
+        accumulate: backward passes per step; each gets its share of the batch.
+        sync_batchnorm: in a distributed run, normalise by the statistics of all ranks.
         channels_last: keep images and dense weights in channels_last, the faster layout of most
             dense convolutions on CPUs.
         optimize: run BatchNorm, residual and ReLU as one op, see `sparsekd.optimize`.
@@ -60,12 +62,15 @@ class Training:
     tail: int = 0
     label_smoothing: float = 0.0
     augment: bool = True
+    accumulate: int = 1
+    sync_batchnorm: bool = False
     channels_last: bool = True
     optimize: bool = True
 
     def __post_init__(self) -> None:
         _require("epochs", self.epochs >= 1, "at least 1", self.epochs)
         _require("batch_size", self.batch_size >= 1, "at least 1", self.batch_size)
+        _require("accumulate", self.accumulate >= 1, "at least 1", self.accumulate)
         _require("lr", self.lr > 0, "a positive number", self.lr)
         _require("momentum", 0 <= self.momentum < 1, "a number in [0, 1)", self.momentum)
         _require(

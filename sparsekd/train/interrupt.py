@@ -6,6 +6,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+from sparsekd.train import distributed
+
 
 class Interrupted(Exception):
     """Report that a run stopped on request after it had saved its state."""
@@ -39,14 +41,22 @@ class StopRequest:
     ) -> None:
         self._restore()
 
-    def check(self) -> None:
+    def asked(self) -> bool:
+        """Say whether any process was asked to stop; in a distributed run every rank calls it."""
+        return distributed.any_rank(self.signal is not None)
+
+    def check(self, note: str = "") -> None:
         """Raise if a stop was asked for; call it where nothing needs to be saved.
+
+        Args:
+            note: what to add to the message.
 
         Raises:
             Interrupted: a stop was asked for.
         """
-        if self.signal is not None:
-            raise Interrupted(f"stopped by {self.signal.name}")
+        if self.asked():
+            name = "another process" if self.signal is None else self.signal.name
+            raise Interrupted(f"stopped by {name}{note}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from sparsekd.data import Split
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import optimize
+from sparsekd.train import distributed
+from sparsekd.train.batchnorm import synchronize
 from sparsekd.train.checkpoint import load_training, save_training
 from sparsekd.train.config import Training
-from sparsekd.train.interrupt import Interrupted, StopRequest
+from sparsekd.train.interrupt import StopRequest
 from sparsekd.train.metrics import Row
 from sparsekd.train.progress import Reporter
 
@@ -166,6 +170,9 @@ class Trainer:
     there after every epoch and on an interruption; a Trainer built again with the same arguments
     goes on from it, to the very numbers of an uninterrupted run with the same thread count.
 
+    In a distributed run every rank builds the same Trainer: each trains on its share of every batch
+    of `config.batch_size` images, and rank 0 writes the state.
+
     Args:
         model: trained in place; optimized and in channels_last as the configuration says.
         data: the training split.
@@ -212,6 +219,8 @@ class Trainer:
     ) -> None:
         if not 0 <= start_epoch <= config.epochs:
             raise ValueError(f"start_epoch: expected 0 to {config.epochs}, got {start_epoch}")
+        if config.sync_batchnorm:
+            model = synchronize(model)
         self.model = optimize(model, channels_last=False) if config.optimize else model
         if config.channels_last:
             to_channels_last(model)
@@ -229,8 +238,10 @@ class Trainer:
         self.rows: list[Row] = []
         self.start_epoch = self.epoch = start_epoch
         self._step = 0
-        self._sums = {"loss": 0.0, "correct": 0, "seen": 0, "seconds": 0.0}
-        self._rng = torch.Generator().manual_seed(derive_seed(seed, "model")).get_state()
+        self._sums = _no_sums()
+        self._called = self.model
+        purpose = ("model", *([distributed.rank()] if distributed.rank() else []))
+        self._rng = torch.Generator().manual_seed(derive_seed(seed, *purpose)).get_state()
         if self.state_path is not None and self.state_path.exists():
             self._restore(load_training(self.state_path))
 
@@ -248,6 +259,7 @@ class Trainer:
             Interrupted: a stop was asked for; the state is saved.
             FloatingPointError: the loss is no longer finite.
         """
+        self._called = distributed.replicate(self.model)
         while self.epoch < self.config.epochs:
             self._train_epoch()
             row = self._close_epoch()
@@ -277,13 +289,14 @@ class Trainer:
         if self.state_path is None:
             return
         state = {
+            "processes": distributed.ranks(),
             "seed": self.seed,
             "start_epoch": self.start_epoch,
             "config": _plain(self.config),
             "epoch": self.epoch,
             "step": self._step,
-            "sums": self._sums,
-            "rng": self._rng,
+            "sums": distributed.collect(_numbers(self._sums)),
+            "rng": distributed.collect(self._rng),
             "rows": self.rows,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -292,8 +305,15 @@ class Trainer:
         save_training(self.state_path, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        mine = (self.seed, self.start_epoch, _plain(self.config), self.dst is None)
-        theirs = (state["seed"], state["start_epoch"], state["config"], state["dst"] is None)
+        ranks = distributed.ranks()
+        mine = (ranks, self.seed, self.start_epoch, _plain(self.config), self.dst is None)
+        theirs = (
+            state.get("processes"),
+            state["seed"],
+            state["start_epoch"],
+            state["config"],
+            state["dst"] is None,
+        )
         if mine != theirs:
             raise CheckpointError(
                 f"{self.state_path}: written by another run: expected {mine}, found {theirs}"
@@ -305,8 +325,10 @@ class Trainer:
             raise CheckpointError(f"{self.state_path}: does not fit this model: {error}") from error
         if self.dst is not None:
             self.dst.load_state_dict(state["dst"])
-        self.epoch, self._step, self._sums = state["epoch"], state["step"], state["sums"]
-        self._rng, self.rows = state["rng"], state["rows"]
+        self.epoch, self._step, self.rows = state["epoch"], state["step"], state["rows"]
+        rank = distributed.rank()
+        self._rng = state["rng"][rank]
+        self._sums = dict(zip(_no_sums(), state["sums"][rank].tolist(), strict=True))
 
     def _train_epoch(self) -> None:
         order = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
@@ -317,6 +339,8 @@ class Trainer:
             generator=order,
             channels_last=self.config.channels_last,
             start=self._step,
+            rank=distributed.rank(),
+            ranks=distributed.ranks(),
         )
         steps = self._step + len(batches)
         self.model.train()
@@ -335,50 +359,70 @@ class Trainer:
                     steps,
                     self._sums["loss"] / seen,
                     self._sums["correct"] / seen,
-                    len(y),
+                    len(y) * distributed.ranks(),
                 )
-                if self.stop.signal is not None and self._step < steps:
+                if self._step < steps and self.stop.asked():
                     self._rng = torch.get_rng_state()
                     self.save()
-                    raise Interrupted(f"stopped by {self.stop.signal.name}, state saved")
+                    self.stop.check(", state saved")
             self._rng = torch.get_rng_state()
 
     def _train_step(self, x: Tensor, y: Tensor, position: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(position)
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(x)
-        loss = self.objective(logits, x, y, self.epoch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss became {value} in epoch {self.epoch + 1}; a lower lr may help"
-            )
-        loss.backward()
+        parts = list(
+            zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True)
+        )
+        for number, (part, labels) in enumerate(parts, start=1):
+            with self._reducing(number == len(parts)):
+                logits = self._called(part)
+                loss = self.objective(logits, part, labels, self.epoch)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss became {value} in epoch {self.epoch + 1}; a lower lr may help"
+                    )
+                (loss * (len(labels) / len(y))).backward()
+            self._sums["loss"] += value * len(labels)
+            self._sums["correct"] += int((logits.argmax(1) == labels).sum())
+            self._sums["seen"] += len(labels)
         if self.dst is None or not self.dst.step():
             self.optimizer.step()
-        self._sums["loss"] += value * len(y)
-        self._sums["correct"] += int((logits.argmax(1) == y).sum())
-        self._sums["seen"] += len(y)
+
+    def _reducing(self, last: bool) -> AbstractContextManager[None]:
+        """Let gradients go to the other ranks with the last backward pass of a step only."""
+        if last or not isinstance(self._called, DistributedDataParallel):
+            return nullcontext()
+        return self._called.no_sync()
 
     def _close_epoch(self) -> Row:
-        sums = self._sums
+        sums = distributed.total(self._sums)
+        seconds = sums["seconds"] / distributed.ranks()
         row: Row = {
             "epoch": self.epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": sums["loss"] / sums["seen"],
             "train_accuracy": sums["correct"] / sums["seen"],
-            "images_per_second": round(sums["seen"] / sums["seconds"], 1),
-            "seconds": round(sums["seconds"], 3),
+            "images_per_second": round(sums["seen"] / seconds, 1),
+            "seconds": round(seconds, 3),
         }
-        if self.validation is not None:
+        if self.validation is not None and distributed.rank() == 0:
             result = evaluate(self.model, self.validation)
             row |= {"val_loss": result.loss, "val_accuracy": result.accuracy}
         self.rows.append(row)
         self.epoch += 1
         self._step = 0
-        self._sums = {"loss": 0.0, "correct": 0, "seen": 0, "seconds": 0.0}
+        self._sums = _no_sums()
         return row
+
+
+def _no_sums() -> dict[str, float]:
+    return {"loss": 0.0, "correct": 0, "seen": 0, "seconds": 0.0}
+
+
+def _numbers(sums: dict[str, float]) -> Tensor:
+    return torch.tensor(list(sums.values()), dtype=torch.float64)
 
 
 def _plain(config: Training) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.errors import CheckpointError
+from sparsekd.train import distributed
 from sparsekd.train.checkpoint import write_atomic
 
 Row = dict[str, Any]
@@ -32,11 +33,13 @@ class MetricsLog:
         self.path = Path(path)
 
     def append(self, row: Row) -> None:
-        """Append one row and force it to disk.
+        """Append one row and force it to disk; in a distributed run rank 0 does.
 
         Args:
             row: JSON-serialisable.
         """
+        if distributed.rank() > 0:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
             file.write(_encode(row))

@@ -223,10 +223,46 @@ def test_bad_val_fraction(fraction):
         data.load("digits", val_fraction=fraction)
 
 
-@pytest.mark.parametrize("argument", [{"batch_size": 0}, {"batch_size": 4, "start": 9}])
-def test_bad_batches(argument):
-    with pytest.raises(DataError, match="start" if "start" in argument else "batch_size"):
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        ("batch_size", {"batch_size": 0}),
+        ("start", {"batch_size": 4, "start": 9}),
+        ("rank", {"batch_size": 4, "rank": 2, "ranks": 2}),
+    ],
+)
+def test_bad_batches(name, argument):
+    with pytest.raises(DataError, match=name):
         numbered(16).batches(**argument)
+
+
+@given(count=st.integers(1, 60), batch_size=st.integers(1, 70), ranks=st.integers(1, 5))
+def test_ranks_read_equal_shares_that_make_up_the_batch(count, batch_size, ranks):
+    split = numbered(count)
+
+    def read(**share):
+        order = torch.Generator().manual_seed(3)
+        return [y for _, y in split.batches(batch_size, shuffle=True, generator=order, **share)]
+
+    whole = read()
+    shares = [read(rank=rank, ranks=ranks) for rank in range(ranks)]
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert {len(part) for part in parts} == {-(-len(batch) // ranks)} or count < ranks
+        together = torch.stack(parts, 1).flatten() if count >= ranks else torch.cat(parts)
+        assert set(batch.tolist()) <= set(together.tolist())
+        if count >= ranks:
+            assert torch.equal(together[: len(batch)], batch)
+
+
+def test_ranks_augment_independently():
+    augmented = numbered(8, augmentation=lambda raw, draw: raw + torch.rand(1, generator=draw))
+    first, second = (
+        [x for x, _ in augmented.batches(4, augment=True, generator=torch.Generator(), **share)]
+        for share in ({"rank": 0, "ranks": 2}, {"rank": 1, "ranks": 2})
+    )
+    offsets = {round(float(x.flatten()[0] % 1), 6) for x in [*first, *second]}
+    assert len(offsets) == 4
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100"])
