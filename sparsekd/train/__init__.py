@@ -12,13 +12,12 @@ from sparsekd.train.checkpoint import (
     write_atomic,
 )
 from sparsekd.train.config import Training
+from sparsekd.train.evaluation import Evaluation, evaluate
 from sparsekd.train.interrupt import Interrupted, StopRequest
 from sparsekd.train.loop import (
     CrossEntropy,
-    Evaluation,
     Trainer,
     derive_seed,
-    evaluate,
     make_optimizer,
     to_channels_last,
 )

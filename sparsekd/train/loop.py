@@ -23,6 +23,7 @@ from sparsekd.train import distributed
 from sparsekd.train.batchnorm import synchronize
 from sparsekd.train.checkpoint import load_training, save_training
 from sparsekd.train.config import Training
+from sparsekd.train.evaluation import evaluate
 from sparsekd.train.interrupt import StopRequest
 from sparsekd.train.metrics import Row
 from sparsekd.train.progress import Reporter
@@ -58,14 +59,6 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, x: Tensor, y: Tensor, epoch: int) -> Tensor:
         return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Hold the mean loss and the accuracy on a split."""
-
-    loss: float
-    accuracy: float
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -114,35 +107,6 @@ def make_optimizer(model: nn.Module, config: Training) -> torch.optim.SGD:
     if plain:
         groups.append({"params": list(dict.fromkeys(plain)), "weight_decay": 0.0})
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Split, batch_size: int = 500) -> Evaluation:
-    """Compute the mean cross entropy and the accuracy of a model on a split.
-
-    Args:
-        model: evaluated in eval mode; its mode is restored.
-        data: the split.
-        batch_size: images per forward pass.
-
-    Returns:
-        The evaluation.
-
-    Raises:
-        ValueError: the split is empty.
-    """
-    was_training = model.training
-    model.eval()
-    loss, correct, seen = 0.0, 0, 0
-    for x, y in data.batches(batch_size):
-        logits = model(x)
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        correct += int((logits.argmax(1) == y).sum())
-        seen += len(y)
-    model.train(was_training)
-    if seen == 0:
-        raise ValueError("data: expected at least one image, got an empty split")
-    return Evaluation(loss / seen, correct / seen)
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:

@@ -1,0 +1,48 @@
+"""What a model makes of a split it does not train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparsekd.data import Split
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold the mean loss and the accuracy on a split."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Split, batch_size: int = 500) -> Evaluation:
+    """Compute the mean cross entropy and the accuracy of a model on a split.
+
+    Args:
+        model: evaluated in eval mode; its mode is restored.
+        data: the split.
+        batch_size: images per forward pass.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ValueError: the split is empty.
+    """
+    was_training = model.training
+    model.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for x, y in data.batches(batch_size):
+        logits = model(x)
+        loss += F.cross_entropy(logits, y, reduction="sum").item()
+        correct += int((logits.argmax(1) == y).sum())
+        seen += len(y)
+    model.train(was_training)
+    if seen == 0:
+        raise ValueError("data: expected at least one image, got an empty split")
+    return Evaluation(loss / seen, correct / seen)
