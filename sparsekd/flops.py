@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sparsekd.modes import in_mode
 
 _DENSE_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -168,7 +169,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> FlopCount:
 
     handles = [module.register_forward_hook(record) for module in names]
     try:
-        with _evaluating(model), torch.no_grad():
+        with in_mode(model, training=False), torch.no_grad():
             model(_zeros_like_input(model, input_shape))
     finally:
         for handle in handles:
@@ -259,15 +260,3 @@ def _zeros_like_input(model: nn.Module, shape: Sequence[int]) -> Tensor:
         if parameter.is_floating_point():
             return torch.zeros(*shape, device=parameter.device, dtype=parameter.dtype)
     return torch.zeros(*shape)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each back as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

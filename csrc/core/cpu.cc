@@ -81,4 +81,6 @@ CacheSizes cache_sizes() {
   return sizes;
 }
 
+bool outgrows_caches(int64_t bytes) { return bytes > cache_sizes().l3 / 2; }
+
 }  // namespace sparsekd

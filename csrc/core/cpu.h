@@ -1,5 +1,6 @@
 // Which instruction set runs: the best the processor has, unless a caller pins one.
 #pragma once
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,11 @@ enum class Isa { kScalar, kGeneric, kAvx2, kAvx512 };
 #define SPARSEKD_FOR_EACH_ENGINE(X) X(generic, kGeneric)
 #endif
 
+// prefix joined with the SPARSEKD_ENGINE that a source defines: the name of its table entry.
+#define SPARSEKD_JOIN(a, b) a##b
+#define SPARSEKD_EXPAND(a, b) SPARSEKD_JOIN(a, b)
+#define SPARSEKD_ENGINE_NAME(prefix) SPARSEKD_EXPAND(prefix, SPARSEKD_ENGINE)
+
 const char* isa_name(Isa isa);
 std::vector<Isa> available_isas();
 Isa current_isa();
@@ -27,5 +33,8 @@ struct CacheSizes {
   long l3;       // bytes, shared
 };
 CacheSizes cache_sizes();
+
+// Whether a result of so many bytes will have left the caches when somebody reads it.
+bool outgrows_caches(int64_t bytes);
 
 }  // namespace sparsekd

@@ -14,6 +14,7 @@ import torch
 
 import sparsekd as skd
 from sparsekd.memory import keep_memory_warm
+from sparsekd.ops.processor import cpu_name
 
 _RIVALS = ("sparseprop", "sparselab")
 
@@ -57,25 +58,6 @@ def keep_choices(folder: Path) -> None:
         folder: made when the first choice is.
     """
     os.environ.setdefault("SPARSEKD_CACHE", str(folder.absolute()))
-
-
-def cpu_name() -> str:
-    """Return the processor's name, as the system gives it.
-
-    Example:
-        >>> cpu_name() != ""
-        True
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields: dict[str, str] = {}
-        for line in cpuinfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-        if "model name" in fields:
-            family = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-            return f"{fields['model name']} ({family})"
-    return platform.processor() or platform.machine()
 
 
 def _digest(file: str | None) -> str | None:

@@ -112,7 +112,7 @@ class GradientCapture:
         if op not in ("conv2d_wgrad", "linear_wgrad"):
             return
         grad, x, crow, _, *geometry = args
-        name, current = self._owner(crow), torch._C._current_graph_task_id()
+        name, current = observe.owner(self._modules, crow), torch._C._current_graph_task_id()
         if name is None or current == -1:  # -1: a call of the op outside any backward pass
             return
         record = self._records.setdefault(name, _Record())
@@ -125,9 +125,3 @@ class GradientCapture:
         lasting = observe.lasting()
         made = x.grad_fn is not None  # or else it may be a buffer that its owner fills anew
         record.operands.append((_Held.of(grad, lasting), _Held.of(x, lasting and made), geometry))
-
-    def _owner(self, crow: Tensor) -> str | None:
-        for name, module in self._modules.items():
-            if module.crow_indices.data_ptr() == crow.data_ptr():
-                return name
-        return None

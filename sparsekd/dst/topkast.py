@@ -135,17 +135,16 @@ class TopKAST(Updater):
         if op not in ("conv2d_wgrad", "linear_wgrad"):
             return
         grad, x, crow, _, *geometry = args
-        current = torch._C._current_graph_task_id()
-        for name, module in self.layers().items():
-            if module.crow_indices.data_ptr() == crow.data_ptr() and current != -1:
-                outer, extra = self._outer[name], self.extra[name]
-                if module.values.grad is None and current != self._pass.get(name):
-                    extra.grad = None  # gradients were zeroed: start afresh
-                self._pass[name] = current
-                kernel = getattr(torch.ops.sparsekd, op)
-                part = kernel(grad, x, outer.crow_indices, outer.col_indices, *geometry)
-                part = part.to(extra.dtype)
-                extra.grad = part if extra.grad is None else extra.grad + part
+        name, current = observe.owner(self.layers(), crow), torch._C._current_graph_task_id()
+        if name is None or current == -1:  # -1: a call of the op outside any backward pass
+            return
+        outer, extra = self._outer[name], self.extra[name]
+        if self.modules[name].values.grad is None and current != self._pass.get(name):
+            extra.grad = None  # gradients were zeroed: start afresh
+        self._pass[name] = current
+        kernel = getattr(torch.ops.sparsekd, op)
+        part = kernel(grad, x, outer.crow_indices, outer.col_indices, *geometry).to(extra.dtype)
+        extra.grad = part if extra.grad is None else extra.grad + part
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, next to the model's and the optimizer's state."""

@@ -7,7 +7,6 @@ maps, and so much a nonzero. Times at a few densities give the line.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,9 +19,10 @@ from torch import Tensor
 from sparsekd.ops.backends import module
 from sparsekd.ops.checks import geometry
 from sparsekd.ops.layout import rows_cols
+from sparsekd.ops.race import race
 
 _DENSITIES = (0.05, 0.5)
-_TURNS, _MOST_SECONDS = 5, 1.0
+_TURNS, _MOST_MS = 5, 1000.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def time_pass(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
         backend: which one runs it.
     """
     if backend not in ("cpp", "dense"):
-        ms = _fastest({backend: _call(backend, op, args)})[backend]
+        ms = race({backend: _call(backend, op, args)}, _enough)[backend]
         return PassTimes(backend, ms, ms, None, ms, ms)
     shape = tuple(geometry(op, args)[0])
     size, nnz = math.prod(shape), args[3].shape[0]
@@ -93,7 +93,7 @@ def time_pass(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
     }
     probes = [_with_density(op, args, shape, density) for density in _DENSITIES]
     arms |= {probe[3].shape[0]: _call("cpp", op, probe) for probe in probes}
-    times = _fastest(arms)
+    times = race(arms, _enough)
     for probe in probes:
         module("cpp").forget(probe[2], probe[3])
     points = {nnz: times["cpp"], **{n: ms for n, ms in times.items() if isinstance(n, int)}}
@@ -106,20 +106,9 @@ def _call(name: str, op: str, args: tuple[Any, ...]) -> Callable[[], Tensor]:
     return partial(getattr(module(name), op), *args)
 
 
-def _fastest(arms: dict[Any, Callable[[], Tensor]]) -> dict[Any, float]:
-    """Return the fastest of a few runs of each arm in milliseconds; the first does not count."""
-    for run in arms.values():
-        run()
-    best = dict.fromkeys(arms, math.inf)
-    begin = time.perf_counter()
-    for turn in range(_TURNS):
-        if turn and time.perf_counter() - begin > _MOST_SECONDS:
-            break
-        for name, run in arms.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
-    return best
+def _enough(times: list[list[float]]) -> bool:
+    turns, spent = len(times[0]), sum(map(sum, times))
+    return turns >= _TURNS or spent > _MOST_MS
 
 
 def _with_density(

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 import sparsekd._C as _C
+from sparsekd.ops.processor import cpu_name
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def surroundings() -> dict[str, Any]:
     compiled = _C.info()
     return {
         "format": _FORMAT,
-        "processor": _processor(),
+        "processor": cpu_name(),
         "isa": compiled["isa"],
         "caches": [compiled["l1d_bytes"], compiled["l2_bytes"]],
         "cores": os.cpu_count(),
@@ -170,13 +170,3 @@ def surroundings() -> dict[str, Any]:
         "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "kernels": hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest(),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -219,14 +219,6 @@ class LargestK:
         return torch.from_numpy(self._best.positions())
 
 
-def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
-    rows = crow.shape[0] - 1
-    cols = score.numel() // max(rows, 1)
-    best = LargestK(crow, col, rows, cols, k, score.dtype)
-    best.offer(score.reshape(rows, cols), 0, 0, magnitude=False)
-    return best.positions()
-
-
 def _maps(x: Tensor, layout: torch.memory_format) -> np.ndarray:
     return x.detach().contiguous(memory_format=layout).numpy()
 

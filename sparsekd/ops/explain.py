@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.errors import ShapeError
+from sparsekd.modes import in_mode
 from sparsekd.ops import observe
 from sparsekd.ops.backends import choose_measured
 from sparsekd.ops.breakeven import PassTimes, time_pass
@@ -163,7 +164,7 @@ class _Watcher:
         """Time a call, unless one just like it was."""
         if op not in PASSES:
             return
-        name = next((n for n, m in self.layers.items() if _owns(m, args[2])), None)
+        name = observe.owner(self.layers, args[2])
         if name is None:
             return
         alike = (op, *[_key(arg) for arg in args])
@@ -173,10 +174,6 @@ class _Watcher:
         passes = self.found.setdefault(name, {})
         passes[PASSES[op]] = passes.get(PASSES[op], PassTimes.zero()) + self._known[alike]
         self._advance()
-
-
-def _owns(module: Any, crow: Tensor) -> bool:
-    return module.crow_indices.data_ptr() == crow.data_ptr()
 
 
 def _key(arg: Any) -> Any:
@@ -217,7 +214,7 @@ def explain(
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "crow_indices")}
     with _progress(len(layers)) as advance:
         watcher = _Watcher(layers, advance)
-        with _alone(watcher), _evaluating(model), torch.enable_grad():
+        with _alone(watcher), in_mode(model, training=False), torch.enable_grad():
             _run(model, _input_like(model, input_shape, memory_format))
     return Explanation(
         tuple(
@@ -259,17 +256,6 @@ def _alone(watcher: _Watcher) -> Iterator[None]:
     finally:
         observe.listeners.clear()
         observe.listeners.update(others)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager

@@ -131,3 +131,11 @@ def largest(
             best = choose("LargestK", scores)(crow, col, *shape, k, scores.dtype)
         best.offer(scores, row, column, magnitude)
     return crow.new_empty(0, dtype=torch.int64) if best is None else best.positions()
+
+
+def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
+    """Return the `k` best positions outside a structure, of scores that are all there at once."""
+    rows = crow.shape[0] - 1
+    cols = score.numel() // max(rows, 1)
+    blocks = [(0, 0, score.reshape(rows, cols))]
+    return largest(blocks, crow, col, (rows, cols), k, magnitude=False)

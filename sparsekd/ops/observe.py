@@ -8,9 +8,11 @@ the operands here on the iterations that ask for it; nothing is stored otherwise
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 
 class Listener(Protocol):
@@ -27,6 +29,17 @@ def tell(op: str, args: tuple[Any, ...]) -> None:
     """Show a call to all listeners; `args` are those of the op's schema, in order."""
     for listener in listeners:
         listener.saw(op, args)
+
+
+def owner(modules: Mapping[str, Any], crow: Tensor) -> str | None:
+    """Return the name of the sparse module whose structure an op was called with, if it is there.
+
+    Args:
+        modules: sparse modules by name.
+        crow: of the call.
+    """
+    address = crow.data_ptr()
+    return next((n for n, m in modules.items() if m.crow_indices.data_ptr() == address), None)
 
 
 def lasting() -> bool:

@@ -204,14 +204,6 @@ class LargestK:
         return self._position.sort().values
 
 
-def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
-    rows = crow.shape[0] - 1
-    cols = score.numel() // max(rows, 1)
-    best = LargestK(crow, col, rows, cols, k, score.dtype)
-    best.offer(score.reshape(rows, cols), 0, 0, magnitude=False)
-    return best.positions()
-
-
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     var, mean = torch.var_mean(x, _PER_CHANNEL, correction=0)
     return mean, var

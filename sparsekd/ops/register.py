@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsekd.ops import checks, observe
+from sparsekd.ops import checks, growth, observe
 from sparsekd.ops.backends import choose, choose_measured, forced
 from sparsekd.ops.direct import intercepted, plain
 from sparsekd.ops.layout import memory_format_of
@@ -26,15 +26,20 @@ _MAPS = ("conv2d", "conv2d_dgrad")
 _MOST_KNOWN = 1 << 16
 
 
-def kernel(name: str) -> Callable[..., Any]:
-    """Return the function that checks a call, shows it to the listeners and runs it."""
+def kernel(name: str, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Return the function that checks a call, shows it to the listeners and runs it.
+
+    Args:
+        name: of the op.
+        function: what runs it; by default that of the backend, chosen at each call.
+    """
     check = getattr(checks, name)
 
     def run(*args: Any) -> Any:
         check(*args)
         if observe.listeners:
             observe.tell(name, args)
-        return choose(name, args[0])(*args)
+        return (function or choose(name, args[0]))(*args)
 
     return run
 
@@ -95,7 +100,8 @@ def _fake(name: str) -> Callable[..., Tensor]:
 
 
 _kernels = SimpleNamespace(
-    **{name: kernel(name) if name == "grow_topk" else _Product(name) for name in SCHEMAS}
+    **{name: _Product(name) for name in SCHEMAS if name != "grow_topk"},
+    grow_topk=kernel("grow_topk", growth.grow_topk),
 )
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

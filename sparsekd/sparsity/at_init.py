@@ -7,14 +7,14 @@ masks to `sparsify(model, masks=...)`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sparsekd.modes import in_mode
 from sparsekd.sparsity.distributions import allocate
 from sparsekd.sparsity.masks import global_masks, topk_mask
 from sparsekd.sparsity.rounding import check_sparsity, target_nnz
@@ -63,7 +63,7 @@ def snip(
     """
     weights, run = _prepare(model, skip)
     x, y = batch
-    with _mode(model, training=True):
+    with torch.enable_grad(), in_mode(model, training=True):
         gradients = _gradients(loss(run(x), y), weights)
     scores = _products(weights, gradients)
     return _warn_of_empty(_keep({n: s.abs() for n, s in scores.items()}, sparsity, distribution))
@@ -110,7 +110,7 @@ def grasp(
     """
     weights, run = _prepare(model, skip)
     x, y = batch
-    with _mode(model, training=True):
+    with torch.enable_grad(), in_mode(model, training=True):
         gradients = _gradients(loss(run(x) / temperature, y), weights, create_graph=True)
         flow = torch.stack([(g.detach() * g).sum() for g in gradients]).sum()
         hessian_gradient = _gradients(flow, weights)
@@ -202,7 +202,7 @@ def synaptic_flow(model: nn.Module, x: Tensor, masks: Mapping[str, Tensor]) -> _
         weights[name] = (tensors[_key(name)] * mask).requires_grad_()
         tensors[_key(name)] = weights[name]
     ones = torch.ones(1, *x.shape[1:], dtype=torch.float64, device=x.device)
-    with _mode(model, training=False):
+    with torch.enable_grad(), in_mode(model, training=False):
         flow = functional_call(model, tensors, (ones,)).sum()
     if not flow.isfinite():
         raise ValueError(f"model: expected a finite flow, got {flow.item()}; the weights explode")
@@ -247,19 +247,6 @@ def _gradients(
 def _products(weights: _Scores, gradients: tuple[Tensor, ...]) -> _Scores:
     pairs = zip(weights.items(), gradients, strict=True)
     return {name: (weight * gradient).detach() for (name, weight), gradient in pairs}
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in one mode, and each back as it was; gradients are on."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _keep(scores: _Scores, sparsity: float, distribution: str) -> Masks:

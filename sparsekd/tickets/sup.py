@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from sparsekd.dst import Updater
-from sparsekd.dst.schedules import UpdateSchedule
+from sparsekd.dst.schedules import UpdateSchedule, check_fraction, check_positive
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import sparse_modules
 from sparsekd.tickets.superposition import (
@@ -52,12 +52,8 @@ class Cycles:
     lr: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "cycle_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        if not 0 <= self.cycle_fraction <= 1:
-            raise ValueError(f"cycle_fraction: expected 0 to 1, got {self.cycle_fraction}")
+        check_positive(total_steps=self.total_steps, cycle_steps=self.cycle_steps)
+        check_fraction(cycle_fraction=self.cycle_fraction)
         if len(self.lr) != 2 or not all(rate >= 0 for rate in self.lr):
             raise ValueError(f"lr: expected two numbers of at least 0, got {self.lr}")
 
@@ -169,8 +165,7 @@ class SupTickets:
     ) -> None:
         if dst.model is not model or dst.optimizer is not opt:
             raise ValueError("dst: expected a method of this model and this optimizer")
-        if not 0 <= drop_fraction <= 1:
-            raise ValueError(f"drop_fraction: expected 0 to 1, got {drop_fraction!r}")
+        check_fraction(drop_fraction=drop_fraction)
         check_average(average, beta)
         self.cycles = Cycles(total_steps, cycle_fraction, cycle_steps, lr)
         self.model, self.optimizer, self.dst = model, opt, dst

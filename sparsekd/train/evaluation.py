@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsekd.data import Split
+from sparsekd.modes import in_mode
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ def evaluate(model: nn.Module, data: Split, batch_size: int = 500) -> Evaluation
     """Compute the mean cross entropy and the accuracy of a model on a split.
 
     Args:
-        model: evaluated in eval mode; its mode is restored.
+        model: evaluated in eval mode; the mode of every module is restored.
         data: the split.
         batch_size: images per forward pass.
 
@@ -34,15 +35,13 @@ def evaluate(model: nn.Module, data: Split, batch_size: int = 500) -> Evaluation
     Raises:
         ValueError: the split is empty.
     """
-    was_training = model.training
-    model.eval()
     loss, correct, seen = 0.0, 0, 0
-    for x, y in data.batches(batch_size):
-        logits = model(x)
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        correct += int((logits.argmax(1) == y).sum())
-        seen += len(y)
-    model.train(was_training)
+    with in_mode(model, training=False):
+        for x, y in data.batches(batch_size):
+            logits = model(x)
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+            correct += int((logits.argmax(1) == y).sum())
+            seen += len(y)
     if seen == 0:
         raise ValueError("data: expected at least one image, got an empty split")
     return Evaluation(loss / seen, correct / seen)

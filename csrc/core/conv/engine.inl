@@ -4,7 +4,7 @@
 // Everything here has internal linkage and instantiates no library template that could also be emitted
 // elsewhere: a function compiled for AVX-512 must never be the one the linker keeps for everybody.
 #include <cstring>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -14,16 +14,14 @@
 namespace sparsekd {
 namespace {
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+#include "core/engine.inl"
 
-#include "core/conv/pack.inl"
-
-constexpr int kVectorBytes = SPARSEKD_VECTOR_BYTES;
 constexpr int kVectors = static_cast<int>(kPixelBytes) / kVectorBytes;  // vectors to a pixel
 // Eight independent accumulators hide the latency of two fused multiply-adds a cycle.
 constexpr int kAccumulators = 8;
 constexpr int kTilePixels = kAccumulators / kVectors;
+
+#include "core/conv/pack.inl"
 
 template <class T>
 struct VectorOf {
@@ -94,7 +92,7 @@ inline void accumulate(const char* x, int64_t row_step, int64_t step, const int3
 inline int32_t lower_entry(const RowEntry* entries, int32_t begin, int32_t end, int64_t channel) {
   while (begin < end) {
     const int32_t middle = begin + (end - begin) / 2;
-    if (entries[middle].channel() < channel)
+    if (entries[middle].out_channel < channel)
       begin = middle + 1;
     else
       end = middle;
@@ -122,8 +120,8 @@ void compute_tile(const GatherCall<T>& call, const char* x, int64_t begin, int64
     }
     for (; e < last; ++e) {
       const int32_t from = entries[e].begin, count = entries[e + 1].begin - from;
-      const int64_t channel = entries[e].channel();
-      const T* start = !entries[e].first() ? nullptr : call.bias ? call.bias + channel : &zero;
+      const int64_t channel = entries[e].out_channel;
+      const T* start = b > 0 ? nullptr : call.bias ? call.bias + channel : &zero;
       T* acc = tile + (channel - begin) * (Shape::kBytes / sizeof(T));
       if (step == kPixelBytes)
         accumulate<T, Shape, kPixelBytes>(x, row_step, step, offset + from, call.values + from, count, start,
@@ -284,27 +282,15 @@ void gather(const GatherCall<T>& call) {
   const Window& window = call.plan->window;
   const Schedule s = schedule_rows(call.out.n, call.out.h, call.out.c,
                                    max64(0, window.span_h - window.step_h), kLanes<T>, call.threads, 4);
-  const int64_t items = s.groups * s.chunks * s.parts;
-  int64_t next = 0;
-  // Items write disjoint outputs, so whoever is free may take the next.
-  auto work = [&](int) {
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
-      gather_item(call, GatherPlace<T>(call, s, item));
-    }
-  };
-  const int workers = static_cast<int>(min64(call.threads, items));
-  parallel(workers, workers, work);
+  auto run = [&](int64_t item) { gather_item(call, GatherPlace<T>(call, s, item)); };
+  share(call.threads, s.groups * s.chunks * s.parts, run);
 }
 
 #include "core/conv/wgrad.inl"
 
 }  // namespace
 
-#define SPARSEKD_JOIN(a, b) a##b
-#define SPARSEKD_EXPAND(a, b) SPARSEKD_JOIN(a, b)
-extern const Engine SPARSEKD_EXPAND(engine_, SPARSEKD_ENGINE) = {kTilePixels, gather<float>, gather<double>,
-                                                                 wgrad<float>, wgrad<double>};
+extern const Engine SPARSEKD_ENGINE_NAME(engine_) = {kTilePixels, gather<float>, gather<double>, wgrad<float>,
+                                                     wgrad<double>};
 
 }  // namespace sparsekd

@@ -11,29 +11,6 @@ struct Lane {
 template <class T>
 constexpr int kLanes = static_cast<int>(kPixelBytes / sizeof(T));
 
-// An 8 x 8 (float) block is transposed in registers: eight images' runs of eight elements become eight
-// pixels.
-#if defined(__AVX2__)
-inline void transpose8(__m256 r[8]) {
-  const __m256 t0 = _mm256_unpacklo_ps(r[0], r[1]), t1 = _mm256_unpackhi_ps(r[0], r[1]);
-  const __m256 t2 = _mm256_unpacklo_ps(r[2], r[3]), t3 = _mm256_unpackhi_ps(r[2], r[3]);
-  const __m256 t4 = _mm256_unpacklo_ps(r[4], r[5]), t5 = _mm256_unpackhi_ps(r[4], r[5]);
-  const __m256 t6 = _mm256_unpacklo_ps(r[6], r[7]), t7 = _mm256_unpackhi_ps(r[6], r[7]);
-  const __m256 u0 = _mm256_shuffle_ps(t0, t2, 0x44), u1 = _mm256_shuffle_ps(t0, t2, 0xEE);
-  const __m256 u2 = _mm256_shuffle_ps(t1, t3, 0x44), u3 = _mm256_shuffle_ps(t1, t3, 0xEE);
-  const __m256 u4 = _mm256_shuffle_ps(t4, t6, 0x44), u5 = _mm256_shuffle_ps(t4, t6, 0xEE);
-  const __m256 u6 = _mm256_shuffle_ps(t5, t7, 0x44), u7 = _mm256_shuffle_ps(t5, t7, 0xEE);
-  r[0] = _mm256_permute2f128_ps(u0, u4, 0x20);
-  r[1] = _mm256_permute2f128_ps(u1, u5, 0x20);
-  r[2] = _mm256_permute2f128_ps(u2, u6, 0x20);
-  r[3] = _mm256_permute2f128_ps(u3, u7, 0x20);
-  r[4] = _mm256_permute2f128_ps(u0, u4, 0x31);
-  r[5] = _mm256_permute2f128_ps(u1, u5, 0x31);
-  r[6] = _mm256_permute2f128_ps(u2, u6, 0x31);
-  r[7] = _mm256_permute2f128_ps(u3, u7, 0x31);
-}
-#endif
-
 // dst[i * dst_stride + lane] = src[lane][at + i] for N elements i; dst_stride counts elements.
 template <class T, int N>
 inline void interleave(const T* const* src, int64_t at, T* dst, int64_t dst_stride) {
@@ -198,16 +175,9 @@ bool streams([[maybe_unused]] const View4<T>& out) {
   return sizeof(T) == sizeof(float) && out.stride_c == 1 && out.stride_w % line == 0 &&
          out.stride_h % line == 0 && out.stride_n % line == 0 &&
          reinterpret_cast<uintptr_t>(out.data) % kPixelBytes == 0 &&
-         out.n * out.c * out.h * out.w > cache_sizes().l3 / 2 / static_cast<int64_t>(sizeof(T));
+         outgrows_caches(out.n * out.c * out.h * out.w * static_cast<int64_t>(sizeof(T)));
 #else
   return false;
-#endif
-}
-
-// Streamed stores are not ordered with the ones that tell another thread that the result is there.
-inline void finish_streams() {
-#if defined(__AVX2__)
-  _mm_sfence();
 #endif
 }
 

@@ -81,14 +81,13 @@ void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, in
   const int64_t blocks = ceil_div(w.channels, block);
   std::vector<int32_t> count(blocks * outs + 1, 0);
   for (const Tap& t : taps) ++count[t.in / block * outs + t.out + 1];
-  // Every channel has an entry in the first block, if need be an empty one, which sets its outputs.
   plan.block_begin.assign(1, 0);
   for (int64_t key = 0; key < blocks * outs; ++key) {
-    if (count[key + 1] || key < outs) plan.entries.emplace_back(key % outs, key < outs, count[key]);
+    if (count[key + 1] || key < outs) plan.entries.push_back({static_cast<int32_t>(key % outs), count[key]});
     if ((key + 1) % outs == 0) plan.block_begin.push_back(static_cast<int32_t>(plan.entries.size()));
     count[key + 1] += count[key];
   }
-  plan.entries.emplace_back(0, false, taps.size());
+  plan.entries.push_back({0, static_cast<int32_t>(taps.size())});
   plan.offset.resize(taps.size());
   plan.slot.resize(taps.size());
   for (const Tap& t : taps) {

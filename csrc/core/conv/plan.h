@@ -29,12 +29,9 @@ struct Window {
 };
 
 // The outputs of one channel that take their input from one block of channels: offsets [begin, next begin).
+// The first block has an entry for every channel, if need be an empty one, because it sets the outputs.
 struct RowEntry {
-  int32_t tag, begin;  // tag: twice the output channel, plus one in the channel's first entry
-  RowEntry(int64_t channel, bool first, int64_t begin)
-      : tag(static_cast<int32_t>(2 * channel + first)), begin(static_cast<int32_t>(begin)) {}
-  int32_t channel() const { return tag >> 1; }
-  bool first() const { return tag & 1; }
+  int32_t out_channel, begin;
 };
 
 // out[n, o, h, w] = sum of value * in[n, i, h * step_h + dh, w * step + dw], as a list sorted by

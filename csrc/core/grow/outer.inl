@@ -137,8 +137,6 @@ constexpr OuterKernels<T> kernels() {
 
 }  // namespace
 
-#define SPARSEKD_CONCAT(a, b) a##b
-#define SPARSEKD_NAME(prefix, name) SPARSEKD_CONCAT(prefix, name)
-extern const OuterEngine SPARSEKD_NAME(outer_, SPARSEKD_ENGINE) = {kernels<float>(), kernels<double>()};
+extern const OuterEngine SPARSEKD_ENGINE_NAME(outer_) = {kernels<float>(), kernels<double>()};
 
 }  // namespace sparsekd

@@ -67,7 +67,6 @@ constexpr ScanKernels<T> scan_kernels() {
 
 }  // namespace
 
-extern const ScanEngine SPARSEKD_NAME(scan_, SPARSEKD_ENGINE) = {scan_kernels<float>(),
-                                                                 scan_kernels<double>()};
+extern const ScanEngine SPARSEKD_ENGINE_NAME(scan_) = {scan_kernels<float>(), scan_kernels<double>()};
 
 }  // namespace sparsekd

@@ -4,7 +4,7 @@
 // Everything here has internal linkage and instantiates no library template that could also be emitted
 // elsewhere: a function compiled for AVX-512 must never be the one the linker keeps for everybody.
 #include <cstring>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -15,12 +15,9 @@
 namespace sparsekd {
 namespace {
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
+#include "core/engine.inl"
 #include "core/linear/pack.inl"
 
-constexpr int kVectorBytes = SPARSEKD_VECTOR_BYTES;
 // Eight independent sums hide the latency of two fused multiply-adds a cycle.
 constexpr int kSums = 8;
 
@@ -38,21 +35,6 @@ struct Shape {
   static constexpr int N = Bytes / B < kSums ? Bytes / B : kSums;
   static constexpr int Passes = Bytes / (B * N);
 };
-
-// Calls run(slot) for every slot; whoever is free takes the next, so slots must not share outputs.
-template <class F>
-void share(int threads, int64_t slots, F& run) {
-  int64_t next = 0;
-  auto work = [&](int) {
-    for (;;) {
-      const int64_t slot = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (slot >= slots) return;
-      run(slot);
-    }
-  };
-  const int workers = static_cast<int>(min64(threads, slots));
-  parallel(workers, workers, work);
-}
 
 template <int Bytes>
 struct Width {
@@ -84,9 +66,7 @@ inline int64_t tile_offset(const Tiles& tiles, int64_t tile) {
 
 }  // namespace
 
-#define SPARSEKD_JOIN(a, b) a##b
-#define SPARSEKD_EXPAND(a, b) SPARSEKD_JOIN(a, b)
-extern const LinearEngine SPARSEKD_EXPAND(linear_engine_, SPARSEKD_ENGINE) = {spmm<float>, spmm<double>,
-                                                                              sddmm<float>, sddmm<double>};
+extern const LinearEngine SPARSEKD_ENGINE_NAME(linear_engine_) = {spmm<float>, spmm<double>, sddmm<float>,
+                                                                  sddmm<double>};
 
 }  // namespace sparsekd

@@ -14,9 +14,8 @@
 namespace sparsekd {
 namespace {
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+#include "core/engine.inl"
 
-constexpr int kVectorBytes = SPARSEKD_VECTOR_BYTES;
 constexpr int64_t kAheadBytes = 4096;  // the hardware's own prefetchers alone: twice as slow backward
 constexpr int64_t kBlock = 64;         // rows, or vectors of a plane, that are summed in T before a double
 
@@ -53,13 +52,6 @@ struct Run {
   // NaN passes the gate, as in torch.
   static type rectify(type gate, type value) { return gate <= type{} ? type{} : value; }
 };
-
-// Streamed stores are not ordered with what tells other threads that they are done.
-inline void finish_streaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 // Calls body(Run, i) for runs that cover [0, count): whole vectors, then smaller ones.
 template <class T, class F>
@@ -269,7 +261,7 @@ void apply_in(const Maps& maps, Range range, const ApplyPass<T>& a) {
 template <class T>
 void apply(const Maps& maps, Range range, const ApplyPass<T>& a) {
   maps.channels_last ? apply_in<true>(maps, range, a) : apply_in<false>(maps, range, a);
-  if (a.stream) finish_streaming();
+  if (a.stream) finish_streams();
 }
 
 template <Mask M, bool Last, class T>
@@ -310,7 +302,7 @@ void reduce_maps(const Maps& maps, Range range, const ReducePass<T>& pass) {
         r.dot[c] += second;
       }
   }
-  if (r.stream) finish_streaming();
+  if (r.stream) finish_streams();
 }
 
 template <class T>
@@ -354,7 +346,7 @@ void spread(const Maps& maps, Range range, const SpreadPass<T>& s) {
     maps.channels_last ? spread_maps<true, true>(maps, range, s) : spread_maps<false, true>(maps, range, s);
   else
     maps.channels_last ? spread_maps<true, false>(maps, range, s) : spread_maps<false, false>(maps, range, s);
-  if (s.stream) finish_streaming();
+  if (s.stream) finish_streams();
 }
 
 template <class T>
@@ -362,8 +354,6 @@ constexpr NormKernels<T> kKernels = {moments<T>, apply<T>, reduce<T>, spread<T>}
 
 }  // namespace
 
-#define SPARSEKD_JOIN(a, b) a##b
-#define SPARSEKD_EXPAND(a, b) SPARSEKD_JOIN(a, b)
-extern const NormEngine SPARSEKD_EXPAND(norm_engine_, SPARSEKD_ENGINE) = {kKernels<float>, kKernels<double>};
+extern const NormEngine SPARSEKD_ENGINE_NAME(norm_engine_) = {kKernels<float>, kKernels<double>};
 
 }  // namespace sparsekd

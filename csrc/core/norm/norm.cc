@@ -42,10 +42,9 @@ int slots_for(const Maps& m, int threads) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, useful, rows(m)})));
 }
 
-// Smaller maps are still in the last cache when the next layer reads them.
 template <class T>
-bool outgrows_caches(const Maps& m) {
-  return elements(m) * static_cast<int64_t>(sizeof(T)) > cache_sizes().l3 / 2;
+bool streams(const Maps& m) {
+  return outgrows_caches(elements(m) * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class F>
@@ -112,7 +111,7 @@ void norm_forward(const Norm<T>& n, const T* x, const T* residual, T* y, int thr
   if (elements(n.maps) == 0) return;
   const Coefficients<T> k(n);
   const ApplyPass<T> pass{
-      x, residual, k.mean.data(), k.scale.data(), k.shift.data(), n.relu, outgrows_caches<T>(n.maps), y};
+      x, residual, k.mean.data(), k.scale.data(), k.shift.data(), n.relu, streams<T>(n.maps), y};
   for_slots(n.maps, slots_for(n.maps, threads),
             [&](int, Range range) { kernels<T>().apply(n.maps, range, pass); });
 }
@@ -120,7 +119,7 @@ void norm_forward(const Norm<T>& n, const T* x, const T* residual, T* y, int thr
 template <class T>
 void norm_backward(const Norm<T>& n, const NormGradients<T>& g, int threads) {
   const int64_t channels = n.maps.channels, width = columns(n.maps);
-  const bool empty = elements(n.maps) == 0, stream = outgrows_caches<T>(n.maps);
+  const bool empty = elements(n.maps) == 0, stream = streams<T>(n.maps);
   const int slots = empty ? 0 : slots_for(n.maps, threads);
   const Coefficients<T> k(n);
   const Mask mask = !n.relu ? Mask::kNone : g.y ? Mask::kStored : Mask::kRecomputed;
