@@ -144,6 +144,7 @@ py::dict info() {
   d["compiler"] = __VERSION__;
   d["l1d_bytes"] = cache_sizes().l1d;
   d["l2_bytes"] = cache_sizes().l2;
+  d["l3_bytes"] = cache_sizes().l3;
   const CacheUse use = cache_use();
   d["cached_structures"] = use.structures;
   d["cached_bytes"] = use.bytes;

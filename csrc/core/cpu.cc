@@ -1,8 +1,8 @@
 #include "core/cpu.h"
 
-#include <unistd.h>
-
 #include <atomic>
+#include <cstdlib>
+#include <fstream>
 
 #include "core/error.h"
 
@@ -14,6 +14,24 @@ Isa best_isa() { return available_isas().back(); }
 std::atomic<Isa>& selected() {
   static std::atomic<Isa> isa{best_isa()};
   return isa;
+}
+
+// Adds the cache that Linux lists under `index`, if it holds data. Not sysconf, which counts the last level
+// of every core complex of the package and not the one that a thread can fill.
+void read_cache(int index, CacheSizes* sizes) {
+  const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+  const auto read = [&](const char* name) {
+    std::string text;
+    std::ifstream(folder + name) >> text;
+    return text;
+  };
+  const std::string level = read("level"), size = read("size");
+  if (size.empty() || read("type") == "Instruction") return;
+  const long unit = size.back() == 'K' ? 1L << 10 : size.back() == 'M' ? 1L << 20 : 1L;
+  const long bytes = std::strtol(size.c_str(), nullptr, 10) * unit;
+  if (level == "1") sizes->l1d = bytes;
+  if (level == "2") sizes->l2 = bytes;
+  if (level == "3") sizes->l3 = bytes;
 }
 
 }  // namespace
@@ -70,9 +88,7 @@ void set_isa(const std::string& name) {
 CacheSizes cache_sizes() {
   static const CacheSizes sizes = [] {
     CacheSizes found{0, 0, 0};
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-    found = {sysconf(_SC_LEVEL1_DCACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)};
-#endif
+    for (int index = 0; index < 8; ++index) read_cache(index, &found);
     if (found.l1d <= 0) found.l1d = 32 << 10;
     if (found.l2 <= 0) found.l2 = 512 << 10;
     if (found.l3 <= 0) found.l3 = 16 << 20;

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,9 +11,6 @@ from sparsekd.errors import BackendError
 from sparsekd.ops import info
 from sparsekd.ops.peaks import measure_peaks
 from sparsekd.train import Row
-
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_UNITS = {"K": 1 << 10, "M": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -44,20 +39,6 @@ class PeakSession:
             peaks = measure_peaks(self.seconds)
         except BackendError as error:
             return [{**row, "skipped": str(error)}]
-        l1 = info()["cpp"]["l1d_bytes"]
-        return [{**row, **asdict(peaks), "l1": l1, "last_level": last_level_bytes()}]
-
-
-def last_level_bytes() -> int:
-    """Return the size of the last-level cache as Linux tells it, 0 where it does not.
-
-    Example:
-        >>> last_level_bytes() >= 0
-        True
-    """
-    sizes = [0]
-    if os.path.isdir(_CACHES):
-        for index in _CACHES.glob("index*/size"):
-            text = index.read_text().strip()
-            sizes.append(int(text[:-1]) * _UNITS[text[-1]] if text[-1:] in _UNITS else int(text))
-    return max(sizes)
+        compiled = info()["cpp"]
+        caches = {"l1": compiled["l1d_bytes"], "last_level": compiled["l3_bytes"]}
+        return [{**row, **asdict(peaks), **caches}]
