@@ -19,6 +19,7 @@ from sparsekd.bench.steps import STEP_ARMS, Contest, StepArm, StepRun, contest, 
 from sparsekd.bench.traffic import step_bytes, step_flops
 from sparsekd.data import Split
 from sparsekd.errors import DataError
+from sparsekd.memory import trim
 from sparsekd.nn import densify
 from sparsekd.sparsity import generator_for
 from sparsekd.train import Row
@@ -160,6 +161,7 @@ class StepRace:
 
     def measure(self) -> list[Row]:
         """Measure them."""
+        trim()
         return race(self._entries(), rounds=self.rounds, slow=_SLOW_STEP)
 
     def _entries(self) -> Iterator[Entry]:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from sparsekd.bench.arms import LAYER_ARMS
 from sparsekd.bench.cases import (
+    BASELINES,
     BATCH,
     LINEAR_LAYERS,
     MODELS,
@@ -151,12 +152,12 @@ class Plan:
             sparsities: tuple[float, ...] = _FEW if self.quick else SPARSITIES
             if case.name == "resnet50":
                 sparsities = tuple(s for s in sparsities if s in _HIGH)
-            yield StepRace(
-                case,
-                self._levels_of_sparsity(sparsities),
-                self._chosen(STEP_ARMS, arms),
-                self._turns(5),
-            )
+            chosen = self._chosen(STEP_ARMS, arms)
+            # One sparsity at a time, as all their networks together take more memory than most
+            # machines have. What is dense beyond the references need not run every time.
+            for sparsity in self._levels_of_sparsity(sparsities):
+                yield StepRace(case, (sparsity,), chosen, self._turns(5))
+                chosen = {n: arm for n, arm in chosen.items() if arm.sparse or n in BASELINES}
 
     def _levels_of_sparsity(self, usual: tuple[float, ...]) -> tuple[float, ...]:
         return self.sparsities or usual
