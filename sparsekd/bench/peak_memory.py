@@ -1,4 +1,4 @@
-"""Peak memory of a training step, each arm in a process of its own: `VmHWM` from /proc.
+"""Peak memory of a training step, each arm in a process of its own: its tensors, and `VmHWM`.
 
 Run as a module (`python -m sparsekd.bench.peak_memory CASE ARM SPARSITY BATCH THREADS`) it trains
 a few steps and prints what it took, as one JSON object.
@@ -6,14 +6,16 @@ a few steps and prints what it took, as one JSON object.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import sparsekd as skd
 from sparsekd.bench.cases import MODELS, ModelCase
@@ -80,9 +82,11 @@ def peak(case: ModelCase, arm: StepArm, sparsity: float) -> Row:
         sparsity: of the model.
 
     Returns:
-        `peak_mib`, `before_mib` (of the process when the model and the batch were there),
-        `held_mib` (storages of parameters, buffers, gradients and momentum after a step) and
-        `plans_mib` (what the compiled module keeps beside them for the structures it knows).
+        `peak_mib` and `before_mib` (resident memory of the process at its peak, and when the model
+        and the batch were there; holes between tensors count, so it varies from run to run),
+        `held_mib` (storages of parameters, buffers, gradients and momentum after a step),
+        `plans_mib` (what the compiled module keeps beside them for the structures it knows) and
+        `live_mib` (both, and the most that tensors made during a step took at any moment).
 
     Raises:
         UnsupportedError: the system has no /proc.
@@ -93,13 +97,25 @@ def peak(case: ModelCase, arm: StepArm, sparsity: float) -> Row:
     before = _resident("VmRSS")
     for _ in range(_STEPS):
         run.call()
-    plans = skd.ops.info()["cpp"].get("cached_bytes", 0)
+    peak = _resident("VmHWM")
+    held = _held(run.model) / 2**20
+    plans = skd.ops.info()["cpp"].get("cached_bytes", 0) / 2**20
     return {
-        "peak_mib": round(_resident("VmHWM"), 1),
+        "peak_mib": round(peak, 1),
         "before_mib": round(before, 1),
-        "held_mib": round(_held(run.model) / 2**20, 1),
-        "plans_mib": round(plans / 2**20, 1),
+        "held_mib": round(held, 1),
+        "plans_mib": round(plans, 1),
+        "live_mib": round(held + plans + _allocated(run.call) / 2**20, 1),
     }
+
+
+def _allocated(call: Callable[[], object]) -> int:
+    """Return the most bytes that tensors made during a call took at any moment."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    events = trace.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes), default=0)
 
 
 def _held(model: torch.nn.Module) -> int:

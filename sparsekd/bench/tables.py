@@ -324,30 +324,32 @@ def waterfall_label(row: Row) -> str:
 
 def memory_grid(results: Results) -> Grid | None:
     """Tell the peak memory of a training step."""
-    rows = [row for row in results.rows("memory") if "peak_mib" in row]
+    rows = [row for row in results.rows("memory") if "live_mib" in row]
     if not rows:
         return None
     grid = Grid(
         "Peak memory of a training step, MiB",
-        ["network", "arm", "peak", "of dense", "held", "plans"],
-        note="Peak resident memory of a process of its own over three steps; dense in its leaner "
-        "layout. Held between steps are parameters, gradients, momentum and indices; plans are "
-        "what the compiled module keeps beside them.",
+        ["network", "arm", "live", "of dense", "held", "plans", "resident"],
+        note="Held between steps are parameters, gradients, momentum and indices; plans are what "
+        "the compiled module keeps beside them; live is both and the tensors of a step at their "
+        "peak, against dense in its leaner layout. Resident is the peak of a process over three "
+        "steps, with whatever holes the allocator left.",
     )
     for case in results.cases("memory"):
         group = [row for row in rows if row["case"] == case]
-        dense = min((r["peak_mib"] for r in group if r["sparsity"] is None), default=None)
+        dense = min((r["live_mib"] for r in group if r["sparsity"] is None), default=None)
         for row in group:
             at = "" if row["sparsity"] is None else f", {percent(row['sparsity'])}"
-            share = row["peak_mib"] / dense if dense else None
+            share = row["live_mib"] / dense if dense else None
             grid.lines.append(
                 [
                     case,
                     STEP_ARMS[row["arm"]].label + at,
-                    f"{row['peak_mib']:.0f}",
+                    f"{row['live_mib']:.0f}",
                     _text(share, ".2f"),
                     f"{row['held_mib']:.0f}",
                     f"{row['plans_mib']:.0f}",
+                    f"{row['peak_mib']:.0f}",
                 ]
             )
     return grid

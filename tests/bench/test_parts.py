@@ -137,11 +137,15 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
     assert [(row["arm"], row["sparsity"]) for row in rows] == [("sparsekd", 0.9)]
     assert rows[0]["peak_mib"] >= rows[0]["before_mib"] > 50
     assert 0 < rows[0]["held_mib"] < 10
+    assert rows[0]["held_mib"] + rows[0]["plans_mib"] < rows[0]["live_mib"] < rows[0]["peak_mib"]
 
 
 def test_plans_name_every_level_once_and_differ_in_size():
     for plan in (Plan(), Plan(quick=False)):
-        names = [session.name for session in plan.sessions()]
-        assert len(set(names)) == len(names)
+        sessions = plan.sessions()
+        names = [session.name for session in sessions]
+        keys = [(session.name, key) for session in sessions for key in session.keys()]  # noqa: SIM118
+        sparse = [key for key in keys if key[1][1] is not None]
+        assert len(set(sparse)) == len(sparse)
         assert list(dict.fromkeys(name[0] for name in names)) == list(LEVELS)
     assert len(Plan(quick=False).sessions()) > 3 * len(Plan().sessions())
