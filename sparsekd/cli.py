@@ -37,6 +37,24 @@ app = typer.Typer(
 _INTERRUPTED = 130
 
 
+# Options that commands share.
+_Data = Annotated[str | None, typer.Option(help="Data set instead of the recipe's.")]
+_DataDir = Annotated[Path | None, typer.Option(help="Folder of the data files.")]
+_Sparsity = Annotated[str | None, typer.Option(help="Sparsities, as 0.9,0.98.")]
+_Seeds = Annotated[int | None, typer.Option(help="Number of seeds.")]
+_FirstSeed = Annotated[int | None, typer.Option(help="The first of them [default: 0].")]
+_Epochs = Annotated[int | None, typer.Option(help="Epochs; the whole schedule scales with them.")]
+_Out = Annotated[Path | None, typer.Option(help="Folder of the runs [default: runs/RECIPE].")]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any field, as training.lr=0.05; repeatable.")
+]
+_Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over instead of going on.")]
+_Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
+_Backend = Annotated[
+    str | None, typer.Option(help="Backend of the sparse ops: auto, cpp, dense or reference.")
+]
+
+
 def main() -> None:
     """Run the command line, under torchrun as one of several processes."""
     record(app)()
@@ -45,39 +63,78 @@ def main() -> None:
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A name that `sparsekd recipes` lists.")],
-    data: Annotated[str | None, typer.Option(help="Data set instead of the recipe's.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data files.")] = None,
-    sparsity: Annotated[str | None, typer.Option(help="Sparsities, as 0.9,0.98.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds.")] = None,
-    first_seed: Annotated[int | None, typer.Option(help="The first of them [default: 0].")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Epochs; the whole schedule scales with them.")
-    ] = None,
+    data: _Data = None,
+    data_dir: _DataDir = None,
+    sparsity: _Sparsity = None,
+    seeds: _Seeds = None,
+    first_seed: _FirstSeed = None,
+    epochs: _Epochs = None,
     method: Annotated[str | None, typer.Option(help="Methods, as lt,kd.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run [default: runs/RECIPE].")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any field, as training.lr=0.05; repeatable.")
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="Start over instead of going on.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Backend of the sparse ops: auto, cpp, dense or reference.")
-    ] = None,
+    out: _Out = None,
+    assignments: _Set = None,
+    fresh: _Fresh = False,
+    threads: _Threads = None,
+    backend: _Backend = None,
 ) -> None:
     """Train a recipe's dense network and its tickets; go on where an earlier call stopped."""
+    named = {
+        "data.name": data,
+        "sparsities": sparsity,
+        "seeds": seeds,
+        "first_seed": first_seed,
+        "methods": method,
+    }
+    _train(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend)
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        list[str] | None, typer.Argument(help="Methods, as kd-ticket rigl set [default: six].")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="What they share: data, network, length.")
+    ] = "compare",
+    data: _Data = None,
+    data_dir: _DataDir = None,
+    sparsity: _Sparsity = None,
+    seeds: _Seeds = None,
+    first_seed: _FirstSeed = None,
+    epochs: _Epochs = None,
+    out: _Out = None,
+    assignments: _Set = None,
+    fresh: _Fresh = False,
+    threads: _Threads = None,
+    backend: _Backend = None,
+) -> None:
+    """Train methods side by side; draw accuracy over sparsity, training FLOPs and time.
+
+    Runs that have finished stay; more methods, sparsities and seeds can be added later.
+    """
+    named = {
+        "data.name": data,
+        "sparsities": sparsity,
+        "seeds": seeds,
+        "first_seed": first_seed,
+        "methods": ",".join(methods or []) or None,
+    }
+    _train(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend)
+
+
+def _train(
+    recipe: str,
+    named: dict[str, Any],
+    epochs: int | None,
+    assignments: list[str] | None,
+    out: Path | None,
+    data_dir: Path | None,
+    fresh: bool,
+    threads: int | None,
+    backend: str | None,
+) -> None:
+    """Run a recipe with the fields that options name, then those of --set, changed."""
     with _one_line_errors(ValueError):
         chosen = get(recipe)
-        named = {
-            "data.name": data,
-            "sparsities": sparsity,
-            "seeds": seeds,
-            "first_seed": first_seed,
-            "methods": method,
-        }
         for field, value in named.items():
             if value is not None:
                 chosen = override(chosen, f"{field}={value}")
@@ -185,7 +242,7 @@ def bench(
     arm: Annotated[str | None, typer.Option(help="Arms, as sparsekd,dense_bf16.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images or rows.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of each arm.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    threads: _Threads = None,
     rows: Annotated[Path, typer.Option(help="JSON-lines file of the measurements.")] = Path(
         "runs/bench/rows.jsonl"
     ),
@@ -247,7 +304,7 @@ def explain(
     input_shape: Annotated[
         str, typer.Option("--input", help="Channels, height and width.")
     ] = "3,32,32",
-    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    threads: _Threads = None,
 ) -> None:
     """Time each pass of each sparse layer both ways; show what runs, and when dense would win."""
     with _one_line_errors(ValueError, SparsekdError):

@@ -101,6 +101,22 @@ def test_report_draws_from_the_rows_alone(finished):
     assert figure.exists()
 
 
+def test_methods_are_compared_and_more_can_join(tmp_path):
+    shared = ["--data", "digits", "--sparsity", "0.9", "--seeds", "1", "--epochs", "1"]
+    shared += ["--set", "data.train_images=300", "--threads", "1", "--out", str(tmp_path)]
+    first = call("compare", "kd-ticket", "gmp", *shared)
+    assert first.exit_code == 0, first.output
+    second = call("compare", "kd-ticket", "gmp", "rigl", "small-dense", *shared)
+    assert second.exit_code == 0, second.output
+    assert "3 finished runs" in second.output
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    runs = [row["run"].partition("/")[2] for row in rows if row["kind"] == "result"]
+    assert runs == ["dense", "kd-0.9", "gmp-0.9", "rigl-0.9", "small-dense-0.9"]
+    for name in ("accuracy_vs_sparsity", "accuracy_vs_flops", "accuracy_vs_time"):
+        assert (tmp_path / "figures" / f"{name}.png").exists()
+    assert call("compare", "magic", "--out", str(tmp_path)).exit_code == 2
+
+
 def test_the_reference_backend_can_be_chosen(tmp_path):
     result = call(*_QUICK, "--method", "lt", "--backend", "reference", "--out", str(tmp_path))
     assert result.exit_code == 0

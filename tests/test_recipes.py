@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from sparsekd.errors import CheckpointError
+from sparsekd.errors import CheckpointError, DataError
 from sparsekd.recipes import (
     RECIPES,
     DataChoice,
@@ -24,6 +24,7 @@ from sparsekd.recipes import (
     plan,
 )
 from sparsekd.recipes.report import read_rows, table
+from sparsekd.tickets import METHODS
 from sparsekd.train import Interrupted, Reporter, StopRequest, Training, load_state, state_hash
 
 TINY = Recipe(
@@ -89,6 +90,51 @@ def test_a_method_on_its_own_trains_the_dense_network_only_where_it_needs_it():
     recipe = get("sup-rigl")
     assert recipe.sup.tail(recipe.training.epochs) == 3
     assert recipe.data == get("fashion-mnist").data
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_has_a_recipe_of_its_own(name):
+    recipe = get(name)
+    assert recipe.methods == (name,)
+    assert any(run.method == "dense" for run in plan(recipe)) == METHODS[name].needs_dense
+
+
+@pytest.mark.parametrize(
+    "name, until, milestones",
+    [("rigl_cifar10", 0.75, (77, 153, 230)), ("rigl_imagenet", 25 / 32, (30, 70, 90))],
+)
+def test_the_published_recipes_of_rigl(name, until, milestones):
+    recipe = get(name)
+    assert (recipe.dynamics.drop_fraction, recipe.dynamics.every) == (0.3, 100)
+    assert (recipe.dynamics.until, recipe.training.milestones) == (until, milestones)
+
+
+def test_the_published_recipe_of_granet():
+    recipe = get("granet_cifar100")
+    assert recipe.dynamics.prune_until * recipe.training.epochs == 110
+    assert (recipe.dynamics.every, recipe.dynamics.drop_fraction) == (1000, 0.5)
+
+
+def test_methods_by_their_long_names_and_dense():
+    recipe = replace(get("compare"), methods=("kd-ticket", "dense", "kd"), sparsities=(0.9,))
+    assert recipe.methods == ("kd", "dense")
+    assert [run.name for run in plan(replace(recipe, seeds=1))] == ["seed0/dense", "seed0/kd-0.9"]
+    assert [run.name for run in plan(replace(recipe, methods=("dense",), seeds=1))] == [
+        "seed0/dense"
+    ]
+    with pytest.raises(ValueError, match="did you mean rigl"):
+        replace(recipe, methods=("rgl",))
+
+
+def test_a_comparison_reads_fewer_images_the_same_for_every_seed():
+    choice = DataChoice("digits", train_images=100)
+    first, second = (load_data(choice, None).train for _ in range(2))
+    assert len(first) == 100
+    assert torch.equal(first.images, second.images)
+    with pytest.raises(DataError, match="train_images: expected at most"):
+        load_data(DataChoice("digits", train_images=100_000), None)
+    with pytest.raises(ValueError, match="train_images"):
+        DataChoice("digits", train_images=0)
 
 
 def test_the_demo_compares_three_methods_at_three_sparsities():
@@ -250,6 +296,15 @@ def test_a_result_counts_what_it_stores(finished):
     assert dense["flops_train"] == dense["flops_train_dense"] == lt["flops_train_dense"]
     assert lt["flops_train"] < 0.5 * lt["flops_train_dense"]
     assert lt["density"]["fc"] == 1.0
+
+
+def test_a_run_counts_its_teacher_and_its_topology(finished):
+    rows = {row["run"]: row for row in read_rows(finished) if row["kind"] == "result"}
+    dense, lt, kd = (rows[f"seed0/{name}"] for name in ("dense", "lt-0.8", "kd-0.8"))
+    images = 2 * 300
+    assert dense["flops_run"] == images * dense["flops_train"]
+    assert lt["flops_run"] == images * lt["flops_train"]
+    assert kd["flops_run"] == lt["flops_run"] + images * dense["flops_train"] // 3
 
 
 def test_finished_runs_are_neither_lost_nor_repeated(run, finished):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from sparsekd.tickets.hosts import Dynamics, Superposition
 from sparsekd.tickets.kd import Reduction, check_hyperparameters
-from sparsekd.tickets.methods import METHODS
+from sparsekd.tickets.methods import find_method
 from sparsekd.train import Training
 
 
@@ -17,6 +17,7 @@ class DataChoice:
     Args:
         name: as in `sparsekd.data.load`.
         val_fraction: share of the training images held out to watch training; 0 trains on all.
+        train_images: train on so many images, chosen once for all seeds; None for all.
         image_size: of "imagefolder"; None for its default, as below.
         scale: range of the crop's share of the image, of "imagefolder".
         ratio: range of the crop's aspect ratio, of "imagefolder".
@@ -24,9 +25,14 @@ class DataChoice:
 
     name: str
     val_fraction: float = 0.0
+    train_images: int | None = None
     image_size: int | None = None
     scale: tuple[float, ...] | None = None
     ratio: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.train_images is not None and self.train_images < 1:
+            raise ValueError(f"train_images: expected at least 1, got {self.train_images}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class Recipe:
         kd: of the methods that distil.
         dynamics: of the methods that move their topology, and of random masks.
         sup: of Sup-tickets.
-        methods: names from `sparsekd.tickets.METHODS`.
+        methods: names from `sparsekd.tickets.METHODS`, where "kd-ticket" is "kd", and "dense",
+            which runs in any case where another method needs it.
         sparsities: fractions of the convolution weights to prune.
         seeds: number of repetitions.
         first_seed: of the first repetition; the others follow. Several machines can share an
@@ -103,10 +110,9 @@ class Recipe:
     prune_rate: float = 0.2
 
     def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                known = ", ".join(METHODS)
-                raise ValueError(f"methods: expected names among {known}, got {method!r}")
+        names = (name if name == "dense" else find_method(name).name for name in self.methods)
+        methods = tuple(dict.fromkeys(names))
+        object.__setattr__(self, "methods", methods)
         for sparsity in self.sparsities:
             if not 0 <= sparsity < 1:
                 raise ValueError(f"sparsities: expected numbers in [0, 1), got {sparsity}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,21 @@ import torch
 from torch import nn
 
 from sparsekd import data, flops, models
+from sparsekd.errors import DataError
 from sparsekd.nn import sparse_modules
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
 from sparsekd.recipes.folder import RunFolder
 from sparsekd.tickets import METHODS, Masks, Pipeline, collapsed_layers
-from sparsekd.train import Reporter, Row, StopRequest, Trainer, distributed, evaluate, save_model
+from sparsekd.train import (
+    Reporter,
+    Row,
+    StopRequest,
+    Trainer,
+    distributed,
+    evaluate,
+    load_state,
+    save_model,
+)
 from sparsekd.train.timing import time_step
 
 
@@ -64,17 +74,16 @@ def plan(recipe: Recipe) -> list[Run]:
         ['seed0/dense', 'seed0/lt-0.8']
     """
     runs = []
-    dense = not recipe.methods or any(METHODS[name].needs_dense for name in recipe.methods)
+    methods = [METHODS[name] for name in recipe.methods if name != "dense"]
+    dense = len(methods) < max(1, len(recipe.methods)) or any(m.needs_dense for m in methods)
     for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
         if dense:
             runs.append(Run(seed, "dense"))
         for sparsity in recipe.sparsities:
-            for name in recipe.methods:
-                if not METHODS[name].iterative:
-                    runs.append(Run(seed, name, sparsity))
-        for name in recipe.methods:
-            if METHODS[name].iterative:
-                runs += _rounds(seed, name, recipe)
+            runs += [Run(seed, m.name, sparsity) for m in methods if not m.iterative]
+        for method in methods:
+            if method.iterative:
+                runs += _rounds(seed, method.name, recipe)
     return runs
 
 
@@ -86,13 +95,17 @@ def _rounds(seed: int, name: str, recipe: Recipe) -> Iterator[Run]:
         yield Run(seed, name, round(1 - keep**number, 4), number)
 
 
-def build_model(choice: ModelChoice, dataset: data.Dataset, seed: int) -> nn.Module:
+def build_model(
+    choice: ModelChoice, dataset: data.Dataset, seed: int, sparsity: float | None = None
+) -> nn.Module:
     """Build the dense network of a recipe for a data set.
 
     Args:
         choice: the network.
         dataset: gives the number of classes and of input channels.
         seed: of the initialisation; torch's global generator is left as it was.
+        sparsity: None for the network itself; a number for the narrower one that takes as many
+            bits as the network does at this sparsity.
 
     Returns:
         The network.
@@ -108,6 +121,10 @@ def build_model(choice: ModelChoice, dataset: data.Dataset, seed: int) -> nn.Mod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
+            if sparsity is not None:
+                return models.small_dense(
+                    choice.name, sparsity, num_classes=dataset.num_classes, **options
+                )
             return models.build(choice.name, num_classes=dataset.num_classes, **options)
         except TypeError as error:
             raise ValueError(f"model: {choice.name} does not fit {dataset.name}: {error}") from None
@@ -124,11 +141,18 @@ def load_data(choice: DataChoice, root: Path | None) -> data.Dataset:
         The data set.
 
     Raises:
-        DataError: the files are missing or damaged.
+        DataError: the files are missing or damaged, or hold too few images.
     """
     fields = {"image_size": choice.image_size, "scale": choice.scale, "ratio": choice.ratio}
     options: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    return data.load(choice.name, root=root, val_fraction=choice.val_fraction, **options)
+    dataset = data.load(choice.name, root=root, val_fraction=choice.val_fraction, **options)
+    wanted = choice.train_images
+    if wanted is None:
+        return dataset
+    if wanted > len(dataset.train):
+        raise DataError(f"train_images: expected at most {len(dataset.train)}, got {wanted}")
+    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
+    return replace(dataset, train=dataset.train.subset(order[:wanted].sort().values))
 
 
 class Experiment:
@@ -184,6 +208,8 @@ class Experiment:
     def time_steps(self) -> None:
         """Measure a training step of every run of the first seed, sparse and dense, and write it.
 
+        The network is the one that the run ended with.
+
         Raises:
             Interrupted: a stop was asked for.
         """
@@ -194,6 +220,7 @@ class Experiment:
             if run.seed == self.recipe.first_seed and run.name not in timed:
                 self.stop.check()
                 trainer = self._trainer(run)
+                trainer.model.load_state_dict(load_state(self.folder.model_path(run.name)))
                 times = time_step(trainer.model, x, y, trainer.objective)
                 row = {"kind": "timing", "run": run.name, **_identity(run), **asdict(times)}
                 self.folder.log.append(row)
@@ -202,6 +229,9 @@ class Experiment:
         recipe = self.recipe
         return Pipeline(
             build=lambda seed: build_model(recipe.model, self.data, seed),
+            build_narrow=lambda seed, sparsity: build_model(
+                recipe.model, self.data, seed, sparsity
+            ),
             data=self.data,
             training=recipe.training,
             seed=seed,
@@ -219,7 +249,8 @@ class Experiment:
         if run.method == "dense":
             return pipeline.dense_trainer()
         name = run.name.partition("/")[2]
-        return pipeline.ticket_trainer(METHODS[run.method], self._masks(pipeline, run), name)
+        method, masks = METHODS[run.method], self._masks(pipeline, run)
+        return pipeline.ticket_trainer(method, masks, name, run.sparsity)
 
     def _masks(self, pipeline: Pipeline, run: Run) -> Masks:
         if run.round == 0:
@@ -250,7 +281,7 @@ class Experiment:
         distributed.wait()  # the next run reads these files on every rank
 
     def _finish(self, run: Run, model: nn.Module, trainer: Trainer) -> None:
-        result = self._result(run, model, trainer.rows)
+        result = self._result(run, model, trainer)
         # The row comes last: a run counts as finished once it is there, and its files then are.
         save_model(self.folder.model_path(run.name), model)
         self.folder.log.append(result)
@@ -263,8 +294,8 @@ class Experiment:
         for name in collapsed_layers(masks):
             self.reporter.message(f"warning: {run.name}: layer {name} lost every weight")
 
-    def _result(self, run: Run, model: nn.Module, rows: list[Row]) -> Row:
-        test = evaluate(model, self.data.test)
+    def _result(self, run: Run, model: nn.Module, trainer: Trainer) -> Row:
+        rows, test = trainer.rows, evaluate(model, self.data.test)
         cost = flops.count(model, (1, *self.data.input_shape))
         pruned = [layer for layer in cost.layers if len(layer.shape) == 4]
         return {
@@ -279,8 +310,32 @@ class Experiment:
             "numel": sum(math.prod(layer.shape) for layer in pruned),
             "flops_train": cost.train,
             "flops_train_dense": cost.train_dense,
+            "flops_run": sum(row["flops"] for row in rows) + self._extra_flops(run, trainer),
             "density": {layer.name: layer.density for layer in cost.layers},
         }
+
+    def _extra_flops(self, run: Run, trainer: Trainer) -> int:
+        """Count the dense gradients that a run forms to grow weights, and its teacher's passes."""
+        if run.method == "dense":
+            return 0
+        method, recipe = METHODS[run.method], self.recipe
+        images, steps = (
+            len(self.data.train),
+            len(self.data.train.batches(recipe.training.batch_size)),
+        )
+        gradients = 0.0
+        if method.reads_dense_gradient:
+            gradients = sum(row["updates"] for row in trainer.rows) / steps  # in epochs
+        elif method.moves == "snfs":
+            gradients = len(trainer.rows) * recipe.dynamics.until
+        taught = 0
+        if method.distil:
+            epochs = recipe.training.epochs
+            until = epochs if recipe.kd.until is None else min(recipe.kd.until, epochs)
+            taught = max(0, until - trainer.start_epoch)
+        dense = build_model(recipe.model, self.data, seed=0)
+        forward = flops.count(dense, (1, *self.data.input_shape)).forward
+        return round((gradients + taught) * images * forward)
 
 
 def _identity(run: Run) -> Row:

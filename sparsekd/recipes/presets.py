@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparsekd.recipes.config import DataChoice, DistillationChoice, ModelChoice, Recipe
-from sparsekd.tickets import METHODS, Dynamics, Superposition
+from sparsekd.tickets import METHODS, Dynamics, Method, Superposition
 from sparsekd.train import Training
 
 
@@ -116,15 +116,92 @@ _SUP_TICKETS_IMAGENET = Recipe(
 )
 
 
-def _alone(method: str) -> Recipe:
-    """Return a method on Fashion-MNIST, sized as the comparison of LT and KD tickets is."""
+# arXiv 1911.11134: 32,000 steps of 4,096 images; 25,000 of them move the topology.
+_RIGL_IMAGENET = Recipe(
+    name="rigl_imagenet",
+    description="ImageNet folder, ResNet-50, RigL as published: 80 % and 90 %, 102 epochs",
+    data=DataChoice("imagefolder", image_size=224),
+    model=ModelChoice("resnet50", stem="imagenet"),
+    training=Training(
+        epochs=102,
+        batch_size=4096,
+        lr=1.6,
+        weight_decay=1e-4,
+        milestones=(30, 70, 90),
+        warmup=5,
+        label_smoothing=0.1,
+    ),
+    dynamics=Dynamics(drop_fraction=0.3, every=100, until=25 / 32),
+    methods=("static", "set", "rigl", "small-dense"),
+    sparsities=(0.8, 0.9),
+)
+
+# arXiv 1911.11134 and 2103.15767: the rate falls by 5 every 30,000 steps of 390 an epoch.
+_RIGL_CIFAR10 = Recipe(
+    name="rigl_cifar10",
+    description="CIFAR-10, WRN-22-2, RigL as published: 50 %, 80 % and 90 %, 250 epochs",
+    data=DataChoice("cifar10"),
+    model=ModelChoice("wrn22_2"),
+    training=Training(
+        epochs=250,
+        batch_size=128,
+        lr=0.1,
+        nesterov=True,
+        weight_decay=5e-4,
+        decay_norm_and_bias=False,
+        milestones=(77, 153, 230),
+        gamma=0.2,
+    ),
+    dynamics=Dynamics(drop_fraction=0.3, every=100, until=0.75),
+    methods=("static", "set", "rigl", "gmp", "small-dense"),
+    sparsities=(0.5, 0.8, 0.9),
+    seeds=3,
+)
+
+# arXiv 2106.10404 and its code: pruning ends at epoch 110, moves go on to the end.
+_GRANET_CIFAR100 = Recipe(
+    name="granet_cifar100",
+    description="CIFAR-100, VGG-19, GraNet as published: 90 %, 95 % and 98 %, 160 epochs",
+    data=DataChoice("cifar100", val_fraction=0.1),
+    model=ModelChoice("vgg19_bn"),
+    training=Training(
+        epochs=160,
+        batch_size=128,
+        lr=0.1,
+        nesterov=True,
+        weight_decay=5e-4,
+        milestones=(80, 120),
+    ),
+    dynamics=Dynamics(drop_fraction=0.5, every=1000, until=1.0, prune_until=110 / 160),
+    methods=("granet", "gmp", "rigl", "snip", "grasp", "synflow"),
+    sparsities=(0.9, 0.95, 0.98),
+    seeds=3,
+)
+
+# 157 steps an epoch, so updates come every 40 of them, 24 in all.
+_COMPARE = Recipe(
+    name="compare",
+    description="Fashion-MNIST, ResNet-20: methods side by side at 95 % and 98 %, three seeds",
+    data=DataChoice("fashion-mnist", val_fraction=0.05, train_images=20_000),
+    model=ModelChoice("resnet20"),
+    training=Training(epochs=8, batch_size=128, schedule="cosine", warmup=1),
+    dynamics=Dynamics(drop_fraction=0.3, every=40, until=0.75),
+    sup=Superposition(cycle_fraction=0.25, cycle_epochs=1),
+    methods=("kd", "sup-rigl", "rigl", "set", "static", "gmp"),
+    sparsities=(0.95, 0.98),
+    seeds=3,
+)
+
+
+def _alone(method: Method) -> Recipe:
+    """Return one method on all of Fashion-MNIST, sized for a machine of two cores."""
     return replace(
         _FASHION_MNIST,
-        name=method,
-        description=f"Fashion-MNIST, ResNet-20: {METHODS[method].label} at 95 % and 98 %",
+        name=method.name,
+        description=f"Fashion-MNIST, ResNet-20: {method.label} at 95 % and 98 %",
         dynamics=Dynamics(drop_fraction=0.3, every=100, until=0.75),
         sup=Superposition(cycle_fraction=0.3, cycle_epochs=1),
-        methods=(method,),
+        methods=(method.name,),
         sparsities=(0.95, 0.98),
         seeds=1,
     )
@@ -139,13 +216,17 @@ RECIPES: Mapping[str, Recipe] = {
         _KD_TICKET_IMAGENET,
         _SUP_TICKETS_CIFAR100,
         _SUP_TICKETS_IMAGENET,
-        *map(_alone, ("static", "set", "rigl", "sup-set", "sup-rigl", "kd-sup-rigl")),
+        _RIGL_CIFAR10,
+        _RIGL_IMAGENET,
+        _GRANET_CIFAR100,
+        _COMPARE,
+        *map(_alone, METHODS.values()),
     )
 }
 
 
 def get(name: str) -> Recipe:
-    """Return a preset by name; "-" and "_" count as the same.
+    """Return a preset by name; "-" and "_" count as the same, and "kd-ticket" is "kd".
 
     Args:
         name: as `sparsekd recipes` lists it.
@@ -160,7 +241,8 @@ def get(name: str) -> Recipe:
         >>> get("demo").model.name
         'resnet20'
     """
+    wanted = name.replace("_", "-")
     for recipe in RECIPES.values():
-        if recipe.name.replace("_", "-") == name.replace("_", "-"):
+        if recipe.name.replace("_", "-") in (wanted, wanted.removesuffix("-ticket")):
             return recipe
     raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")

@@ -55,7 +55,14 @@ def table(rows: Sequence[Row]) -> Table:
     """
     result = Table(box=SIMPLE_HEAD, pad_edge=False, caption=_caption(rows), caption_justify="left")
     result.add_column("method", no_wrap=True)
-    for name in ("sparsity", "test\naccuracy", "nnz of\nconvs", "train\nMFLOPs"):
+    for name in (
+        "sparsity",
+        "test\naccuracy",
+        "nnz of\nconvs",
+        "image\nMFLOPs",
+        "run\nTFLOPs",
+        "run\ns",
+    ):
         result.add_column(name, justify="right", no_wrap=True)
     for name in ("step ms\nsparse", "step ms\ndense", "speed\nup"):
         result.add_column(name, justify="right", no_wrap=True)
@@ -87,7 +94,8 @@ def figures(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     present = {row.get("method") for row in rows}
     labels = {name: label for name, label in LABELS.items() if name in present}
-    return draw(rows, folder / "figures", labels)
+    needs_dense = {name for name in labels if METHODS[name].needs_dense}
+    return draw(rows, folder / "figures", labels, needs_dense)
 
 
 def _line(group: Sequence[Row], timing: Row | None) -> list[str]:
@@ -102,8 +110,17 @@ def _line(group: Sequence[Row], timing: Row | None) -> list[str]:
         accuracy,
         f"{first['nnz']:,}",
         f"{first['flops_train'] / 1e6:,.2f}",
+        _mean(group, "flops_run", 1e12),
+        _mean(group, "seconds", 1.0),
         *_times(timing),
     ]
+
+
+def _mean(group: Sequence[Row], field: str, unit: float) -> str:
+    if not all(field in row for row in group):
+        return "-"  # rows of an earlier version
+    mean = statistics.mean(row[field] for row in group) / unit
+    return f"{mean:,.3g}" if mean < 100 else f"{mean:,.0f}"
 
 
 def _times(timing: Row | None) -> list[str]:
@@ -119,7 +136,11 @@ def _caption(rows: Sequence[Row]) -> str:
     timing = next((row for row in rows if row["kind"] == "timing"), None)
     seeds = len({row["seed"] for row in rows if row["kind"] == "result"})
     spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
-    text = f"Accuracy on the test split after the last epoch, {spread}. FLOPs per image."
+    text = (
+        f"Accuracy on the test split after the last epoch, {spread}. FLOPs: of training on an\n"
+        "image at the end, and of the whole run with its teacher and the gradients that growth\n"
+        "reads; methods that start from a dense run need that besides."
+    )
     if timing is not None:
         text += (
             f"\nSteps of batch {timing['batch_size']} on {timing['threads']} threads, medians of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsekd.tickets.hosts import Dynamics, Superposition
 from sparsekd.tickets.kd import Distillation, kd_loss
-from sparsekd.tickets.methods import METHODS, Method, make_ticket
+from sparsekd.tickets.methods import METHODS, Method, find_method, make_ticket
 from sparsekd.tickets.pipeline import Pipeline
 from sparsekd.tickets.pruning import Masks, collapsed_layers, prune, prune_further
 from sparsekd.tickets.sup import Cycles, SupTickets
@@ -21,6 +21,7 @@ __all__ = [
     "SupTickets",
     "Superposition",
     "collapsed_layers",
+    "find_method",
     "kd_loss",
     "make_ticket",
     "prune",

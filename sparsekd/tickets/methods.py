@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +12,13 @@ from torch import Tensor, nn
 
 from sparsekd.nn import sparsify
 
-Source = Literal["init", "reinit", "rewind", "final", "random"]
-Moves = Literal["none", "set", "rigl"]
+Source = Literal["init", "reinit", "rewind", "final"]
+Start = Literal["pruned", "random", "fan-in", "full", "half", "snip", "grasp", "synflow", "none"]
+Moves = Literal[
+    "none", "set", "itop", "mest", "snfs", "rigl", "rigl-sg", "rigl-sm", "srigl", "topkast",
+    "granet", "gmp", "acdc",
+]  # fmt: skip
+_BY_GRADIENT = ("rigl", "rigl-sg", "rigl-sm", "srigl", "granet")
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,11 @@ class Method:
         label: in tables and figures.
         source: weights, biases and BatchNorm state to start from: the dense run's own
             initialisation ("init"), a fresh one ("reinit"), its checkpoint after epoch k
-            ("rewind") or its final state ("final"), all on masks pruned from its final weights;
-            "random" is the dense run's initialisation on random masks, which needs no dense run.
+            ("rewind") or its final state ("final").
+        masks: where the first masks come from: the dense run's final weights ("pruned"), chance
+            ("random", or with one fan-in a layer "fan-in"), one batch ("snip", "grasp"), no data
+            at all ("synflow"). "full" and "half" start with all or half of the weights; "none" is
+            a narrower dense network that takes as many bits as the sparse one.
         distil: train with the dense run's final model as teacher.
         iterative: prune in rounds, training in between, instead of once.
         moves: the method of `sparsekd.dst` that moves the topology, "none" to keep it.
@@ -38,7 +47,8 @@ class Method:
 
     name: str
     label: str
-    source: Source
+    source: Source = "init"
+    masks: Start = "pruned"
     distil: bool = False
     iterative: bool = False
     moves: Moves = "none"
@@ -47,7 +57,12 @@ class Method:
     @property
     def needs_dense(self) -> bool:
         """Whether the dense network of the same seed has to be trained first."""
-        return self.source != "random" or self.distil
+        return self.masks == "pruned" or self.source in ("rewind", "final") or self.distil
+
+    @property
+    def reads_dense_gradient(self) -> bool:
+        """Whether an update that grows weights forms the gradient of every weight first."""
+        return self.moves in _BY_GRADIENT
 
     def start_epoch(self, rewind_epoch: int) -> int:
         """Return the epoch of the full schedule at which the ticket starts to train.
@@ -68,21 +83,57 @@ class Method:
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("lt", "LT", "init"),
+        Method("lt", "LT"),
         Method("reinit", "Reinit", "reinit"),
-        Method("kd", "KD ticket", "init", distil=True),
+        Method("kd", "KD ticket", distil=True),
         Method("rewind", "Weight rewinding", "rewind"),
         Method("lr-rewind", "LR rewinding", "final"),
         Method("kd-rewind", "KD + rewinding", "rewind", distil=True),
         Method("imp", "IMP with rewinding", "rewind", iterative=True),
-        Method("static", "Static", "random"),
-        Method("set", "SET", "random", moves="set"),
-        Method("rigl", "RigL", "random", moves="rigl"),
-        Method("sup-set", "Sup (SET)", "random", moves="set", superpose=True),
-        Method("sup-rigl", "Sup (RigL)", "random", moves="rigl", superpose=True),
-        Method("kd-sup-rigl", "KD + Sup (RigL)", "init", True, moves="rigl", superpose=True),
+        Method("static", "Static", masks="random"),
+        Method("snip", "SNIP", masks="snip"),
+        Method("grasp", "GraSP", masks="grasp"),
+        Method("synflow", "SynFlow", masks="synflow"),
+        Method("small-dense", "Small-dense", masks="none"),
+        Method("set", "SET", masks="random", moves="set"),
+        Method("itop", "ITOP (SET)", masks="random", moves="itop"),
+        Method("mest", "MEST", masks="random", moves="mest"),
+        Method("snfs", "SNFS", masks="random", moves="snfs"),
+        Method("rigl", "RigL", masks="random", moves="rigl"),
+        Method("rigl-sg", "RigL-SG", masks="random", moves="rigl-sg"),
+        Method("rigl-sm", "RigL-SM", masks="random", moves="rigl-sm"),
+        Method("srigl", "SRigL", masks="fan-in", moves="srigl"),
+        Method("topkast", "Top-KAST", masks="full", moves="topkast"),
+        Method("granet", "GraNet", masks="half", moves="granet"),
+        Method("gmp", "GMP", masks="full", moves="gmp"),
+        Method("acdc", "AC/DC", masks="full", moves="acdc"),
+        Method("sup-set", "Sup (SET)", masks="random", moves="set", superpose=True),
+        Method("sup-rigl", "Sup (RigL)", masks="random", moves="rigl", superpose=True),
+        Method("sup-granet", "Sup (GraNet)", masks="half", moves="granet", superpose=True),
+        Method("kd-sup-rigl", "KD + Sup (RigL)", distil=True, moves="rigl", superpose=True),
     )
 }
+
+
+def find_method(name: str) -> Method:
+    """Return a method by name; "kd-ticket" and "lt-ticket" are those without the word.
+
+    Args:
+        name: as in `METHODS`, or with "-ticket" or "-tickets" at its end.
+
+    Raises:
+        ValueError: there is no such method.
+
+    Example:
+        >>> find_method("kd-ticket").name
+        'kd'
+    """
+    short = name.removesuffix("s").removesuffix("-ticket")
+    if name not in METHODS and short not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"methods: expected names among {', '.join(METHODS)}, got {name!r}{hint}")
+    return METHODS[name if name in METHODS else short]
 
 
 def make_ticket(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsekd.data import Dataset, Split
-from sparsekd.sparsity import allocate, random_masks
+from sparsekd.sparsity import allocate, fan_in_masks, grasp, random_masks, snip, synflow
 from sparsekd.tickets.hosts import Dynamics, Superposition, attach
 from sparsekd.tickets.kd import Distillation
 from sparsekd.tickets.methods import Method, make_ticket
@@ -39,6 +40,7 @@ class Pipeline:
 
     Args:
         build: seed -> freshly initialised dense network.
+        build_narrow: seed, sparsity -> dense network of the size of a sparse one, for small-dense.
         data: the data set; only its train and val splits are read.
         training: hyper-parameters of every run.
         seed: of initialisation, data order and augmentation.
@@ -71,6 +73,7 @@ class Pipeline:
     dynamics: Dynamics = field(default_factory=Dynamics)
     superposition: Superposition = field(default_factory=Superposition)
     rewind_epoch: int = 0
+    build_narrow: Callable[[int, float], nn.Module] | None = None
     reporter: Reporter | None = None
     stop: StopRequest | None = None
 
@@ -115,19 +118,37 @@ class Pipeline:
         """Prune the dense run's final network once; see `prune`."""
         return prune(self.dense_final(), sparsity, allow_collapse=allow_collapse)
 
-    def random_masks(self, sparsity: float) -> Masks:
-        """Draw masks for all convolutions of the network; they depend on the seed alone."""
-        model = self.fresh()
-        convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-        shapes = {name: module.weight.shape for name, module in convolutions.items()}
-        nnz = allocate(shapes, sparsity, self.dynamics.distribution)
-        return random_masks(shapes, nnz, seed=derive_seed(self.seed, "masks"))
-
     def masks(self, method: Method, sparsity: float) -> Masks:
-        """Return the masks at which a method starts: random ones, or those of one-shot pruning."""
-        if method.source == "random":
-            return self.random_masks(sparsity)
-        return self.one_shot_masks(sparsity, allow_collapse=True)
+        """Return the masks at which a method starts; they cover all convolutions.
+
+        Args:
+            method: says where they come from; apart from pruning, they depend on the seed alone.
+            sparsity: fraction of zeros, of methods that start with their final number of weights.
+
+        Returns:
+            Module name -> bool mask; empty for a network that stays dense.
+        """
+        match method.masks:
+            case "pruned":
+                return self.one_shot_masks(sparsity, allow_collapse=True)
+            case "none":
+                return {}
+            case "snip" | "grasp" | "synflow":
+                return self._scored_masks(method.masks, sparsity)
+        model = self.fresh()
+        shapes = {name: module.weight.shape for name, module in _convolutions(model).items()}
+        begin = {"full": 0.0, "half": min(0.5, sparsity)}.get(method.masks, sparsity)
+        nnz = allocate(shapes, begin, self.dynamics.distribution)
+        draw = fan_in_masks if method.masks == "fan-in" else random_masks
+        return draw(shapes, nnz, seed=derive_seed(self.seed, "masks"))
+
+    def _scored_masks(self, criterion: str, sparsity: float) -> Masks:
+        model = self.fresh()
+        order = torch.Generator().manual_seed(derive_seed(self.seed, "masks"))
+        batches = self.data.train.batches(self.training.batch_size, shuffle=True, generator=order)
+        score: dict[str, Callable[..., Masks]] = {"snip": snip, "grasp": grasp, "synflow": synflow}
+        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        return score[criterion](model, next(iter(batches)), sparsity, skip=linear)
 
     def next_masks(
         self, previous: Path | None, rate: float, *, allow_collapse: bool = False
@@ -149,34 +170,53 @@ class Pipeline:
             model.load_state_dict(load_state(previous))
         return prune_further(model, rate, allow_collapse=allow_collapse)
 
-    def start(self, method: Method, masks: Masks) -> nn.Module:
+    def start(self, method: Method, masks: Masks, sparsity: float = 0.0) -> nn.Module:
         """Build the ticket of a method as it is before it trains.
 
         Args:
             method: says where the state comes from.
             masks: module name -> bool mask.
+            sparsity: of the network whose size a dense control has.
 
         Returns:
-            The sparse network.
+            The sparse network, or the control.
+
+        Raises:
+            ValueError: the method needs `build_narrow`, which was not given.
         """
-        if method.source in ("reinit", "random"):
-            return make_ticket(self.fresh("reinit" if method.source == "reinit" else "init"), masks)
+        if method.masks == "none":
+            if self.build_narrow is None:
+                raise ValueError(f"build_narrow: expected a function for {method.name}, got None")
+            return self.build_narrow(derive_seed(self.seed, "init"), sparsity)
+        if not method.needs_dense or method.source == "reinit":
+            return make_ticket(self.fresh(method.source), masks)
         epoch = {"init": 0, "rewind": self.rewind_epoch, "final": self.training.epochs}
         return make_ticket(self.fresh(), masks, self.dense_state(epoch[method.source]))
 
-    def ticket_trainer(self, method: Method, masks: Masks, name: str) -> Trainer:
+    def ticket_trainer(
+        self, method: Method, masks: Masks, name: str, sparsity: float | None = None
+    ) -> Trainer:
         """Return the trainer of a ticket.
 
         Args:
             method: how the ticket starts and which loss it gets.
             masks: module name -> bool mask; fixed while it trains, unless the method moves them.
             name: subfolder of the run.
+            sparsity: at the end; None for that of `masks`.
 
         Returns:
             The trainer; its optimizer is fresh and its schedule starts where the method says. In
             a run of Sup-tickets the schedule ends where the cycles begin.
+
+        Raises:
+            ValueError: the method starts denser than it ends, and `sparsity` is None.
         """
-        model = self.start(method, masks)
+        if sparsity is None:
+            if method.masks in ("full", "half", "none"):
+                raise ValueError(f"sparsity: expected a number for {method.name}, got None")
+            numel = sum(mask.numel() for mask in masks.values())
+            sparsity = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(numel, 1)
+        model = self.start(method, masks, sparsity)
         training, first = self.training, method.start_epoch(self.rewind_epoch)
         if method.superpose:
             training = training.squeezed(self.superposition.tail(training.epochs - first))
@@ -185,6 +225,7 @@ class Pipeline:
             method,
             model,
             optimizer,
+            sparsity=sparsity,
             epochs=training.epochs - first,
             steps=len(self.data.train.batches(training.batch_size)),
             dynamics=self.dynamics,
@@ -234,6 +275,10 @@ class Pipeline:
             stop=self.stop,
             **options,
         )
+
+
+def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 
 def _nonempty(split: Split) -> Split | None:

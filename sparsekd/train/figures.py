@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
 _DENSE: dict[str, Any] = {"color": "#666666", "linestyle": "--", "linewidth": 1.2}
 
 
-def draw(rows: Sequence[Row], folder: Path, labels: Mapping[str, str]) -> list[Path]:
-    """Draw every figure the rows allow: accuracy, loss curves, density per layer.
+def draw(
+    rows: Sequence[Row], folder: Path, labels: Mapping[str, str], needs_dense: Container[str] = ()
+) -> list[Path]:
+    """Draw every figure the rows allow: accuracy, its price, loss curves, density per layer.
 
     Args:
         rows: of an experiment, of kind "epoch" and "result".
         folder: where the PNG files go.
         labels: method -> name in the legend, in the order of the legend.
+        needs_dense: methods whose price includes the dense run of the same seed.
 
     Returns:
         The files written.
@@ -47,6 +50,8 @@ def draw(rows: Sequence[Row], folder: Path, labels: Mapping[str, str]) -> list[P
     epochs = [row for row in rows if row["kind"] == "epoch"]
     figures = {
         "accuracy_vs_sparsity": accuracy_figure(results, labels),
+        "accuracy_vs_flops": price_figure(results, labels, needs_dense, "flops_run"),
+        "accuracy_vs_time": price_figure(results, labels, needs_dense, "seconds"),
         "loss_curves": loss_figure(results, epochs, labels),
         "density_per_layer": density_figure(results),
     }
@@ -89,9 +94,8 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
             [statistics.mean(a) for a in accuracies],
             [statistics.stdev(a) if len(a) > 1 else 0 for a in accuracies],
             label=labels[method],
-            color=COLORS[number % len(COLORS)],
-            marker=MARKERS[number % len(MARKERS)],
             capsize=3,
+            **line_style(number),
         )
     dense = [row["test_accuracy"] for row in results if row["method"] == "dense"]
     if dense:
@@ -106,8 +110,83 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
         axes.set_xlabel(
             f"sparsity of the convolutions (mean and standard deviation, {seeds} seeds)"
         )
-    axes.legend()
+    _legend(axes, len(methods))
     return figure
+
+
+def price_figure(
+    results: Sequence[Row], labels: Mapping[str, str], needs_dense: Container[str], price: str
+) -> Figure | None:
+    """Plot test accuracy against what training took, a line a method through its sparsities.
+
+    Args:
+        results: rows of kind "result".
+        labels: method -> name in the legend.
+        needs_dense: methods whose price includes the dense run of the same seed.
+        price: "flops_run" or "seconds".
+
+    Returns:
+        The figure, None without a ticket or where a row lacks the price.
+    """
+    tickets = [row for row in results if row["method"] in labels]
+    if not tickets or not all(price in row for row in results):
+        return None
+    dense = {row["seed"]: row for row in results if row["method"] == "dense"}
+    name = {"flops_run": "training FLOPs", "seconds": "training time in seconds"}[price]
+    figure, axes = single_axes("Accuracy and what it took", name, "test accuracy")
+    present = [method for method in labels if any(row["method"] == method for row in tickets)]
+    for number, method in enumerate(present):
+        points = _group([row for row in tickets if row["method"] == method], "sparsity")
+        first = {s: dense[s][price] for s in dense} if method in needs_dense else {}
+        costs = {s: [r[price] + first.get(r["seed"], 0) for r in g] for s, g in points.items()}
+        accuracies = {s: [row["test_accuracy"] for row in g] for s, g in points.items()}
+        axes.errorbar(
+            [statistics.mean(costs[s]) for s in sorted(points)],
+            [statistics.mean(accuracies[s]) for s in sorted(points)],
+            [statistics.stdev(a) if len(a) > 1 else 0 for _, a in sorted(accuracies.items())],
+            label=labels[method] + (" + dense run" if method in needs_dense else ""),
+            capsize=3,
+            **line_style(number),
+        )
+    if dense:
+        axes.errorbar(
+            statistics.mean(row[price] for row in dense.values()),
+            statistics.mean(row["test_accuracy"] for row in dense.values()),
+            label="dense",
+            color="#666666",
+            marker="*",
+            markersize=10,
+            linestyle="none",
+        )
+    axes.set_xscale("log")
+    axes.yaxis.set_major_formatter(_PERCENT)
+    _legend(axes, len(present))
+    return figure
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Return how the line of a number looks; the first 21 differ.
+
+    Example:
+        >>> line_style(0)["marker"], line_style(7)["linestyle"]
+        ('o', '--')
+    """
+    return {
+        "color": COLORS[number % len(COLORS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": ("-", "--", ":")[number // len(COLORS) % 3],
+    }
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    """Put a long legend beside the panel."""
+    if entries <= 6:
+        axes.legend()
+        return
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.set_size_inches(9.2, 5.2)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
 
 
 def loss_figure(
@@ -202,7 +281,8 @@ def stretched(sparsity: float) -> float:
 def _style(method: str, labels: Mapping[str, str]) -> dict[str, Any]:
     if method == "dense":
         return {"label": "dense", **_DENSE}
-    return {"label": labels[method], "color": COLORS[list(labels).index(method) % len(COLORS)]}
+    style = line_style(list(labels).index(method))
+    return {"label": labels[method], "color": style["color"], "linestyle": style["linestyle"]}
 
 
 def single_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

@@ -23,6 +23,7 @@ from sparsekd.train import distributed
 from sparsekd.train.batchnorm import synchronize
 from sparsekd.train.checkpoint import load_training, save_training
 from sparsekd.train.config import Training
+from sparsekd.train.cost import StepCost
 from sparsekd.train.evaluation import evaluate
 from sparsekd.train.interrupt import StopRequest
 from sparsekd.train.metrics import Row
@@ -204,6 +205,7 @@ class Trainer:
         self._step = 0
         self._sums = _no_sums()
         self._called = self.model
+        self._cost: StepCost | None = None
         purpose = ("model", *([distributed.rank()] if distributed.rank() else []))
         self._rng = torch.Generator().manual_seed(derive_seed(seed, *purpose)).get_state()
         if self.state_path is not None and self.state_path.exists():
@@ -216,8 +218,9 @@ class Trainer:
 
         Yields:
             epoch (1 = after the first epoch of the full schedule), lr, train_loss,
-            train_accuracy, images_per_second, seconds, and val_loss and val_accuracy if there is a
-            validation split.
+            train_accuracy, images_per_second, seconds, flops (see `StepCost`), updates (of the
+            topology that took the place of an optimizer step), and val_loss and val_accuracy if
+            there is a validation split.
 
         Raises:
             Interrupted: a stop was asked for; the state is saved.
@@ -334,6 +337,9 @@ class Trainer:
     def _train_step(self, x: Tensor, y: Tensor, position: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(position)
+        if self._cost is None:
+            self._cost = StepCost(self.model, x.shape[1:])
+        self._sums["flops"] += self._cost.per_image() * len(y)
         self.optimizer.zero_grad(set_to_none=True)
         parts = list(
             zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True)
@@ -351,7 +357,9 @@ class Trainer:
             self._sums["loss"] += value * len(labels)
             self._sums["correct"] += int((logits.argmax(1) == labels).sum())
             self._sums["seen"] += len(labels)
-        if self.dst is None or not self.dst.step():
+        if self.dst is not None and self.dst.step():
+            self._sums["updates"] += 1
+        else:
             self.optimizer.step()
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
@@ -370,6 +378,8 @@ class Trainer:
             "train_accuracy": sums["correct"] / sums["seen"],
             "images_per_second": round(sums["seen"] / seconds, 1),
             "seconds": round(seconds, 3),
+            "flops": int(sums["flops"]),
+            "updates": int(sums["updates"]) // distributed.ranks(),
         }
         if self.validation is not None and distributed.rank() == 0:
             result = evaluate(self.model, self.validation)
@@ -382,7 +392,7 @@ class Trainer:
 
 
 def _no_sums() -> dict[str, float]:
-    return {"loss": 0.0, "correct": 0, "seen": 0, "seconds": 0.0}
+    return {"loss": 0.0, "correct": 0, "seen": 0, "seconds": 0.0, "flops": 0, "updates": 0}
 
 
 def _numbers(sums: dict[str, float]) -> Tensor:

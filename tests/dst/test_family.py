@@ -157,10 +157,10 @@ def test_a_thousand_random_updates(entry, sizes, sparsities, harder, kind, seed)
     start = {name: m.topology.nnz for name, m in sparse_modules(model)}
     numel = sum(m.topology.numel for _, m in sparse_modules(model))
     sparsity = 1 - (1 - harder) * sum(start.values()) / numel
-    dst = entry.make(model, opt, sparsity=sparsity, every=1, until=STEPS, seed=seed)
+    dst = entry.make(model, opt, sparsity=sparsity, every=1, until=STEPS + 1, seed=seed)
     values = [layer.values for layer in layers]
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(STEPS - 1):
+    for _ in range(STEPS):
         if kind == "ties":
             for layer in layers:
                 layer.values.data.round_()
