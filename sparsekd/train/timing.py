@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from sparsekd.nn import densify, sparse_modules, unfuse
 from sparsekd.train.loop import Objective, to_channels_last
 
+_WARM_UPS = 5
+_FEW_FAULTS = 256  # pages, 1 MiB
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -103,7 +106,8 @@ def interleave(
     """Time several calls in turns, so that a change in the machine's load meets all of them.
 
     Args:
-        calls: what to time, by name; each is called once before the first round.
+        calls: what to time, by name; before the first round they are called in turn until memory
+            has settled, five times at most: allocations of one move those of the others.
         rounds: turns of each.
         least: seconds that a turn should last; a shorter call is repeated within it.
         pause: seconds of rest before a turn, for the threads of the call before to fall asleep.
@@ -117,7 +121,11 @@ def interleave(
         >>> len(times["sum"])
         5
     """
-    once = {name: _seconds(call, 1) for name, call in calls.items()}
+    for _ in range(_WARM_UPS):
+        before = _page_faults()
+        once = {name: _seconds(call, 1) for name, call in calls.items()}
+        if _page_faults() - before < _FEW_FAULTS:
+            break
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name, call in calls.items():
@@ -127,6 +135,14 @@ def interleave(
             repeats = max(1, math.ceil(least / once[name]))
             times[name].append(_seconds(call, repeats) * 1e3 / repeats)
     return times
+
+
+def _page_faults() -> int:
+    try:
+        import resource
+    except ImportError:  # not a POSIX system: one warm-up then
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
