@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -42,15 +41,16 @@ class Results:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.machine: dict[str, Any] = rows[-1]["machine"] if rows else {}
         self._newest: dict[tuple[str, str, str, str, float | None], Row] = {}
-        self._dense: dict[tuple[str, str, str, str], float] = {}
+        self._dense: dict[tuple[str, str, str, str], Row] = {}
         for row in rows:
             if row["machine"]["id"] != self.machine["id"]:
                 continue
             self._newest.pop(identity(row), None)
             self._newest[identity(row)] = row
             if row["arm"] in BASELINES and row["ms"] is not None:
-                place = (row["session"], row["level"], row["case"], row["op"])
-                self._dense[place] = min(row["ms"], self._dense.get(place, math.inf))
+                place = _place(row)
+                if place not in self._dense or row["ms"] < self._dense[place]["ms"]:
+                    self._dense[place] = row
 
     def rows(self, level: str, *, arm: str | None = None, case: str | None = None) -> list[Row]:
         """List the rows of a level, in the order of measurement."""
@@ -77,9 +77,14 @@ class Results:
         """Return the newest row of these, None if there is none."""
         return self._newest.get((level, case, op, arm, sparsity))
 
+    def dense(self, row: Row) -> Row | None:
+        """Return the row of the better dense layout, measured in turns with this row."""
+        return self._dense.get(_place(row))
+
     def dense_ms(self, row: Row) -> float | None:
         """Return the time of the better dense layout, measured in turns with this row."""
-        return self._dense.get((row["session"], row["level"], row["case"], row["op"]))
+        dense = self.dense(row)
+        return None if dense is None else dense["ms"]
 
     def speedup(self, row: Row | None) -> float | None:
         """Return how many times faster than the better dense layout a row is."""
@@ -129,3 +134,7 @@ def fit(points: Sequence[tuple[float, float]]) -> Line | None:
     rest = sum((b - intercept - slope * a) ** 2 for a, b in points)
     total = sum((b - statistics.mean(y)) ** 2 for b in y)
     return Line(round(intercept, 9), slope, 1 - rest / total if total else 1.0)
+
+
+def _place(row: Row) -> tuple[str, str, str, str]:
+    return row["session"], row["level"], row["case"], row["op"]

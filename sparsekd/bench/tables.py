@@ -218,13 +218,9 @@ def best_steps(results: Results) -> list[tuple[Row, Row, str]]:
             if not timed:
                 continue
             row = min(timed, key=lambda row: row["ms"])
-            dense = [
-                other
-                for other in results.rows("step", case=case)
-                if other["ms"] == results.dense_ms(row) and other["sparsity"] is None
-            ]
-            if dense:
-                found.append((row, dense[0], STEP_ARMS[row["arm"]].label))
+            dense = results.dense(row)
+            if dense is not None:
+                found.append((row, dense, STEP_ARMS[row["arm"]].label))
     return found
 
 

@@ -27,6 +27,24 @@ def row(level, case, op, arm, sparsity, ms, **rest):
     }  # fmt: skip
 
 
+def test_a_row_is_held_against_the_dense_one_of_its_own_session():
+    def timed(arm, sparsity, ms, session):
+        return {**row("step", "resnet18", "step", arm, sparsity, ms), "session": session}
+
+    results = Results(
+        [
+            timed("dense_contiguous", None, 90.0, "1"),
+            timed("dense_channels_last", None, 100.0, "1"),
+            timed("sparsekd", 0.8, 45.0, "1"),
+            timed("dense_contiguous", None, 200.0, "2"),
+            timed("sparsekd", 0.9, 50.0, "2"),
+        ]
+    )
+    early, late = (results.find("step", "resnet18", "step", "sparsekd", s) for s in (0.8, 0.9))
+    assert results.dense(early)["arm"] == "dense_contiguous"
+    assert (results.speedup(early), results.speedup(late)) == (2.0, 4.0)
+
+
 @pytest.fixture
 def rows():
     found = [
