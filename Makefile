@@ -9,7 +9,9 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --progress-bar off -c c
 # The build calls cmake and ninja by name and shall find the environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-CXX_FILES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.inc')
+CXX_NAMES := -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES := $(shell find csrc $(CXX_NAMES))
+TEST_FILES := $(shell find tests/emulation $(CXX_NAMES))
 CMAKE_TESTS := cmake -S . -G Ninja -DSPARSEKD_PYTHON=OFF -DSPARSEKD_TESTS=ON
 
 # A moved or copied folder carries a CMake cache that names the old place, which CMake refuses.
@@ -60,12 +62,12 @@ lint: $(VENV)/.built
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	lint-imports
-	clang-format --dry-run -Werror $(CXX_FILES)
+	clang-format --dry-run -Werror $(CXX_FILES) $(TEST_FILES)
 
 format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	clang-format -i $(CXX_FILES)
+	clang-format -i $(CXX_FILES) $(TEST_FILES)
 
 sanitize: $(VENV)/.installed
 	$(DROP_FOREIGN_BUILD)
@@ -83,7 +85,7 @@ bench: $(VENV)/.built
 	  --rows benchmarks/results/arena_avx2.jsonl --out docs/results/arena-avx2
 
 clean:
-	rm -rf build $(VENV)/.built sparsekd/_C*.so
+	rm -rf build $(VENV)/.built sparsekd/_C*.so sparsekd/libsparsekd_cuda.so
 
 $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt kernels/__init__.py $(CXX_FILES)
 	$(DROP_FOREIGN_BUILD)

@@ -12,21 +12,25 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA = os.environ.get("SPARSEKD_CUDA", "auto")
+CUDA_LIBRARY = "libsparsekd_cuda.so"
 
 
 class CMakeBuild(build_ext):
-    """Build the one extension with CMake and put it where setuptools expects it."""
+    """Build the extension and the CUDA kernels with CMake and put them where they belong."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
+        if CUDA not in ("auto", "on", "off"):
+            raise ValueError(f"SPARSEKD_CUDA: expected auto, on or off, got {CUDA!r}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'lib'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'lib'}", f"-DSPARSEKD_CUDA={CUDA}",
         ]  # fmt: skip
         # CMake refuses another generator in an existing build folder: choose only the first time.
         if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():
@@ -42,10 +46,36 @@ class CMakeBuild(build_ext):
                 f"CMake did not produce {built.name}; found {list((build / 'lib').iterdir())}"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced in one step: a process that has the old module mapped keeps it.
-        fresh = target.with_suffix(".new")
-        shutil.copy2(built, fresh)
-        fresh.replace(target)
+        _install(built, target)
+        self._build_cuda(build, target.parent)
+
+    def _build_cuda(self, build: Path, folder: Path) -> None:
+        """Build the CUDA kernels where there is an nvcc; only SPARSEKD_CUDA=on insists on them."""
+        command = ["cmake", "--build", str(build), "--target", "sparsekd_cuda"]
+        failed = subprocess.run(command).returncode != 0
+        if failed and CUDA == "on":
+            raise RuntimeError("SPARSEKD_CUDA=on, but nvcc failed; see its messages above")
+        if failed:
+            print("No CUDA kernels: nvcc failed. The rest of sparsekd does not need them.")
+            (build / "lib" / CUDA_LIBRARY).unlink(missing_ok=True)
+        _install(build / "lib" / CUDA_LIBRARY, folder / CUDA_LIBRARY)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        _install(Path(self.build_lib) / "sparsekd" / CUDA_LIBRARY, ROOT / "sparsekd" / CUDA_LIBRARY)
+
+
+def _install(built: Path, target: Path) -> None:
+    """Put a file in its place, or what was there away if it was not built.
+
+    In one step: a process that has the old file mapped keeps it.
+    """
+    if not built.exists():
+        target.unlink(missing_ok=True)
+        return
+    fresh = target.with_suffix(".new")
+    shutil.copy2(built, fresh)
+    fresh.replace(target)
 
 
 setup(

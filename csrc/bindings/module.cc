@@ -16,6 +16,7 @@ void bind_densify(py::module_& m);
 void bind_growth(py::module_& m);
 void bind_peak(py::module_& m);
 void bind_norm(py::module_& m);
+void bind_structure(py::module_& m);
 
 namespace {
 
@@ -179,13 +180,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear);
   m.def("linear_dgrad", &linear_dgrad_);
   m.def("linear_wgrad", &linear_wgrad_);
-  m.def("release", [](const Indices& crow, const Indices& col) {
-    const RawIndices r = raw(crow, col);
-    release_structure(r.crow, r.col);
-  });
   bind_densify(m);
   bind_growth(m);
   bind_norm(m);
+  bind_structure(m);
   m.def("info", &info);
   m.def("set_isa", &set_isa);
   bind_peak(m);

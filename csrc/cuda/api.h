@@ -1,0 +1,77 @@
+// The C functions of the library of CUDA kernels. They know nothing of torch or Python: device addresses,
+// sizes and a stream come in, work is queued on the stream, CUDA's error code comes out (0 is success).
+//
+// Maps are computed on in packed form, [channel][y][x][lane]: a site is one pixel of one channel, and its
+// lanes are the images of the batch, padded with zeros to `lanes` of them. A linear layer is a convolution of
+// maps of one pixel. Every product then is one of two:
+//   gather: y[row][position] = bias[row] + sum over the nonzeros k of the row of values[k] * x[site(k,
+//   position)] sample: dvalues[k] = sum over positions of grad[row(k)][position] * x[site(k, position)]
+// where site(k, position) = offset[k] + y * in_row + x * in_col. The caller guarantees that every site is
+// one of x; padding has made sure that there is one for every tap.
+//
+// Results are the same bit for bit for the same inputs and kind of GPU: no floating-point atomics, and work
+// is cut by sizes alone. Sums are in float32 and rounded once. Sizes are int64_t; numbers of sites, positions
+// times lanes, rows and nonzeros must be below 2^31 - 1024, or the result is cudaErrorInvalidValue.
+#pragma once
+#include <stdint.h>
+
+#define SPARSEKD_API extern "C" __attribute__((visibility("default")))
+
+enum { SPARSEKD_FLOAT32 = 0, SPARSEKD_FLOAT16 = 1, SPARSEKD_BFLOAT16 = 2 };
+
+SPARSEKD_API const char* sparsekd_cuda_error(int code);
+
+// How many lanes a batch gets: whole vectors of 16 bytes, except that a batch smaller than one has no
+// padding.
+SPARSEKD_API int64_t sparsekd_cuda_lanes(int64_t dtype, int64_t batch);
+
+// maps [batch, channels, height, width] of any strides -> packed [channels][top + height + bottom]
+// [left + width + right][lanes], zero outside the maps.
+SPARSEKD_API int sparsekd_cuda_pack(int64_t dtype, const void* maps, int64_t batch, int64_t channels,
+                                    int64_t height, int64_t width, int64_t stride_n, int64_t stride_c,
+                                    int64_t stride_h, int64_t stride_w, int64_t top, int64_t bottom,
+                                    int64_t left, int64_t right, void* packed, int64_t lanes, void* stream);
+
+// packed [channels][height][width][lanes] -> maps [batch, channels, height, width] of any strides.
+SPARSEKD_API int sparsekd_cuda_unpack(int64_t dtype, void* maps, int64_t batch, int64_t channels,
+                                      int64_t height, int64_t width, int64_t stride_n, int64_t stride_c,
+                                      int64_t stride_h, int64_t stride_w, const void* packed, int64_t lanes,
+                                      void* stream);
+
+// crow [rows + 1], offset [nnz], order [rows] (the rows, the longest first), values [nnz], bias [rows] or
+// null, x packed -> y [rows][out_sites][lanes], of which the height * width positions out_origin + y *
+// out_row
+// + x * out_col of every row are written.
+SPARSEKD_API int sparsekd_cuda_gather(int64_t dtype, int64_t rows, const int32_t* crow, const int32_t* offset,
+                                      const int32_t* order, const void* values, const void* bias,
+                                      const void* x, int64_t lanes, int64_t height, int64_t width,
+                                      int64_t in_row, int64_t in_col, void* y, int64_t out_sites,
+                                      int64_t out_origin, int64_t out_row, int64_t out_col, void* stream);
+
+// Into how many parts the sums of `sample` are cut, so that few nonzeros still fill a device.
+SPARSEKD_API int64_t sparsekd_cuda_parts(int64_t dtype, int64_t nnz, int64_t positions, int64_t lanes);
+
+// row [nnz], offset [nnz], grad packed [rows][height][width][lanes], x packed, partial [parts][nnz] to work
+// in -> dvalues [nnz].
+SPARSEKD_API int sparsekd_cuda_sample(int64_t dtype, int64_t nnz, const int32_t* row, const int32_t* offset,
+                                      const void* grad, const void* x, int64_t lanes, int64_t height,
+                                      int64_t width, int64_t in_row, int64_t in_col, float* partial,
+                                      int64_t parts, void* dvalues, void* stream);
+
+// Growth ranks by keys: the larger key is the better score or, of equal scores, the lower position, whose
+// complement is the lower half of the key; 0 is a position that cannot grow.
+
+// scores [rows, cols], contiguous, are those of the rectangle at (row, col) of a weight of `width` columns
+// whose nonzeros are at taken_row [nnz], taken_col [nnz] -> keys [rows * cols].
+SPARSEKD_API int sparsekd_cuda_grow_keys(int64_t dtype, const void* scores, int64_t row, int64_t rows,
+                                         int64_t col, int64_t cols, int64_t width, int64_t magnitude,
+                                         int64_t nnz, const int32_t* taken_row, const int32_t* taken_col,
+                                         uint64_t* keys, void* stream);
+
+// How many bytes `grow_select` works in.
+SPARSEKD_API int64_t sparsekd_cuda_grow_scratch();
+
+// keys [count] -> best [k]: the k largest in any order, then zeros where fewer than k are not zero. `nan`,
+// one number, becomes 1 when there are keys of NaN.
+SPARSEKD_API int sparsekd_cuda_grow_select(int64_t count, const uint64_t* keys, int64_t k, uint64_t* best,
+                                           void* scratch, int32_t* nan, void* stream);

@@ -1,0 +1,100 @@
+// Products of a weight-sparse matrix with packed maps: forward passes and, on the transpose, input gradients.
+//
+// A warp computes one row at 32 vectors of lanes. The nonzeros of the row go through shared memory, 32 at a
+// time, and are broadcast from there; every one costs a lane one vector load and as many multiply-adds. Warps
+// take the rows in the order of their lengths, so that those of a block end together and the longest start
+// first, and all rows of one tile before the next tile, whose part of x then stays in the cache.
+//
+// Source: Gale et al., Sparse GPU Kernels for Deep Learning (SC 2020), section 5.
+#pragma once
+#include "device.cuh"
+
+namespace sparsekd_cuda {
+
+constexpr int kWarps = 4;  // of a block; they share nothing
+
+// The positions of an output on the sites of x.
+struct Window {
+  int32_t height, width;
+  int32_t in_row, in_col;  // sites of x between neighbours
+  int32_t vectors;         // of lanes, at each position
+
+  __host__ __device__ int64_t units() const { return int64_t{1} * height * width * vectors; }
+  // The vector of x at unit `u` for an offset of 0.
+  __device__ int64_t source(int32_t u) const {
+    const int32_t position = u / vectors, vector = u % vectors;
+    const int32_t site = position / width * in_row + position % width * in_col;
+    return int64_t{1} * site * vectors + vector;
+  }
+};
+
+// Where the positions of a row are in y, in sites.
+struct Target {
+  int64_t sites;  // of a row
+  int32_t origin, row, col;
+
+  __device__ int64_t vector(const Window& window, int32_t matrix_row, int32_t u) const {
+    const int32_t position = u / window.vectors, vector = u % window.vectors;
+    const int64_t site =
+        origin + int64_t{1} * (position / window.width) * row + int64_t{1} * (position % window.width) * col;
+    return (matrix_row * sites + site) * window.vectors + vector;
+  }
+};
+
+template <class T>
+struct Matrix {
+  int32_t rows;
+  const int32_t *crow, *offset, *order;
+  const T *values, *bias;
+};
+
+struct alignas(8) Nonzero {
+  int32_t offset;
+  float value;
+};
+
+template <class T, int kVec>
+__device__ inline void multiply_add(float (&sum)[kVec], float factor, Vector<T, kVec> x) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) sum[i] += factor * to_float(x.v[i]);
+}
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    gather_kernel(Matrix<T> matrix, Window window, Target target, const Vector<T, kVec>* __restrict__ x,
+                  Vector<T, kVec>* __restrict__ y) {
+  SPARSEKD_SHARED(Nonzero, stage, [kWarps][kWarp]);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int32_t blocks_of_rows = static_cast<int32_t>(ceil_div(matrix.rows, kWarps));
+  const int32_t place = static_cast<int32_t>(blockIdx.x) % blocks_of_rows * kWarps + warp;
+  if (place >= matrix.rows) return;  // the whole warp
+  const int32_t row = matrix.order[place];
+  const int64_t unit = int64_t{blockIdx.x} / blocks_of_rows * kWarp + lane;
+  const bool live = unit < window.units();  // the others help with the nonzeros
+  const Vector<T, kVec>* source = x + (live ? window.source(static_cast<int32_t>(unit)) : 0);
+  float sum[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) sum[i] = matrix.bias ? to_float(matrix.bias[row]) : 0.0f;
+  const int32_t end = matrix.crow[row + 1];
+  for (int32_t first = matrix.crow[row]; first < end; first += kWarp) {
+    const int count = end - first < kWarp ? end - first : kWarp;
+    if (lane < count)
+      stage[warp][lane] = {matrix.offset[first + lane], to_float(matrix.values[first + lane])};
+    __syncwarp();
+    if (live) {
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        const Nonzero nonzero = stage[warp][i];
+        multiply_add(sum, nonzero.value, source[int64_t{nonzero.offset} * window.vectors]);
+      }
+    }
+    __syncwarp();  // nobody still reads what the next 32 overwrite
+  }
+  if (!live) return;
+  Vector<T, kVec> result;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) result.v[i] = from_float<T>(sum[i]);
+  y[target.vector(window, row, static_cast<int32_t>(unit))] = result;
+}
+
+}  // namespace sparsekd_cuda

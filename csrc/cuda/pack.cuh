@@ -1,0 +1,83 @@
+// Moving maps between strided tensors and the packed form, through tiles in shared memory, so that both sides
+// are read and written along their own fast dimension.
+#pragma once
+#include "device.cuh"
+
+namespace sparsekd_cuda {
+
+constexpr int kTile = 32;
+constexpr int kTileRows = 8;  // a block is 32 x 8 threads; each moves four elements of a tile
+
+struct Maps {
+  int64_t batch, channels, height, width;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+  int64_t top, left;  // where the maps begin in the packed form
+  int64_t packed_height, packed_width;
+  int64_t lanes;
+  bool channels_fast;  // walk along channels and not along rows of pixels
+
+  __host__ __device__ int64_t sites() const { return channels * packed_height * packed_width; }
+};
+
+struct Site {
+  int64_t number;  // in the packed form
+  int64_t offset;  // in the maps
+  bool inside;
+};
+
+// The site at step q of the walk.
+__device__ inline Site site_at(const Maps& m, int64_t q) {
+  int64_t c, h, w;
+  if (m.channels_fast) {
+    c = q % m.channels;
+    w = q / m.channels % m.packed_width;
+    h = q / m.channels / m.packed_width;
+  } else {
+    w = q % m.packed_width;
+    h = q / m.packed_width % m.packed_height;
+    c = q / m.packed_width / m.packed_height;
+  }
+  const int64_t y = h - m.top, x = w - m.left;
+  const bool inside = y >= 0 && y < m.height && x >= 0 && x < m.width;
+  return {(c * m.packed_height + h) * m.packed_width + w, c * m.stride_c + y * m.stride_h + x * m.stride_w,
+          inside};
+}
+
+__host__ __device__ inline int64_t lane_tiles(const Maps& m) { return ceil_div(m.lanes, kTile); }
+
+template <class T>
+__global__ void __launch_bounds__(kTile* kTileRows) pack_kernel(Maps m, const T* maps, T* packed) {
+  SPARSEKD_SHARED(T, tile, [kTile][kTile + 1]);
+  const int64_t q0 = blockIdx.x / lane_tiles(m) * kTile, n0 = blockIdx.x % lane_tiles(m) * kTile;
+  const int64_t q = q0 + threadIdx.x;
+  if (q < m.sites()) {
+    const Site from = site_at(m, q);
+    for (int r = threadIdx.y; r < kTile; r += kTileRows) {
+      const bool there = from.inside && n0 + r < m.batch;
+      tile[r][threadIdx.x] = there ? maps[from.offset + (n0 + r) * m.stride_n] : from_float<T>(0.0f);
+    }
+  }
+  __syncthreads();
+  const int64_t n = n0 + threadIdx.x;
+  if (n >= m.lanes) return;
+  for (int r = threadIdx.y; r < kTile && q0 + r < m.sites(); r += kTileRows)
+    packed[site_at(m, q0 + r).number * m.lanes + n] = tile[threadIdx.x][r];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTile* kTileRows) unpack_kernel(Maps m, T* maps, const T* packed) {
+  SPARSEKD_SHARED(T, tile, [kTile][kTile + 1]);
+  const int64_t q0 = blockIdx.x / lane_tiles(m) * kTile, n0 = blockIdx.x % lane_tiles(m) * kTile;
+  const int64_t n = n0 + threadIdx.x;
+  if (n < m.batch)
+    for (int r = threadIdx.y; r < kTile && q0 + r < m.sites(); r += kTileRows)
+      tile[r][threadIdx.x] = packed[site_at(m, q0 + r).number * m.lanes + n];
+  __syncthreads();
+  const int64_t q = q0 + threadIdx.x;
+  if (q >= m.sites()) return;
+  const Site to = site_at(m, q);
+  for (int r = threadIdx.y; r < kTile && n0 + r < m.batch; r += kTileRows)
+    maps[to.offset + (n0 + r) * m.stride_n] = tile[threadIdx.x][r];
+}
+
+}  // namespace sparsekd_cuda
