@@ -40,13 +40,19 @@ class Backend:
     extends: str | None = None
 
 
-_NO_GPU_KERNELS = (
-    "this build of sparsekd has no GPU kernels; move the model to the CPU, or run it densely on "
-    'any device with `with sparsekd.backend("reference"):`'
+_ELSEWHERE = (
+    "move the model to the CPU, or run it densely on any device with "
+    '`with sparsekd.backend("reference"):`'
 )
-
+_NO_TRITON = f"this version of sparsekd has no Triton kernels; {_ELSEWHERE}"
+_CUDA = (
+    "on a machine with a GPU and a torch that has CUDA, build with "
+    "`SPARSEKD_CUDA=on pip install .` (needs nvcc on PATH or under CUDA_HOME); "
+    f"or {_ELSEWHERE}"
+)
 _BUILD = "build the compiled module sparsekd._C with `pip install .` (needs a C++17 compiler)"
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BACKENDS = {
     backend.name: backend
@@ -55,8 +61,8 @@ BACKENDS = {
         Backend("cpp", "sparsekd.ops.cpp", "cpu", _CPU_DTYPES, _BUILD),
         Backend("dense", "sparsekd.ops.dense", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
         Backend("reference", "sparsekd.ops.reference", None, None, "it is always there"),
-        Backend("triton", None, "cuda", None, _NO_GPU_KERNELS),
-        Backend("cuda", None, "cuda", None, _NO_GPU_KERNELS),
+        Backend("triton", None, "cuda", None, _NO_TRITON),
+        Backend("cuda", "sparsekd.ops.cuda", "cuda", _GPU_DTYPES, _CUDA, "reference"),
     )
 }
 
@@ -106,7 +112,8 @@ def backend(name: str) -> Iterator[None]:
     """Run every op of sparsekd on the named backend while the context lasts.
 
     It holds for the whole process, and for the backward passes that run inside it. Outside, the
-    environment variable SPARSEKD_BACKEND decides, and without it CPU tensors get "auto".
+    environment variable SPARSEKD_BACKEND decides, and without it CPU tensors get "auto" and CUDA
+    tensors "cuda".
 
     Args:
         name: "auto" for whichever of "cpp" and "dense" measures faster, op by op; "cpp" for the
@@ -165,8 +172,13 @@ def _backend_for(x: torch.Tensor) -> Backend:
 
 @cache
 def _automatic(device: str) -> str:
+    if device == "cuda":
+        loaded, reason = _load("cuda")
+        if loaded is None:
+            raise BackendError(f"no backend for device 'cuda' ({reason}): {_CUDA}")
+        return "cuda"
     if device != "cpu":
-        raise BackendError(f"no backend for device {device!r}: {_NO_GPU_KERNELS}")
+        raise BackendError(f"no backend for device {device!r}: {_ELSEWHERE}")
     loaded, reason = _load("cpp")
     if loaded is not None:
         return "auto"

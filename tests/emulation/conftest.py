@@ -1,24 +1,37 @@
-"""CUDA sources compiled for the CPU."""
+"""The CUDA kernels compiled for the CPU, and the backend "cuda" on CPU tensors by way of them."""
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+
+import sparsekd as skd
+from sparsekd.ops import backends, cuda_library
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
+ORDERS = ("forward", "backward", "shuffled")
 FLAGS = (
     "-std=c++17", "-x", "c++", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas", "-DSPARSEKD_HOST_EMULATION", f"-I{HERE}",
 )  # fmt: skip
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# Set in the process that runs under the sanitizers, see test_sanitizers.py.
+SANITIZED = "SPARSEKD_EMULATION_SANITIZED" in os.environ
 
 Compile = Callable[..., Path]
 
@@ -52,6 +65,18 @@ def compile_for_the_cpu(compiler: str) -> Compile:
     return compile_
 
 
+class Emulated(cuda_library.Library):
+    """Call the emulated library, which has neither devices nor streams."""
+
+    def _queue(self, function: Any, device: torch.device, args: list[Any]) -> int:
+        return function(*args, None)
+
+    def set_order(self, order: str, seed: int = 1) -> None:
+        """Choose in which order the threads of a block take their turns."""
+        number, seed_ = ctypes.c_int64(ORDERS.index(order)), ctypes.c_int64(seed)
+        self._functions.emulation_order(number, seed_)
+
+
 @pytest.fixture(scope="session")
 def sanitizers(compiler: str) -> tuple[str, ...]:
     """Return the flags of AddressSanitizer and UndefinedBehaviorSanitizer."""
@@ -61,3 +86,51 @@ def sanitizers(compiler: str) -> tuple[str, ...]:
         if not os.path.isabs(found):
             pytest.skip(f"the compiler comes without {name}")
     return SANITIZERS
+
+
+@pytest.fixture(scope="session")
+def emulated(compile_for_the_cpu: Compile) -> Emulated:
+    """Return the library of CUDA kernels, compiled for the CPU."""
+    flags = SANITIZERS if SANITIZED else ()
+    return Emulated(compile_for_the_cpu(SOURCES / "kernels.cu", "-O1", "-shared", *flags))
+
+
+@pytest.fixture(scope="session")
+def emulated_module(emulated: Emulated) -> ModuleType:
+    """Return a second copy of sparsekd.ops.cuda, bound to the emulated library."""
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    path = Path(backends.__file__).with_name("cuda.py")
+    spec = importlib.util.spec_from_file_location("emulated_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_library, "load", lambda: emulated)
+        spec.loader.exec_module(module)
+    sys.modules[module.__name__] = module
+    return module
+
+
+@pytest.fixture
+def on_cuda(
+    emulated: Emulated, emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Emulated]:
+    """Run the test on the backend "cuda", on CPU tensors."""
+    entry = dataclasses.replace(
+        backends.BACKENDS["cuda"], module=emulated_module.__name__, device="cpu"
+    )
+    monkeypatch.setitem(backends.BACKENDS, "cuda", entry)
+    backends._load.cache_clear()
+    emulated.set_order("forward")
+    with skd.backend("cuda"):
+        yield emulated
+    monkeypatch.undo()
+    backends._load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

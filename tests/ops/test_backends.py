@@ -13,7 +13,7 @@ import torch
 import sparsekd as skd
 from sparsekd import Topology, functional, ops
 from sparsekd.errors import BackendError, UnsupportedError
-from sparsekd.ops import backends
+from sparsekd.ops import backends, cuda_library
 from sparsekd.ops import reference as reference_backend
 
 TOPOLOGY = Topology.from_mask(torch.eye(3, dtype=torch.bool))
@@ -67,9 +67,34 @@ def test_the_environment_chooses(
         product()
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda", "abacus", ""])
+@pytest.mark.parametrize("name", ["triton", "abacus", ""])
 def test_a_backend_that_cannot_run_says_how_to_get_it(name: str) -> None:
     with pytest.raises(BackendError, match="backend"), skd.backend(name):
+        pass
+
+
+def test_without_cuda_kernels_the_reason_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "library.so"
+    monkeypatch.setattr(cuda_library, "PATH", library)
+    with pytest.raises(ImportError, match="found no nvcc, or nvcc failed"):
+        cuda_library.load()
+    library.write_text("built, but damaged")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match="torch sees no CUDA device"):
+        cuda_library.load()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ImportError, match="the CUDA kernels do not load"):
+        cuda_library.load()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_the_cuda_backend_says_how_to_get_it() -> None:
+    entry = ops.info()["backends"]["cuda"]
+    assert not entry["available"]
+    assert "SPARSEKD_CUDA=on" in entry["detail"]
+    with pytest.raises(BackendError, match="SPARSEKD_CUDA=on"), skd.backend("cuda"):
         pass
 
 

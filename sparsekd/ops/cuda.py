@@ -1,0 +1,214 @@
+"""The CUDA backend: pack the maps, queue the kernels of csrc/cuda, unpack the result.
+
+Kernels accumulate in float32 and round once. Everything is queued on torch's current stream and
+nothing waits for the device, except where a structure is seen for the first time, and growth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsekd.errors import ShapeError, UnsupportedError
+from sparsekd.ops import cuda_library
+from sparsekd.ops.checks import conv2d_shape
+from sparsekd.ops.cuda_plans import Conv, Plan, Structure, find_structure
+from sparsekd.ops.layout import memory_format_of, rows_cols
+
+_library = cuda_library.load()
+_NO_PADDING = (0, 0, 0, 0)
+_POINTWISE = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
+
+
+def _structure(x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]) -> Structure:
+    if crow.device != x.device or col.device != x.device:
+        raise UnsupportedError(
+            f"crow, col: expected the device of the input, {x.device}, "
+            f"got {crow.device} and {col.device}"
+        )
+    return find_structure(crow, col, *rows_cols(weight_shape))
+
+
+def _pack(maps: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """Return `[channels, height, width, lanes]`, padding included; see api.h."""
+    batch, channels, high, wide = maps.shape
+    top, bottom, left, right = padding
+    lanes = _library.size("lanes", maps.dtype, batch)
+    packed = maps.new_empty((channels, high + top + bottom, wide + left + right, lanes))
+    _library.run(
+        "pack", maps.device, maps.dtype, maps, *maps.shape, *maps.stride(), *padding, packed, lanes
+    )
+    return packed
+
+
+def _unpack(packed: Tensor, batch: int, layout: torch.memory_format) -> Tensor:
+    shape = (batch, *packed.shape[:3])
+    maps = torch.empty(shape, dtype=packed.dtype, device=packed.device, memory_format=layout)
+    _library.run(
+        "unpack", maps.device, maps.dtype, maps, *shape, *maps.stride(), packed, packed.shape[3]
+    )
+    return maps
+
+
+def _gather(plan: Plan, values: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
+    """Write the outputs that a plan names, of packed maps, into packed maps."""
+    values = values.contiguous() if plan.slots is None else values.index_select(0, plan.slots)
+    bias = None if bias is None else bias.contiguous()
+    rows, high, wide, lanes = y.shape
+    window = plan.window
+    _library.run(
+        "gather", x.device, x.dtype, rows, plan.crow, plan.offset, plan.order, values, bias, x,
+        lanes, *window[:4], y, high * wide, *window[4:],
+    )  # fmt: skip
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    batch, channels, *size = conv2d_shape(x.shape, *conv)
+    plan = _structure(x, crow, col, weight_shape).forward(conv, x.shape[2:], size)
+    packed = _pack(x, conv.padding)
+    y = packed.new_empty((channels, *size, packed.shape[3]))
+    _gather(plan, values, bias, packed, y)
+    return _unpack(y, batch, memory_format_of(x))
+
+
+def conv2d_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    input_shape: list[int],
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    batch, channels, *size = input_shape
+    structure = _structure(grad, crow, col, weight_shape)
+    plan = structure.input_gradient(conv, size, grad.shape[2:])
+    packed = _pack(grad, plan.padding)
+    dx = packed.new_empty((channels, *size, packed.shape[3]))
+    for phase in plan.phases:
+        _gather(phase, values, None, packed, dx)
+    return _unpack(dx, batch, memory_format_of(grad))
+
+
+def conv2d_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    structure = _structure(x, crow, col, weight_shape)
+    plan = structure.forward(conv, x.shape[2:], grad.shape[2:])
+    upper, packed = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
+    nnz, (high, wide, lanes) = col.shape[0], upper.shape[1:]
+    parts = _library.size("parts", x.dtype, nnz, high * wide, lanes)
+    partial = x.new_empty((parts, nnz), dtype=torch.float32)
+    dvalues = x.new_empty(nnz)
+    _library.run(
+        "sample", x.device, x.dtype, nnz, structure.rows(), plan.offset, upper, packed, lanes,
+        *plan.window[:4], partial, parts, dvalues,
+    )  # fmt: skip
+    return dvalues
+
+
+def _conv(
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Conv:
+    return Conv(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _pixels(matrix: Tensor) -> Tensor:
+    """See rows of features as images of one pixel: a linear layer is a 1x1 convolution of them."""
+    rows = math.prod(matrix.shape[:-1])
+    return matrix.reshape(rows, matrix.shape[-1])[:, :, None, None]
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+) -> Tensor:
+    shape = [*weight_shape, 1, 1]
+    y = conv2d(_pixels(x), values, crow, col, bias, shape, *_POINTWISE)
+    return y.view(*x.shape[:-1], weight_shape[0])
+
+
+def linear_dgrad(
+    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+) -> Tensor:
+    pixels, shape = _pixels(grad), [*weight_shape, 1, 1]
+    input_shape = [pixels.shape[0], weight_shape[1], 1, 1]
+    dx = conv2d_dgrad(pixels, values, crow, col, input_shape, shape, *_POINTWISE)
+    return dx.view(*grad.shape[:-1], weight_shape[1])
+
+
+def linear_wgrad(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+) -> Tensor:
+    return conv2d_wgrad(_pixels(grad), _pixels(x), crow, col, [*weight_shape, 1, 1], *_POINTWISE)
+
+
+class LargestK:
+    """Merge rectangles of scores into the k best positions outside a structure."""
+
+    def __init__(
+        self, crow: Tensor, col: Tensor, rows: int, cols: int, k: int, dtype: torch.dtype
+    ) -> None:
+        structure = find_structure(crow, col, rows, cols)
+        free = rows * cols - col.shape[0]
+        if not 0 <= k <= free:
+            raise ShapeError(f"k: expected 0 <= k <= {free} free positions, got {k}")
+        self._cols, self._taken = cols, (structure.rows(), structure.cols())
+        self._best = col.new_zeros(k, dtype=torch.int64)
+        self._nan = col.new_zeros(1)
+
+    def offer(self, scores: Tensor, row: int, col: int, magnitude: bool) -> None:
+        scores, k, device = scores.contiguous(), self._best.shape[0], self._best.device
+        if scores.device != device:
+            raise UnsupportedError(f"score: expected device {device}, got {scores.device}")
+        keys = self._best.new_empty(k + scores.numel())
+        keys[:k] = self._best
+        _library.run(
+            "grow_keys", device, scores.dtype, scores, row, scores.shape[0], col, scores.shape[1],
+            self._cols, magnitude, self._taken[0].shape[0], *self._taken, keys[k:],
+        )  # fmt: skip
+        scratch = torch.empty(_library.size("grow_scratch"), dtype=torch.uint8, device=device)
+        best = torch.zeros_like(self._best)
+        _library.run("grow_select", device, keys.shape[0], keys, k, best, scratch, self._nan)
+        self._best = best
+
+    def positions(self) -> Tensor:
+        if self._nan.item():
+            raise ValueError("score: NaN among the positions that could grow")
+        found = self._best[self._best != 0]
+        return (~found & 0xFFFFFFFF).sort().values

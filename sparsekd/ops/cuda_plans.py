@@ -1,0 +1,228 @@
+"""What structures become for the CUDA kernels: for each nonzero, the site of the input it meets.
+
+A structure is copied to the host and validated when it is first seen, or has changed since; plans
+are made there, once for each geometry, and uploaded. Kernels read only these plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import sparsekd._C as _C
+from sparsekd.csr import row_indices
+from sparsekd.errors import UnsupportedError
+
+_MOST_SITES = 2**31 - 1024
+
+
+class Conv(NamedTuple):
+    """Hold what of a convolution plans depend on."""
+
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Window(NamedTuple):
+    """Name the outputs of a product and, in sites, where they and their inputs are; see api.h."""
+
+    height: int
+    width: int
+    in_row: int
+    in_col: int
+    out_origin: int
+    out_row: int
+    out_col: int
+
+
+class Plan(NamedTuple):
+    """Hold a product: rows of nonzeros, for each the offset of its site, and rows by their length.
+
+    `slots`, if there are any, say which of the weight's values belong to the nonzeros.
+    """
+
+    crow: Tensor
+    offset: Tensor
+    order: Tensor
+    slots: Tensor | None
+    window: Window
+
+
+class InputGradient(NamedTuple):
+    """Hold one plan for each phase of the stride, and how the output gradient is padded."""
+
+    padding: tuple[int, int, int, int]
+    phases: tuple[Plan, ...]
+
+
+class Structure:
+    """Hold a validated copy of index tensors, and the plans made of it.
+
+    Args:
+        crow: start of each row.
+        col: column of each nonzero.
+        rows: of the matrix.
+        cols: of the matrix.
+    """
+
+    def __init__(self, crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
+        self._device = crow.device
+        # copied first and validated after, so nothing changes between the check and the use
+        self._crow, self._col = (t.detach().to("cpu", copy=True) for t in (crow, col))
+        _C.validate(self._crow.numpy(), self._col.numpy(), rows, cols)
+        self._row = row_indices(self._crow, self._col.shape[0])
+        self._plans: dict[Any, Any] = {}
+
+    def rows(self) -> Tensor:
+        """Return the row of each nonzero, int32 `[nnz]` on the device."""
+        return self._once("rows", lambda: self._upload(self._row))
+
+    def cols(self) -> Tensor:
+        """Return the column of each nonzero, int32 `[nnz]` on the device."""
+        return self._once("cols", lambda: self._upload(self._col))
+
+    def forward(self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]) -> Plan:
+        """Plan the forward pass; the weight gradient meets the same sites."""
+        key = (conv, *input_size)
+        return self._once(key, lambda: self._forward(conv, input_size, output_size))
+
+    def input_gradient(
+        self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]
+    ) -> InputGradient:
+        """Plan the input gradient, a product with the transpose."""
+        key = ("dgrad", conv, *input_size)
+        return self._once(key, lambda: self._input_gradient(conv, input_size, output_size))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._plans:
+            self._plans[key] = make()
+        return self._plans[key]
+
+    def _taps(self, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the input channel, and the place in the kernel, of each nonzero."""
+        rows, channels, high, wide = conv.weight_shape
+        tap = self._col % (high * wide)
+        group = self._row // (rows // conv.groups)
+        return group * channels + self._col // (high * wide), tap // wide, tap % wide
+
+    def _forward(self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]) -> Plan:
+        top, bottom, left, right = conv.padding
+        high, wide = input_size[0] + top + bottom, input_size[1] + left + right
+        channel, i, j = self._taps(conv)
+        offset = (channel * high + i * conv.dilation[0]) * wide + j * conv.dilation[1]
+        in_row, in_col = conv.stride[0] * wide, conv.stride[1]
+        window = Window(output_size[0], output_size[1], in_row, in_col, 0, output_size[1], 1)
+        return self._plan(self._crow, offset, None, window)
+
+    def _input_gradient(
+        self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]
+    ) -> InputGradient:
+        channels, *kernel = conv.weight_shape[1:]
+        before = conv.padding[0], conv.padding[2]
+        axes = [
+            _phases(input_size[d], before[d], kernel[d], conv.stride[d], conv.dilation[d])
+            for d in (0, 1)
+        ]
+        (top, bottom), (left, right) = (
+            _reach(axis, size) for axis, size in zip(axes, output_size, strict=True)
+        )
+        high, wide = output_size[0] + top + bottom, output_size[1] + left + right
+        channel, i, j = self._taps(conv)
+        phases = []
+        for down in axes[0]:
+            for across in axes[1]:
+                reached = (down.reaches[i] & across.reaches[j]).nonzero().squeeze(1)
+                slots = reached[torch.argsort(channel[reached], stable=True)]
+                lengths = torch.bincount(channel[slots], minlength=channels * conv.groups)
+                crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+                y = down.output[i[slots]] + top
+                offset = (self._row[slots] * high + y) * wide + across.output[j[slots]] + left
+                window = Window(
+                    down.pixels, across.pixels, wide, 1,
+                    down.first * input_size[1] + across.first,
+                    conv.stride[0] * input_size[1], conv.stride[1],
+                )  # fmt: skip
+                phases.append(self._plan(crow, offset, slots, window))
+        return InputGradient((top, bottom, left, right), tuple(phases))
+
+    def _plan(self, crow: Tensor, offset: Tensor, slots: Tensor | None, window: Window) -> Plan:
+        order = torch.argsort(crow.diff(), descending=True, stable=True)
+        upload = self._upload
+        which = None if slots is None else upload(slots)
+        return Plan(upload(crow), upload(offset), upload(order), which, window)
+
+    def _upload(self, indices: Tensor) -> Tensor:
+        if indices.numel() and int(indices.max()) >= _MOST_SITES:
+            raise UnsupportedError(
+                f"x: backend 'cuda' supports fewer than {_MOST_SITES} pixels of all channels of an "
+                f"image together, padding included, got {int(indices.max()) + 1} or more"
+            )
+        return indices.to(torch.int32).to(self._device)
+
+
+class _Phase(NamedTuple):
+    """Hold the pixels of an axis that meet the same taps: `first`, and every stride-th after it.
+
+    `output[t]` is the output position in which tap `t`, if it `reaches` them, meets the first one.
+    """
+
+    first: int
+    pixels: int
+    reaches: Tensor
+    output: Tensor
+
+
+def _phases(size: int, before: int, kernel: int, stride: int, dilation: int) -> list[_Phase]:
+    taps = torch.arange(kernel) * dilation
+    found = []
+    for first in range(min(stride, size)):
+        distance = first + before - taps
+        output = torch.div(distance, stride, rounding_mode="floor")
+        pixels = len(range(first, size, stride))
+        found.append(_Phase(first, pixels, distance % stride == 0, output))
+    return found
+
+
+def _reach(phases: list[_Phase], size: int) -> tuple[int, int]:
+    """Return by how much outputs that the phases meet lie before the first and after the last."""
+    before = after = 0
+    for phase in phases:
+        met = phase.output[phase.reaches]
+        if len(met):
+            before = max(before, -int(met.min()))
+            after = max(after, int(met.max()) + phase.pixels - size)
+    return before, after
+
+
+_known: dict[tuple[Any, ...], tuple[Structure, list[StorageWeakRef]]] = {}
+
+
+def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure:
+    """Return the validated structure of index tensors, made when they are new or have changed.
+
+    Storages are told apart by address and versions by torch's counter, so a known structure costs
+    neither a look at the device nor a wait for it.
+
+    Raises:
+        TopologyError: they are no structure of this matrix.
+    """
+    storages = [tensor.untyped_storage() for tensor in (crow, col)]
+    key = (
+        rows, cols, crow.shape, col.shape, crow.stride(), col.stride(),
+        *[storage._cdata for storage in storages], crow.storage_offset(), col.storage_offset(),
+        crow._version, col._version,
+    )  # fmt: skip
+    if key not in _known:
+        made = Structure(crow, col, rows, cols)
+        for gone in [k for k, (_, held) in _known.items() if any(ref.expired() for ref in held)]:
+            del _known[gone]
+        # A weak reference keeps the address of a storage from being used again.
+        _known[key] = made, [StorageWeakRef(storage) for storage in storages]
+    return _known[key][0]

@@ -1,0 +1,57 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: no spills, vector loads, a whole table."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("c++filt")), reason="needs nvcc and c++filt"
+)
+
+
+def kernels(table: str) -> set[str]:
+    return set(re.findall(r"^\| `(\w+_kernel[^`]*)` \|", table, re.MULTILINE))
+
+
+def test_every_kernel_compiles_for_every_gpu_without_spills_and_is_in_the_table() -> None:
+    command = [sys.executable, SOURCES / "resources.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = kernels(done.stdout)
+    assert {"gather_kernel<float, 4>", "sample_kernel<__half, 8>", "take_kernel"} <= found
+    assert kernels((ROOT / "docs" / "gpu.md").read_text()) == found, "the table is out of date"
+
+
+def test_wide_instances_load_whole_vectors(tmp_path: Path) -> None:
+    ptx = tmp_path / "kernels.ptx"
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=compute_80", "-ptx", "-o", ptx]
+    subprocess.run([*command, SOURCES / "kernels.cu"], check=True, timeout=300)
+    entry = r"\.entry \S*(?:gather|sample)_kernelI\S*Li[48]E\S*\((.*?)^}"
+    wide = re.findall(entry, ptx.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(wide) == 6
+    for body in wide:
+        assert re.search(r"ld\.global\.nc\.v4", body)
+        # Besides vectors there are only indices and, of the nonzeros, values and a bias.
+        assert len(re.findall(r"ld\.global\S*\.(?:f32|u16)\s(?<!v4\.f32\s)", body)) <= 2
+
+
+def test_the_library_loads_and_exports_nothing_but_its_functions() -> None:
+    built = ROOT / "sparsekd" / "libsparsekd_cuda.so"
+    if not built.exists():
+        pytest.skip("the CUDA kernels are not built")
+    names = subprocess.run(["nm", "-D", "--defined-only", built], capture_output=True, text=True)
+    exported = {line.split()[-1] for line in names.stdout.splitlines()}
+    declared = set(re.findall(r"\b(sparsekd_cuda_\w+)\(", (SOURCES / "api.h").read_text()))
+    assert exported == declared
+    probe = f"import ctypes; ctypes.CDLL({str(built)!r}).sparsekd_cuda_lanes"
+    subprocess.run([sys.executable, "-c", probe], check=True, env={**os.environ, "LD_PRELOAD": ""})

@@ -1,0 +1,131 @@
+"""Mistakes planted in the kernels themselves: parity or the machine's diagnoses find each."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekd import Topology, ops
+from sparsekd.errors import BackendError
+from sparsekd.testing import LayerCase, assert_layer_matches_dense
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+ORDERS = ("forward", "backward", "shuffled")
+
+LAYER = LayerCase(
+    seed=5,
+    in_features=90,
+    out_features=7,
+    batch=(37,),
+    density=0.6,
+    bias=True,
+    dtype=torch.float32,
+    layout="contiguous",
+)
+MAPS = dataclasses.replace(
+    LAYER,
+    in_features=4,
+    kernel_size=(3, 3),
+    map_size=(9, 11),
+    options={"padding": 1, "stride": 2},
+)
+
+
+def products() -> None:
+    for case in (LAYER, MAPS):
+        assert_layer_matches_dense(case)
+
+
+def growth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(30, 40, generator=generator) < 0.3
+    score = torch.randn(30, 40, generator=generator).mul(4).round()
+    topology = Topology.from_mask(mask)
+    k = int((score[~mask] > 0).sum()) + 30  # not all of the zeros, and these of either sign
+    found = ops.grow_topk(score, topology.crow_indices, topology.col_indices, k)
+    flat = score.masked_fill(mask, -99).flatten()
+    expected = torch.sort(flat, descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(found, expected)
+
+
+WRONG, FAULT = AssertionError, BackendError
+# What is changed in which file, the check that runs, and how it must fail.
+MUTANTS: dict[str, tuple[str, str, str, Callable[[], None], type[Exception]]] = {
+    "no barrier before the nonzeros are read": (
+        "gather.cuh", "    __syncwarp();\n    if (live) {", "    if (live) {", products, WRONG,
+    ),
+    "no barrier before they are overwritten": (
+        "gather.cuh", "    __syncwarp();  // nobody", "    // nobody", products, WRONG,
+    ),
+    "idle lanes leave before the barriers": (
+        "gather.cuh", "  float sum[kVec];\n", "  if (!live) return;\n  float sum[kVec];\n",
+        products, FAULT,
+    ),
+    "one nonzero too few": (
+        "gather.cuh", "i < count; ++i", "i + 1 < count; ++i", products, WRONG,
+    ),
+    "a barrier for half of the warp": (
+        "gather.cuh", "__syncwarp();\n    if (live)", "__syncwarp(0xffffu);\n    if (live)",
+        products, FAULT,
+    ),
+    "a sum without its last step": (
+        "sample.cuh", "distance > 0;", "distance > 1;", products, WRONG,
+    ),
+    "a shuffle under a condition": (
+        "sample.cuh", "const float total = warp_sum(sum[j]);\n    if (lane == j",
+        "const float total = lane <= j ? warp_sum(sum[j]) : 0.0f;\n    if (lane == j",
+        products, FAULT,
+    ),
+    "the gradient of another row": (
+        "sample.cuh", "if (j > 0 && row[j] != row[j - 1])", "if (false)", products, WRONG,
+    ),
+    "no barrier in the packing": (
+        "pack.cuh", "  __syncthreads();\n  const int64_t n =", "  const int64_t n =",
+        products, WRONG,
+    ),
+    "padding that is not zero": (
+        "pack.cuh", "from_float<T>(0.0f)", "from_float<T>(1.0f)", products, WRONG,
+    ),
+    "no barrier before the bins are read": (
+        "grow.cuh", "  __syncthreads();\n  if (bins[threadIdx.x])", "  if (bins[threadIdx.x])",
+        growth, WRONG,
+    ),
+    "ties to the higher position": (
+        "grow.cuh", "<< 32 | ~position", "<< 32 | position", growth, WRONG,
+    ),
+    "zeros of two signs": (
+        "grow.cuh", "score == 0.0f ? 0.0f : score", "score", growth, WRONG,
+    ),
+    "places taken by one lane of the warp": (
+        "grow.cuh", "place = __shfl_sync(kAllLanes, place, 0) +", "place +=", growth, WRONG,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_found(
+    name: str, on_cuda, emulated_module, compile_for_the_cpu, tmp_path, monkeypatch
+) -> None:
+    file, before, after, check, failure = MUTANTS[name]
+    check()
+    headers = tmp_path / "cuda"
+    shutil.copytree(SOURCES, headers)
+    text = (headers / file).read_text()
+    assert text.count(before) == 1, "the planted text has to be there, once"
+    (headers / file).write_text(text.replace(before, after))
+    built = compile_for_the_cpu(headers / "kernels.cu", "-O0", "-shared", headers=headers)
+    mutant = type(on_cuda)(built)
+    monkeypatch.setattr(emulated_module, "_library", mutant)
+    found = []
+    for order in ORDERS:
+        mutant.set_order(order)
+        try:
+            check()
+        except (WRONG, FAULT) as error:
+            found.append(type(error))
+    assert failure in found
