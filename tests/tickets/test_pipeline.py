@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,6 @@ from sparsekd.nn import densify, sparse_modules
 from sparsekd.tickets import METHODS, Distillation, Dynamics, Superposition, make_ticket
 from sparsekd.train import (
     Interrupted,
-    StopRequest,
     Trainer,
     Training,
     load_state,
@@ -199,21 +197,9 @@ def test_a_moving_topology_ends_at_its_sparsity(pipeline, name):
         )
 
 
-class StopAt(StopRequest):
-    """Ask for a stop after so many checks of the flag by the loop."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    @property
-    def signal(self) -> signal.Signals | None:
-        self.left -= 1
-        return signal.SIGINT if self.left < 0 else None
-
-
 @pytest.mark.parametrize("step", [2, 5, 9])  # five steps an epoch
 @pytest.mark.parametrize("name", [*MOVING, "snip", "small-dense"])
-def test_every_method_resumes_bit_equal(pipeline, name, step):
+def test_every_method_resumes_bit_equal(pipeline, stop_at, name, step):
     pipeline, method = replace(pipeline, **BUSY, build_narrow=narrow), METHODS[name]
 
     def trainer(folder, stop=None):
@@ -223,7 +209,7 @@ def test_every_method_resumes_bit_equal(pipeline, name, step):
     whole = trainer("whole")
     whole.fit()
     with pytest.raises(Interrupted):
-        trainer("parts", StopAt(step)).fit()
+        trainer("parts", stop_at(step)).fit()
     torch.manual_seed(99)
     resumed = trainer("parts")
     assert 0 < resumed.epoch * 5 + resumed._step < 15

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 import torch
 from torch import nn
@@ -16,7 +14,6 @@ from sparsekd.train import (
     CrossEntropy,
     Interrupted,
     Reporter,
-    StopRequest,
     Trainer,
     Training,
     derive_seed,
@@ -62,25 +59,13 @@ def test_training_learns_and_reports_it(build, images):
     assert all(row["images_per_second"] > 0 for row in rows)
 
 
-class StopAt(StopRequest):
-    """Ask for a stop after so many checks of the flag by the loop."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    @property
-    def signal(self) -> signal.Signals | None:
-        self.left -= 1
-        return signal.SIGINT if self.left < 0 else None
-
-
 @pytest.mark.parametrize("step", [1, 3, 5, 7, 12])  # five steps an epoch
-def test_an_interrupted_run_resumes_bit_equal(build, images, tmp_path, step):
+def test_an_interrupted_run_resumes_bit_equal(build, images, tmp_path, stop_at, step):
     whole = Trainer(build(), images.train, CONFIG, validation=images.val)
     whole.fit()
 
     first = Trainer(
-        build(), images.train, CONFIG, validation=images.val, folder=tmp_path, stop=StopAt(step)
+        build(), images.train, CONFIG, validation=images.val, folder=tmp_path, stop=stop_at(step)
     )
     with pytest.raises(Interrupted):
         first.fit()
@@ -107,7 +92,7 @@ def test_a_killed_run_resumes_from_its_last_epoch(build, images, tmp_path):
     assert comparable(again.rows) == comparable(whole.rows)
 
 
-def test_dynamic_topology_resumes_bit_equal(build, images, tmp_path):
+def test_dynamic_topology_resumes_bit_equal(build, images, tmp_path, stop_at):
     def trainer(folder=None, stop=None):
         model = build()
         optimizer = make_optimizer(model, CONFIG)
@@ -120,7 +105,7 @@ def test_dynamic_topology_resumes_bit_equal(build, images, tmp_path):
     whole.fit()
     assert not torch.equal(whole.model[3].topology.mask(), start)
     with pytest.raises(Interrupted):
-        trainer(tmp_path, StopAt(7)).fit()
+        trainer(tmp_path, stop_at(7)).fit()
     resumed = trainer(tmp_path)
     resumed.fit()
     assert state_hash(resumed.model.state_dict()) == state_hash(whole.model.state_dict())
