@@ -171,10 +171,12 @@ def line_style(number: int) -> dict[str, Any]:
         >>> line_style(0)["marker"], line_style(7)["linestyle"]
         ('o', '--')
     """
+    cycle = number // len(COLORS)
     return {
         "color": COLORS[number % len(COLORS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": ("-", "--", ":")[number // len(COLORS) % 3],
+        # another marker in each color as well: a single point has no line to tell it by
+        "marker": MARKERS[(number + 3 * cycle) % len(MARKERS)],
+        "linestyle": ("-", "--", ":")[cycle % 3],
     }
 
 
