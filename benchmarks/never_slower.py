@@ -12,23 +12,22 @@ options.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import sparsekd as skd
+from sparsekd.bench.cases import BASELINES, MODELS
+from sparsekd.bench.steps import STEP_ARMS, Contest, contest
 from sparsekd.ops import cpp, dense, dispatch, observe
 from sparsekd.ops.choices import surroundings
-from sparsekd.train import to_channels_last
+from sparsekd.train.timing import interleave
 
-MODELS = ("resnet20", "resnet18", "resnet50", "wrn22_2", "vgg16_bn")
 PASSES = (
     *(f"conv2d{p}" for p in ("", "_dgrad", "_wgrad")),
     *(f"linear{p}" for p in ("", "_dgrad", "_wgrad")),
@@ -50,23 +49,11 @@ class Passes:
         self.chosen.append(dispatch.choose(op, args).backend)
         if self.rounds:
             arms = {"cpp": getattr(cpp, op), "dense": getattr(dense, op)}
-            times = interleaved({n: lambda f=f: f(*args) for n, f in arms.items()}, self.rounds)
+            times = interleave({n: lambda f=f: f(*args) for n, f in arms.items()}, self.rounds)
             self.times.append({name: statistics.median(taken) for name, taken in times.items()})
 
 
-def interleaved(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return every arm's times in milliseconds, taken in turn; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
-        for name, run in arms.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                times[name].append(round((time.perf_counter() - start) * 1e3, 3))
-    return times
-
-
-def listened(step: Callable[[], None], rounds: int = 0) -> Passes:
+def listened(step: Callable[[], object], rounds: int = 0) -> Passes:
     """Run a step and return what its passes were."""
     passes = Passes(rounds)
     observe.listeners.add(passes)
@@ -75,42 +62,14 @@ def listened(step: Callable[[], None], rounds: int = 0) -> Passes:
     return passes
 
 
-def sparse_model(name: str, sparsity: float) -> nn.Module:
-    """Build a network with uniform sparsity behind its first and before its last layer."""
-    torch.manual_seed(0)
-    model = skd.models.build(name, num_classes=10)
-    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return skd.sparsify(
-        model, sparsity=sparsity, distribution="uniform", skip=(layers[0], layers[-1])
-    )
-
-
-def training_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    """Return a call that trains the model on one batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    model.train()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
-def compare(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rounds: int) -> dict[str, Any]:
+def compare(given: Contest, rounds: int) -> dict[str, Any]:
     """Time steps of a sparse model and of its dense twins."""
-    x_last = x.to(memory_format=torch.channels_last)
-    twin = skd.densify(copy.deepcopy(model))
-    arms = {
-        "dense_contiguous": training_step(twin, x, y),
-        "dense_channels_last": training_step(to_channels_last(copy.deepcopy(twin)), x_last, y),
-        "sparse": training_step(model, x_last, y),
-    }
-    chosen = listened(arms["sparse"]).chosen  # where nothing is known yet, this measures
-    times = interleaved(arms, rounds)
+    arms = {name: STEP_ARMS[name].build(given).call for name in (*BASELINES, "sparsekd")}
+    chosen = listened(arms["sparsekd"]).chosen  # where nothing is known yet, this measures
+    times = interleave(arms, rounds)
+    times["sparse"] = times.pop("sparsekd")
     median = {name: statistics.median(taken) for name, taken in times.items()}
-    best = min(("dense_contiguous", "dense_channels_last"), key=median.__getitem__)
+    best = min(BASELINES, key=median.__getitem__)
     ratios = sorted(s / d for s, d in zip(times["sparse"], times[best], strict=True))
     return {
         "ms": {name: round(value, 2) for name, value in median.items()},
@@ -121,9 +80,9 @@ def compare(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rounds: int) -> 
     }
 
 
-def regret(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rounds: int) -> dict[str, Any]:
+def regret(given: Contest, rounds: int) -> dict[str, Any]:
     """Compare the measured choices with the best ones, pass by pass."""
-    step = training_step(model, x.to(memory_format=torch.channels_last), y)
+    step = STEP_ARMS["sparsekd"].build(given).call
     step()
     passes = listened(step, rounds)
     taken = sum(t[name] for t, name in zip(passes.times, passes.chosen, strict=True))
@@ -162,12 +121,10 @@ def main() -> None:
         for sparsity in map(float, options.sparsity.split(",")):
             if (what, name, sparsity, options.batch) in done:
                 continue
-            torch.manual_seed(1)
-            x = torch.randn(options.batch, 3, 32, 32)
-            y = torch.randint(0, 10, (options.batch,))
+            given = contest(replace(MODELS[name], batch=options.batch), sparsity)
             measure = regret if options.regret else compare
             row = {"what": what, "model": name, "sparsity": sparsity, "batch": options.batch}
-            row |= measure(sparse_model(name, sparsity), x, y, options.rounds)
+            row |= measure(given, options.rounds)
             row |= {"threads": options.threads, "machine": surroundings()}
             print({key: row[key] for key in row if key not in ("machine", "what")}, flush=True)
             if options.out:
