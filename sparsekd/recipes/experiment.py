@@ -17,6 +17,7 @@ from sparsekd.nn import sparse_modules
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
 from sparsekd.recipes.folder import RunFolder
 from sparsekd.tickets import METHODS, Masks, Pipeline, collapsed_layers
+from sparsekd.tickets.hosts import UPDATERS
 from sparsekd.train import (
     Reporter,
     Row,
@@ -310,32 +311,31 @@ class Experiment:
             "numel": sum(math.prod(layer.shape) for layer in pruned),
             "flops_train": cost.train,
             "flops_train_dense": cost.train_dense,
-            "flops_run": sum(row["flops"] for row in rows) + self._extra_flops(run, trainer),
+            "flops_run": sum(row["flops"] for row in rows)
+            + self._extra_flops(run, trainer, cost.forward_dense),
             "density": {layer.name: layer.density for layer in cost.layers},
         }
 
-    def _extra_flops(self, run: Run, trainer: Trainer) -> int:
-        """Count the dense gradients that a run forms to grow weights, and its teacher's passes."""
+    def _extra_flops(self, run: Run, trainer: Trainer, dense: int) -> int:
+        """Count the dense gradients that a run forms to grow weights, and its teacher's passes.
+
+        Each costs what a forward pass of the dense network does, `dense` operations an image.
+        """
         if run.method == "dense":
             return 0
         method, recipe = METHODS[run.method], self.recipe
-        images, steps = (
-            len(self.data.train),
-            len(self.data.train.batches(recipe.training.batch_size)),
-        )
-        gradients = 0.0
-        if method.reads_dense_gradient:
-            gradients = sum(row["updates"] for row in trainer.rows) / steps  # in epochs
-        elif method.moves == "snfs":
+        updater = UPDATERS.get(method.moves)
+        gradients, taught = 0.0, 0  # epochs' worth
+        if method.moves == "snfs":  # forms them at every step
             gradients = len(trainer.rows) * recipe.dynamics.until
-        taught = 0
+        elif updater is not None and updater.needs_gradient:
+            steps = len(self.data.train.batches(recipe.training.batch_size))
+            gradients = sum(row["updates"] for row in trainer.rows) / steps
         if method.distil:
             epochs = recipe.training.epochs
             until = epochs if recipe.kd.until is None else min(recipe.kd.until, epochs)
             taught = max(0, until - trainer.start_epoch)
-        dense = build_model(recipe.model, self.data, seed=0)
-        forward = flops.count(dense, (1, *self.data.input_shape)).forward
-        return round((gradients + taught) * images * forward)
+        return round((gradients + taught) * len(self.data.train) * dense)
 
 
 def _identity(run: Run) -> Row:

@@ -16,7 +16,7 @@ from sparsekd.tickets.methods import Method
 from sparsekd.tickets.sup import Cycles, SupTickets
 from sparsekd.tickets.superposition import Average, check_average
 
-_UPDATERS: dict[str, type[dst.Updater]] = {
+UPDATERS: dict[str, type[dst.Updater]] = {
     "set": dst.SET,
     "itop": dst.ITOP,
     "mest": dst.MEST,
@@ -158,7 +158,7 @@ def attach(
     cycles = superposition.cycles(epochs, steps)
     steps_with_updates = cycles.first_phase if method.superpose else cycles.total_steps
     options = dynamics.options(method.moves, sparsity, steps_with_updates)
-    host = _UPDATERS[method.moves](model, optimizer, seed=seed, **options)
+    host = UPDATERS[method.moves](model, optimizer, seed=seed, **options)
     if dynamics.decay == "constant" and "drop_fraction" in options:
         fraction = Constant(dynamics.drop_fraction)
         host.schedule = Periodic(fraction, options["every"], options["until"])

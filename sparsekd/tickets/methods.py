@@ -18,7 +18,6 @@ Moves = Literal[
     "none", "set", "itop", "mest", "snfs", "rigl", "rigl-sg", "rigl-sm", "srigl", "topkast",
     "granet", "gmp", "acdc",
 ]  # fmt: skip
-_BY_GRADIENT = ("rigl", "rigl-sg", "rigl-sm", "srigl", "granet")
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,6 @@ class Method:
     def needs_dense(self) -> bool:
         """Whether the dense network of the same seed has to be trained first."""
         return self.masks == "pruned" or self.source in ("rewind", "final") or self.distil
-
-    @property
-    def reads_dense_gradient(self) -> bool:
-        """Whether an update that grows weights forms the gradient of every weight first."""
-        return self.moves in _BY_GRADIENT
 
     def start_epoch(self, rewind_epoch: int) -> int:
         """Return the epoch of the full schedule at which the ticket starts to train.

@@ -170,7 +170,7 @@ class Pipeline:
             model.load_state_dict(load_state(previous))
         return prune_further(model, rate, allow_collapse=allow_collapse)
 
-    def start(self, method: Method, masks: Masks, sparsity: float = 0.0) -> nn.Module:
+    def start(self, method: Method, masks: Masks, sparsity: float | None = None) -> nn.Module:
         """Build the ticket of a method as it is before it trains.
 
         Args:
@@ -182,11 +182,11 @@ class Pipeline:
             The sparse network, or the control.
 
         Raises:
-            ValueError: the method needs `build_narrow`, which was not given.
+            ValueError: the method needs `build_narrow` and `sparsity`, and one was not given.
         """
         if method.masks == "none":
-            if self.build_narrow is None:
-                raise ValueError(f"build_narrow: expected a function for {method.name}, got None")
+            if self.build_narrow is None or sparsity is None:
+                raise ValueError(f"build_narrow, sparsity: expected both for {method.name}")
             return self.build_narrow(derive_seed(self.seed, "init"), sparsity)
         if not method.needs_dense or method.source == "reinit":
             return make_ticket(self.fresh(method.source), masks)

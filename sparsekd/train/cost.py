@@ -28,14 +28,15 @@ class StepCost:
     """
 
     def __init__(self, model: nn.Module, image_shape: Sequence[int]) -> None:
-        sparse, count = dict(sparse_modules(model)), flops.count(model, (1, *image_shape))
-        self._fixed = sum(3 * layer.flops for layer in count.layers if layer.name not in sparse)
-        self._moving = [
-            (6 * layer.positions, sparse[layer.name])
-            for layer in count.layers
-            if layer.name in sparse
-        ]
+        self._count = flops.count(model, (1, *image_shape))
+        counted = {layer.name for layer in self._count.layers}
+        self._sparse = {name: m for name, m in sparse_modules(model) if name in counted}
+        self._nnz: dict[str, int] = {}
+        self._train = self._count.train
 
     def per_image(self) -> int:
         """Return the operations of a forward and backward pass with the topology as it is."""
-        return self._fixed + sum(cost * module.topology.nnz for cost, module in self._moving)
+        nnz = {name: module.topology.nnz for name, module in self._sparse.items()}
+        if nnz != self._nnz:
+            self._nnz, self._train = nnz, self._count.at(nnz).train
+        return self._train
