@@ -1,0 +1,129 @@
+"""Implicit GEMM over tiles of a weight: products (fprop, dgrad) and samples (wgrad).
+
+Maps are channels_last: the channels of a pixel lie side by side. A product computes outputs of BN
+channels at BP positions; its weight comes in *chunks*, each BN outputs times BK neighbouring input
+channels seen at one offset (dy, dx). `lists` says which chunks belong to which outputs:
+
+    lists   int32 [L + 1]  first chunk of each list
+    outputs int32 [L, 2]   first output channel of a list, and how many there are, at most BN
+    chunks  int32 [E, 4]   first input channel, how many there are (at most BK), dy, dx
+    weight        [E, BN, BK], zeros where a chunk is ragged
+
+The input pixel of output (y, x) at offset (dy, dx) is (y * stride_y + dy, x * stride_x + dx); one
+outside the map counts as zero. Input channels start at multiples of ALIGN. EVEN says that no list
+and no chunk is ragged, so that nothing in the inner loop is masked along channels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_product(
+    lists, outputs, chunks, weight, bias, x, y,
+    count, positions, high, wide,
+    x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
+    y_image, y_row, y_pixel,
+    SPATIAL: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, EVEN: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute one block of positions for one list of chunks."""
+    # Programs of all lists at the same positions run side by side and share the input in L2.
+    program = tl.program_id(0)
+    which = program % count
+    p = (program // count) * BP + tl.arange(0, BP)
+    n, k = tl.arange(0, BN), tl.arange(0, BK)
+    live = p < positions
+    if SPATIAL:
+        left = p % wide
+        above = (p // wide) % high
+        image = (p // (wide * high)).to(tl.int64)
+        in_y, in_x = above * stride_y, left * stride_x
+        x_at = x + image * x_image + in_y * x_row + in_x * x_pixel
+        y_at = y + image * y_image + above * y_row + left * y_pixel
+    else:
+        x_at = x + p.to(tl.int64) * x_pixel
+        y_at = y + p.to(tl.int64) * y_pixel
+    acc = tl.zeros((BP, BN), dtype=tl.float32)
+    for e in range(tl.load(lists + which), tl.load(lists + which + 1)):
+        channel = tl.multiple_of(tl.load(chunks + 4 * e), ALIGN)
+        seen, offset = live, channel
+        if SPATIAL:
+            dy, dx = tl.load(chunks + 4 * e + 2), tl.load(chunks + 4 * e + 3)
+            row, pixel = in_y + dy, in_x + dx
+            seen = live & (row >= 0) & (row < in_high) & (pixel >= 0) & (pixel < in_wide)
+            offset = channel + dy * x_row + dx * x_pixel
+        mask = seen[:, None]
+        if not EVEN:
+            mask = mask & (k < tl.load(chunks + 4 * e + 1))[None, :]
+        a = tl.load(x_at[:, None] + (offset + k)[None, :], mask=mask, other=0.0)
+        b = tl.load(weight + e * (BN * BK) + n[None, :] * BK + k[:, None])
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    first = tl.load(outputs + 2 * which)
+    mask = live[:, None]
+    kept = n < tl.load(outputs + 2 * which + 1)
+    if not EVEN:
+        mask = mask & kept[None, :]
+    if BIAS:
+        acc += tl.load(bias + first + n, mask=kept, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)  # and NaN stays NaN
+    at = y_at[:, None] + (tl.multiple_of(first, ALIGN) + n)[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tile_sample(
+    owners, outputs, chunks, grad, x, partial,
+    entries, images, pixels, wide, images_each, blocks_each, image_parts,
+    g_image, g_row, g_pixel, x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
+    SPATIAL: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr, IMAGES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of one chunk over one part of the positions, into `partial`.
+
+    `owners` int32 [E] is the list of each chunk, `partial` float32 [parts, E, BN, BK]. A block of
+    positions is PIXELS pixels of IMAGES images, so that the inner loop only steps to other images:
+    where a pixel is and whether its input is inside the map is found out once.
+    """
+    e = tl.program_id(0)
+    part = tl.program_id(1)
+    which = tl.load(owners + e)
+    first = tl.multiple_of(tl.load(outputs + 2 * which), ALIGN)
+    channel = tl.multiple_of(tl.load(chunks + 4 * e), ALIGN)
+    n, k = tl.arange(0, BN), tl.arange(0, BK)
+    lane = tl.arange(0, PIXELS * IMAGES)
+    image = lane // PIXELS
+    from_image = (part % image_parts) * images_each
+    to_image = tl.minimum(from_image + images_each, images)
+    from_block = (part // image_parts) * blocks_each
+    acc = tl.zeros((BN, BK), dtype=tl.float32)
+    for block in range(from_block, from_block + blocks_each):
+        pixel = block * PIXELS + lane % PIXELS
+        held = pixel < pixels
+        seen = held
+        start = (from_image + image).to(tl.int64)
+        g_at, x_at = grad + start * g_image + first, x + start * x_image + channel
+        if SPATIAL:
+            above, left = pixel // wide, pixel % wide
+            in_y = above * stride_y + tl.load(chunks + 4 * e + 2)
+            in_x = left * stride_x + tl.load(chunks + 4 * e + 3)
+            seen = held & (in_y >= 0) & (in_y < in_high) & (in_x >= 0) & (in_x < in_wide)
+            g_at += above * g_row + left * g_pixel
+            x_at += in_y * x_row + in_x * x_pixel
+        for i in range(from_image, to_image, IMAGES):
+            here = i + image < to_image
+            g_mask, x_mask = (held & here)[None, :], (seen & here)[:, None]
+            if not EVEN:
+                g_mask = g_mask & (n < tl.load(outputs + 2 * which + 1))[:, None]
+                x_mask = x_mask & (k < tl.load(chunks + 4 * e + 1))[None, :]
+            a = tl.load(g_at[None, :] + n[:, None], mask=g_mask, other=0.0)
+            b = tl.load(x_at[:, None] + k[None, :], mask=x_mask, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            g_at += IMAGES * g_image
+            x_at += IMAGES * x_image
+    at = partial + (part.to(tl.int64) * entries + e) * (BN * BK)
+    tl.store(at + n[:, None] * BK + k[None, :], acc)
