@@ -128,6 +128,21 @@ def on_cuda(
     backends._load.cache_clear()
 
 
+@pytest.fixture
+def ptx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Let Triton's launchers run on CPU tensors, see triton_driver; the driver logs launches."""
+    pytest.importorskip("triton", reason="needs Triton")
+    if "TRITON_INTERPRET" in os.environ:
+        pytest.skip("Triton interprets in this process instead of compiling")
+    from triton_driver import PtxDriver, installed
+
+    # Ours, so that nothing is compiled twice; contractions as Triton has done them up to now.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    with installed(PtxDriver()) as driver:
+        yield driver
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
