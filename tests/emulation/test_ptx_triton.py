@@ -1,4 +1,4 @@
-"""Triton kernels run on CPU tensors as the PTX that they compile to, and mistakes in them are found."""
+"""Triton kernels run on CPU tensors as the PTX that they compile to; mistakes are found."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A driver that lets Triton's launchers run on CPU tensors: it executes the PTX that Triton compiles.
+"""A driver that lets Triton's launchers run on CPU tensors: it executes the PTX they compile.
 
-``kernel[grid](...)`` goes the real way: arguments are specialised, the kernel is compiled for sm_80 to a
-binary, configurations are tried and limits held; only the launch is ours.
+``kernel[grid](...)`` goes the real way: arguments are specialised, the kernel is compiled for sm_80
+to a binary, configurations are tried and limits held; only the launch is ours.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PtxDriver(DriverBase):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """Return the function that launches a compiled kernel."""
-        types = [t for t in _flat(source.signature.values())]
+        types = _flat(source.signature.values())
 
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *args) -> None:
             given = [(v, t) for v, t in zip(_flat(args), types, strict=True) if t != "constexpr"]
@@ -133,7 +133,7 @@ class PtxDriver(DriverBase):
         pass
 
 
-class installed:  # noqa: N801  (reads as the verb that it is)
+class installed:
     """Make a driver the active one: ``with installed(PtxDriver()) as driver``."""
 
     def __init__(self, driver: PtxDriver) -> None:

@@ -1,8 +1,8 @@
 """A machine that executes PTX, the assembly that nvcc and Triton make for NVIDIA GPUs, with numpy.
 
 ``Module(text)[name].launch(grid, block, arguments, buffers)`` runs every thread of every block and
-changes the buffers. What GPUs leave undefined is an error that names the thread, see errors. It knows
-what our kernels use of sm_80; any other instruction is refused when its kernel is first asked for.
+changes the buffers. What GPUs leave undefined is an error that names the thread, see errors. It
+knows what our kernels use of sm_80; any other instruction is refused when its kernel is asked for.
 """
 
 from __future__ import annotations

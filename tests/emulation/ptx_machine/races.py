@@ -1,9 +1,9 @@
 """Find accesses to the same memory that nothing orders.
 
-Every access leaves a stamp: the thread, how many barriers its block has passed, how many its warp. A
-later access by another thread is ordered after it if a barrier of the block lies between, or one of the
-warp that both belong to; between blocks of a launch nothing is. A granule is as large as the smallest
-access of the kernel.
+Every access leaves a stamp: the thread, how many barriers its block has passed, how many its warp.
+A later access by another thread is ordered after it if a barrier of the block lies between, or one of
+the warp that both belong to; between blocks of a launch nothing is. A granule is as large as the
+smallest access of the kernel.
 """
 
 from __future__ import annotations
