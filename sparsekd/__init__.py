@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from sparsekd import data, dst, errors, flops, functional, models, nn, ops, optim, sparsity, tickets
+from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
-from sparsekd.nn import densify, optimize, sparsify
+from sparsekd.nn import densify, optimize, relayout, sparsify
 from sparsekd.ops import backend, explain
 from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
@@ -17,6 +18,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
     __version__ = "0.1.0"
 
 __all__ = [
+    "Layout",
     "Topology",
     "TopologyDelta",
     "__version__",
@@ -35,6 +37,7 @@ __all__ = [
     "ops",
     "optim",
     "optimize",
+    "relayout",
     "sparsify",
     "sparsity",
     "tickets",

@@ -9,6 +9,7 @@ from sparsekd.nn.convert import densify, sparsify
 from sparsekd.nn.fuse import optimize, unfuse
 from sparsekd.nn.linear import SparseLinear
 from sparsekd.nn.parallel import keep_indices_local
+from sparsekd.nn.relayout import relayout
 from sparsekd.sparsity import Survey, survey
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "init",
     "keep_indices_local",
     "optimize",
+    "relayout",
     "sparse_modules",
     "sparsify",
     "survey",

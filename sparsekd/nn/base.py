@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.errors import ShapeError, TopologyError, UnsupportedError
+from sparsekd.layouts import Layout
 from sparsekd.nn.init import kaiming_
-from sparsekd.sparsity import generator_for, magnitude_mask, random_mask, target_nnz
+from sparsekd.sparsity import (
+    generator_for,
+    magnitude_mask,
+    magnitude_tiles,
+    random_mask,
+    random_tiles,
+    target_nnz,
+    tile_counts,
+)
 from sparsekd.topology import Topology, TopologyDelta
 
 _Sparse = TypeVar("_Sparse", bound="SparseModule")
@@ -32,6 +41,7 @@ class SparseModule(nn.Module):
     Args:
         mask: where the weight's nonzeros are; bool tensor of the weight's shape.
         bias: whether there is a bias, one entry per row.
+        layout: what this and every later mask has to fit.
         device: device of the parameters and buffers.
         dtype: dtype of the parameters.
     """
@@ -40,17 +50,21 @@ class SparseModule(nn.Module):
     bias: nn.Parameter | None
     crow_indices: Tensor
     col_indices: Tensor
+    _layout = Layout()
 
     def __init__(
         self,
         mask: Tensor,
         *,
         bias: bool = True,
+        layout: str | Layout = "csr",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         topology = Topology.from_mask(mask)
+        self._layout = Layout.parse(layout)
+        self._layout.check(mask)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_shape = tuple(topology.shape)
         self.values = nn.Parameter(torch.empty(topology.nnz, **kind))
@@ -73,11 +87,24 @@ class SparseModule(nn.Module):
         found = Topology(crow, col, self.weight_shape, version=known.version + 1)
         return self._adopt(self._recognise(found), crow.device)
 
+    @property
+    def layout(self) -> Layout:
+        """Structure that every mask of this module has; `sparsekd.relayout` changes it."""
+        return self._layout
+
     def _recognise(self, found: Topology) -> Topology:
-        """Return the known topology where `found` has its positions, so that its version stays."""
+        """Return the known topology where `found` has its positions, so that its version stays.
+
+        Raises:
+            TopologyError: it does not, and does not fit the layout.
+        """
         known = self._topology
-        intact = known.owns(known.crow_indices, known.col_indices)
-        return known if intact and found == known else found
+        if known.owns(known.crow_indices, known.col_indices) and found == known:
+            return known
+        problem = None if self.layout.name == "csr" else self.layout.problem(found.mask())
+        if problem is not None:
+            raise TopologyError(f"col_indices: {problem}")
+        return found
 
     def _adopt(self, topology: Topology, device: torch.device) -> Topology:
         """Make `topology` the structure of this module, its own tensors being the buffers."""
@@ -122,6 +149,7 @@ class SparseModule(nn.Module):
         Raises:
             ShapeError: if `mask` does not have the weight's shape.
             TopologyError: if `mask` is not bool.
+            UnsupportedError: if `mask` does not fit the module's layout; nothing has changed then.
 
         Source: Evci et al., Rigging the Lottery, section 3 (grown weights start at zero).
 
@@ -133,6 +161,7 @@ class SparseModule(nn.Module):
             (True, 1)
         """
         new, delta = self.topology.rewire(mask)
+        self.layout.check(mask)
         grad = None if self.values.grad is None else delta.carry(self.values.grad)
         self._store(delta.carry(self.values.detach()))
         self.values.grad = grad
@@ -236,6 +265,7 @@ class SparseModule(nn.Module):
                 self.weight_shape,
                 version=self._topology.version + 1,
             )
+            known = self._recognise(found)
         except TopologyError as error:
             raise TopologyError(f"{prefix}{error}") from None
         if own["values"].shape != (found.nnz,):
@@ -243,7 +273,7 @@ class SparseModule(nn.Module):
                 f"{prefix}values: expected shape [{found.nnz}], one entry per nonzero, "
                 f"got {list(own['values'].shape)}"
             )
-        return self._recognise(found)
+        return known
 
     def _fill_dense(self, dense: _Dense) -> _Dense:
         """Give a dense module on the meta device this module's weight, bias and mode."""
@@ -264,7 +294,8 @@ class SparseModule(nn.Module):
         return super().__getattr__(name)
 
     def _describe_topology(self) -> str:
-        return f"density={self._topology.density:.4g}, nnz={self._topology.nnz}"
+        layout = "" if self.layout.name == "csr" else f", layout={str(self.layout)!r}"
+        return f"density={self._topology.density:.4g}, nnz={self._topology.nnz}{layout}"
 
 
 def _mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
@@ -272,19 +303,24 @@ def _mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
 
 
 def initial_mask(
-    shape: Sequence[int], mask: Tensor | None, sparsity: float, seed: int
+    shape: Sequence[int], mask: Tensor | None, sparsity: float, seed: int, layout: Layout
 ) -> tuple[Tensor, torch.Generator]:
     """Return the mask of a new module and the generator that goes on to draw its values."""
     generator = generator_for(seed)
-    if mask is None:
+    if mask is None and layout.name == "csr":
         nnz = target_nnz(torch.Size(shape).numel(), sparsity)
         return random_mask(shape, nnz, generator=generator), generator
+    if mask is None:
+        count = tile_counts({"": shape}, sparsity, "uniform", layout)[""]
+        return random_tiles(shape, layout, count, generator), generator
     if tuple(mask.shape) != tuple(shape):
         raise ShapeError(f"mask: expected shape {list(shape)}, got {list(mask.shape)}")
     return mask, generator
 
 
-def dense_mask(dense: nn.Linear | nn.Conv2d, mask: Tensor | None, sparsity: float | None) -> Tensor:
+def dense_mask(
+    dense: nn.Linear | nn.Conv2d, mask: Tensor | None, sparsity: float | None, layout: Layout
+) -> Tensor:
     """Return the given mask, or that of the largest weights."""
     weight = dense.weight
     if nn.parameter.is_lazy(weight) or not weight.is_floating_point():
@@ -297,7 +333,10 @@ def dense_mask(dense: nn.Linear | nn.Conv2d, mask: Tensor | None, sparsity: floa
     if mask is not None:
         return mask
     assert sparsity is not None
-    return magnitude_mask(weight, target_nnz(weight.numel(), sparsity))
+    if layout.name == "csr":
+        return magnitude_mask(weight, target_nnz(weight.numel(), sparsity))
+    count = tile_counts({"": weight.shape}, sparsity, "uniform", layout)[""]
+    return magnitude_tiles(weight, layout, count)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsekd import ops
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.functional import PADDING_MODES, pad_input, resolve_padding
+from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, copy_dense_, dense_mask, initial_mask
 from sparsekd.ops.layout import memory_format_of
 
@@ -32,9 +33,12 @@ class SparseConv2d(SparseModule):
         groups: number of groups of channels that do not see each other.
         bias: whether to add a bias.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
-        sparsity: fraction of zeros; exactly `round((1 - sparsity) * N)` weights are stored.
+        sparsity: fraction of zeros; exactly `round((1 - sparsity) * N)` weights are stored, or
+            the nearest number of whole tiles where the layout has tiles.
         seed: seed of mask, values and bias.
         mask: where the nonzeros are, instead of a random choice of `sparsity`.
+        layout: structure of this and all later masks: "csr" (any mask), "bcsr", "fanin" or "nm",
+            or a `sparsekd.Layout` with its numbers.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -45,10 +49,11 @@ class SparseConv2d(SparseModule):
           row-major order
 
     Raises:
-        ValueError: if `sparsity` is outside [0, 1].
+        ValueError: if `sparsity` is outside [0, 1], or not the one that "nm" has.
         ShapeError: if the channels do not divide into `groups`, a size is not positive, or `mask`
             does not have the weight's shape.
-        UnsupportedError: if `padding` or `padding_mode` is not known, or "same" has a stride.
+        UnsupportedError: if `padding`, `padding_mode` or `layout` is not known, "same" has a
+            stride, or `mask` does not fit `layout`.
         TopologyError: if `mask` is not bool.
 
     Source: Evci et al., Gradient Flow in Sparse Neural Networks, section 3, for the initialisation.
@@ -79,6 +84,7 @@ class SparseConv2d(SparseModule):
         seed: int = 0,
         *,
         mask: Tensor | None = None,
+        layout: str | Layout = "csr",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,8 +102,9 @@ class SparseConv2d(SparseModule):
         stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
         sides = resolve_padding(padding, kernel_size, stride, dilation)
         shape = (out_channels, in_channels // groups, *kernel_size)
-        mask, generator = initial_mask(shape, mask, sparsity, seed)
-        super().__init__(mask, bias=bias, device=device, dtype=dtype)
+        layout = Layout.parse(layout)
+        mask, generator = initial_mask(shape, mask, sparsity, seed, layout)
+        super().__init__(mask, bias=bias, layout=layout, device=device, dtype=dtype)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
@@ -128,7 +135,12 @@ class SparseConv2d(SparseModule):
 
     @classmethod
     def from_dense(
-        cls, dense: nn.Conv2d, mask: Tensor | None = None, *, sparsity: float | None = None
+        cls,
+        dense: nn.Conv2d,
+        mask: Tensor | None = None,
+        *,
+        sparsity: float | None = None,
+        layout: str | Layout = "csr",
     ) -> SparseConv2d:
         """Copy a dense convolution, keeping the weights of `mask` or those of largest magnitude.
 
@@ -136,15 +148,18 @@ class SparseConv2d(SparseModule):
             dense: the convolution; it is left as it is.
             mask: which weights to keep; bool tensor of the weight's shape.
             sparsity: instead of `mask`: fraction of weights to remove, the smallest ones; of equal
-                magnitudes the one at the lower index stays.
+                magnitudes the one at the lower index stays. Where the layout has tiles, those of
+                the smallest mean magnitude go.
+            layout: structure of the sparse module's masks.
 
         Returns:
             A sparse convolution with the dense one's device, dtype and training mode.
 
         Raises:
             ValueError: unless exactly one of `mask` and `sparsity` is given.
-            UnsupportedError: if `dense` is no nn.Conv2d with a floating-point weight.
-            ShapeError, TopologyError: if `mask` does not fit.
+            UnsupportedError: if `dense` is no nn.Conv2d with a floating-point weight, or `mask`
+                does not fit `layout`.
+            ShapeError, TopologyError: if `mask` does not fit the weight.
 
         Example:
             >>> import torch, sparsekd as skd
@@ -154,7 +169,8 @@ class SparseConv2d(SparseModule):
         """
         if not isinstance(dense, nn.Conv2d):
             raise UnsupportedError(f"dense: expected an nn.Conv2d, got {type(dense).__name__}")
-        mask = dense_mask(dense, mask, sparsity)
+        layout = Layout.parse(layout)
+        mask = dense_mask(dense, mask, sparsity, layout)
         sparse = cls(
             dense.in_channels,
             dense.out_channels,
@@ -166,6 +182,7 @@ class SparseConv2d(SparseModule):
             dense.bias is not None,
             dense.padding_mode,
             mask=mask,
+            layout=layout,
             device=dense.weight.device,
             dtype=dense.weight.dtype,
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.errors import ShapeError, UnsupportedError
+from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.init import kaiming_
@@ -19,13 +20,13 @@ from sparsekd.sparsity import (
     allocate,
     generator_for,
     layers_to_prune,
+    layout_masks,
     magnitude_masks,
     random_masks,
     skipped_layers,
     survey,
 )
 
-LAYOUTS = ("csr",)
 CRITERIA = ("random", "magnitude")
 INITS = ("keep", "sparse")
 
@@ -49,7 +50,7 @@ def sparsify(
     distribution: str = "erk",
     criterion: str = "random",
     skip: str | Iterable[str] = (),
-    layout: str = "csr",
+    layout: str | Layout = "csr",
     seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
     *,
@@ -57,7 +58,8 @@ def sparsify(
 ) -> nn.Module:
     """Replace every nn.Linear and nn.Conv2d of a model by its weight-sparse counterpart, in place.
 
-    The total number of nonzeros over the replaced layers is `round((1 - sparsity) * N)` exactly.
+    The total number of nonzeros over the replaced layers is `round((1 - sparsity) * N)` exactly,
+    or as near as whole tiles of the layout come to it.
     A layer the distribution makes dense becomes a sparse module with a full mask. A module used in
     several places is converted once. Biases and everything else in the model stay the same
     objects; build the optimizer after this call, since the weights are new parameters.
@@ -71,10 +73,12 @@ def sparsify(
         distribution: "uniform" (the same in every layer; RigL's variant with a dense first layer
             is this plus `skip=<its name>`), "er" or "erk".
         criterion: "random" places the nonzeros at random, "magnitude" at the largest weights of
-            each layer.
+            each layer, or its tiles of largest mean magnitude.
         skip: names of layers that stay dense, of modules whose layers all do, or fnmatch patterns
             of such names.
-        layout: "csr".
+        layout: structure that the masks have and keep: "csr" (any), "bcsr" (blocks of 16 x 16),
+            "fanin" (the same number in every row), "nm" (2 of 4 input channels; takes
+            `sparsity=0.5, distribution="uniform"`), or a `sparsekd.Layout` with other numbers.
         seed: seed of the masks (and values); each layer draws from its own generator, so the
             result does not depend on torch's global generator, which is left alone.
         masks: bool masks by layer name, instead of a distribution and criterion; layers without
@@ -87,10 +91,12 @@ def sparsify(
         The model; if it is itself a layer, the sparse module in its place.
 
     Raises:
-        ValueError: if `sparsity` is outside [0, 1], a pattern of `skip` matches no layer, a name in
-            `masks` is no layer that can be converted, or there is nothing to convert.
+        ValueError: if `sparsity` is outside [0, 1] or not that of "nm", a pattern of `skip` matches
+            no layer, a name in `masks` is no layer that can be converted, or there is nothing to
+            convert.
         ShapeError, TopologyError: if a mask does not fit its layer.
-        UnsupportedError: if a word is not among those above; the text lists them.
+        UnsupportedError: if a word is not among those above; the text lists them. Or if a mask
+            does not fit the layout; the text names the layer.
 
     Source: Evci et al., Rigging the Lottery, section 3 (1), for the distributions.
 
@@ -101,7 +107,7 @@ def sparsify(
         >>> sum(module.topology.nnz for _, module in skd.nn.sparse_modules(model))
         550
     """
-    _check_choice("layout", layout, LAYOUTS)
+    layout = Layout.parse(layout)
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("init", init, INITS)
     skip = [skip] if isinstance(skip, str) else list(skip)
@@ -111,7 +117,8 @@ def sparsify(
     if masks is not None:
         chosen = _given_masks(masks, layers, found, skipped)
     else:
-        chosen = _drawn_masks(layers_to_prune(model, skip), sparsity, distribution, criterion, seed)
+        drawn = layers_to_prune(model, skip)
+        chosen = _drawn_masks(drawn, sparsity, distribution, criterion, seed, layout)
     left = {name: why for name, why in found.left_alone.items() if name not in skipped}
     if left and masks is None:
         lines = "".join(f"\n  {name or 'the model itself'}: {why}" for name, why in left.items())
@@ -119,7 +126,8 @@ def sparsify(
     # Every replacement exists before the first one takes its place: an error changes nothing.
     replacements: dict[nn.Module, nn.Module] = {}
     for name, mask in chosen.items():
-        sparse = _sparse_twin(layers[name], mask)
+        layout.check(mask, f"masks[{name!r}]")
+        sparse = _sparse_twin(layers[name], mask, layout)
         if init == "sparse":
             generator = generator_for(seed, f"{name}.values")
             kaiming_(sparse.values, sparse.topology, generator=generator)
@@ -155,12 +163,12 @@ def densify(model: nn.Module) -> nn.Module:
     return _replace(model, replacements)
 
 
-def _sparse_twin(layer: _DenseLayer, mask: Tensor) -> SparseModule:
+def _sparse_twin(layer: _DenseLayer, mask: Tensor, layout: Layout) -> SparseModule:
     sparse: SparseModule
     if isinstance(layer, nn.Conv2d):
-        sparse = SparseConv2d.from_dense(layer, mask)
+        sparse = SparseConv2d.from_dense(layer, mask, layout=layout)
     else:
-        sparse = SparseLinear.from_dense(layer, mask)
+        sparse = SparseLinear.from_dense(layer, mask, layout=layout)
     sparse.register_parameter("bias", layer._parameters["bias"])
     _take_hooks(sparse, layer)
     return sparse
@@ -194,9 +202,24 @@ def _leave_fast_path(model: nn.Module) -> None:
 
 
 def _drawn_masks(
-    layers: Mapping[str, _DenseLayer], sparsity: float, distribution: str, criterion: str, seed: int
+    layers: Mapping[str, _DenseLayer],
+    sparsity: float,
+    distribution: str,
+    criterion: str,
+    seed: int,
+    layout: Layout,
 ) -> dict[str, Tensor]:
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    if layout.name != "csr":
+        weights = {name: layer.weight for name, layer in layers.items()}
+        return layout_masks(
+            shapes,
+            sparsity,
+            distribution,
+            layout,
+            seed=seed,
+            weights=weights if criterion == "magnitude" else None,
+        )
     nnz = allocate(shapes, sparsity, distribution)
     if criterion == "random":
         return random_masks(shapes, nnz, seed=seed)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparsekd import ops
 from sparsekd.errors import UnsupportedError
+from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, copy_dense_, dense_mask, initial_mask
 
 
@@ -20,9 +21,12 @@ class SparseLinear(SparseModule):
         in_features: size of each input sample.
         out_features: size of each output sample.
         bias: whether to add a bias.
-        sparsity: fraction of zeros; exactly `round((1 - sparsity) * N)` weights are stored.
+        sparsity: fraction of zeros; exactly `round((1 - sparsity) * N)` weights are stored, or
+            the nearest number of whole tiles where the layout has tiles.
         seed: seed of mask, values and bias.
         mask: where the nonzeros are, instead of a random choice of `sparsity`.
+        layout: structure of this and all later masks: "csr" (any mask), "bcsr", "fanin" or "nm",
+            or a `sparsekd.Layout` with its numbers.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -32,9 +36,10 @@ class SparseLinear(SparseModule):
         - values: [nnz], the weight's nonzeros in row-major order
 
     Raises:
-        ValueError: if `sparsity` is outside [0, 1].
+        ValueError: if `sparsity` is outside [0, 1], or not the one that "nm" has.
         ShapeError: if `mask` is not of shape [out_features, in_features].
         TopologyError: if `mask` is not bool.
+        UnsupportedError: if `layout` is not known, or `mask` does not fit it.
 
     Source: Evci et al., Gradient Flow in Sparse Neural Networks, section 3, for the initialisation.
 
@@ -54,11 +59,14 @@ class SparseLinear(SparseModule):
         seed: int = 0,
         *,
         mask: Tensor | None = None,
+        layout: str | Layout = "csr",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        mask, generator = initial_mask((out_features, in_features), mask, sparsity, seed)
-        super().__init__(mask, bias=bias, device=device, dtype=dtype)
+        layout = Layout.parse(layout)
+        shape = (out_features, in_features)
+        mask, generator = initial_mask(shape, mask, sparsity, seed, layout)
+        super().__init__(mask, bias=bias, layout=layout, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.reset_parameters(generator)
 
@@ -70,7 +78,12 @@ class SparseLinear(SparseModule):
 
     @classmethod
     def from_dense(
-        cls, dense: nn.Linear, mask: Tensor | None = None, *, sparsity: float | None = None
+        cls,
+        dense: nn.Linear,
+        mask: Tensor | None = None,
+        *,
+        sparsity: float | None = None,
+        layout: str | Layout = "csr",
     ) -> SparseLinear:
         """Copy a dense layer, keeping the weights of `mask` or those of largest magnitude.
 
@@ -78,15 +91,18 @@ class SparseLinear(SparseModule):
             dense: the layer; it is left as it is.
             mask: which weights to keep; bool tensor of the weight's shape.
             sparsity: instead of `mask`: fraction of weights to remove, the smallest ones; of equal
-                magnitudes the one at the lower index stays.
+                magnitudes the one at the lower index stays. Where the layout has tiles, those of
+                the smallest mean magnitude go.
+            layout: structure of the sparse module's masks.
 
         Returns:
             A sparse layer with the dense one's device, dtype and training mode.
 
         Raises:
             ValueError: unless exactly one of `mask` and `sparsity` is given.
-            UnsupportedError: if `dense` is no nn.Linear with a floating-point weight.
-            ShapeError, TopologyError: if `mask` does not fit.
+            UnsupportedError: if `dense` is no nn.Linear with a floating-point weight, or `mask`
+                does not fit `layout`.
+            ShapeError, TopologyError: if `mask` does not fit the weight.
 
         Example:
             >>> import torch, sparsekd as skd
@@ -95,12 +111,14 @@ class SparseLinear(SparseModule):
         """
         if not isinstance(dense, nn.Linear):
             raise UnsupportedError(f"dense: expected an nn.Linear, got {type(dense).__name__}")
-        mask = dense_mask(dense, mask, sparsity)
+        layout = Layout.parse(layout)
+        mask = dense_mask(dense, mask, sparsity, layout)
         sparse = cls(
             dense.in_features,
             dense.out_features,
             dense.bias is not None,
             mask=mask,
+            layout=layout,
             device=dense.weight.device,
             dtype=dense.weight.dtype,
         )

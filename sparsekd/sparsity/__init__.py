@@ -5,7 +5,6 @@ from __future__ import annotations
 from sparsekd.sparsity.at_init import grasp, snip, synflow
 from sparsekd.sparsity.distributions import DISTRIBUTIONS, ErdosRenyi, allocate, erdos_renyi
 from sparsekd.sparsity.masks import (
-    fan_in_masks,
     generator_for,
     global_masks,
     magnitude_mask,
@@ -15,9 +14,19 @@ from sparsekd.sparsity.masks import (
     topk_indices,
     topk_mask,
 )
-from sparsekd.sparsity.rounding import apportion, check_sparsity, target_nnz
+from sparsekd.sparsity.rounding import apportion, check_sparsity, nearest_prefix, target_nnz
 from sparsekd.sparsity.schedules import Constant, Cosine, Polynomial, Schedule
 from sparsekd.sparsity.survey import Survey, layers_to_prune, skipped_layers, survey
+from sparsekd.sparsity.tiles import (
+    best_tiles,
+    check_fixed_density,
+    fan_in_masks,
+    global_layout_masks,
+    layout_masks,
+    magnitude_tiles,
+    random_tiles,
+    tile_counts,
+)
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -29,22 +38,30 @@ __all__ = [
     "Survey",
     "allocate",
     "apportion",
+    "best_tiles",
+    "check_fixed_density",
     "check_sparsity",
     "erdos_renyi",
     "fan_in_masks",
     "generator_for",
+    "global_layout_masks",
     "global_masks",
     "grasp",
     "layers_to_prune",
+    "layout_masks",
     "magnitude_mask",
     "magnitude_masks",
+    "magnitude_tiles",
+    "nearest_prefix",
     "random_mask",
     "random_masks",
+    "random_tiles",
     "skipped_layers",
     "snip",
     "survey",
     "synflow",
     "target_nnz",
+    "tile_counts",
     "topk_indices",
     "topk_mask",
 ]

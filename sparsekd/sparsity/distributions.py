@@ -75,6 +75,19 @@ def erdos_renyi(
     return ErdosRenyi(epsilon, frozenset(dense), densities)
 
 
+def layer_densities(
+    shapes: Mapping[str, Sequence[int]], sparsity: float, distribution: str
+) -> dict[str, float]:
+    """Return the density of every layer, before any rounding; arguments as of `allocate`."""
+    if distribution == "uniform":
+        return dict.fromkeys(shapes, 1.0 - check_sparsity(sparsity))
+    if distribution in ("er", "erk"):
+        return erdos_renyi(shapes, sparsity, kernel=distribution == "erk").densities
+    raise UnsupportedError(
+        f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}"
+    )
+
+
 def allocate(
     shapes: Mapping[str, Sequence[int]], sparsity: float, distribution: str = "erk"
 ) -> dict[str, int]:
@@ -102,13 +115,6 @@ def allocate(
         {'fc1': 18714, 'fc2': 6906, 'fc3': 1000}
     """
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
-    if distribution == "uniform":
-        densities = dict.fromkeys(shapes, 1.0 - check_sparsity(sparsity))
-    elif distribution in ("er", "erk"):
-        densities = erdos_renyi(shapes, sparsity, kernel=distribution == "erk").densities
-    else:
-        raise UnsupportedError(
-            f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}"
-        )
+    densities = layer_densities(shapes, sparsity, distribution)
     quotas = {name: densities[name] * numel[name] for name in shapes}
     return apportion(quotas, numel, target_nnz(sum(numel.values()), sparsity))

@@ -158,39 +158,6 @@ def random_masks(
     }
 
 
-def fan_in_masks(
-    shapes: Mapping[str, Sequence[int]], nnz: Mapping[str, int], *, seed: int = 0
-) -> dict[str, Tensor]:
-    """Draw one mask per layer in which every row has the same number of ones.
-
-    The number of a layer is `round(nnz / rows)`, at least one where `nnz` is not 0, so the layer's
-    total is only near `nnz`.
-
-    Args:
-        shapes: weight shape per layer, output channels first.
-        nnz: number of ones wanted per layer, as `allocate` gives it.
-        seed: seed of all layers.
-
-    Returns:
-        Bool mask per layer.
-
-    Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity (arXiv 2305.02299).
-
-    Example:
-        >>> fan_in_masks({"fc": (3, 10)}, {"fc": 7})["fc"].sum(1)
-        tensor([2, 2, 2])
-    """
-    masks = {}
-    for name, shape in shapes.items():
-        rows, cols = shape[0], math.prod(shape[1:])
-        fan_in = min(cols, max(round(nnz[name] / max(rows, 1)), min(nnz[name], 1)))
-        noise = torch.rand(rows, cols, generator=generator_for(seed, name), device="cpu")
-        mask = torch.zeros(rows, cols, dtype=torch.bool)
-        mask.scatter_(1, noise.topk(fan_in, dim=1).indices, True)
-        masks[name] = mask.view(tuple(shape))
-    return masks
-
-
 def magnitude_masks(weights: Mapping[str, Tensor], nnz: Mapping[str, int]) -> dict[str, Tensor]:
     """Keep the largest entries of each layer, as many as `nnz` says.
 

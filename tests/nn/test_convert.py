@@ -400,7 +400,11 @@ def test_a_sparse_layer_in_the_model_stays_as_it_is():
         (ValueError, "sparsity: expected", {"sparsity": 90}),
         (UnsupportedError, "distribution: expected one of uniform, er, erk", {"distribution": "x"}),
         (UnsupportedError, "criterion: expected one of random, magnitude", {"criterion": "snip"}),
-        (UnsupportedError, "layout: expected one of csr, got 'bcsr'", {"layout": "bcsr"}),
+        (
+            UnsupportedError,
+            "layout: expected one of csr, bcsr, fanin, nm, got 'coo'",
+            {"layout": "coo"},
+        ),
         (UnsupportedError, "init: expected one of keep, sparse", {"init": "kaiming"}),
     ],
 )
