@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from sparsekd import data, dst, errors, flops, functional, models, nn, ops, optim, sparsity, tickets
 from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
-from sparsekd.nn import densify, optimize, relayout, sparsify
+from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify
 from sparsekd.ops import backend, explain
 from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
@@ -32,6 +32,7 @@ __all__ = [
     "functional",
     "kd_loss",
     "keep_memory_warm",
+    "make_capturable",
     "models",
     "nn",
     "ops",

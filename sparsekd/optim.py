@@ -56,10 +56,12 @@ def remap_(optimizer: Optimizer, param: Parameter, delta: TopologyDelta) -> None
     _check_held(optimizer, param, "param")
     # Built completely before the first assignment: an error leaves the state as it was.
     carried = {
-        key: delta.carry(tensor) for key, tensor in _per_weight(optimizer, param, delta.old.nnz)
+        key: (tensor, delta.carry(tensor))
+        for key, tensor in _per_weight(optimizer, param, delta.old.nnz)
     }
-    if carried:
-        optimizer.state[param].update(carried)
+    for key, (tensor, new) in carried.items():
+        # The same tensor where it fits: a recorded CUDA graph knows it by its address.
+        optimizer.state[param][key] = tensor.copy_(new) if tensor.shape == new.shape else new
 
 
 def check_remappable(optimizer: Optimizer, param: Parameter, name: str = "param") -> None:

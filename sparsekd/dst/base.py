@@ -131,6 +131,11 @@ class Updater:
         self._schedule = schedule
         self._prepare_next()
 
+    @property
+    def due(self) -> bool:
+        """Whether the next `step` is to update the topology."""
+        return self.schedule(self.iteration + 1) is not None
+
     def step(self) -> bool:
         """Count one iteration, and update the topology if it is due.
 

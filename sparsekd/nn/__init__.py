@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsekd.nn import init
 from sparsekd.nn.base import SparseModule, sparse_modules
+from sparsekd.nn.capture import make_capturable
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.convert import densify, sparsify
 from sparsekd.nn.fuse import optimize, unfuse
@@ -20,6 +21,7 @@ __all__ = [
     "densify",
     "init",
     "keep_indices_local",
+    "make_capturable",
     "optimize",
     "relayout",
     "sparse_modules",

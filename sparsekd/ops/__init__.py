@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from sparsekd.ops.backends import backend, info
 from sparsekd.ops.explain import explain
 from sparsekd.ops.norm import batch_moments, norm_act, norm_act_backward
@@ -16,6 +18,14 @@ from sparsekd.ops.register import (
     linear_dgrad,
     linear_wgrad,
 )
+
+try:
+    from sparsekd.ops.cuda_plans import renew
+except ImportError:  # without the compiled module no GPU kernel has plans
+
+    def renew(crow: Tensor, col: Tensor) -> None:
+        """Do nothing."""
+
 
 __all__ = [
     "backend",
@@ -33,4 +43,5 @@ __all__ = [
     "linear_wgrad",
     "norm_act",
     "norm_act_backward",
+    "renew",
 ]

@@ -1,7 +1,8 @@
 """What structures become for the CUDA kernels: for each nonzero, the site of the input it meets.
 
 A structure is copied to the host and validated when it is first seen, or has changed since; plans
-are made there, once for each geometry, and uploaded. Kernels read only these plans.
+are made there, once for each geometry, and uploaded. Kernels read only these plans. A structure
+that changes in place keeps its plans' places in memory, so that recorded CUDA graphs stay valid.
 """
 
 from __future__ import annotations
@@ -73,12 +74,24 @@ class Structure:
     """
 
     def __init__(self, crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
-        self._device = crow.device
+        self._device, self._size = crow.device, (rows, cols)
+        self._plans: dict[Any, tuple[Callable[[], Any], Any]] = {}
+        self.read(crow, col)
+
+    def read(self, crow: Tensor, col: Tensor) -> None:
+        """Take over index tensors of the same shapes; plans change in place.
+
+        Raises:
+            TopologyError: they are no structure of this matrix; the old one is then kept.
+        """
         # copied first and validated after, so nothing changes between the check and the use
-        self._crow, self._col = (t.detach().to("cpu", copy=True) for t in (crow, col))
-        _C.validate(self._crow.numpy(), self._col.numpy(), rows, cols)
+        host = [tensor.detach().to("cpu", copy=True) for tensor in (crow, col)]
+        _C.validate(*(tensor.numpy() for tensor in host), *self._size)
+        self._crow, self._col = host
         self._row = row_indices(self._crow, self._col.shape[0])
-        self._plans: dict[Any, Any] = {}
+        for key, (make, plan) in self._plans.items():
+            self._plans[key] = make, _overwrite(plan, make())
+        self.versions = (crow._version, col._version)
 
     def rows(self) -> Tensor:
         """Return the row of each nonzero, int32 `[nnz]` on the device."""
@@ -102,8 +115,8 @@ class Structure:
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._plans:
-            self._plans[key] = make()
-        return self._plans[key]
+            self._plans[key] = make, make()
+        return self._plans[key][1]
 
     def _taps(self, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
         """Return the input channel, and the place in the kernel, of each nonzero."""
@@ -155,6 +168,10 @@ class Structure:
     def _plan(self, crow: Tensor, offset: Tensor, slots: Tensor | None, window: Window) -> Plan:
         order = torch.argsort(crow.diff(), descending=True, stable=True)
         upload = self._upload
+        if slots is not None:
+            # Room for all nonzeros: other taps may be reached once the structure has changed.
+            unused = [0, self._col.shape[0] - slots.shape[0]]
+            slots, offset = (torch.nn.functional.pad(t, unused) for t in (slots, offset))
         which = None if slots is None else upload(slots)
         return Plan(upload(crow), upload(offset), upload(order), which, window)
 
@@ -201,11 +218,21 @@ def _reach(phases: list[_Phase], size: int) -> tuple[int, int]:
     return before, after
 
 
+def _overwrite(old: Any, new: Any) -> Any:
+    """Write the tensors of one plan into those of another; return it, with what does not fit."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape:
+        return old.copy_(new)
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        parts = [_overwrite(*pair) for pair in zip(old, new, strict=True)]
+        return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
+    return new
+
+
 _known: dict[tuple[Any, ...], tuple[Structure, list[StorageWeakRef]]] = {}
 
 
 def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure:
-    """Return the validated structure of index tensors, made when they are new or have changed.
+    """Return the validated structure of index tensors, made when they are new, read when changed.
 
     Storages are told apart by address and versions by torch's counter, so a known structure costs
     neither a look at the device nor a wait for it.
@@ -215,9 +242,8 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
     """
     storages = [tensor.untyped_storage() for tensor in (crow, col)]
     key = (
-        rows, cols, crow.shape, col.shape, crow.stride(), col.stride(),
-        *[storage._cdata for storage in storages], crow.storage_offset(), col.storage_offset(),
-        crow._version, col._version,
+        *[storage._cdata for storage in storages], rows, cols, crow.shape, col.shape,
+        crow.stride(), col.stride(), crow.storage_offset(), col.storage_offset(),
     )  # fmt: skip
     if key not in _known:
         made = Structure(crow, col, rows, cols)
@@ -225,4 +251,15 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
             del _known[gone]
         # A weak reference keeps the address of a storage from being used again.
         _known[key] = made, [StorageWeakRef(storage) for storage in storages]
-    return _known[key][0]
+    structure = _known[key][0]
+    if structure.versions != (crow._version, col._version):
+        structure.read(crow, col)
+    return structure
+
+
+def renew(crow: Tensor, col: Tensor) -> None:
+    """Bring the plans of index tensors that have been written to up to date, in place."""
+    wanted = tuple(tensor.untyped_storage()._cdata for tensor in (crow, col))
+    for key, (structure, _) in _known.items():
+        if key[:2] == wanted:
+            structure.read(crow, col)

@@ -1,0 +1,45 @@
+"""Prepare a model for CUDA graphs, which know tensors by their addresses."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparsekd.nn.base import sparse_modules
+
+
+def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
+    """Let rewires of a model write into its tensors instead of replacing them, in place.
+
+    A training step that was recorded as a CUDA graph can then be replayed after a rewire: values,
+    indices, gradients, optimizer state and the plans of the CUDA kernels stay where they are, and
+    only what is in them changes. The number of nonzeros of each module stays as it is, so methods
+    that change it (GMP, GraNet, AC/DC, redistribution) need a new recording and refuse here.
+
+    An iteration in which a method of `sparsekd.dst` updates the topology (`dst.due`) runs outside
+    the graph, as its dense gradients are formed by other kernels. A `state_dict` taken before a
+    rewire shows the rewired state after it, as it shows every step of the optimizer; copy it.
+
+    Args:
+        model: any module with sparse modules.
+        capturable: False takes it back.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: `model` has no sparse module.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> layer = skd.make_capturable(skd.nn.SparseLinear(8, 4, sparsity=0.5))
+        >>> place = layer.values.data_ptr()
+        >>> delta = layer.rewire(~layer.topology.mask())
+        >>> layer.values.data_ptr() == place, layer.topology.version
+        (True, 1)
+    """
+    found = [module for _, module in sparse_modules(model)]
+    if not found:
+        raise ValueError(f"model: expected sparse modules, got a {type(model).__name__} without")
+    for module in found:
+        module.capturable = capturable
+    return model

@@ -1,0 +1,73 @@
+"""What of torch reaches around the CUDA kernels: compilation, autocast, the rules of capture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparsekd as skd
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        skd.nn.SparseConv2d(3, 8, 3, stride=2, padding=1, sparsity=0.5, seed=1),
+        nn.Tanh(),  # smooth: rounding cannot flip it
+        nn.Flatten(),
+        skd.nn.SparseLinear(8 * 4 * 4, 10, sparsity=0.8, seed=2),
+    )
+
+
+def gradients(model: Any, parameters: list[nn.Parameter], x: Tensor) -> list[Tensor]:
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *parameters])]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def test_a_compiled_network_runs_the_same_kernels(on_cuda, x: Tensor) -> None:
+    torch._dynamo.reset()
+    model = network()
+    parameters = list(model.parameters())
+    expected = gradients(model, parameters, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for ours, same in zip(gradients(compiled, parameters, x), expected, strict=True):
+        assert torch.equal(ours, same)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_lowers_the_factors_and_sums_in_float32(on_cuda, x: Tensor, dtype) -> None:
+    model = network()
+    parameters = list(model.parameters())
+    expected = gradients(model, parameters, x)
+    with torch.autocast("cpu", dtype):
+        actual = gradients(model, parameters, x)
+    assert actual[0].dtype == dtype
+    for ours, exact in zip(actual, expected, strict=True):
+        assert (ours.float() - exact).norm() < 8 * torch.finfo(dtype).eps * exact.norm()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuse what makes the host wait for a device: a number read, a shape that data decides."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), name
+        assert not (name == "_to_copy" and kwargs.get("device") is not None), "a copy elsewhere"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_on_a_known_structure_waits_for_nothing(on_cuda, x: Tensor) -> None:
+    model = network()
+    parameters = list(model.parameters())
+    gradients(model, parameters, x)  # plans are made here
+    with NoWaiting():
+        gradients(model, parameters, x)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            float(x.sum())
