@@ -154,8 +154,8 @@ class SparseModule(nn.Module):
         Raises:
             ShapeError: if `mask` does not have the weight's shape.
             TopologyError: if `mask` is not bool.
-            UnsupportedError: if `mask` does not fit the module's layout, or would change the number of
-                nonzeros of a capturable module; nothing has changed then.
+            UnsupportedError: if `mask` does not fit the module's layout, or would change how many
+                nonzeros a capturable module has; nothing has changed then.
 
         Source: Evci et al., Rigging the Lottery, section 3 (grown weights start at zero).
 
