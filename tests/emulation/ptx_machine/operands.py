@@ -19,6 +19,13 @@ Read = Callable[["Wave"], Array]
 Write = Callable[["Wave", Array, Array], None]  # of the lanes of a mask
 Step = Callable[["Wave", Array], None]
 
+# The registers that say where a thread is.
+SPECIAL = {
+    "%laneid",
+    "%warpid",
+    *(f"%lanemask_{which}" for which in ("lt", "le", "eq", "ge", "gt")),
+}
+SPECIAL |= {f"%{n}{of}.{axis}" for n in ("", "n") for of in ("tid", "ctaid") for axis in "xyz"}
 # Generic addresses from here on are of shared memory.
 SHARED_WINDOW = 1 << 56
 
@@ -82,7 +89,7 @@ class Operands:
             if width == size:
                 return lambda wave: wave.registers[text]
             return lambda wave: wave.registers[text].astype(dtype)
-        if text.startswith("%"):
+        if text in SPECIAL:
             return lambda wave: wave.special[text].astype(dtype)
         if text.startswith("{"):
             return self._packed(members(text), size)

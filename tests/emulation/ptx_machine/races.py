@@ -1,8 +1,8 @@
 """Find accesses to the same memory that nothing orders.
 
 Every access leaves a stamp: the thread, how many barriers its block has passed, how many its warp.
-A later access by another thread is ordered after it if a barrier of the block lies between, or one of
-the warp that both belong to; between blocks of a launch nothing is. A granule is as large as the
+A later access by another thread is ordered after it if a barrier of the block lies between, or one
+of the warp that both belong to; between blocks of a launch nothing is. A granule is as large as the
 smallest access of the kernel.
 """
 
@@ -77,6 +77,8 @@ class Shadow:
             self._merge(self.writers, at, stamps)
         else:
             self.writers[at] = stamps
+            if not self.lenient:  # two at once, of which one stands
+                after_write |= (self.writers[at] ^ stamps) & _THREADS != 0
         racing = after_write | self._unordered(self.readers[at], stamps)
         self.atomic[at] = atomic
         return racing.any(axis=1)
