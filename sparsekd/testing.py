@@ -46,8 +46,10 @@ class LayerCase:
     empty_rows: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
-    def tensors(self) -> tuple[Topology, Tensor, Tensor, Tensor | None]:
-        """Return `(topology, values, x, bias)`, the same ones on every call."""
+    def tensors(
+        self, device: torch.device | str = "cpu"
+    ) -> tuple[Topology, Tensor, Tensor, Tensor | None]:
+        """Return `(topology, values, x, bias)`, the same ones on every call and device."""
         generator = torch.Generator().manual_seed(self.seed)
         shape: tuple[int, ...] = (self.out_features, self.in_features)
         if self.kernel_size is not None:
@@ -59,13 +61,14 @@ class LayerCase:
         topology = Topology.from_mask(mask)
 
         def random_tensor(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator, dtype=torch.float64).to(self.dtype)
+            drawn = torch.randn(size, generator=generator, dtype=torch.float64)
+            return drawn.to(device, self.dtype)
 
         maps = () if self.kernel_size is None else self.map_size
         size = (*self.batch, self.in_features, *maps)
         x = with_layout(random_tensor(*size), self.layout)
         bias = random_tensor(shape[0]) if self.bias else None
-        return topology, random_tensor(topology.nnz), x, bias
+        return topology.to(device), random_tensor(topology.nnz), x, bias
 
     @property
     def summands(self) -> int:
@@ -216,9 +219,11 @@ def dense_results(case: LayerCase, grad: Tensor | None = None) -> dict[str, Tens
     return results
 
 
-def sparse_results(case: LayerCase, grad: Tensor | None = None) -> dict[str, Tensor]:
+def sparse_results(
+    case: LayerCase, grad: Tensor | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """Return output and gradients of the case by sparsekd, on the backend in force."""
-    topology, values, x, bias = case.tensors()
+    topology, values, x, bias = case.tensors(device)
     leaves = {"x": x.detach().requires_grad_(), "values": values.requires_grad_()}
     if bias is not None:
         leaves["bias"] = bias.requires_grad_()
@@ -237,7 +242,7 @@ def _with_gradients(
     if grad is None:
         generator = torch.Generator().manual_seed(y.numel())
         grad = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(dtype).to(y.dtype))
+    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(dtype).to(y))
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
@@ -268,20 +273,23 @@ def tolerance(dtype: torch.dtype, summands: int) -> float:
     return 8 * torch.finfo(dtype).eps * math.sqrt(max(summands, 1))
 
 
-def assert_layer_matches_dense(case: LayerCase, limit: float | None = None) -> None:
-    """Fail unless output and every gradient of the case equal dense torch.
+def assert_layer_matches_dense(
+    case: LayerCase, limit: float | None = None, device: torch.device | str = "cpu"
+) -> None:
+    """Fail unless output and every gradient of the case equal dense torch on the CPU.
 
     Args:
         case: the layer.
         limit: relative error allowed; computed from dtype and size if None.
+        device: where the layer runs.
 
     Raises:
         AssertionError: names the tensor, its error and the case.
     """
     allowed = tolerance(case.dtype, case.summands) if limit is None else limit
-    expected, actual = dense_results(case), sparse_results(case)
+    expected, actual = dense_results(case), sparse_results(case, device=device)
     for name, tensor in expected.items():
-        error = relative_error(actual[name], tensor)
+        error = relative_error(actual[name].cpu(), tensor)
         if error > allowed:
             raise AssertionError(f"{name}: relative error {error:.3g} > {allowed:.3g} for {case}")
 

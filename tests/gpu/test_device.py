@@ -1,0 +1,178 @@
+"""What only a GPU can show: the kernels on it, its streams, its graphs. Run by `make gpu-check`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsekd as skd
+from sparsekd.nn import sparse_modules
+from sparsekd.testing import (
+    assert_layer_matches_dense,
+    available_backends,
+    poisoned_memory,
+    random_layer,
+    sparse_results,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DEVICE = "cuda"
+LIMITS = {torch.float32: 2e-5} | {t: torch.finfo(t).eps for t in (torch.float16, torch.bfloat16)}
+# The gradient of a padding other than zeros is torch's, which adds up several halves.
+OVERLAPS = 8
+LAYERS, CHUNK = 300, 25
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def on_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in available_backends():
+        pytest.skip(f"backend {request.param}: {skd.ops.info()['backends'][request.param]}")
+    # torch's own convolutions are what we compare steps with
+    with skd.backend(request.param), torch.backends.cudnn.flags(allow_tf32=False):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("first", range(0, LAYERS, CHUNK))
+def test_random_layers_equal_masked_dense(on_gpu: str, first: int, dtype: torch.dtype) -> None:
+    with poisoned_memory():
+        for seed in range(first, first + CHUNK):
+            case = dataclasses.replace(random_layer(seed), dtype=dtype)
+            padded = case.options.get("padding_mode", "zeros") != "zeros"
+            limit = LIMITS[dtype] * (OVERLAPS if padded else 1)
+            assert_layer_matches_dense(case, limit, device=DEVICE)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_bits_every_time(on_gpu: str, seed: int) -> None:
+    case = dataclasses.replace(random_layer(seed), dtype=torch.float32)
+    first = sparse_results(case, device=DEVICE)
+    for _ in range(5):
+        again = sparse_results(case, device=DEVICE)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def network(layout: str = "csr") -> nn.Module:
+    torch.manual_seed(0)
+    model = skd.models.resnet20(width=2.0)
+    return skd.sparsify(model, sparsity=0.8, layout=layout, seed=0).to(DEVICE)
+
+
+def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        x = torch.randn(16, 3, 16, 16, generator=generator)
+        y = torch.randint(10, (16,), generator=generator)
+        yield x.to(DEVICE), y.to(DEVICE)
+
+
+@pytest.mark.parametrize("layout", ["csr", "bcsr", "fanin:32x16"])
+def test_rigl_trains_as_on_the_cpu(on_gpu: str, layout: str) -> None:
+    start = network(layout)
+    runs = []
+    for device in (DEVICE, "cpu"):
+        model = copy.deepcopy(start).to(device)
+        opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        dst = skd.dst.RigL(model, opt, drop_fraction=0.3, every=9, until=100)
+        losses = []
+        with skd.backend(on_gpu if device == DEVICE else "cpp"):
+            for x, y in batches(50):
+                opt.zero_grad()
+                loss = nn.functional.cross_entropy(model(x.to(device)), y.to(device))
+                loss.backward()
+                losses.append(loss.item())
+                if not dst.step():
+                    opt.step()
+        runs.append((losses, [m.topology.mask().cpu() for _, m in sparse_modules(model)]))
+    (losses, masks), (expected, same) = runs
+    assert losses == pytest.approx(expected, rel=1e-3)
+    # A score at the edge may fall either way by rounding: a handful of weights, not more.
+    moved = sum(int((a ^ b).sum()) for a, b in zip(masks, same, strict=True))
+    assert moved <= 1e-3 * sum(mask.numel() for mask in masks)
+
+
+@pytest.mark.parametrize("layout", ["csr", "bcsr"])
+def test_forward_and_backward_wait_for_nothing(on_gpu: str, layout: str) -> None:
+    model = network(layout)
+    (x, y), *_ = batches(1)
+    for waits in ("default", "error"):  # plans are made in the first pass
+        torch.cuda.set_sync_debug_mode(waits)
+        try:
+            nn.functional.cross_entropy(model(x), y).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_work_is_queued_on_the_current_stream(on_gpu: str) -> None:
+    model, stream = network(), torch.cuda.Stream()
+    (x, _), *_ = batches(1)
+    expected = model(x)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # whatever does not wait for this reads zeros
+        late = torch.zeros_like(x)
+        late.copy_(x, non_blocking=True)
+        y = model(late)
+    stream.synchronize()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("layout", ["csr", "bcsr"])
+def test_a_recorded_step_goes_on_after_a_rewire(on_gpu: str, layout: str) -> None:
+    model = skd.make_capturable(network(layout))
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    dst = skd.dst.SET(model, opt, drop_fraction=0.3, every=5, until=100)
+    (x, y), *_ = batches(1)
+
+    def step() -> Tensor:
+        opt.zero_grad(set_to_none=False)
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for _ in range(12):
+        twin = copy.deepcopy(model)
+        graph.replay()
+        expected = nn.functional.cross_entropy(twin(x), y)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        dst.step()
+    assert all(module.topology.version == 2 for _, module in sparse_modules(model))
+
+
+def test_a_compiled_network_trains(on_gpu: str) -> None:
+    torch._dynamo.reset()
+    model = network()
+    (x, _), *_ = batches(1)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model)
+    actual = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    for ours, same in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, same, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_trains(on_gpu: str, dtype: torch.dtype) -> None:
+    model = network("bcsr")
+    (x, y), *_ = batches(1)
+    exact = nn.functional.cross_entropy(model(x), y)
+    with torch.autocast(DEVICE, dtype):
+        loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.05)
+    assert all(module.values.grad.isfinite().all() for _, module in sparse_modules(model))
