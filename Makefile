@@ -18,7 +18,7 @@ CMAKE_TESTS := cmake -S . -G Ninja -DSPARSEKD_PYTHON=OFF -DSPARSEKD_TESTS=ON
 DROP_FOREIGN_BUILD := grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' build/*/CMakeCache.txt \
   || rm -rf build
 
-.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize bench clean
+.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize bench gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.built
@@ -83,6 +83,11 @@ bench: $(VENV)/.built
 	$(BENCH) --rows benchmarks/results/arena.jsonl --out docs/results/arena
 	ONEDNN_MAX_CPU_ISA=AVX2 SPARSEKD_ISA=avx2 $(BENCH) --level peaks,layer,step --network resnet18 \
 	  --rows benchmarks/results/arena_avx2.jsonl --out docs/results/arena-avx2
+
+# On a machine with a GPU, nvcc and a torch that has CUDA, in the environment of PYTHON, which has
+# `pip install -e '.[dev,gpu]'` behind it. Needs no network then, and less than fifteen minutes.
+gpu-check:
+	"$(PYTHON)" benchmarks/gpu_check.py
 
 clean:
 	rm -rf build $(VENV)/.built sparsekd/_C*.so sparsekd/libsparsekd_cuda.so

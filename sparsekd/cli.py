@@ -242,6 +242,9 @@ def bench(
     arm: Annotated[str | None, typer.Option(help="Arms, as sparsekd,dense_bf16.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images or rows.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of each arm.")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu; or cuda, where --level, --network and --arm have no say.")
+    ] = "cpu",
     threads: _Threads = None,
     rows: Annotated[Path, typer.Option(help="JSON-lines file of the measurements.")] = Path(
         "runs/bench/rows.jsonl"
@@ -272,6 +275,7 @@ def bench(
             batch=batch,
             rounds=rounds,
         )
+        sessions, machine = arena.on_device(plan, device)
         if threads is not None:
             torch.set_num_threads(threads)
         if not draw:
@@ -280,7 +284,7 @@ def bench(
             if fresh:
                 rows.unlink(missing_ok=True)
             limit = math.inf if seconds is None else seconds
-            if not arena.run(plan.sessions(), log, arena.describe(), console, limit):
+            if not arena.run(sessions, log, arena.describe(machine), console, limit):
                 console.print("time is up; the same command goes on", highlight=False)
         results = reports.read(rows)
         reports.show(results, console)

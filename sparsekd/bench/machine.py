@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from sparsekd.ops.processor import cpu_name
 _RIVALS = ("sparseprop", "sparselab")
 
 
-def describe() -> dict[str, Any]:
+def describe(device: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Describe this machine and process; applies the allocator setting that every arm gets.
+
+    Args:
+        device: what else tells rows apart: the GPU, where one is measured.
 
     Returns:
         Plain values. `build` is a digest of the compiled module, so that rows of different kernels
@@ -43,6 +47,7 @@ def describe() -> dict[str, Any]:
         "sparsekd": skd.__version__,
         "build": _digest(compiled.get("file")),
         **{name: _version(name) for name in _RIVALS},
+        **(device or {}),
     }
     text = json.dumps(facts, sort_keys=True).encode()
     return {"id": hashlib.blake2b(text, digest_size=4).hexdigest(), **facts}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
+
+from sparsekd.bench import gpu
 from sparsekd.bench.arms import LAYER_ARMS
 from sparsekd.bench.cases import (
     BASELINES,
@@ -172,6 +175,29 @@ class Plan:
     def _chosen(self, table: Mapping[str, _Arm], usual: tuple[str, ...]) -> dict[str, _Arm]:
         wanted = usual if self.arms is None else ("dense_contiguous", *self.arms)
         return {name: arm for name, arm in table.items() if name in wanted}
+
+
+def on_device(plan: Plan, device: str) -> tuple[list[Session], dict[str, Any]]:
+    """List what a plan measures on a device, and describe the device.
+
+    Args:
+        plan: all of it holds for the CPU, of GPUs `rounds` only.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The sessions, and what `describe` is to know of the device.
+
+    Raises:
+        UnsupportedError: there is no such device here.
+    """
+    if device == "cpu":
+        return plan.sessions(), {}
+    if device != "cuda" or not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"device: expected cpu, or cuda where torch sees a CUDA device, got {device!r}"
+        )
+    place = torch.device(device)
+    return gpu.sessions(place, plan.rounds or 5), gpu.describe(place)
 
 
 def _check(name: str, chosen: Sequence[str], known: Sequence[str] | Mapping | set[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sparsekd.bench import gate
 from sparsekd.train import Row
-from sparsekd.train.timing import interleave
+from sparsekd.train.timing import do_not_wait, interleave
 
 Key = tuple[str, float | None]  # arm and sparsity
 _PAUSE = 0.005  # seconds for another package's idle threads to stop spinning
@@ -82,13 +82,20 @@ class Entry:
     prepare: Callable[[], Ready]
 
 
-def race(entries: Iterable[Entry], *, rounds: int, slow: float) -> list[Row]:
+def race(
+    entries: Iterable[Entry],
+    *,
+    rounds: int,
+    slow: float,
+    wait: Callable[[], None] = do_not_wait,
+) -> list[Row]:
     """Hold every arm's results against the reference, then time those that are right.
 
     Args:
         entries: one an arm and sparsity.
         rounds: turns of each arm.
         slow: arms that take more seconds than this have three turns at most.
+        wait: returns when the device has done what was queued.
 
     Returns:
         A row an entry, in their order: with `ms` (the median), `times` and `error`, or with the
@@ -109,7 +116,7 @@ def race(entries: Iterable[Entry], *, rounds: int, slow: float) -> list[Row]:
         rows.append({**entry.row, **outcome})
         if call is not None:
             calls[str(number)] = call
-    times = interleave(calls, rounds, least=_LEAST, pause=_PAUSE, slow=slow)
+    times = interleave(calls, rounds, least=_LEAST, pause=_PAUSE, slow=slow, wait=wait)
     for key, turns in times.items():
         rows[int(key)] |= {
             "ms": round(statistics.median(turns), 4),

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsekd.bench import tables
+from sparsekd.bench.gpu_report import draw_gpu, gpu_grids
 from sparsekd.bench.results import Results
 from sparsekd.errors import CheckpointError
 from sparsekd.train import MetricsLog, Row
@@ -43,6 +44,7 @@ def grids(results: Results) -> list[tables.Grid]:
         tables.waterfall_grid(results),
         tables.memory_grid(results),
         tables.roofline_grid(tables.roofline_rows(results)),
+        *gpu_grids(results),
         tables.shortfall_grid(results),
     ]
     return [grid for grid in found if grid is not None]
@@ -68,7 +70,7 @@ def write(results: Results, folder: Path, rows: Path) -> list[Path]:
     from sparsekd.bench.figures import draw  # matplotlib: not worth loading to print tables
 
     folder.mkdir(parents=True, exist_ok=True)
-    files = draw(results, folder)
+    files = [*draw(results, folder), *draw_gpu(results, folder)]
     pictures = "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in files)
     machine = "\n".join(f"- {name}: {value}" for name, value in results.machine.items())
     parts = [

@@ -47,7 +47,8 @@ class Results:
                 continue
             self._newest.pop(identity(row), None)
             self._newest[identity(row)] = row
-            if row["arm"] in BASELINES and row["ms"] is not None:
+            baseline = row.get("baseline", row["arm"] in BASELINES)
+            if baseline and row["ms"] is not None:
                 place = _place(row)
                 if place not in self._dense or row["ms"] < self._dense[place]["ms"]:
                     self._dense[place] = row

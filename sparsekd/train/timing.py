@@ -95,6 +95,10 @@ def time_step(
     )
 
 
+def do_not_wait() -> None:
+    """Stand for a device, the CPU, whose work is done when a call returns."""
+
+
 def interleave(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -102,6 +106,7 @@ def interleave(
     least: float = 0.0,
     pause: float = 0.0,
     slow: float = math.inf,
+    wait: Callable[[], None] = do_not_wait,
 ) -> dict[str, list[float]]:
     """Time several calls in turns, so that a change in the machine's load meets all of them.
 
@@ -112,6 +117,7 @@ def interleave(
         least: seconds that a turn should last; a shorter call is repeated within it.
         pause: seconds of rest before a turn, for the threads of the call before to fall asleep.
         slow: a call that takes more seconds than this takes part in the first three rounds only.
+        wait: returns when the device has done what was queued.
 
     Returns:
         Milliseconds of one call, one entry a turn.
@@ -123,7 +129,7 @@ def interleave(
     """
     for _ in range(_WARM_UPS):
         before = _page_faults()
-        once = {name: _seconds(call, 1) for name, call in calls.items()}
+        once = {name: _seconds(call, 1, wait) for name, call in calls.items()}
         if _page_faults() - before < _FEW_FAULTS:
             break
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -133,7 +139,7 @@ def interleave(
                 continue
             time.sleep(pause)
             repeats = max(1, math.ceil(least / once[name]))
-            times[name].append(_seconds(call, repeats) * 1e3 / repeats)
+            times[name].append(_seconds(call, repeats, wait) * 1e3 / repeats)
     return times
 
 
@@ -145,10 +151,12 @@ def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def _seconds(call: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    wait()
     return time.perf_counter() - start
 
 

@@ -1,0 +1,76 @@
+"""The race of `--device cuda` runs anywhere; here on the CPU, where its arms run on CPU kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from sparsekd.bench import Plan, Results, describe, gpu, on_device, report, run
+from sparsekd.errors import UnsupportedError
+from sparsekd.train import MetricsLog
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu") / "rows.jsonl"
+    console = Console(quiet=True)
+    run(gpu.sessions(CPU, rounds=1, quick=True), MetricsLog(path), describe(), console)
+    return path
+
+
+def test_every_arm_that_can_run_has_a_time(rows: Path) -> None:
+    results = report.read(rows)
+    for level in gpu.LEVELS:
+        for row in results.rows(level):
+            assert (row["ms"] is None) == ("skipped" in row), row
+    timed = {row["arm"] for row in results.rows("gpu layer") if row["ms"] is not None}
+    assert timed == gpu.ARMS.keys() - {"torch_24", "torch_bsr"}
+
+
+def test_speed_ups_are_over_the_fastest_dense_arm(rows: Path) -> None:
+    results = report.read(rows)
+    for row in results.rows("gpu step"):
+        dense = [r["ms"] for r in results.rows("gpu step") if r["baseline"]]
+        assert results.speedup(row) == pytest.approx(min(dense) / row["ms"])
+
+
+def test_the_report_has_tables_and_figures(rows: Path, tmp_path: Path) -> None:
+    files = report.write(report.read(rows), tmp_path, rows)
+    assert {"gpu_layer.png", "gpu_step.png"} <= {file.name for file in files}
+    page = (tmp_path / "README.md").read_text()
+    assert "sparsekd bcsr 32, bfloat16" in page
+    assert "layer, fprop" in page
+
+
+def test_wrong_results_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = gpu._stored
+
+    def broken(layer, arm):
+        stored = real(layer, arm)
+        with torch.no_grad():
+            next(stored.parameters())[0] += 1
+        return stored
+
+    monkeypatch.setattr(gpu, "_stored", broken)
+    race = gpu.sessions(CPU, rounds=1, quick=True)[1]
+    refused = [row for row in race.measure() if "skipped" not in row]
+    assert refused
+    assert all("refused" in row and row["ms"] is None for row in refused), refused
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="expected cpu, or cuda where torch sees"):
+        on_device(Plan(), "cuda")
+
+
+def test_dense_rows_of_a_gpu_name_their_device() -> None:
+    machine = describe({"device": "Some GPU"})
+    assert machine["device"] == "Some GPU"
+    assert machine["id"] != describe()["id"]
+    assert Results([]).machine == {}
