@@ -1,9 +1,9 @@
 """Bound the GPU kernels on paper, for GPUs that nobody here has: prints the tables of docs/gpu.md.
 
-A kernel takes at least as long as its arithmetic at the peak of the units it uses, as its reads from
-L2 at the L2's bandwidth, and as its traffic with memory at the memory's. Real kernels reach a part
-of the largest of the three; dense products in cuBLAS and cuDNN come near the peak where matrices are
-large, so they are taken at it, which favours dense. Nothing here was measured.
+A kernel takes at least as long as its arithmetic at the peak of the units it uses, as its reads
+from L2 at the L2's bandwidth, and as its traffic with memory at the memory's. Real kernels reach a
+part of the largest of the three. Dense products in cuBLAS and cuDNN come near the peak where
+matrices are large, so they are taken at it, which favours dense. Nothing here was measured.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def pack(layer: Layer, density: float, arithmetic: str) -> Demand:
 
 
 def grow(layer: Layer, density: float, arithmetic: str) -> Demand:
-    """`grow_*`: keys of 8 bytes, written once, read in eight passes of counting and one of taking."""
+    """`grow_*`: keys of 8 bytes, written once, read in eight passes that count and one that takes."""
     return Demand(0.0, 0.0, layer.numel * (4.0 + 8.0 + 9 * 8.0))
 
 
@@ -162,7 +162,7 @@ def break_even(
         gpu: the GPU.
         arithmetic: of the kernel.
         kernel: its demand.
-        rival: arithmetic of the dense product, which uses `arithmetic` for a slower one.
+        rival: arithmetic of the dense product.
     """
     aim = max(dense(layer, 1.0, rival).seconds(gpu, rival).values())
     low, high = 0.0, 1.0  # densities
