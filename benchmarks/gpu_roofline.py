@@ -112,7 +112,7 @@ def pack(layer: Layer, density: float, arithmetic: str) -> Demand:
 
 
 def grow(layer: Layer, density: float, arithmetic: str) -> Demand:
-    """`grow_*`: keys of 8 bytes, written once, read in eight passes that count and one that takes."""
+    """`grow_*`: keys of 8 bytes, written once, read nine times to count and to take."""
     return Demand(0.0, 0.0, layer.numel * (4.0 + 8.0 + 9 * 8.0))
 
 
