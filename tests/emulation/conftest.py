@@ -143,6 +143,18 @@ def ptx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield driver
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bounds_of_interpreted_kernels() -> Iterator[None]:
+    """Let Triton's interpreter check bounds wherever it runs."""
+    if "TRITON_INTERPRET" not in os.environ:
+        yield
+        return
+    from triton_bounds import checked_bounds
+
+    with checked_bounds():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()

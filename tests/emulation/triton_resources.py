@@ -1,0 +1,124 @@
+"""Compile every Triton kernel for every GPU and print its registers and shared memory as a table.
+
+    python tests/emulation/triton_resources.py            # needs Triton, no GPU
+
+Ends with status 1 if a kernel breaks one of the rules in `complaints`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that a block may have.
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+REGISTERS = 65536  # of a multiprocessor; a block has to fit
+MATRIX_INSTRUCTION = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|v_s?mfma_\w+|v_mfma_\w+)\b")
+SETTINGS = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), "TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+class Usage(NamedTuple):
+    """Hold what a kernel uses on a GPU."""
+
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread, or on AMD registers
+    shared: int  # bytes of a block
+    multiplies: int  # instructions for tensor cores
+    threads: int
+
+
+def compiled(kernel: Any, dtype: str, target: str) -> Any:
+    """Compile one entry of `sparsekd.kernels.KERNELS`."""
+    signature = kernel.signature(dtype)
+    names = list(signature)
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned()}
+    source = ASTSource(kernel.fn, signature, kernel.constexprs, aligned)
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def usage(kernel: Any, dtype: str, target: str) -> Usage:
+    """Compile a kernel and return what it uses."""
+    built = compiled(kernel, dtype, target)
+    threads = kernel.num_warps * TARGETS[target].warp_size
+    if target.startswith("gfx"):
+        text = built.asm["amdgcn"]
+        registers, spilled = _number(r"\.vgpr_count: +(\d+)", text), 0
+        for kind in ("vgpr", "sgpr"):
+            spilled += _number(rf"\.{kind}_spill_count: +(\d+)", text)
+    else:
+        report = _tool("cuobjdump", built.asm["cubin"], "--dump-resource-usage")
+        registers, spilled = _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report)
+        text = _tool("nvdisasm", built.asm["cubin"], "-c") if kernel.uses_mma else ""
+    multiplies = len(MATRIX_INSTRUCTION.findall(text))
+    return Usage(registers, spilled, built.metadata.shared, multiplies, threads)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in what the tools say"
+    return int(match[1])
+
+
+def _tool(name: str, cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / name, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def complaints(kernel: Any, dtype: str, target: str, used: Usage) -> list[str]:
+    """Return what is wrong with a compiled kernel."""
+    wrong = []
+    if used.spilled:
+        wrong.append(f"spills {used.spilled}")
+    if used.shared > SHARED[target]:
+        wrong.append(f"{used.shared} bytes of shared memory, more than {SHARED[target]}")
+    if target.startswith("sm") and used.registers * used.threads > REGISTERS:
+        wrong.append(f"{used.registers} registers of {used.threads} threads do not fit")
+    if kernel.uses_mma and not used.multiplies:
+        wrong.append("no instruction for tensor cores")
+    return [f"{kernel.name}, {dtype}, {target}: {what}" for what in wrong]
+
+
+def main() -> int:
+    os.environ.update(SETTINGS)
+    from sparsekd.kernels import KERNELS
+
+    wrong = []
+    heads = ["kernel", "tensors", "warps", "shared bytes", *(f"registers {t}" for t in TARGETS)]
+    print("|", " | ".join(heads), "|")
+    print("|---|---|" + "---:|" * (len(heads) - 2))
+    for kernel in KERNELS:
+        for dtype in kernel.dtypes:
+            used = {target: usage(kernel, dtype, target) for target in TARGETS}
+            shared = " / ".join(str(u.shared) for u in used.values())
+            registers = " | ".join(str(u.registers) for u in used.values())
+            row = f"`{kernel.name}` | {dtype} | {kernel.num_warps} | {shared} | {registers}"
+            print(f"| {row} |", flush=True)
+            for target in TARGETS:
+                wrong += complaints(kernel, dtype, target, used[target])
+    print(*wrong, sep="\n", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
