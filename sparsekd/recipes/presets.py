@@ -178,8 +178,13 @@ _GRANET_CIFAR100 = Recipe(
     seeds=3,
 )
 
-# 157 steps an epoch, so updates come every 40 of them, about 47 in all. A cycle is short here: it
-# moves a tenth of the weights, which 157 steps heal, in place of the published half.
+# Three cycles of an epoch move a tenth of the weights each, which so few steps heal, in place of the
+# published half.
+_SHORT_CYCLES = Superposition(
+    cycle_fraction=0.3, cycle_epochs=1, lr=(0.001, 0.01), drop_fraction=0.1
+)
+
+# 157 steps an epoch, so updates come every 40 of them, about 47 in all.
 _COMPARE = Recipe(
     name="compare",
     description="Fashion-MNIST, ResNet-20: methods side by side at 95 % and 98 %, three seeds",
@@ -187,7 +192,7 @@ _COMPARE = Recipe(
     model=ModelChoice("resnet20"),
     training=Training(epochs=16, batch_size=128, schedule="cosine", warmup=1),
     dynamics=Dynamics(drop_fraction=0.3, every=40, until=0.75),
-    sup=Superposition(cycle_fraction=0.1875, cycle_epochs=1, lr=(0.001, 0.01), drop_fraction=0.1),
+    sup=replace(_SHORT_CYCLES, cycle_fraction=3 / 16),
     methods=("kd", "sup-rigl", "rigl", "set", "static", "gmp"),
     sparsities=(0.95, 0.98),
     seeds=3,
@@ -201,7 +206,7 @@ def _alone(method: Method) -> Recipe:
         name=method.name,
         description=f"Fashion-MNIST, ResNet-20: {method.label} at 95 % and 98 %",
         dynamics=Dynamics(drop_fraction=0.3, every=100, until=0.75),
-        sup=Superposition(cycle_fraction=0.3, cycle_epochs=1),
+        sup=_SHORT_CYCLES,
         methods=(method.name,),
         sparsities=(0.95, 0.98),
         seeds=1,
