@@ -178,8 +178,8 @@ _GRANET_CIFAR100 = Recipe(
     seeds=3,
 )
 
-# Three cycles of an epoch move a tenth of the weights each, which so few steps heal, in place of the
-# published half.
+# Three cycles of an epoch move a tenth of the weights each, in place of the published half: so few
+# steps heal no more.
 _SHORT_CYCLES = Superposition(
     cycle_fraction=0.3, cycle_epochs=1, lr=(0.001, 0.01), drop_fraction=0.1
 )
