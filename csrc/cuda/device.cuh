@@ -27,7 +27,7 @@ int launch(void (*kernel)(Params...), int64_t blocks, dim3 threads, void* stream
   if (blocks < 0 || blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
 #ifdef SPARSEKD_HOST_EMULATION
   (void)stream;
-  return emulation::launch(static_cast<unsigned>(blocks), threads, [=] { kernel(args...); });
+  return emulation::launch(kernel, static_cast<unsigned>(blocks), threads, static_cast<Params>(args)...);
 #else
   // clang-format off
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from ptx_machine import Module
 
 import sparsekd as skd
+from sparsekd.errors import BackendError
 from sparsekd.ops import backends, cuda_library
 
 HERE = Path(__file__).resolve().parent
@@ -44,23 +46,41 @@ def compiler() -> str:
     return found
 
 
+def build(command: list[str], source: Path, headers: Path) -> Path:
+    """Compile a source, once as long as nothing changes."""
+    inputs = [source, *sorted(HERE.glob("*.h")), *sorted(headers.glob("*.*h")), Path(command[0])]
+    digest = hashlib.sha256(repr(command).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    built = ROOT / "build" / "emulation" / f"{source.stem}-{digest.hexdigest()[:16]}"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        fresh = built.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, str(source), "-o", str(fresh)], check=True)
+        fresh.replace(built)
+    return built
+
+
 @pytest.fixture(scope="session")
 def compile_for_the_cpu(compiler: str) -> Compile:
-    """Return a function that compiles a .cu file with g++, once as long as nothing changes."""
+    """Return a function that compiles a .cu file with g++."""
 
     def compile_(source: Path, *flags: str, headers: Path = SOURCES) -> Path:
-        command = [compiler, *FLAGS, f"-I{headers}", *flags]
-        inputs = [source, *sorted(HERE.glob("*.h")), *sorted(headers.glob("*.*h")), Path(compiler)]
-        digest = hashlib.sha256(repr(command).encode())
-        for path in inputs:
-            digest.update(path.read_bytes())
-        built = ROOT / "build" / "emulation" / f"{source.stem}-{digest.hexdigest()[:16]}"
-        if not built.exists():
-            built.parent.mkdir(parents=True, exist_ok=True)
-            fresh = built.with_suffix(f".{os.getpid()}")
-            subprocess.run([*command, str(source), "-o", str(fresh)], check=True)
-            fresh.replace(built)
-        return built
+        return build([compiler, *FLAGS, f"-I{headers}", *flags], source, headers)
+
+    return compile_
+
+
+@pytest.fixture(scope="session")
+def compile_to_ptx() -> Compile:
+    """Return a function that compiles a .cu file with nvcc, for the machine that executes PTX."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-arch=compute_80", "-ptx"]
+
+    def compile_(source: Path, headers: Path = SOURCES) -> Path:
+        return build([nvcc, *flags, f"-I{headers}"], source, headers)
 
     return compile_
 
@@ -153,6 +173,67 @@ def bounds_of_interpreted_kernels() -> Iterator[None]:
 
     with checked_bounds():
         yield
+
+
+class OnPtx(Emulated):
+    """Call the emulated library, whose kernels run as what nvcc has made of them.
+
+    Args:
+        path: of the emulated library.
+        ptx: of the same kernels.
+    """
+
+    def __init__(self, path: Path, ptx: Path) -> None:
+        super().__init__(path)
+        self.module = Module(ptx.read_text())
+        self.kernels: set[str] = set()  # that have run
+        self._memory: list[tuple[int, int]] = []
+        self._fault: Exception | None = None
+        parameters = [ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.c_void_p, ctypes.c_size_t]
+        self._executor = ctypes.CFUNCTYPE(ctypes.c_int, *parameters)(self._execute)
+
+    def run(self, name: str, device: torch.device, *args: Any) -> None:
+        storages = [a.untyped_storage() for a in args if isinstance(a, torch.Tensor)]
+        self._memory = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+        self._functions.emulation_executor(self._executor)
+        try:
+            super().run(name, device, *args)
+        except BackendError:
+            raise self._fault or AssertionError("the library refuses") from None
+        finally:
+            self._functions.emulation_executor(None)
+            self._fault = None
+
+    def _execute(
+        self, name: bytes, blocks: int, x: int, y: int, z: int, data: int, size: int
+    ) -> int:
+        try:
+            kernel = self.module[name.decode()]
+            arguments = ctypes.string_at(data, size)
+            kernel.launch((blocks,), (x, y, z), arguments, self._memory)
+        except Exception as fault:  # must not pass through C
+            self._fault = fault
+            return 719
+        self.kernels.add(name.decode())
+        return 0
+
+
+@pytest.fixture(scope="session")
+def on_ptx_library(compile_for_the_cpu: Compile, compile_to_ptx: Compile) -> OnPtx:
+    source = SOURCES / "kernels.cu"
+    return OnPtx(compile_for_the_cpu(source, "-O1", "-shared"), compile_to_ptx(source))
+
+
+@pytest.fixture
+def on_ptx(
+    on_cuda: Emulated,
+    on_ptx_library: OnPtx,
+    emulated_module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> OnPtx:
+    """Run the test on the backend "cuda", on CPU tensors, as what nvcc has made of the kernels."""
+    monkeypatch.setattr(emulated_module, "_library", on_ptx_library)
+    return on_ptx_library
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@
 #include "half.h"
 #include "machine.h"
 
-#define __global__
+// Kernels are found by their names, see Executor.
+#define __global__ __attribute__((visibility("default")))
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
@@ -101,4 +102,9 @@ extern "C" __attribute__((visibility("default"), used)) inline void emulation_or
                                                                                     int64_t seed) {
   emulation::machine().order = static_cast<emulation::Order>(order);
   emulation::machine().seed = static_cast<uint64_t>(seed);
+}
+
+extern "C" __attribute__((visibility("default"), used)) inline void emulation_executor(
+    emulation::Executor executor) {
+  emulation::executor() = executor;
 }

@@ -26,11 +26,12 @@ inline uint32_t rounded(uint32_t bits, unsigned count) {
 
 }  // namespace emulation
 
-struct __half {
+// Visible, as a kernel that is made for a type is no more visible than the type.
+struct __attribute__((visibility("default"))) __half {
   uint16_t bits;
 };
 
-struct __nv_bfloat16 {
+struct __attribute__((visibility("default"))) __nv_bfloat16 {
   uint16_t bits;
 };
 

@@ -7,6 +7,8 @@
 // shuffles from lanes that take no part, and deadlock. Shared memory starts as NaN. Blocks never run at the
 // same time, so races between them, and between threads where no barrier is missing, are not seen.
 #pragma once
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -309,9 +311,35 @@ inline Machine& machine() {
   return instance;
 }
 
-template <class Body>
-int launch(unsigned blocks, dim3 threads, Body body) {
-  return machine().launch(blocks, threads, body);
+// What runs kernels in the machine's stead, by their mangled names: what nvcc has made of them. The
+// arguments come as the bytes of a kernel's parameters, every one aligned as its type.
+using Executor = int (*)(const char* kernel, unsigned blocks, unsigned x, unsigned y, unsigned z,
+                         const char* arguments, size_t bytes);
+
+inline Executor& executor() {
+  static Executor instance = nullptr;
+  return instance;
+}
+
+template <class T>
+void append(std::vector<char>& bytes, const T& argument) {
+  static_assert(std::is_trivially_copyable<T>::value, "arguments are copied to GPUs byte by byte");
+  const size_t start = (bytes.size() + alignof(T) - 1) / alignof(T) * alignof(T);
+  bytes.resize(start + sizeof(T));
+  std::memcpy(bytes.data() + start, &argument, sizeof(T));
+}
+
+template <class... Params>
+int launch(void (*kernel)(Params...), unsigned blocks, dim3 threads, Params... args) {
+  if (!executor()) return machine().launch(blocks, threads, [=] { kernel(args...); });
+  Dl_info found;
+  if (!dladdr(reinterpret_cast<void*>(kernel), &found) || !found.dli_sname) {
+    machine().error = "a kernel without a name: it is not __global__, or local to its file";
+    return kInvalidConfiguration;
+  }
+  std::vector<char> bytes;
+  (append(bytes, args), ...);
+  return executor()(found.dli_sname, blocks, threads.x, threads.y, threads.z, bytes.data(), bytes.size());
 }
 
 }  // namespace emulation

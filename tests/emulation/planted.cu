@@ -1,14 +1,14 @@
 // Small kernels with one mistake each, for the tests of the emulated machine: it must find every one of them.
-// Compiled as a library, and with sanitizers as a program whose argument is the name of the mistake.
+// Compiled as a library, and with sanitizers as a program whose argument is the name of the mistake; by nvcc,
+// which then sees the kernels alone, for the machine that executes PTX.
 #include <cstdio>
 #include <memory>
 
 #include "device.cuh"
 
-namespace {
+namespace planted_kernels {
 
 using sparsekd_cuda::kAllLanes;
-using sparsekd_cuda::launch;
 using sparsekd_cuda::Vector;
 
 constexpr int kThreads = 64;
@@ -106,13 +106,38 @@ __global__ void shared_past_the_end_kernel(float* out) {
 
 __global__ void misaligned_vector_kernel(float* out) {
   const auto part = *reinterpret_cast<Vector<float, 4>*>(out + 1);
-  out[threadIdx.x] = part.v[0];
+  out[threadIdx.x] = part.v[0] + part.v[1] + part.v[2] + part.v[3];
 }
 
+// Both blocks count every thread, one after another read and write.
+__global__ void plain_update_kernel(float* out) {
+  if (threadIdx.x == 0) out[0] += 1.0f;
+  out[1 + blockIdx.x * kThreads / 2 + threadIdx.x % (kThreads / 4)] = 1.0f;
+}
+
+// Counts without atomics in shared memory.
+__global__ void plain_count_kernel(float* out) {
+  SPARSEKD_SHARED(float, bins, [8]);
+  if (threadIdx.x < 8) bins[threadIdx.x] = 0.0f;
+  __syncthreads();
+  bins[threadIdx.x % 8] += 1.0f;
+  __syncthreads();
+  if (threadIdx.x < 8) out[threadIdx.x] = bins[threadIdx.x];
+}
+
+// Two lanes of a warp exchange numbers without a barrier.
+__global__ void missing_warp_barrier_kernel(float* out) {
+  SPARSEKD_SHARED(float, line, [kThreads]);
+  line[threadIdx.x] = out[threadIdx.x];
+  out[threadIdx.x] = line[threadIdx.x ^ 1];
+}
+
+#ifdef SPARSEKD_HOST_EMULATION
 struct Planted {
   const char* name;
   void (*kernel)(float*);
   unsigned threads;
+  int blocks = 1;
 };
 
 constexpr Planted kPlanted[] = {
@@ -133,14 +158,20 @@ constexpr Planted kPlanted[] = {
     {"read past the end", read_past_the_end_kernel, kThreads},
     {"shared memory past the end", shared_past_the_end_kernel, kThreads},
     {"misaligned vector", misaligned_vector_kernel, kThreads},
+    {"plain update", plain_update_kernel, kThreads / 2, 2},
+    {"plain count", plain_count_kernel, kThreads},
+    {"missing warp barrier", missing_warp_barrier_kernel, kThreads},
 };
+#endif
 
-}  // namespace
+}  // namespace planted_kernels
 
+#ifdef SPARSEKD_HOST_EMULATION
 // out [64]; returns CUDA's code, or -1 when there is no mistake of this name.
 extern "C" __attribute__((visibility("default"))) int planted(const char* name, float* out) {
-  for (const Planted& p : kPlanted)
-    if (std::strcmp(p.name, name) == 0) return launch(p.kernel, 1, dim3(p.threads), nullptr, out);
+  for (const auto& p : planted_kernels::kPlanted)
+    if (std::strcmp(p.name, name) == 0)
+      return sparsekd_cuda::launch(p.kernel, p.blocks, dim3(p.threads), nullptr, out);
   return -1;
 }
 
@@ -149,8 +180,9 @@ extern "C" __attribute__((visibility("default"))) const char* planted_error() {
 }
 
 int main(int count, char** names) {
-  const std::unique_ptr<float[]> out(new float[kThreads]());
+  const std::unique_ptr<float[]> out(new float[planted_kernels::kThreads]());
   for (int i = 1; i < count; ++i)
     if (planted(names[i], out.get()) != 0) std::printf("%s: %s\n", names[i], planted_error());
   std::printf("%g\n", static_cast<double>(out[0]));
 }
+#endif

@@ -64,7 +64,7 @@ def parse(text: str) -> dict[str, Kernel]:
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     text = re.sub(r"//[^\n]*", "", text)
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]*)"', text, re.MULTILINE))
-    text = re.sub(r"^\s*\.loc\s+(\d+)\s+(\d+)[^\n;]*$", r".loc \1 \2;", text, flags=re.MULTILINE)
+    text = re.sub(r"^(\s*\.loc\b[^\n;]*)$", r"\1;", text, flags=re.MULTILINE)
     kernels: dict[str, Kernel] = {}
     outside = ""
     position = 0
@@ -145,8 +145,9 @@ class _Body:
 
     def statement(self, text: str) -> None:
         if text.startswith(".loc"):
-            _, file, line = text.split()
-            self.source = f"{self.files.get(file, '?')}:{line}"
+            # The line, and where something inlined is called from.
+            places = re.findall(r"(?:loc|inlined_at) (\d+) (\d+)", text)
+            self.source = ", from ".join(f"{self.files.get(f, '?')}:{line}" for f, line in places)
         elif text.startswith(".reg"):
             self.declare(text)
         elif text.startswith(".shared"):
