@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ptx_machine import OutOfBounds
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 tl = pytest.importorskip("triton.language")
@@ -56,3 +57,44 @@ def test_products_of_tensor_cores(ptx, dtype, precision, n, warps, stages) -> No
     if precision == "tf32":
         assert error > 1e-6, "TF32 is less precise, which has to be seen"
     assert ptx.launches[-1].grid == (2, 1, 1)
+
+
+@triton.jit
+def scale_kernel(x, y, factor, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n) * factor, mask=i < n)
+
+
+@pytest.mark.parametrize("n", [1, 16, 100])  # a constant, divisible by 16, neither
+@pytest.mark.parametrize("offset", [0, 1])  # an address that is aligned, and one that is not
+def test_arguments_are_specialised(ptx, n: int, offset: int) -> None:
+    x, y = torch.arange(200.0)[offset:], torch.zeros(200)[offset:]
+    grid = lambda meta: (triton.cdiv(n, meta["BLOCK"]),)  # noqa: E731
+    scale_kernel[grid](x, y, 0.5, n, BLOCK=32)
+    assert torch.equal(y[:n], x[:n] / 2)
+    assert not y[n:].any()
+    assert ptx.launches[-1].grid == (triton.cdiv(n, 32), 1, 1)
+
+
+def test_configurations_are_tried(ptx) -> None:
+    configs = [triton.Config({"BLOCK": block}, num_warps=2) for block in (32, 64)]
+    tuned = triton.autotune(configs, key=["n"])(triton.JITFunction(scale_kernel.fn))
+    x, y = torch.arange(100.0), torch.zeros(100)
+    tuned[lambda meta: (triton.cdiv(100, meta["BLOCK"]),)](x, y, 3.0, 100)
+    assert torch.equal(y, 3 * x)
+    assert {launch.grid[0] for launch in ptx.launches} == {2, 4}
+
+
+def test_too_much_shared_memory_is_refused(ptx) -> None:
+    x = torch.zeros(128, 1024, dtype=torch.float16)
+    with pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"):
+        product_kernel[(1,)](x, x, x, 1024, 128, 128, 128, 128, "ieee", num_stages=4)
+    assert not ptx.launches
+
+
+def test_memory_of_no_argument_is_out_of_bounds(ptx) -> None:
+    x, y = torch.zeros(64), torch.zeros(63)
+    with pytest.raises(
+        OutOfBounds, match=r"4 bytes at .* \+252 bytes from the start .* of 252 bytes"
+    ):
+        scale_kernel[(1,)](x, y, 1.0, 64, BLOCK=64)
