@@ -37,8 +37,7 @@ def product(dtype: torch.dtype, n: int, precision: str = "ieee", **options: int)
     return ((c.double() - exact).abs() / scale).max().item()
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("warps, stages", [(1, 1), (4, 1), (4, 3)])
 @pytest.mark.parametrize("n", [32, 100])
 @pytest.mark.parametrize(
     "dtype, precision",
@@ -94,7 +93,5 @@ def test_too_much_shared_memory_is_refused(ptx) -> None:
 
 def test_memory_of_no_argument_is_out_of_bounds(ptx) -> None:
     x, y = torch.zeros(64), torch.zeros(63)
-    with pytest.raises(
-        OutOfBounds, match=r"4 bytes at .* \+252 bytes from the start .* of 252 bytes"
-    ):
+    with pytest.raises(OutOfBounds, match=r"\(\+252 bytes from the start of .* of 252 bytes"):
         scale_kernel[(1,)](x, y, 1.0, 64, BLOCK=64)
