@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekd import functional
+from sparsekd.layouts import Tiling
 from sparsekd.ops import info
 from sparsekd.topology import Topology
 
@@ -27,6 +28,8 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted", "expanded", "unb
 @dataclass(frozen=True)
 class LayerCase:
     """Hold one random layer with its input: convolution or, with `kernel_size` None, linear.
+
+    Its mask consists of tiles of `tile[0]` output times `tile[1]` input channels.
 
     Example:
         >>> case = random_layer(0)
@@ -45,6 +48,7 @@ class LayerCase:
     map_size: tuple[int, int] = (1, 1)
     empty_rows: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    tile: tuple[int, int] = (1, 1)
 
     def tensors(
         self, device: torch.device | str = "cpu"
@@ -55,7 +59,8 @@ class LayerCase:
         if self.kernel_size is not None:
             groups = self.options.get("groups", 1)
             shape = (self.out_features, self.in_features // groups, *self.kernel_size)
-        mask = torch.rand(shape, generator=generator) < self.density
+        tiling = Tiling(torch.Size(shape), *self.tile)
+        mask = tiling.expand(torch.rand(tiling.grid, generator=generator) < self.density)
         if self.empty_rows:
             mask[torch.rand(shape[0], generator=generator) < 0.5] = False
         topology = Topology.from_mask(mask)

@@ -3,6 +3,9 @@
 
 constexpr int kVectorBytes = SPARSEKD_VECTOR_BYTES;
 
+// The sums of a panel that are kept at once: registers hold them beside the inputs and a weight.
+constexpr int kPanelSums = kVectorBytes == 64 ? 24 : 8;
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -23,6 +23,7 @@ using namespace sparsekd;
 void test_densify();
 void test_growth();
 void test_linear();
+void test_panels();
 void test_peak();
 void test_norm();
 
@@ -35,8 +36,8 @@ void test_convolution(int cases) {
     const ConvGeometry g = random_geometry();
     const double densities[] = {0, 0.05, 0.1, 0.3, 1};
     const double density = densities[pick(0, 4)];
-    const int64_t columns = g.in_channels / g.groups * g.kernel_h * g.kernel_w;
-    const Csr csr = random_csr(g.out_channels, columns, density);
+    const int64_t taps = g.kernel_h * g.kernel_w, columns = g.in_channels / g.groups * taps;
+    const Csr csr = any_csr(g.out_channels, g.in_channels / g.groups, taps, density);
     const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), g.out_channels,
                       columns);
     std::vector<T> values(s.nnz), bias(g.out_channels);
@@ -221,10 +222,11 @@ int main() {
   test_schedule();
   test_geometry();
   test_densify();
+  test_panels();
   test_peak();
   test_norm();
-  test_convolution<float>(150);
-  test_convolution<double>(80);
+  test_convolution<float>(250);
+  test_convolution<double>(130);
   test_linear();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed ? 1 : 0;

@@ -49,6 +49,29 @@ inline Csr random_csr(int64_t rows, int64_t cols, double density) {
   return s;
 }
 
+// Tiles of `height` rows times `width` channels at one of `taps` that are all there or not at all.
+inline Csr random_tiles(int64_t rows, int64_t channels, int64_t taps, int64_t height, int64_t width,
+                        double density) {
+  Csr s;
+  const int64_t chunks = (channels + width - 1) / width;
+  std::vector<bool> kept(chunks * taps);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (r % height == 0)
+      for (size_t i = 0; i < kept.size(); ++i) kept[i] = std::bernoulli_distribution(density)(rng);
+    for (int64_t c = 0; c < channels * taps; ++c)
+      if (kept[c / taps / width * taps + c % taps]) s.col.push_back(static_cast<int32_t>(c));
+    s.crow.push_back(static_cast<int32_t>(s.col.size()));
+  }
+  return s;
+}
+
+// Without structure every other time, else with tiles of any size.
+inline Csr any_csr(int64_t rows, int64_t channels, int64_t taps, double density) {
+  constexpr int64_t kSizes[] = {1, 2, 3, 4, 6, 8, 16, 32};
+  if (pick(0, 1)) return random_csr(rows, channels * taps, density);
+  return random_tiles(rows, channels, taps, kSizes[pick(0, 7)], kSizes[pick(0, 7)], density);
+}
+
 // A random tensor of the given sizes in contiguous, channels_last or batch-innermost order.
 template <class T>
 struct Tensor {

@@ -42,7 +42,7 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 template <class T>
 void test_layer(int64_t batch, int64_t in, int64_t out, double density) {
   const double tolerance = std::is_same_v<T, float> ? 2e-5 : 1e-12;
-  const Csr csr = random_csr(out, in, density);
+  const Csr csr = any_csr(out, in, 1, density);
   const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), out, in);
   std::vector<T> values(s.nnz), bias(out);
   for (auto* v : {&values, &bias})
@@ -93,7 +93,7 @@ void test_cut_batch() {
 void test_blocks() {
   for (int i = 0; i < 50; ++i) {
     const int64_t rows = pick(1, 30), cols = pick(1, 60), block = pick(1, 70);
-    const Csr csr = random_csr(rows, cols, pick(0, 2) ? 0.2 : 1);
+    const Csr csr = any_csr(rows, cols, 1, pick(0, 2) ? 0.2 : 1);
     const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), rows, cols);
     const auto blocks = row_blocks(s, block);
     bool inside = true;
@@ -109,6 +109,13 @@ void test_blocks() {
       check(part_begin(*blocks, part, parts) <= part_begin(*blocks, part + 1, parts), "parts are in order");
     check(part_begin(*blocks, 0, parts) == 0 && part_begin(*blocks, parts, parts) == rows,
           "parts cover rows");
+    bool whole = true;  // no part begins inside a panel
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t r = 0; r < rows; r += blocks->panel_rows[r]) {
+        const int64_t begin = part_begin(*blocks, part, parts);
+        whole &= begin <= r || begin >= r + blocks->panel_rows[r];
+      }
+    check(whole, "parts are made of whole panels");
   }
 }
 

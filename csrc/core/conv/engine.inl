@@ -41,51 +41,82 @@ struct Tile {
   static constexpr int kPixels = Rows * Cols;
   static constexpr int kRowVectors = Cols * kVectors;
   static constexpr int kCount = kPixels * kVectors;
-  // A tile with few pixels takes several nonzeros at once, each with accumulators of its own.
-  static constexpr int kUnroll = 2 * kCount > kAccumulators ? 1 : kAccumulators / kCount;
   static constexpr int64_t kBytes = kPixels * kPixelBytes;
 };
 
-// sum[pixel] += value * window pixel.
-template <class T, class Shape>
-__attribute__((always_inline)) inline void add_nonzero(const char* p, T value, int64_t row_step, int64_t step,
-                                                       Vec<T>* sum) {
+// sum[out * Count + i] += value of output channel `out` * vector First + i of the tile, for Outs channels
+// whose values stand `next` apart.
+template <class T, class Shape, int Outs, int First, int Count>
+__attribute__((always_inline)) inline void add_nonzero(const char* p, const T* value, int64_t next,
+                                                       int64_t row_step, int64_t step, Vec<T>* sum) {
   constexpr int R = Shape::kRowVectors;
 #pragma GCC unroll 8
-  for (int i = 0; i < Shape::kCount; ++i)
-    sum[i] +=
-        value * load<T>(p + i / R * row_step + i % R / kVectors * step + i % R % kVectors * kVectorBytes);
+  for (int n = 0; n < Count; ++n) {
+    const int i = First + n;
+    const Vec<T> in =
+        load<T>(p + i / R * row_step + i % R / kVectors * step + i % R % kVectors * kVectorBytes);
+#pragma GCC unroll 4
+    for (int o = 0; o < Outs; ++o) sum[o * Count + n] += value[o * next] * in;
+  }
 }
 
-// acc = (acc, or start everywhere) + sum of value * window pixel over a list of nonzeros. Pixels of a row lie
-// Step bytes apart (step, if Step is 0), rows row_step.
-template <class T, class Shape, int64_t Step>
-inline void accumulate(const char* x, int64_t row_step, int64_t step, const int32_t* offset, const T* value,
-                       int64_t count, const T* start, T* tile) {
-  constexpr int V = Shape::kCount, Unroll = Shape::kUnroll;
+// acc = (acc, or start everywhere) + sum of value * window pixel over a list of nonzeros, for vectors
+// [First, First + Count) of Outs output channels that share the list; the values of one channel come after
+// those of another. Pixels of a row lie Step bytes apart (step, if Step is 0), rows row_step.
+template <class T, class Shape, int Outs, int First, int Count, int64_t Step>
+__attribute__((always_inline)) inline void accumulate(const char* x, int64_t row_step, int64_t step,
+                                                      const int32_t* offset, const T* value, int64_t count,
+                                                      const T* start, T* tile) {
+  // A tile with few vectors takes several nonzeros at once, each with accumulators of its own.
+  constexpr int N = Outs * Count, Unroll = 2 * N > kAccumulators ? 1 : kAccumulators / N;
   if (Step) step = Step;  // a constant folds into the addresses
-  Vec<T>* acc = reinterpret_cast<Vec<T>*>(tile);
-  Vec<T> sum[Unroll][V];
-  if (start) {
-    const Vec<T> all = *start - Vec<T>{};
+  Vec<T>* acc = reinterpret_cast<Vec<T>*>(tile) + First;
+  Vec<T> sum[Unroll][N];
+#pragma GCC unroll 32
+  for (int i = 0; i < N; ++i)
+    sum[0][i] = start ? start[i / Count] - Vec<T>{} : acc[i / Count * Shape::kCount + i % Count];
 #pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) sum[0][i] = all;
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) sum[0][i] = acc[i];
-  }
-#pragma GCC unroll 8
-  for (int i = V; i < Unroll * V; ++i) sum[i / V][i % V] = Vec<T>{};
+  for (int i = N; i < Unroll * N; ++i) sum[i / N][i % N] = Vec<T>{};
   int64_t k = 0;
   for (; k + Unroll <= count; k += Unroll)
 #pragma GCC unroll 8
     for (int u = 0; u < Unroll; ++u)
-      add_nonzero<T, Shape>(x + offset[k + u], value[k + u], row_step, step, sum[u]);
-  for (; k < count; ++k) add_nonzero<T, Shape>(x + offset[k], value[k], row_step, step, sum[0]);
+      add_nonzero<T, Shape, Outs, First, Count>(x + offset[k + u], value + k + u, count, row_step, step,
+                                                sum[u]);
+  for (; k < count; ++k)
+    add_nonzero<T, Shape, Outs, First, Count>(x + offset[k], value + k, count, row_step, step, sum[0]);
 #pragma GCC unroll 8
-  for (int i = V; i < Unroll * V; ++i) sum[0][i % V] += sum[i / V][i % V];
-#pragma GCC unroll 8
-  for (int i = 0; i < V; ++i) acc[i] = sum[0][i];
+  for (int i = N; i < Unroll * N; ++i) sum[0][i % N] += sum[i / N][i % N];
+#pragma GCC unroll 32
+  for (int i = 0; i < N; ++i) acc[i / Count * Shape::kCount + i % Count] = sum[0][i];
+}
+
+// All vectors of a tile from First on, as many at once as registers hold for so many channels.
+template <class T, class Shape, int Outs, int64_t Step, int First = 0>
+__attribute__((always_inline)) inline void accumulate_all(const char* x, int64_t row_step, int64_t step,
+                                                          const int32_t* offset, const T* value,
+                                                          int64_t count, const T* start, T* tile) {
+  constexpr int V = Shape::kCount, kMost = Outs == 1 ? V : kPanelSums / Outs;
+  constexpr int kPasses = (V - First + kMost - 1) / kMost, Count = (V - First) / kPasses;
+  accumulate<T, Shape, Outs, First, Count, Step>(x, row_step, step, offset, value, count, start, tile);
+  if constexpr (First + Count < V)
+    accumulate_all<T, Shape, Outs, Step, First + Count>(x, row_step, step, offset, value, count, start, tile);
+}
+
+// A panel of `outs` channels. Not inlined: single channels, which unstructured weights have alone, keep the
+// tighter loop without it.
+template <class T, class Shape, int Outs = kPanelRows>
+__attribute__((noinline)) void accumulate_panel(int outs, const char* x, int64_t row_step, int64_t step,
+                                                const int32_t* offset, const T* value, int64_t count,
+                                                const T* start, T* tile) {
+  if (outs == Outs) {
+    if (step == kPixelBytes)
+      accumulate_all<T, Shape, Outs, kPixelBytes>(x, row_step, step, offset, value, count, start, tile);
+    else
+      accumulate_all<T, Shape, Outs, 0>(x, row_step, step, offset, value, count, start, tile);
+  } else if constexpr (Outs > 2) {
+    accumulate_panel<T, Shape, Outs / 2>(outs, x, row_step, step, offset, value, count, start, tile);
+  }
 }
 
 // First entry of a block whose output channel is at least `channel`.
@@ -105,12 +136,11 @@ template <class T, class Shape>
 void compute_tile(const GatherCall<T>& call, const char* x, int64_t begin, int64_t end, T* tile) {
   const GatherPlan& plan = *call.plan;
   const RowEntry* entries = plan.entries.data();
-  const int32_t* offset = plan.offset.data();
   const int64_t blocks = static_cast<int64_t>(plan.block_begin.size()) - 1;
   const bool whole = begin == 0 && end == call.out.c;
   const int64_t row_step = plan.window.step_h * plan.window.row_bytes();
   const int64_t step = plan.window.step_w * kPixelBytes;
-  const T zero = T(0);
+  const T zeros[kPanelRows] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     int32_t e = plan.block_begin[b], last = plan.block_begin[b + 1];
     if (!whole) {
@@ -121,13 +151,17 @@ void compute_tile(const GatherCall<T>& call, const char* x, int64_t begin, int64
     for (; e < last; ++e) {
       const int32_t from = entries[e].begin, count = entries[e + 1].begin - from;
       const int64_t channel = entries[e].out_channel;
-      const T* start = b > 0 ? nullptr : call.bias ? call.bias + channel : &zero;
+      const T* start = b > 0 ? nullptr : call.bias ? call.bias + channel : zeros;
       T* acc = tile + (channel - begin) * (Shape::kBytes / sizeof(T));
-      if (step == kPixelBytes)
-        accumulate<T, Shape, kPixelBytes>(x, row_step, step, offset + from, call.values + from, count, start,
-                                          acc);
+      const int32_t* const offset = plan.offset.data() + from;
+      const T* const value = call.values + from;
+      if (entries[e].rows > 1)
+        accumulate_panel<T, Shape>(entries[e].rows, x, row_step, step, offset, value, count / entries[e].rows,
+                                   start, acc);
+      else if (step == kPixelBytes)
+        accumulate_all<T, Shape, 1, kPixelBytes>(x, row_step, step, offset, value, count, start, acc);
       else
-        accumulate<T, Shape, 0>(x, row_step, step, offset + from, call.values + from, count, start, acc);
+        accumulate_all<T, Shape, 1, 0>(x, row_step, step, offset, value, count, start, acc);
     }
   }
 }
@@ -251,8 +285,8 @@ struct GatherPlace {
 
   GatherPlace(const GatherCall<T>& call, const Schedule& s, int64_t item) {
     const int64_t part = item % s.parts, chunk = item / s.parts % s.chunks, group = item / s.parts / s.chunks;
-    begin = call.out.c * part / s.parts;
-    end = call.out.c * (part + 1) / s.parts;
+    begin = panel_cut(call.out.c * part / s.parts, call.out.c);
+    end = panel_cut(call.out.c * (part + 1) / s.parts, call.out.c);
     h0 = chunk * s.chunk_rows;
     h1 = min64(s.strip_rows, h0 + s.chunk_rows);
     point_lanes(call.in, s, group, call.plan->window.step_h, source);

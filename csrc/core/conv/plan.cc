@@ -75,6 +75,32 @@ int64_t block_channels(const Window& w, int64_t pixels, int64_t outs, int64_t ta
   return std::max({int64_t{1}, in_l1, ceil_div(kShortestList * w.channels * outs, taps)});
 }
 
+// Makes one entry of the outputs that have the same list.
+void join_panels(GatherPlan& plan) {
+  std::vector<RowEntry> joined;
+  const RowEntry* entry = plan.entries.data();
+  for (size_t b = 0; b + 1 < plan.block_begin.size(); ++b) {
+    const RowEntry* const end = plan.entries.data() + plan.block_begin[b + 1];
+    plan.block_begin[b] = static_cast<int32_t>(joined.size());
+    while (entry < end) {
+      const int64_t first = entry->out_channel;
+      const auto list = plan.offset.begin() + entry->begin;
+      const int32_t count = entry[1].begin - entry->begin;
+      const auto same = [&](int64_t out) {
+        const RowEntry* const other = entry + (out - first);
+        return other->out_channel == out && other[1].begin - other->begin == count &&
+               std::equal(list, list + count, plan.offset.begin() + other->begin);
+      };
+      joined.push_back(*entry);
+      joined.back().rows = panel_rows(first, first + (end - entry), same);
+      entry += joined.back().rows;
+    }
+  }
+  plan.block_begin.back() = static_cast<int32_t>(joined.size());
+  joined.push_back(*entry);
+  plan.entries = std::move(joined);
+}
+
 // Sorts the taps by (block, out) in linear time; taps come with rising slots.
 void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, int64_t block) {
   const Window& w = plan.window;
@@ -83,11 +109,12 @@ void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, in
   for (const Tap& t : taps) ++count[t.in / block * outs + t.out + 1];
   plan.block_begin.assign(1, 0);
   for (int64_t key = 0; key < blocks * outs; ++key) {
-    if (count[key + 1] || key < outs) plan.entries.push_back({static_cast<int32_t>(key % outs), count[key]});
+    if (count[key + 1] || key < outs)
+      plan.entries.push_back({static_cast<int32_t>(key % outs), count[key], 1});
     if ((key + 1) % outs == 0) plan.block_begin.push_back(static_cast<int32_t>(plan.entries.size()));
     count[key + 1] += count[key];
   }
-  plan.entries.push_back({0, static_cast<int32_t>(taps.size())});
+  plan.entries.push_back({0, static_cast<int32_t>(taps.size()), 1});
   plan.offset.resize(taps.size());
   plan.slot.resize(taps.size());
   for (const Tap& t : taps) {
@@ -95,6 +122,7 @@ void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, in
     plan.offset[to] = window_offset(w, t.in, t.dh, t.dw);
     plan.slot[to] = t.slot;
   }
+  join_panels(plan);
 }
 
 // False when the window is too large.
@@ -195,6 +223,7 @@ std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry& g, const Structu
     ++plan->list_begin[out * plan->blocks + in / block + 1];
   });
   for (size_t i = 1; i < plan->list_begin.size(); ++i) plan->list_begin[i] += plan->list_begin[i - 1];
+  plan->panel_rows = find_panels(s.crow.data(), plan->offset.data(), s.rows);
   return plan;
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/conv/conv.h"
+#include "core/panels.h"
 
 namespace sparsekd {
 
@@ -29,9 +30,10 @@ struct Window {
 };
 
 // The outputs of one channel that take their input from one block of channels: offsets [begin, next begin).
-// The first block has an entry for every channel, if need be an empty one, because it sets the outputs.
+// Or of a panel of `rows` channels with equal offsets, which stand there once for each of them. The first
+// block has an entry for every channel, if need be an empty one, because it sets the outputs.
 struct RowEntry {
-  int32_t out_channel, begin;
+  int32_t out_channel, begin, rows;
 };
 
 // out[n, o, h, w] = sum of value * in[n, i, h * step_h + dh, w * step + dw], as a list sorted by
@@ -62,11 +64,12 @@ struct WgradPlan {
   Window window;
   std::vector<int32_t> offset;  // for every nonzero in row-major order, as in GatherPlan
   std::vector<int32_t> list_begin;
+  std::vector<uint8_t> panel_rows;  // see find_panels
   int64_t blocks = 0;
   int64_t strip_pixels = 1;  // positions that a list is summed over before its sums are added up
   int64_t piece_cols = 1;    // at most this many columns of a row at once
   int64_t bytes() const {
-    return static_cast<int64_t>((offset.size() + list_begin.size()) * sizeof(int32_t));
+    return static_cast<int64_t>((offset.size() + list_begin.size()) * sizeof(int32_t) + panel_rows.size());
   }
 };
 std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry&, const Structure&);

@@ -1,24 +1,18 @@
 // Part of engine.inl: the weight gradient at the nonzeros. A few nonzeros of one output channel keep one
-// accumulator each over a strip of positions, so one gradient load serves all of them.
+// accumulator each over a strip of positions, so one gradient load serves all of them; those of a panel of
+// channels share the loads of the input as well.
 
 // More accumulators share a gradient load among more nonzeros; these leave registers for the loads.
-constexpr int kMostSampled = 12;
-
-// out[u] += the sum of the elements of sum[u].
-template <class T, int Count>
-inline void add_sums(const Vec<T>* sum, T* out) {
-  constexpr int W = kVectorBytes / static_cast<int>(sizeof(T));
-  for (int u = 0; u < Count; ++u) {
-    T total = T(0);
-    for (int i = 0; i < W; ++i) total += sum[u][i];
-    out[u] += total;
-  }
-}
+template <int Outs>
+constexpr int kMostSampled = Outs == 1                ? 12
+                             : Outs * 8 <= kPanelSums ? 8
+                                                      : kPanelSums / Outs;
 
 #if defined(__AVX2__)
-// Eight horizontal sums at once cost about as much as one done lane by lane.
+// The sums of the elements of Count vectors, then zeros. Eight horizontal sums at once cost about as much as
+// one done lane by lane.
 template <int Count>
-inline void add_sums_avx2(const Vec<float>* sum, float* out) {
+inline __m256 add_eight(const Vec<float>* sum) {
   __m256 s[8];
 #pragma GCC unroll 8
   for (int u = 0; u < 8; ++u) {
@@ -39,32 +33,87 @@ inline void add_sums_avx2(const Vec<float>* sum, float* out) {
   }
   const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
   const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
-  const __m256 total = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+// out[u] += more[u] for u < Count.
+template <int Count>
+inline void add_to(float* out, __m256 more) {
   const __m256i mask =
       _mm256_cmpgt_epi32(_mm256_set1_epi32(Count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  _mm256_maskstore_ps(out, mask, _mm256_add_ps(_mm256_maskload_ps(out, mask), total));
+  _mm256_maskstore_ps(out, mask, _mm256_add_ps(_mm256_maskload_ps(out, mask), more));
+}
+
+// total[u] = the sum of the elements of sum[u] for u < Count.
+template <int Count, int First = 0>
+inline void add_all(const Vec<float>* sum, float* total) {
+  _mm256_storeu_ps(total + First, add_eight < Count - First<8 ? Count - First : 8>(sum + First));
+  if constexpr (First + 8 < Count) add_all<Count, First + 8>(sum, total);
 }
 #endif
+
+// out[o * next + u] += the sum of the elements of sum[o * Count + u].
+template <class T, int Outs, int Count>
+inline void add_sums(const Vec<T>* sum, T* out, int64_t next) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == sizeof(float) && Outs == 1) {
+    constexpr int Some = Count < 8 ? Count : 8;
+    add_to<Some>(out, add_eight<Some>(sum));
+    if constexpr (Count > 8) add_to<Count - 8>(out + 8, add_eight<Count - 8>(sum + 8));
+    return;
+  } else if constexpr (sizeof(T) == sizeof(float)) {
+    float total[Outs * Count + 8];  // of all channels, so that no sum of eight is left unused
+    add_all<Outs * Count>(sum, total);
+    for (int o = 0; o < Outs; ++o) add_to<Count>(out + o * next, _mm256_loadu_ps(total + o * Count));
+    return;
+  }
+#endif
+  constexpr int W = kVectorBytes / static_cast<int>(sizeof(T));
+  for (int u = 0; u < Outs * Count; ++u) {
+    T total = T(0);
+    for (int i = 0; i < W; ++i) total += sum[u][i];
+    out[u / Count * next + u % Count] += total;
+  }
+}
 
 // A strip of positions: `rows` rows of `cols` pixels, of the packed gradient and of the window.
 struct Strip {
   const char *grad, *x;
   int64_t rows, cols;
-  int64_t grad_row, x_row, x_step;  // bytes
+  int64_t grad_row, grad_channel, x_row, x_step;  // bytes
 };
 
 // Positions taken at once: few nonzeros alone would wait for the latency of their sums.
-template <int Count>
-constexpr int kSideBySide = Count * kVectors <= 2   ? 4
-                            : Count * kVectors <= 4 ? 2
-                                                    : 1;
+template <int Sums>
+constexpr int kSideBySide = Sums * kVectors <= 2   ? 4
+                            : Sums * kVectors <= 4 ? 2
+                                                   : 1;
 
-template <class T, int Count>
-void sample(const Strip& strip, const int32_t* offset, T* out) {
-  constexpr int Side = kSideBySide<Count>;
-  Vec<T> sum[Side][Count];
+// sum[o * Count + u] += gradient of channel o * input u, for one position.
+template <class T, int Outs, int Count>
+__attribute__((always_inline)) inline void add_position(const char* g, int64_t channel, const char* const* x,
+                                                        int64_t at, Vec<T>* sum) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    Vec<T> gradient[Outs];
+#pragma GCC unroll 4
+    for (int o = 0; o < Outs; ++o) gradient[o] = load<T>(g + o * channel + v * kVectorBytes);
 #pragma GCC unroll 16
-  for (int i = 0; i < Side * Count; ++i) sum[i / Count][i % Count] = Vec<T>{};
+    for (int u = 0; u < Count; ++u) {
+      const Vec<T> in = load<T>(x[u] + at + v * kVectorBytes);
+#pragma GCC unroll 4
+      for (int o = 0; o < Outs; ++o) sum[o * Count + u] += gradient[o] * in;
+    }
+  }
+}
+
+// out[o * next + u] += the sum over the strip for nonzeros u of Outs output channels that share a list.
+template <class T, int Outs, int Count>
+inline void sample(const Strip& strip, const int32_t* offset, T* out, int64_t next) {
+  constexpr int Sums = Outs * Count, Side = kSideBySide<Sums>;
+  Vec<T> sum[Side][Sums];
+#pragma GCC unroll 32
+  for (int i = 0; i < Side * Sums; ++i) sum[i / Sums][i % Sums] = Vec<T>{};
   for (int64_t r = 0; r < strip.rows; ++r) {
     const char* g = strip.grad + r * strip.grad_row;
     const char* row = strip.x + r * strip.x_row;
@@ -72,51 +121,43 @@ void sample(const Strip& strip, const int32_t* offset, T* out) {
 #pragma GCC unroll 16
     for (int u = 0; u < Count; ++u) x[u] = row + offset[u];
     int64_t c = 0, at = 0;
-    for (; c + Side <= strip.cols; c += Side, g += Side * kPixelBytes, at += Side * strip.x_step)
+    for (; c + Side <= strip.cols; c += Side)
 #pragma GCC unroll 4
-      for (int i = 0; i < Side; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const Vec<T> gradient = load<T>(g + i * kPixelBytes + v * kVectorBytes);
-#pragma GCC unroll 16
-          for (int u = 0; u < Count; ++u)
-            sum[i][u] += gradient * load<T>(x[u] + at + i * strip.x_step + v * kVectorBytes);
-        }
+      for (int i = 0; i < Side; ++i, g += kPixelBytes, at += strip.x_step)
+        add_position<T, Outs, Count>(g, strip.grad_channel, x, at, sum[i]);
     for (; c < strip.cols; ++c, g += kPixelBytes, at += strip.x_step)
-      for (int v = 0; v < kVectors; ++v) {
-        const Vec<T> gradient = load<T>(g + v * kVectorBytes);
-#pragma GCC unroll 16
-        for (int u = 0; u < Count; ++u) sum[0][u] += gradient * load<T>(x[u] + at + v * kVectorBytes);
-      }
+      add_position<T, Outs, Count>(g, strip.grad_channel, x, at, sum[0]);
   }
-#pragma GCC unroll 16
-  for (int i = Count; i < Side * Count; ++i) sum[0][i % Count] += sum[i / Count][i % Count];
-#if defined(__AVX2__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    add_sums_avx2 < Count<8 ? Count : 8>(sum[0], out);
-    if constexpr (Count > 8) add_sums_avx2<Count - 8>(sum[0] + 8, out + 8);
-    return;
-  }
-#endif
-  add_sums<T, Count>(sum[0], out);
+#pragma GCC unroll 32
+  for (int i = Sums; i < Side * Sums; ++i) sum[0][i % Sums] += sum[i / Sums][i % Sums];
+  add_sums<T, Outs, Count>(sum[0], out, next);
 }
 
-template <class T, int Count = kMostSampled>
-inline void sample_few(const Strip& strip, const int32_t* offset, int64_t count, T* out) {
-  if (count == Count) return sample<T, Count>(strip, offset, out);
-  if constexpr (Count > 1) sample_few<T, Count - 1>(strip, offset, count, out);
+template <class T, int Outs, int Count = kMostSampled<Outs>>
+inline void sample_few(const Strip& strip, const int32_t* offset, int64_t count, T* out, int64_t next) {
+  if (count == Count) return sample<T, Outs, Count>(strip, offset, out, next);
+  if constexpr (Count > 1) sample_few<T, Outs, Count - 1>(strip, offset, count, out, next);
 }
 
 // Groups of nearly equal size: a last group of one or two would cost as much as one of eight.
-template <class T>
-void sample_list(const Strip& strip, const int32_t* offset, int64_t count, T* out) {
-  for (int64_t groups = (count + kMostSampled - 1) / kMostSampled; groups > 0; --groups) {
+template <class T, int Outs>
+inline void sample_list(const Strip& strip, const int32_t* offset, int64_t count, T* out, int64_t next) {
+  for (int64_t groups = (count + kMostSampled<Outs> - 1) / kMostSampled<Outs>; groups > 0; --groups) {
     const int64_t some = count / groups;
-    sample_few(strip, offset, some, out);
+    sample_few<T, Outs>(strip, offset, some, out, next);
     offset += some;
     out += some;
     count -= some;
   }
+}
+
+// The list of a panel of `outs` channels, whose values stand `next` apart. Not inlined, so that the loops
+// over single channels stay as tight as without it.
+template <class T, int Outs = kPanelRows>
+__attribute__((noinline)) void sample_panel(int outs, const Strip& strip, const int32_t* offset,
+                                            int64_t count, T* out, int64_t next) {
+  if (outs == Outs) return sample_list<T, Outs>(strip, offset, count, out, next);
+  if constexpr (Outs > 2) sample_panel<T, Outs / 2>(outs, strip, offset, count, out, next);
 }
 
 // One group of lanes, chunk of rows and range of output channels, and the lanes that read them.
@@ -155,10 +196,15 @@ void sample_strip(const WgradCall<T>& call, const WgradPlace<T>& place, const St
     piece.cols = strip.cols * (i + 1) / pieces - w;
     piece.x += w * strip.x_step;
     for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t ch = place.begin; ch < place.end; ++ch) {
+      for (int64_t ch = place.begin; ch < place.end; ch += plan.panel_rows[ch]) {
         const int32_t* begin = plan.list_begin.data() + ch * blocks + b;
-        piece.grad = strip.grad + ((ch - place.begin) * strip.cols + w) * kPixelBytes;
-        sample_list(piece, plan.offset.data() + begin[0], begin[1] - begin[0], out + begin[0]);
+        piece.grad = strip.grad + (ch - place.begin) * strip.grad_channel + w * kPixelBytes;
+        const int32_t* const list = plan.offset.data() + begin[0];
+        const int32_t count = begin[1] - begin[0], next = begin[blocks] - begin[0];
+        if (plan.panel_rows[ch] > 1)
+          sample_panel(plan.panel_rows[ch], piece, list, count, out + begin[0], next);
+        else
+          sample_list<T, 1>(piece, list, count, out + begin[0], next);
       }
   }
 }
@@ -183,6 +229,7 @@ void wgrad_item(const WgradCall<T>& call, const WgradPlace<T>& place, T* out) {
                 count,
                 place.grad.w,
                 grad_row,
+                place.grad.w * kPixelBytes,
                 window.step_h * window.row_bytes(),
                 window.step_w * kPixelBytes};
     for (int64_t r = 0; r < count; ++r)
@@ -205,7 +252,8 @@ void wgrad(const WgradCall<T>& call) {
   T* partial = static_cast<T*>(scratch(Scratch::kPartial, sums * nnz * sizeof(T)));
   auto work = [&](int slot) {
     const int64_t sum = slot / s.parts, part = slot % s.parts;
-    const int64_t begin = call.grad.c * part / s.parts, end = call.grad.c * (part + 1) / s.parts;
+    const int64_t begin = panel_cut(call.grad.c * part / s.parts, call.grad.c),
+                  end = panel_cut(call.grad.c * (part + 1) / s.parts, call.grad.c);
     T* out = partial + sum * nnz;
     std::memset(out + crow[begin], 0, (crow[end] - crow[begin]) * sizeof(T));
     for (int64_t place = places * sum / sums; place < places * (sum + 1) / sums; ++place)

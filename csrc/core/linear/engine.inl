@@ -28,12 +28,16 @@ struct VectorOf {
 template <class T, int Bytes>
 using Vec = typename VectorOf<T, Bytes>::type;
 
-// How the elements of one input of a tile are held: N vectors of B bytes at a time, `Passes` times.
-template <int Bytes>
+// How the elements of one input of a tile are held for Rows outputs: N vectors of B bytes at a time, `Passes`
+// times.
+template <int Bytes, int Rows = 1>
 struct Shape {
   static constexpr int B = Bytes < kVectorBytes ? Bytes : kVectorBytes;
-  static constexpr int N = Bytes / B < kSums ? Bytes / B : kSums;
+  static constexpr int Most = Rows == 1 ? kSums : kPanelSums / Rows;
+  static constexpr int N = Bytes / B < Most ? Bytes / B : Most >= 8 ? 8 : Most >= 4 ? 4 : 2;  // divides
   static constexpr int Passes = Bytes / (B * N);
+  // Few vectors alone would wait for the latency of their sums: several nonzeros at once, each with its own.
+  static constexpr int Unroll = kSums / (N * Rows) > 1 ? kSums / (N * Rows) : 1;
 };
 
 template <int Bytes>

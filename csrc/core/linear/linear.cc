@@ -70,7 +70,7 @@ int64_t part_begin(const Blocks& blocks, int64_t part, int64_t parts) {
     else
       high = middle;
   }
-  return low;
+  return panel_cut(low, blocks.rows);
 }
 
 template <class T>

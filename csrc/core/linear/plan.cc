@@ -6,6 +6,7 @@ namespace sparsekd {
 namespace {
 
 void cut(Blocks& blocks, int64_t block) {
+  blocks.panel_rows = find_panels(blocks.crow, blocks.col, blocks.rows);
   blocks.count = std::max<int64_t>(1, (blocks.cols + block - 1) / block);
   blocks.cuts.resize((blocks.count - 1) * blocks.rows);
   for (int64_t r = 0; r < blocks.rows; ++r) {
@@ -28,7 +29,7 @@ int64_t block_columns(const Structure& s, bool transposed, int64_t cache_bytes, 
 }
 
 std::shared_ptr<const Blocks> row_blocks(const Structure& s, int64_t block) {
-  auto blocks = std::make_shared<Blocks>(Blocks{s.rows, s.cols, 1, s.crow.data(), s.col.data(), {}});
+  auto blocks = std::make_shared<Blocks>(Blocks{s.rows, s.cols, 1, s.crow.data(), s.col.data(), {}, {}});
   cut(*blocks, block);
   return blocks;
 }
@@ -47,7 +48,7 @@ std::shared_ptr<const Transpose> transpose(const Structure& s, int64_t block) {
       t->col[to] = static_cast<int32_t>(r);
       t->slot[to] = k;
     }
-  t->blocks = Blocks{s.cols, s.rows, 1, t->crow.data(), t->col.data(), {}};
+  t->blocks = Blocks{s.cols, s.rows, 1, t->crow.data(), t->col.data(), {}, {}};
   cut(t->blocks, block);
   return t;
 }

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/panels.h"
 #include "core/structure.h"
 
 namespace sparsekd {
@@ -13,14 +14,15 @@ namespace sparsekd {
 // of block b is [begin(b)[r], end(b)[r]).
 struct Blocks {
   int64_t rows, cols, count;
-  const int32_t *crow, *col;  // of the structure or the transpose that this belongs to
-  std::vector<int32_t> cuts;  // where a row crosses into block 1, 2, ... : [count - 1][rows]
+  const int32_t *crow, *col;        // of the structure or the transpose that this belongs to
+  std::vector<int32_t> cuts;        // where a row crosses into block 1, 2, ... : [count - 1][rows]
+  std::vector<uint8_t> panel_rows;  // see find_panels
 
   const int32_t* begin(int64_t block) const { return block ? cuts.data() + (block - 1) * rows : crow; }
   const int32_t* end(int64_t block) const {
     return block + 1 < count ? cuts.data() + block * rows : crow + 1;
   }
-  int64_t bytes() const { return static_cast<int64_t>(cuts.size() * sizeof(int32_t)); }
+  int64_t bytes() const { return static_cast<int64_t>(cuts.size() * sizeof(int32_t) + panel_rows.size()); }
 };
 
 // The inputs to a block: `cache_bytes` of them at `input_bytes` each, but no less than give a row `shortest`

@@ -1,38 +1,54 @@
-// Part of engine.inl: the product of a batch with the rows of a sparse matrix. The sums of one row stay in
-// registers over all its nonzeros of a block; a nonzero is one broadcast and N fused multiply-adds.
+// Part of engine.inl: the product of a batch with the rows of a sparse matrix. The sums of one row, or of a
+// panel of rows, stay in registers over all nonzeros of a block; a nonzero is one broadcast and N fused
+// multiply-adds.
 
-// sums = (*start if given, else sums) + the products of one list.
-template <class T, int Bytes>
-inline void add_row(const T* x, const int32_t* col, const T* value, int64_t count, const T* start, T* sums) {
-  constexpr int B = Shape<Bytes>::B, N = Shape<Bytes>::N, U = kSums / N;
+// sums[row] = (start[row] if given, else sums[row]) + the products of one list, for Rows rows that share it
+// and whose values stand `next` apart.
+template <class T, int Bytes, int Rows>
+__attribute__((always_inline)) inline void add_rows(const T* x, const int32_t* col, const T* value,
+                                                    int64_t next, int64_t count, const T* start, T* sums) {
+  using S = Shape<Bytes, Rows>;
+  constexpr int B = S::B, N = S::N, U = S::Unroll, All = Bytes / B;
   using V = Vec<T, B>;
-  for (int pass = 0; pass < Shape<Bytes>::Passes; ++pass) {
+  for (int pass = 0; pass < S::Passes; ++pass) {
     const char* const from = reinterpret_cast<const char*>(x) + pass * N * B;
     V* const to = reinterpret_cast<V*>(sums) + pass * N;
-    V sum[U][N];
-    for (int i = 0; i < N; ++i) sum[0][i] = start ? V{} + *start : to[i];
+    V sum[U][Rows * N];
+#pragma GCC unroll 32
+    for (int i = 0; i < Rows * N; ++i) sum[0][i] = start ? V{} + start[i / N] : to[i / N * All + i % N];
+#pragma GCC unroll 8
     for (int u = 1; u < U; ++u)
-      for (int i = 0; i < N; ++i) sum[u][i] = V{};
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows * N; ++i) sum[u][i] = V{};
+    const auto add = [&](int64_t k, V* into) __attribute__((always_inline)) {
+      const V* const in = reinterpret_cast<const V*>(from + int64_t{col[k]} * Bytes);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        const V element = in[i];
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) into[r * N + i] += value[r * next + k] * element;
+      }
+    };
     int64_t k = 0;
     for (; k + U <= count; k += U)
 #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        const V* const in = reinterpret_cast<const V*>(from + int64_t{col[k + u]} * Bytes);
-        const T v = value[k + u];
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) sum[u][i] += v * in[i];
-      }
-    for (; k < count; ++k) {
-      const V* const in = reinterpret_cast<const V*>(from + int64_t{col[k]} * Bytes);
-      const T v = value[k];
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) sum[0][i] += v * in[i];
-    }
-    for (int i = 0; i < N; ++i) {
+      for (int u = 0; u < U; ++u) add(k + u, sum[u]);
+    for (; k < count; ++k) add(k, sum[0]);
+#pragma GCC unroll 32
+    for (int i = 0; i < Rows * N; ++i) {
       for (int u = 1; u < U; ++u) sum[0][i] += sum[u][i];
-      to[i] = sum[0][i];
+      to[i / N * All + i % N] = sum[0][i];
     }
   }
+}
+
+// A panel of `rows` outputs. Not inlined: single rows, which unstructured weights have alone, keep the
+// tighter loop without it.
+template <class T, int Bytes, int Rows = kPanelRows>
+__attribute__((noinline)) void add_panel(int rows, const T* x, const int32_t* col, const T* value,
+                                         int64_t next, int64_t count, const T* start, T* sums) {
+  if (rows == Rows) return add_rows<T, Bytes, Rows>(x, col, value, next, count, start, sums);
+  if constexpr (Rows > 2) add_panel<T, Bytes, Rows / 2>(rows, x, col, value, next, count, start, sums);
 }
 
 // Outputs [begin, end) of the tile whose packed inputs are x.
@@ -41,6 +57,7 @@ void spmm_tile(const SpmmCall<T>& call, int64_t first, int64_t begin, int64_t en
   constexpr int L = Bytes / static_cast<int>(sizeof(T));
   constexpr int64_t kTogether = 256;  // outputs written at once, see unpack
   const Blocks& blocks = *call.blocks;
+  const T zeros[kPanelRows] = {};
   // With one block the sums of a few outputs are finished and gone before the next begin.
   const int64_t held = blocks.count > 1 ? end - begin : min64(kTogether, end - begin);
   T* const sums = static_cast<T*>(scratch(Scratch::kTile, held * Bytes));
@@ -50,11 +67,16 @@ void spmm_tile(const SpmmCall<T>& call, int64_t first, int64_t begin, int64_t en
     for (int64_t r0 = begin; r0 < end; r0 += kTogether) {
       const int64_t r1 = min64(end, r0 + kTogether);
       T* const group = sums + (blocks.count > 1 ? r0 - begin : 0) * L;
-      for (int64_t r = r0; r < r1; ++r) {
+      for (int64_t r = r0; r < r1; r += blocks.panel_rows[r]) {
         T* const row = group + (r - r0) * L;
-        const T start = call.bias ? call.bias[r] : T(0);
-        add_row<T, Bytes>(x, blocks.col + from[r], call.values + from[r], to[r] - from[r],
-                          b == 0 ? &start : nullptr, row);
+        const T* const start = b > 0 ? nullptr : call.bias ? call.bias + r : zeros;
+        const int32_t* const col = blocks.col + from[r];
+        const T* const value = call.values + from[r];
+        if (blocks.panel_rows[r] > 1)
+          add_panel<T, Bytes>(blocks.panel_rows[r], x, col, value, from[r + 1] - from[r], to[r] - from[r],
+                              start, row);
+        else
+          add_rows<T, Bytes, 1>(x, col, value, 0, to[r] - from[r], start, row);
       }
       if (b + 1 < blocks.count) continue;
       if (stream)

@@ -1,0 +1,37 @@
+#include "core/panels.h"
+
+#include <numeric>
+
+namespace sparsekd {
+
+std::vector<uint8_t> find_panels(const int32_t* crow, const int32_t* list, int64_t rows) {
+  std::vector<uint8_t> found(rows, 1);
+  for (int64_t first = 0; first < rows; first += found[first])
+    found[first] = static_cast<uint8_t>(panel_rows(first, rows, [&](int64_t r) {
+      return std::equal(list + crow[first], list + crow[first + 1], list + crow[r], list + crow[r + 1]);
+    }));
+  return found;
+}
+
+// Tiles end where a row differs from the one above, or a channel from the one before: all these borders are
+// multiples of the size. A weight without structure has borders at 1 and 2 early on, which ends the search.
+TileSize tile_size(const Structure& s, int64_t taps, int64_t groups) {
+  TileSize size{0, 0};
+  std::vector<int32_t> kept(s.cols, -1);  // the last row that stores this column
+  const auto add = [](int64_t& common, int64_t border) { common = std::gcd(common, border); };
+  const auto list = [&](int64_t row) { return s.col.data() + s.crow[row]; };
+  for (int64_t row = 0; row < s.rows && (size.rows != 1 || size.channels != 1); ++row) {
+    const bool starts = row > 0 && row % (s.rows / groups) == 0;
+    const bool same = row > 0 && std::equal(list(row - 1), list(row), list(row), list(row + 1));
+    if (starts || !same) add(size.rows, row);
+    if (same) continue;
+    for (const int32_t* c = list(row); c < list(row + 1); ++c) kept[*c] = static_cast<int32_t>(row);
+    for (const int32_t* c = list(row); c < list(row + 1) && size.channels != 1; ++c) {
+      if (*c >= taps && kept[*c - taps] != row) add(size.channels, *c / taps);
+      if (*c + taps < s.cols && kept[*c + taps] != row) add(size.channels, *c / taps + 1);
+    }
+  }
+  return {size.rows ? size.rows : s.rows, size.channels ? size.channels : s.cols / taps};
+}
+
+}  // namespace sparsekd
