@@ -142,6 +142,7 @@ def _train(
             chosen = chosen.with_epochs(epochs)
         for assignment in assignments or []:
             chosen = override(chosen, assignment)
+        chosen.check_layout()
         if threads is not None and threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {threads}")
     folder = out or Path("runs") / chosen.name
@@ -304,6 +305,9 @@ def explain(
     network: Annotated[str, typer.Argument(help="A network, as resnet18.")],
     sparsity: Annotated[float, typer.Option(help="Of the whole network.")] = 0.9,
     distribution: Annotated[str, typer.Option(help="uniform, er or erk.")] = "uniform",
+    layout: Annotated[
+        str, typer.Option(help="csr, bcsr, fanin or nm; with numbers as bcsr:32.")
+    ] = "csr",
     batch: Annotated[int, typer.Option(help="Images per step.")] = 128,
     input_shape: Annotated[
         str, typer.Option("--input", help="Channels, height and width.")
@@ -317,7 +321,7 @@ def explain(
             torch.set_num_threads(threads)
         keep_memory_warm()
         model = models.build(network, num_classes=10, in_channels=image[0])
-        sparsify(model, sparsity=sparsity, distribution=distribution)
+        sparsify(model, sparsity=sparsity, distribution=distribution, layout=layout)
         _console().print(ops.explain(model, (batch, *image)))
 
 

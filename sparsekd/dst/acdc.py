@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import scores
+from sparsekd.dst import grid
 from sparsekd.dst.base import Updater
 from sparsekd.dst.schedules import check_positive, never
 from sparsekd.sparsity import check_sparsity, target_nnz
@@ -17,7 +17,8 @@ from sparsekd.topology import Topology
 class ACDC(Updater):
     """Compress to the largest weights of all layers at some iterations, decompress at others.
 
-    A compression keeps exactly `round((1 - sparsity) N)` weights; a decompression stores them all
+    A compression keeps exactly `round((1 - sparsity) N)` weights, or as near to it as whole tiles
+    of a layout come; a decompression stores them all
     again, the new ones at 0. Start from `sparsify(model, sparsity=0)`; the last dense phase leaves
     a dense model for free. Phases that are compressed cost what sparse training costs. A change
     that was skipped for a gradient that is not finite happens in the next iteration.
@@ -81,9 +82,11 @@ class ACDC(Updater):
         """Return by layer how many weights go or come back."""
         layers = self.layers()
         if not self.compressed(self.iteration):
-            return {n: (0, m.topology.numel - m.topology.nnz) for n, m in layers.items()}
+            tiles = {name: self.grid(name).tiles for name in layers}
+            return {name: (0, t.numel - t.nnz) for name, t in tiles.items()}
         surplus = max(0, self.nnz() - self.target(self.iteration))
-        gone = scores.smallest_overall({name: self.drop_score(name) for name in layers}, surplus)
+        score = {name: self.tile_score(name) for name in layers}
+        gone = grid.smallest_overall(self.grids(), score, surplus)
         return {name: (drop, 0) for name, drop in gone.items()}
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
@@ -92,4 +95,5 @@ class ACDC(Updater):
 
     def _due(self, iteration: int) -> float | None:
         begun = bool(self.phases) and iteration >= self.phases[0][0]
-        return 0.0 if begun and self.nnz() != self.target(iteration) else None
+        off = abs(self.nnz() - self.target(iteration)) if begun else 0
+        return 0.0 if off and off > grid.slack(self.grids()) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import replicas, scores
+from sparsekd.dst import growers, replicas, scores
 from sparsekd.dst.capture import GradientCapture
+from sparsekd.dst.grid import Grid, check_method
 from sparsekd.dst.schedules import UpdateSchedule
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import SparseModule, sparse_modules
@@ -53,6 +54,9 @@ class Updater:
         if not dst.step():
             opt.step()
 
+    In a layer whose layout has tiles, whole tiles come and go: `grow`, `counts` and what they call
+    see the layer's `grid`, a weight of one number a tile, and drop scores are pooled over each.
+
     Survivors keep their value, optimizer state and gradient, and so does a weight that is dropped
     and grown again in one update. A weight that was not there before starts at 0 with state 0.
     With a GradScaler, `scaler.step(opt)` and `scaler.update()` both belong under the `if`.
@@ -73,6 +77,7 @@ class Updater:
 
     Raises:
         ValueError: `model` has no sparse module.
+        UnsupportedError: the method cannot keep the layout of a trainable sparse module.
         OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
 
     Source: Rigging the Lottery (arXiv 1911.11134), algorithm 1.
@@ -90,6 +95,9 @@ class Updater:
 
     needs_gradient: ClassVar[bool] = False
     """Whether `grow` uses `gradient(name)` or `gradient_blocks(name)`."""
+
+    layouts: ClassVar[tuple[str, ...]] = ("csr", "bcsr")
+    """Layouts that the method keeps; "fanin" and "nm" ask it for `ranking`."""
 
     saved: ClassVar[tuple[str, ...]] = ()
     """Attributes that `state_dict` holds besides the iteration and the generator."""
@@ -110,7 +118,9 @@ class Updater:
                 f"model: expected a model with sparse modules, got a {type(model).__name__} "
                 "without any; call skd.sparsify(model, sparsity=...) first"
             )
+        check_method(type(self), {name: m.layout for name, m in self.layers().items()})
         self.optimizer = optimizer
+        self._grids: dict[str, Grid] = {}
         for name in self.layers():
             check_remappable(optimizer, self.modules[name].values, name=f"{name}.values")
         self.skip_sgd_on_update = skip_sgd_on_update
@@ -170,6 +180,7 @@ class Updater:
             Whether there was anything to rewire.
         """
         self.last_update = {}
+        self._grids.clear()
         if self.needs_gradient and not any(map(self.has_gradient, self.modules)):
             raise RuntimeError(
                 f"{type(self).__name__} grows by gradient, but no sparse module has seen a "
@@ -187,6 +198,8 @@ class Updater:
             message = f"iteration {self.iteration}: topology update skipped, {problem}"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
             return False
+        finally:
+            self._grids.clear()
         for name in plan:
             check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
         resized = [self._rewire(name, mask) for name, mask in plan.items()]
@@ -205,35 +218,64 @@ class Updater:
         }
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
-        """Return by layer how many weights it loses and gains; here `fraction` of its own."""
+        """Return by layer how many weights, or tiles, it loses and gains; here `fraction`."""
         moved = {name: self.replaceable(name, fraction) for name in self.layers()}
         return {name: (k, k) for name, k in moved.items()}
 
     def replaceable(self, name: str, fraction: float, pruned: int = 0) -> int:
-        """Return the number that is `fraction` of layer `name` once `pruned` weights are gone.
+        """Return the number that is `fraction` of layer `name` once `pruned` tiles are gone.
 
         It is 0 where nothing can grow: in a layer that stores every weight, and where growth needs
         a gradient in one that took no part in the backward pass.
         """
-        topology = self.modules[name].topology
-        nnz = topology.nnz - pruned
+        grid = self.grid(name)
+        nnz = grid.tiles.nnz - pruned
         unused = self.needs_gradient and not self.has_gradient(name)
-        return 0 if nnz == topology.numel or unused else math.floor(fraction * nnz)
+        if nnz == grid.tiles.numel or unused:
+            return 0
+        moved = math.floor(fraction * nnz)
+        return moved - moved % grid.quantum
 
     def drop_and_grow(self, name: str, *, drop: int, grow: int) -> Tensor:
-        """Return the mask of layer `name` less `drop` weights and with `grow` others."""
-        topology = self.modules[name].topology
-        dropped = scores.smallest(self.drop_score(name), drop)
-        kept = scores.without(topology, dropped)
-        grown = self.grow(name, kept, grow) if grow else dropped[:0]
-        positions = topology.flat_indices()
-        flat = torch.zeros(topology.numel, dtype=torch.bool, device=topology.device)
+        """Return the mask of layer `name` less `drop` weights, or tiles, and with `grow` others."""
+        grid = self.grid(name)
+        tiles = grid.tiles
+        dropped = grid.lowest(self.tile_score(name), drop)
+        kept = scores.without(tiles, dropped)
+        if not grow:
+            grown = dropped[:0]
+        elif grid.in_cells:
+            quota = grid.quota(dropped, grow)
+            grown = growers.largest_in_cells(self.ranking(name), kept, grid.cell_of, quota)
+        else:
+            grown = self.grow(name, kept, grow)
+        positions = tiles.flat_indices()
+        gone = positions[dropped]
+        flat = torch.zeros(tiles.numel, dtype=torch.bool, device=tiles.device)
         flat[positions] = True
-        flat[positions[dropped]] = False
+        flat[gone] = False
         flat[grown] = True
-        regrown = flat[positions[dropped]]
-        self.last_update[name] = LayerUpdate(drop, len(grown), int(regrown.sum()))
-        return flat.view(topology.shape)
+        regrown = gone[flat[gone]]
+        self.last_update[name] = LayerUpdate(
+            *(int(grid.areas(moved).sum()) for moved in (gone, grown, regrown))
+        )
+        return grid.expand(flat.view(tiles.shape))
+
+    def grid(self, name: str) -> Grid:
+        """Return layer `name` in the tiles of its layout; itself where a tile is one weight."""
+        module = self.modules[name]
+        topology, known = module.topology, self._grids.get(name)
+        if known is None or known.topology is not topology or known.layout != module.layout:
+            known = self._grids[name] = Grid(topology, module.layout)
+        return known
+
+    def tile_score(self, name: str) -> Tensor:
+        """Return the mean of `drop_score` over each tile of layer `name`."""
+        return self.grid(name).pool(self.drop_score(name))
+
+    def grids(self) -> dict[str, Grid]:
+        """Return the grids of the layers that take part."""
+        return {name: self.grid(name) for name in self.layers()}
 
     def drop_score(self, name: str) -> Tensor:
         """Return one score per weight of layer `name`; the lowest are dropped."""
@@ -243,8 +285,19 @@ class Updater:
         return score
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
-        """Return `k` positions of layer `name` outside `kept`, ascending."""
+        """Return `k` positions of layer `name` outside `kept`, ascending.
+
+        Where the layout has tiles, `kept` and the positions are those of the layer's grid.
+        """
         raise NotImplementedError(f"{type(self).__name__} grows nothing")
+
+    def ranking(self, name: str) -> Iterable[Block]:
+        """Yield one number for every tile of layer `name`, in rectangles of its grid.
+
+        The free tiles of largest magnitude grow, in each cell of a layout that has cells ("fanin",
+        "nm"); `grow` is not asked there. A method that replaces one of them replaces both.
+        """
+        raise NotImplementedError(f"{type(self).__name__} ranks nothing")
 
     def gradient(self, name: str) -> Tensor:
         """Return the dense gradient of layer `name`, the mean over all ranks, once an update."""
@@ -257,8 +310,17 @@ class Updater:
         """Yield that gradient in rectangles, `(row, column, entries)`, instead of storing it.
 
         They cover `[rows, cols]` once, in an order that depends on the layer alone; each is
-        overwritten by the next. Use this or `gradient`, once an update.
+        overwritten by the next. Use this or `gradient`, once an update. Where the layout has tiles
+        of several weights, there is one rectangle, the mean magnitude of each.
         """
+        grid = self.grid(name)
+        if grid.single:
+            return self._finite_blocks(name)
+        return iter(
+            [(0, 0, grid.pool_magnitude(self._finite_blocks(name), self.modules[name].values))]
+        )
+
+    def _finite_blocks(self, name: str) -> Iterator[Block]:
         for row, col, block in self._capture.blocks(name):
             if not _finite(replicas.mean_(block)):
                 raise NonFiniteGradient(f"the dense gradient of {name} is not finite")

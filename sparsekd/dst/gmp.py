@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import scores
+from sparsekd.dst import grid
 from sparsekd.dst.base import Updater
 from sparsekd.dst.schedules import check_positive, never
-from sparsekd.sparsity import Polynomial, apportion, check_sparsity, target_nnz
+from sparsekd.sparsity import Polynomial, check_sparsity, target_nnz
 
 
 class GMP(Updater):
@@ -19,9 +21,9 @@ class GMP(Updater):
         s(t) = sparsity + (s_i - sparsity) (1 - (t - begin) / (until - begin))^3
 
     and the update of iteration t leaves exactly `round((1 - s(t)) N)` weights, N counting those of
-    the trainable sparse modules. Start from `sparsify(model, sparsity=0)`: what is pruned is
-    neither stored nor computed from that iteration on. An update that was skipped for a gradient
-    that is not finite is made up for by the next one.
+    the trainable sparse modules, or as near to it as whole tiles of a layout come. Start from
+    `sparsify(model, sparsity=0)`: what is pruned is neither stored nor computed from that iteration
+    on. An update that was skipped for a gradient that is not finite is made up for by the next one.
 
     Args:
         model: holds sparse modules.
@@ -52,6 +54,7 @@ class GMP(Updater):
         [(True, 11), (True, 8), (False, 8)]
     """
 
+    layouts: ClassVar[tuple[str, ...]] = ("csr", "bcsr", "fanin")
     saved = ("initial_sparsity",)
 
     def __init__(
@@ -77,7 +80,7 @@ class GMP(Updater):
             self, model, optimizer, schedule=never, seed=seed, skip_sgd_on_update=skip_sgd_on_update
         )
         self.initial_sparsity = 1 - self.nnz() / max(self.numel(), 1)
-        if self.nnz() < target_nnz(self.numel(), sparsity):
+        if self.nnz() < target_nnz(self.numel(), sparsity) - grid.slack(self.grids()):
             raise ValueError(
                 f"sparsity: expected at least the model's, {self.initial_sparsity:.4g}, "
                 f"got {sparsity!r}"
@@ -95,17 +98,19 @@ class GMP(Updater):
         return {name: (drop, 0) for name, drop in self.pruned().items()}
 
     def pruned(self) -> dict[str, int]:
-        """Return by layer how many of its smallest weights go in this iteration."""
-        nnz = {name: module.topology.nnz for name, module in self.layers().items()}
-        target = min(self.target(self.iteration), sum(nnz.values()))
+        """Return by layer how many of its smallest weights, or tiles, go in this iteration."""
+        grids, total = self.grids(), self.nnz()
+        target = min(self.target(self.iteration), total)
         if self.scope == "global":
-            score = {name: self.drop_score(name) for name in nnz}
-            return scores.smallest_overall(score, sum(nnz.values()) - target)
+            score = {name: self.tile_score(name) for name in grids}
+            return grid.smallest_overall(grids, score, total - target)
         density = target / max(self.numel(), 1)
-        quota = {name: density * self.modules[name].topology.numel for name in nnz}
-        kept = apportion(quota, nnz, target)
-        return {name: nnz[name] - kept[name] for name in nnz}
+        quota = {name: density * self.modules[name].topology.numel for name in grids}
+        stored = {name: grids[name].tiles.nnz for name in grids}
+        kept = grid.in_tiles(grids, quota, stored, target)
+        return {name: stored[name] - kept[name] for name in grids}
 
     def _due(self, iteration: int) -> float | None:
-        due = iteration % self.every == 0 and self.nnz() > self.target(iteration)
-        return 0.0 if due else None
+        if iteration % self.every or self.nnz() <= self.target(iteration):
+            return None
+        return 0.0 if self.nnz() - self.target(iteration) > grid.slack(self.grids()) else None

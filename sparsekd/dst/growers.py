@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from sparsekd.dst import scores
 from sparsekd.ops import growth
 from sparsekd.topology import Topology
 
@@ -35,6 +36,17 @@ def random(kept: Topology, k: int, generator: torch.Generator) -> Tensor:
     rank = torch.randperm(kept.numel - kept.nnz, generator=generator)[:k].sort().values
     rank = rank.to(taken.device)
     return rank + torch.searchsorted(gaps, rank, right=True)
+
+
+def noise(tiles: Topology, generator: torch.Generator) -> growth.Block:
+    """Return a random number in (0, 1] for every position, as one rectangle.
+
+    Args:
+        tiles: gives shape and device.
+        generator: a CPU generator, so that every device draws the same numbers.
+    """
+    drawn = torch.rand(tiles.rows, tiles.cols, dtype=torch.float64, generator=generator)
+    return 0, 0, 1 - drawn.to(tiles.device)
 
 
 def largest(score: Tensor, kept: Topology, k: int) -> Tensor:
@@ -88,3 +100,46 @@ def largest_magnitude(blocks: Iterable[growth.Block], kept: Topology, k: int) ->
     shape = kept.rows, kept.cols
     crow, col = kept.crow_indices, kept.col_indices
     return growth.largest(blocks, crow, col, shape, k, magnitude=True)
+
+
+def largest_in_cells(
+    blocks: Iterable[growth.Block],
+    kept: Topology,
+    cell_of: Callable[[Tensor], Tensor],
+    quota: Tensor,
+) -> Tensor:
+    """Return the positions outside `kept` of largest magnitude, so many in every cell.
+
+    Of equal magnitudes the lower position is taken. Besides one rectangle only the best so far
+    are held.
+
+    Args:
+        blocks: as in `largest_magnitude`.
+        kept: the structure to grow from.
+        cell_of: flat positions -> the cell of each.
+        quota: how many each cell gets, `[cells]`; one with fewer free positions gets them all.
+
+    Returns:
+        int64 positions in the flat weight, ascending.
+
+    Example:
+        >>> kept = Topology.from_mask(torch.tensor([[True, False, False], [False, False, True]]))
+        >>> block = (0, 0, torch.tensor([[9.0, 1.0, -2.0], [1.0, 1.0, 0.0]]))
+        >>> largest_in_cells([block], kept, lambda at: at // 3, torch.tensor([1, 1])).tolist()
+        [2, 3]
+    """
+    free = ~kept.mask().view(kept.rows, kept.cols)
+    best = torch.empty(0, dtype=torch.int64, device=kept.device)
+    score: Tensor | None = None
+    for row, column, block in blocks:
+        high, wide = block.shape
+        row_start = torch.arange(row, row + high, device=kept.device)[:, None] * kept.cols
+        at = row_start + torch.arange(column, column + wide, device=kept.device)
+        inside = free[row : row + high, column : column + wide]
+        inside = inside & (quota[cell_of(at)] > 0)
+        at, found = torch.cat([best, at[inside]]), block[inside].abs()
+        at, order = at.sort()
+        score = (found if score is None else torch.cat([score, found]))[order]
+        stay = scores.largest_in_cells(score, cell_of(at), quota)
+        best, score = at[stay], score[stay]
+    return best

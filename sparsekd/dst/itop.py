@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from sparsekd.dst import growers
 from sparsekd.dst.set import SET
 from sparsekd.nn import sparse_modules
+from sparsekd.ops.growth import Block
 from sparsekd.topology import Topology
 
 
@@ -132,7 +133,14 @@ class ITOP(SET):
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
         """Draw `k` positions outside `kept`, those that were never active first."""
-        fired, mask = self.explored.fired[name], kept.mask()
+        fired, mask = self.grid(name).coarsen(self.explored.fired[name]), kept.mask()
         fresh = growers.random(Topology.from_mask(fired | mask), k, self.generator)
         again = growers.random(Topology.from_mask(~fired | mask), k - len(fresh), self.generator)
         return torch.cat([fresh, again]).sort().values
+
+    def ranking(self, name: str) -> Iterable[Block]:
+        """Yield a random number for every tile, larger where it was never active."""
+        grid = self.grid(name)
+        row, column, noise = growers.noise(grid.tiles, self.generator)
+        fired = grid.coarsen(self.explored.fired[name]).view_as(noise)
+        yield row, column, noise + (~fired).to(noise.dtype)

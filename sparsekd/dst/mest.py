@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import growers, scores
+from sparsekd.dst import grid, growers, scores
 from sparsekd.dst.base import Updater
 from sparsekd.dst.schedules import Periodic, check_fraction, check_positive
-from sparsekd.sparsity import apportion, target_nnz
+from sparsekd.ops.growth import Block
+from sparsekd.sparsity import target_nnz
 from sparsekd.topology import Topology
 
 
@@ -48,6 +52,7 @@ class MEST(Updater):
         [20, 20, 20, 20, 15, 10, 10]
     """
 
+    layouts: ClassVar[tuple[str, ...]] = ("csr", "bcsr", "fanin")
     saved = ("proportions",)
 
     def __init__(
@@ -79,13 +84,14 @@ class MEST(Updater):
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
         """Return by layer how many weights it loses and gains; `fraction` is e."""
-        numel = {name: module.topology.numel for name, module in self.layers().items()}
+        tiles = {name: self.grid(name).tiles for name in self.layers()}
+        numel = {name: t.numel for name, t in tiles.items()}
         after = self._allocate(self.sparsity - fraction * self.extra, numel)
         kept = self._allocate(self.sparsity + fraction * self.mutation, after)
         counts = {}
-        for name, module in self.layers().items():
-            drop = max(0, module.topology.nnz - kept[name])
-            counts[name] = (drop, after[name] - module.topology.nnz + drop)
+        for name, t in tiles.items():
+            drop = max(0, t.nnz - kept[name])
+            counts[name] = (drop, after[name] - t.nnz + drop)
         return counts
 
     def drop_score(self, name: str) -> Tensor:
@@ -99,11 +105,15 @@ class MEST(Updater):
         """Draw `k` positions outside `kept`, each set of them being equally likely."""
         return growers.random(kept, k, self.generator)
 
+    def ranking(self, name: str) -> Iterable[Block]:
+        """Yield a random number for every tile."""
+        yield growers.noise(self.grid(name).tiles, self.generator)
+
     def _allocate(self, sparsity: float, room: dict[str, int]) -> dict[str, int]:
         total = target_nnz(self.numel(), sparsity)
         share = total / max(sum(self.proportions.values()), 1)
         quota = {name: share * weights for name, weights in self.proportions.items()}
-        return apportion(quota, room, total)
+        return grid.in_tiles(self.grids(), quota, room, total)
 
 
 def elasticity(progress: float) -> float:

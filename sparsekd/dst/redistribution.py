@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparsekd.dst.rigl import RigL
+from sparsekd.errors import UnsupportedError
+from sparsekd.layouts import check_layouts
+from sparsekd.nn import SparseModule
 from sparsekd.sparsity import apportion
 
 Counts = dict[str, tuple[int, int]]
@@ -67,7 +72,8 @@ class RigLSG(RigL):
     """Let layers of large gradient grow at the cost of others: RigL-SG.
 
     What all layers drop is grown anew in proportion to the mean |gradient| over each layer's
-    weights: the total is kept exactly while layers change size. Takes the arguments of `RigL`;
+    weights: the total, of tiles where the layout has them, is kept exactly while layers change
+    size. Takes the arguments of `RigL`;
     layers that store every weight take part too.
 
     Source: reproduction of Rigging the Lottery (arXiv 2103.15767), after Sparse Networks from
@@ -84,12 +90,18 @@ class RigLSG(RigL):
         (True, True)
     """
 
+    layouts = ("csr", "bcsr")
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, **options: Any) -> None:
+        super().__init__(model, optimizer, **options)
+        check_equal_tiles(type(self).__name__, self.modules)
+
     def counts(self, fraction: float) -> Counts:
         """Return by layer the weights it loses, and those that its share of growth gives it."""
-        part = {name: m for name, m in self.layers().items() if self.has_gradient(name)}
+        part = [name for name in self.layers() if self.has_gradient(name)]
         return redistribute(
-            {name: module.topology.nnz for name, module in part.items()},
-            {name: module.topology.numel for name, module in part.items()},
+            {name: self.grid(name).tiles.nnz for name in part},
+            {name: self.grid(name).tiles.numel for name in part},
             {name: mean_magnitude(self.importance(name)) for name in part},
             fraction,
         )
@@ -126,6 +138,20 @@ class RigLSM(RigLSG):
             if state.get(key) is not None:
                 return state[key]
         return super().importance(name)
+
+
+def check_equal_tiles(who: str, modules: Mapping[str, SparseModule]) -> None:
+    """Raise UnsupportedError unless all modules have one layout, in which single tiles can move.
+
+    What one layer loses another gains, tile by tile, and the number of tiles stays.
+    """
+    layouts = {name: module.layout for name, module in modules.items()}
+    check_layouts(layouts.items(), ("csr", "bcsr"), who)
+    if len(set(layouts.values())) > 1:
+        raise UnsupportedError(
+            f"{who} moves tiles between layers and supports one layout in all of them, got "
+            + ", ".join(sorted(str(layout) for layout in set(layouts.values())))
+        )
 
 
 def mean_magnitude(importance: Tensor) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from sparsekd.dst import growers
 from sparsekd.dst.set import SET
+from sparsekd.ops.growth import Block
 from sparsekd.topology import Topology
 
 
@@ -47,3 +50,7 @@ class RigL(SET):
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
         """Return the `k` positions outside `kept` where the gradient is largest in magnitude."""
         return growers.largest_magnitude(self.gradient_blocks(name), kept, k)
+
+    def ranking(self, name: str) -> Iterable[Block]:
+        """Yield the gradient of every tile."""
+        return self.gradient_blocks(name)

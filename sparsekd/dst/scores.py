@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekd.ops import growth
+from sparsekd.sparsity import nearest_prefix
 from sparsekd.topology import Topology
 
 
@@ -49,14 +50,47 @@ def smallest(score: Tensor, k: int) -> Tensor:
     return growth.largest(blocks, row, row[:0], (1, len(score)), k, magnitude=False)
 
 
-def smallest_overall(scores: Mapping[str, Tensor], k: int) -> dict[str, int]:
+def largest_in_cells(score: Tensor, cell: Tensor, quota: Tensor) -> Tensor:
+    """Mark in every cell as many of its largest scores as its quota says; of equals the first.
+
+    Args:
+        score: numbers, none NaN.
+        cell: the cell of each.
+        quota: how many each cell gets; one that has fewer scores marks them all.
+
+    Shape:
+        - score, cell, result: `[n]`
+        - quota: `[cells]`
+
+    Returns:
+        bool, True where marked.
+
+    Example:
+        >>> score, cell = torch.tensor([1.0, 3.0, 3.0, 2.0]), torch.tensor([0, 0, 0, 1])
+        >>> largest_in_cells(score, cell, torch.tensor([1, 2])).tolist()
+        [False, True, False, True]
+    """
+    order = score.argsort(descending=True, stable=True)
+    order = order[cell[order].argsort(stable=True)]
+    ordered = cell[order]
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
+    marked = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    marked[order[rank < quota[ordered]]] = True
+    return marked
+
+
+def smallest_overall(
+    scores: Mapping[str, Tensor], k: int, areas: Mapping[str, Tensor] | None = None
+) -> dict[str, int]:
     """Count by layer the `k` smallest scores of all layers together.
 
     Among equal scores those of an earlier layer go first.
 
     Args:
-        scores: one number per weight, by layer; all of one device.
-        k: how many over all layers.
+        scores: one number per weight, or per tile, by layer; all of one device.
+        k: how many weights over all layers.
+        areas: weights of each tile; the sum then comes as near to `k` as whole tiles do. None
+            where scores are of weights.
 
     Raises:
         ValueError: a score is NaN, or `k` is not in [0, number of scores].
@@ -65,7 +99,12 @@ def smallest_overall(scores: Mapping[str, Tensor], k: int) -> dict[str, int]:
         >>> smallest_overall({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([0.0, 2.0])}, 3)
         {'a': 1, 'b': 2}
     """
-    gone = smallest(torch.cat(list(scores.values())), k)
+    flat = torch.cat(list(scores.values()))
+    if areas is None:
+        gone = smallest(flat, k)
+    else:
+        order = flat.argsort(stable=True)
+        gone = order[: nearest_prefix(torch.cat([areas[name] for name in scores])[order], k)]
     ends = torch.tensor([len(score) for score in scores.values()]).cumsum(0).to(gone.device)
     layer = torch.searchsorted(ends, gone, right=True)
     return dict(zip(scores, torch.bincount(layer, minlength=len(scores)).tolist(), strict=True))

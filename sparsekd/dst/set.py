@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import growers
 from sparsekd.dst.base import Updater
 from sparsekd.dst.schedules import cosine
+from sparsekd.layouts import LAYOUTS
+from sparsekd.ops.growth import Block
 from sparsekd.topology import Topology
 
 
@@ -42,6 +47,8 @@ class SET(Updater):
         (True, 16)
     """
 
+    layouts: ClassVar[tuple[str, ...]] = LAYOUTS
+
     def __init__(
         self,
         model: nn.Module,
@@ -64,3 +71,7 @@ class SET(Updater):
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
         """Draw `k` positions outside `kept`, each set of them being equally likely."""
         return growers.random(kept, k, self.generator)
+
+    def ranking(self, name: str) -> Iterable[Block]:
+        """Yield a random number for every tile."""
+        yield growers.noise(self.grid(name).tiles, self.generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch.optim import Optimizer
 
 from sparsekd.dst import growers
 from sparsekd.dst.base import NonFiniteGradient
-from sparsekd.dst.redistribution import Counts, mean_magnitude, redistribute
+from sparsekd.dst.redistribution import Counts, check_equal_tiles, mean_magnitude, redistribute
 from sparsekd.dst.schedules import check_fraction
 from sparsekd.dst.set import SET
+from sparsekd.ops.growth import Block
 from sparsekd.topology import Topology
 
 
@@ -67,6 +69,8 @@ class SNFS(SET):
         self.momentum, self.redistribute, self.until = momentum, redistribute, until
         self.mean: dict[str, Tensor] = {}
         super().__init__(model, optimizer, until=until, **options)
+        if redistribute:
+            check_equal_tiles(f"{type(self).__name__} with redistribute=True", self.modules)
 
     def step(self) -> bool:
         """Average this iteration's gradients, then do as `Updater.step`."""
@@ -81,19 +85,27 @@ class SNFS(SET):
             return super().counts(fraction)
         part = {name: m.topology for name, m in self.layers().items() if name in self.mean}
         return redistribute(
-            {name: topology.nnz for name, topology in part.items()},
-            {name: topology.numel for name, topology in part.items()},
+            {name: self.grid(name).tiles.nnz for name in part},
+            {name: self.grid(name).tiles.numel for name in part},
             {n: mean_magnitude(self.mean[n].view(-1)[t.flat_indices()]) for n, t in part.items()},
             fraction,
         )
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
         """Return the `k` positions outside `kept` where the mean is largest in magnitude."""
-        return growers.largest(self.mean[name].abs(), kept, k)
+        return growers.largest(self._magnitude(name), kept, k)
+
+    def ranking(self, name: str) -> Iterable[Block]:
+        """Yield the magnitude of the mean of every tile."""
+        yield 0, 0, self._magnitude(name)
 
     def has_gradient(self, name: str) -> bool:
         """Say whether layer `name` has taken part in a backward pass yet."""
         return name in self.mean
+
+    def _magnitude(self, name: str) -> Tensor:
+        mean = self.mean[name]
+        return self.grid(name).pool_magnitude([(0, 0, mean)], mean)
 
     def _collects(self, iteration: int) -> bool:
         return iteration < self.until

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ class SRigL(RigL):
     the one fan-in for which the layer is on target. The layer's number of weights is below its
     target by less than the number of active neurons, since a fan-in is whole.
 
-    Neurons are rows: output channels or output features. Start from `skd.sparsity.fan_in_masks`;
-    from other masks the first update arrives at a constant fan-in.
+    Neurons are rows: output channels or output features. Start from `layout="fanin"`, which holds
+    the fan-in constant, or from any masks: the first update arrives at a constant fan-in. In a
+    layout with tiles a neuron is a group of rows that share their tiles, and all counts are of
+    tiles.
 
     Args:
         model: holds sparse modules; the last one is never ablated.
@@ -49,6 +52,7 @@ class SRigL(RigL):
         (True, [4, 4, 4, 4])
     """
 
+    layouts: ClassVar[tuple[str, ...]] = ("csr", "bcsr", "fanin")
     saved = ("targets",)
 
     def __init__(
@@ -63,19 +67,20 @@ class SRigL(RigL):
         check_fraction(min_salient=min_salient)
         self.min_salient = min_salient
         super().__init__(model, optimizer, until=until, **options)
-        self.targets = {name: module.topology.nnz for name, module in self.modules.items()}
+        self.targets = {name: self.grid(name).tiles.nnz for name in self.modules}
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
         """Return the new mask of each layer that can change, by name."""
         return {
-            name: self._constant_fan_in(name, self.replaceable(name, fraction))
+            name: self._constant_fan_in(name, math.floor(fraction * self.grid(name).tiles.nnz))
             for name, module in self.layers().items()
             if self.has_gradient(name) and 0 < module.topology.nnz < module.topology.numel
         }
 
     def _constant_fan_in(self, name: str, k: int) -> Tensor:
-        topology, gradient = self.modules[name].topology, self.gradient(name).abs_()
-        magnitude = self.drop_score(name)
+        grid = self.grid(name)
+        topology, gradient = grid.tiles, self._magnitude(name)
+        magnitude = self.tile_score(name)
         kept = scores.without(topology, scores.smallest(magnitude, k))
         grown = growers.largest(gradient, kept, k)
         rows = torch.cat([row_indices(kept.crow_indices, kept.nnz), grown // topology.cols])
@@ -94,12 +99,21 @@ class SRigL(RigL):
         mask = torch.zeros_like(stay).scatter_(1, chosen, True) & active[:, None]
 
         new, old = mask.view(-1), topology.mask().view(-1)
-        self.last_update[name] = LayerUpdate(int((old & ~new).sum()), int((new & ~old).sum()), 0)
-        return mask.view(topology.shape)
+        moved = ((old & ~new).nonzero().squeeze(1), (new & ~old).nonzero().squeeze(1))
+        dropped, come = (int(grid.areas(positions).sum()) for positions in moved)
+        self.last_update[name] = LayerUpdate(dropped, come, 0)
+        return grid.expand(mask.view(topology.shape))
+
+    def _magnitude(self, name: str) -> Tensor:
+        """Return |gradient| of every tile, `[rows, columns]` of the grid."""
+        if self.grid(name).single:
+            return self.gradient(name).abs_()
+        ((_, _, pooled),) = self.gradient_blocks(name)
+        return pooled
 
     def _active_neurons(self, name: str, salient: Tensor) -> Tensor:
         """Say which rows keep weights, by how many salient ones each has."""
-        topology, target = self.modules[name].topology, self.targets[name]
+        topology, target = self.grid(name).tiles, self.targets[name]
         fan_in = target / max(int(topology.crow_indices.diff().count_nonzero()), 1)
         active = salient >= max(1.0, self.min_salient * fan_in)
         if name == next(reversed(self.modules)):

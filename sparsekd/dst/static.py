@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from sparsekd.dst.base import Updater
 from sparsekd.dst.schedules import never
+from sparsekd.layouts import LAYOUTS
 
 
 class Static(Updater):
@@ -23,6 +24,8 @@ class Static(Updater):
         >>> skd.dst.Static(layer, torch.optim.SGD(layer.parameters(), lr=0.1)).step()
         False
     """
+
+    layouts = LAYOUTS
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, **unused: object) -> None:
         super().__init__(model, optimizer, schedule=never)

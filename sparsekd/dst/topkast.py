@@ -60,6 +60,8 @@ class TopKAST(Updater):
         (False, 8, torch.Size([8]))
     """
 
+    layouts = ("csr",)
+
     def __init__(
         self,
         model: nn.Module,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from sparsekd.errors import UnsupportedError
+from sparsekd.layouts import Layout
+from sparsekd.sparsity import check_fixed_density
 from sparsekd.tickets.hosts import Dynamics, Superposition
 from sparsekd.tickets.kd import Reduction, check_hyperparameters
 from sparsekd.tickets.methods import find_method
@@ -84,6 +87,7 @@ class Recipe:
             experiment this way.
         rewind_epoch: k of the methods that rewind.
         prune_rate: fraction of the remaining weights pruned in a round of the iterative methods.
+        layout: of the sparse convolutions, as `sparsekd.Layout.parse` reads it: "csr", "bcsr:32".
 
     Raises:
         ValueError: a value is out of range.
@@ -108,11 +112,16 @@ class Recipe:
     first_seed: int = 0
     rewind_epoch: int = 1
     prune_rate: float = 0.2
+    layout: str = "csr"
 
     def __post_init__(self) -> None:
         names = (name if name == "dense" else find_method(name).name for name in self.methods)
         methods = tuple(dict.fromkeys(names))
         object.__setattr__(self, "methods", methods)
+        try:
+            object.__setattr__(self, "layout", str(Layout.parse(self.layout)))
+        except UnsupportedError as error:
+            raise ValueError(str(error)) from None
         for sparsity in self.sparsities:
             if not 0 <= sparsity < 1:
                 raise ValueError(f"sparsities: expected numbers in [0, 1), got {sparsity}")
@@ -126,6 +135,11 @@ class Recipe:
             )
         if not 0 < self.prune_rate < 1:
             raise ValueError(f"prune_rate: expected a number in (0, 1), got {self.prune_rate}")
+
+    def check_layout(self) -> None:
+        """Raise ValueError where sparsities and distribution are not those of the layout."""
+        for sparsity in self.sparsities:
+            check_fixed_density(Layout.parse(self.layout), sparsity, self.dynamics.distribution)
 
     def with_epochs(self, epochs: int) -> Recipe:
         """Return the recipe at another length, every epoch number scaled in proportion.

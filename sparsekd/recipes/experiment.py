@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsekd import data, flops, models
 from sparsekd.errors import DataError
+from sparsekd.layouts import Layout
 from sparsekd.nn import sparse_modules
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
 from sparsekd.recipes.folder import RunFolder
@@ -241,6 +242,7 @@ class Experiment:
             dynamics=recipe.dynamics,
             superposition=recipe.sup,
             rewind_epoch=recipe.rewind_epoch,
+            layout=Layout.parse(recipe.layout),
             reporter=self.reporter,
             stop=self.stop,
         )

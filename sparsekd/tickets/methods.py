@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from sparsekd.layouts import Layout
 from sparsekd.nn import sparsify
 
 Source = Literal["init", "reinit", "rewind", "final"]
@@ -131,7 +132,10 @@ def find_method(name: str) -> Method:
 
 
 def make_ticket(
-    model: nn.Module, masks: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    state: Mapping[str, Tensor] | None = None,
+    layout: str | Layout = "csr",
 ) -> nn.Module:
     """Build a sparse network from a dense one: its state, stored for the unmasked weights only.
 
@@ -140,12 +144,14 @@ def make_ticket(
         masks: module name -> bool mask; modules without a mask stay dense.
         state: dense state dict to start from (weights, BatchNorm affine and statistics), all of
             it; by default the model's own.
+        layout: of the sparse modules; the masks fit it.
 
     Returns:
         A new network whose stored values equal the dense ones bit for bit.
 
     Raises:
         RuntimeError: `state` does not fit the model.
+        UnsupportedError: a mask does not fit the layout.
 
     Source: Renda et al., Comparing Rewinding and Fine-tuning (2020), section 2; with the
         initialisation as `state` it is the lottery ticket of Frankle and Carbin (2019).
@@ -157,4 +163,4 @@ def make_ticket(
     ticket = copy.deepcopy(model)
     if state is not None:
         ticket.load_state_dict(dict(state), strict=True)
-    return sparsify(ticket, masks=dict(masks))
+    return sparsify(ticket, masks=dict(masks), layout=layout)

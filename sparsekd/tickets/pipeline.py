@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.data import Dataset, Split
-from sparsekd.sparsity import allocate, fan_in_masks, grasp, random_masks, snip, synflow
+from sparsekd.layouts import Layout, check_layouts
+from sparsekd.sparsity import (
+    allocate,
+    fan_in_masks,
+    grasp,
+    layout_masks,
+    random_masks,
+    snip,
+    synflow,
+)
 from sparsekd.tickets.hosts import Dynamics, Superposition, attach
 from sparsekd.tickets.kd import Distillation
 from sparsekd.tickets.methods import Method, make_ticket
@@ -49,6 +58,7 @@ class Pipeline:
         dynamics: of the methods that move their topology, and of random masks.
         superposition: of Sup-tickets.
         rewind_epoch: k of the methods that rewind.
+        layout: of the sparse networks.
         reporter: receives progress.
         stop: checked after every step.
 
@@ -73,6 +83,7 @@ class Pipeline:
     dynamics: Dynamics = field(default_factory=Dynamics)
     superposition: Superposition = field(default_factory=Superposition)
     rewind_epoch: int = 0
+    layout: Layout = field(default_factory=Layout)
     build_narrow: Callable[[int, float], nn.Module] | None = None
     reporter: Reporter | None = None
     stop: StopRequest | None = None
@@ -116,7 +127,8 @@ class Pipeline:
 
     def one_shot_masks(self, sparsity: float, *, allow_collapse: bool = False) -> Masks:
         """Prune the dense run's final network once; see `prune`."""
-        return prune(self.dense_final(), sparsity, allow_collapse=allow_collapse)
+        model = self.dense_final()
+        return prune(model, sparsity, allow_collapse=allow_collapse, layout=self.layout)
 
     def masks(self, method: Method, sparsity: float) -> Masks:
         """Return the masks at which a method starts; they cover all convolutions.
@@ -127,6 +139,9 @@ class Pipeline:
 
         Returns:
             Module name -> bool mask; empty for a network that stays dense.
+
+        Raises:
+            UnsupportedError: the method's masks do not have the layout.
         """
         match method.masks:
             case "pruned":
@@ -138,11 +153,15 @@ class Pipeline:
         model = self.fresh()
         shapes = {name: module.weight.shape for name, module in _convolutions(model).items()}
         begin = {"full": 0.0, "half": min(0.5, sparsity)}.get(method.masks, sparsity)
-        nnz = allocate(shapes, begin, self.dynamics.distribution)
+        distribution, seed = self.dynamics.distribution, derive_seed(self.seed, "masks")
+        if self.layout.name != "csr":
+            return layout_masks(shapes, begin, distribution, self.layout, seed=seed)
+        nnz = allocate(shapes, begin, distribution)
         draw = fan_in_masks if method.masks == "fan-in" else random_masks
-        return draw(shapes, nnz, seed=derive_seed(self.seed, "masks"))
+        return draw(shapes, nnz, seed=seed)
 
     def _scored_masks(self, criterion: str, sparsity: float) -> Masks:
+        check_layouts([("every convolution", self.layout)], ("csr",), f"method {criterion!r}")
         model = self.fresh()
         order = torch.Generator().manual_seed(derive_seed(self.seed, "masks"))
         batches = self.data.train.batches(self.training.batch_size, shuffle=True, generator=order)
@@ -168,7 +187,7 @@ class Pipeline:
             everything = prune(model, 0.0)
             model = make_ticket(model, everything)
             model.load_state_dict(load_state(previous))
-        return prune_further(model, rate, allow_collapse=allow_collapse)
+        return prune_further(model, rate, allow_collapse=allow_collapse, layout=self.layout)
 
     def start(self, method: Method, masks: Masks, sparsity: float | None = None) -> nn.Module:
         """Build the ticket of a method as it is before it trains.
@@ -189,9 +208,10 @@ class Pipeline:
                 raise ValueError(f"build_narrow, sparsity: expected both for {method.name}")
             return self.build_narrow(derive_seed(self.seed, "init"), sparsity)
         if not method.needs_dense or method.source == "reinit":
-            return make_ticket(self.fresh(method.source), masks)
+            return make_ticket(self.fresh(method.source), masks, layout=self.layout)
         epoch = {"init": 0, "rewind": self.rewind_epoch, "final": self.training.epochs}
-        return make_ticket(self.fresh(), masks, self.dense_state(epoch[method.source]))
+        state = self.dense_state(epoch[method.source])
+        return make_ticket(self.fresh(), masks, state, self.layout)
 
     def ticket_trainer(
         self, method: Method, masks: Masks, name: str, sparsity: float | None = None

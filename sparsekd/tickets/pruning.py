@@ -9,13 +9,20 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from sparsekd.layouts import Layout, check_layouts
 from sparsekd.nn import SparseConv2d
-from sparsekd.sparsity import global_masks
+from sparsekd.sparsity import check_fixed_density, global_layout_masks, global_masks
 
 Masks = dict[str, Tensor]
 
 
-def prune(model: nn.Module, sparsity: float, *, allow_collapse: bool = False) -> Masks:
+def prune(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    allow_collapse: bool = False,
+    layout: str | Layout = "csr",
+) -> Masks:
     """Mask the smallest weights of all convolutions at once, exactly ``floor(sparsity * N)``.
 
     N counts the weights of every convolution, first layer and shortcuts included; linear layers,
@@ -26,13 +33,15 @@ def prune(model: nn.Module, sparsity: float, *, allow_collapse: bool = False) ->
         model: the trained network.
         sparsity: fraction to prune, in [0, 1).
         allow_collapse: accept a layer that loses every weight.
+        layout: of the masks. Where it has tiles, those of smallest mean magnitude go, and their
+            number comes as near as whole tiles allow.
 
     Returns:
         Module name -> bool mask of its weight, True where the weight stays.
 
     Raises:
-        ValueError: sparsity is out of range, the model has no convolution, a weight is not finite,
-            or a layer collapsed.
+        ValueError: sparsity is out of range or not that of the layout, the model has no
+            convolution, a weight is not finite, or a layer collapsed.
 
     Source: arXiv 2101.03255 prunes convolutions once, globally, by final magnitude. Its threshold
         rule removes ties as well; this one is exact.
@@ -44,10 +53,12 @@ def prune(model: nn.Module, sparsity: float, *, allow_collapse: bool = False) ->
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity}")
+    layout = Layout.parse(layout)
+    check_fixed_density(layout, sparsity)
     weights, active = _convolutions(model)
     everything = {name: torch.ones_like(mask) for name, mask in active.items()}
     drop = math.floor(_as_written(sparsity) * sum(w.numel() for w in weights.values()))
-    return _drop_smallest(weights, everything, drop, allow_collapse)
+    return _drop_smallest(weights, everything, drop, allow_collapse, layout)
 
 
 def prune_further(
@@ -56,6 +67,7 @@ def prune_further(
     *,
     masks: Mapping[str, Tensor] | None = None,
     allow_collapse: bool = False,
+    layout: str | Layout = "csr",
 ) -> Masks:
     """Mask exactly ``ceil(rate * remaining)`` more weights: one round of iterative pruning.
 
@@ -64,12 +76,14 @@ def prune_further(
         rate: fraction of the remaining convolution weights to prune, in [0, 1).
         masks: the current masks of a dense model; a sparse model carries its own.
         allow_collapse: accept a layer that loses every weight.
+        layout: of the current masks and the new ones, as in `prune`.
 
     Returns:
         Module name -> bool mask, each a subset of the current one.
 
     Raises:
         ValueError: as `prune`, or `masks` does not fit the model.
+        UnsupportedError: `layout` is "nm", whose density is fixed.
 
     Source: Frankle and Carbin, The Lottery Ticket Hypothesis (2019), section 2 and appendix on
         global pruning.
@@ -82,6 +96,8 @@ def prune_further(
     """
     if not 0 <= rate < 1:
         raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
+    layout = Layout.parse(layout)
+    check_layouts([("masks", layout)], ("csr", "bcsr", "fanin"), "pruning in rounds")
     weights, active = _convolutions(model)
     for name, mask in (masks or {}).items():
         if name not in active or mask.shape != active[name].shape:
@@ -89,7 +105,7 @@ def prune_further(
         active[name] = active[name] & mask
     remaining = sum(int(mask.sum()) for mask in active.values())
     drop = math.ceil(_as_written(rate) * remaining)
-    return _drop_smallest(weights, active, drop, allow_collapse)
+    return _drop_smallest(weights, active, drop, allow_collapse, layout)
 
 
 def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:
@@ -133,11 +149,15 @@ def _convolutions(model: nn.Module) -> tuple[dict[str, Tensor], Masks]:
 
 
 def _drop_smallest(
-    weights: Mapping[str, Tensor], active: Masks, drop: int, allow_collapse: bool
+    weights: Mapping[str, Tensor], active: Masks, drop: int, allow_collapse: bool, layout: Layout
 ) -> Masks:
     # Pruned positions score below every magnitude, so the kept set stays inside the active one.
     scores = {name: weights[name].abs().masked_fill(~active[name], -1.0) for name in active}
-    masks = global_masks(scores, sum(int(mask.sum()) for mask in active.values()) - drop)
+    nnz = sum(int(mask.sum()) for mask in active.values()) - drop
+    if layout.name == "csr":
+        masks = global_masks(scores, nnz)
+    else:
+        masks = global_layout_masks(scores, nnz, layout)
     if not allow_collapse and (empty := collapsed_layers(masks)):
         raise ValueError(
             f"sparsity: every weight of {', '.join(empty)} would be pruned; "

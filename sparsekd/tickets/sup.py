@@ -20,6 +20,7 @@ from sparsekd.tickets.superposition import (
     Average,
     blank_copy,
     check_average,
+    check_superposable,
     fold_,
     prune_back_,
 )
@@ -127,6 +128,7 @@ class SupTickets:
 
     Raises:
         ValueError: an argument is out of range, or `dst` belongs to another model or optimizer.
+        UnsupportedError: a layer's layout is not "csr" or "bcsr".
 
     Source: Superposing Many Tickets into One (arXiv 2205.15322), algorithm 1. Its code grows by
         gradient whatever the host; here the host's own rule grows.
@@ -166,6 +168,7 @@ class SupTickets:
         if dst.model is not model or dst.optimizer is not opt:
             raise ValueError("dst: expected a method of this model and this optimizer")
         check_fraction(drop_fraction=drop_fraction)
+        check_superposable(model)
         check_average(average, beta)
         self.cycles = Cycles(total_steps, cycle_fraction, cycle_steps, lr)
         self.model, self.optimizer, self.dst = model, opt, dst

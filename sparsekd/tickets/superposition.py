@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from sparsekd.dst import scores
+from sparsekd.dst.grid import Grid, smallest_overall
 from sparsekd.errors import ShapeError
+from sparsekd.layouts import check_layouts
 from sparsekd.nn import SparseModule, sparse_modules
 from sparsekd.sparsity import target_nnz, topk_indices
 
@@ -46,6 +49,7 @@ def superpose(
     Raises:
         ValueError: `models` is empty, or another argument is out of range.
         ShapeError: the networks do not have the same layers.
+        UnsupportedError: a layer's layout is not "csr" or "bcsr".
 
     Source: Superposing Many Tickets into One (arXiv 2205.15322), section 3: connection-aware
         averaging (CAA) and iterative moving averaging (CIMA).
@@ -60,6 +64,7 @@ def superpose(
     if not models:
         raise ValueError("models: expected at least one, got none")
     check_average(average, beta)
+    check_superposable(models[0])
     merged = blank_copy(models[0])
     for count, model in enumerate(models[1:], start=1):
         fold_(merged, model, average, count, beta)
@@ -84,6 +89,19 @@ def check_average(average: str, beta: float = 0.5) -> None:
         raise ValueError(f"average: expected {known}, got {average!r}")
     if not 0 < beta <= 1:
         raise ValueError(f"beta: expected a number in (0, 1], got {beta}")
+
+
+def check_superposable(model: nn.Module) -> None:
+    """Check that the union of masks has the layout of each.
+
+    Args:
+        model: a network with sparse modules.
+
+    Raises:
+        UnsupportedError: a layer's layout is not "csr" or "bcsr".
+    """
+    layouts = ((name, module.layout) for name, module in sparse_modules(model))
+    check_layouts(layouts, ("csr", "bcsr"), "superposition, which takes unions of masks,")
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
@@ -168,6 +186,8 @@ def prune_back_(model: nn.Module, nnz: int) -> None:
     """Keep the `nnz` largest magnitudes of all sparse modules together, in place.
 
     Among equals the earlier layer, then the lower position stays. Where fewer are stored, all stay.
+    Of layouts with tiles those of largest mean magnitude stay, as near to `nnz` weights as they
+    come.
 
     Args:
         model: a network with sparse modules; without one nothing happens.
@@ -180,6 +200,9 @@ def prune_back_(model: nn.Module, nnz: int) -> None:
     stored = [module.values.numel() for module in modules]
     if nnz >= sum(stored):
         return
+    if any(module.layout.name != "csr" for module in modules):
+        _prune_tiles_(dict(sparse_modules(model)), sum(stored) - nnz)
+        return
     kept = topk_indices(torch.cat([module.values.abs() for module in modules]), nnz)
     keep = torch.zeros(sum(stored), dtype=torch.bool, device=kept.device)
     keep[kept] = True
@@ -188,3 +211,12 @@ def prune_back_(model: nn.Module, nnz: int) -> None:
         mask = torch.zeros(topology.numel, dtype=torch.bool, device=topology.device)
         mask[topology.flat_indices()[part]] = True
         module.rewire(mask.view(topology.shape))
+
+
+def _prune_tiles_(modules: Mapping[str, SparseModule], surplus: int) -> None:
+    grids = {name: Grid(module.topology, module.layout) for name, module in modules.items()}
+    score = {n: g.pool(scores.magnitude(modules[n].values)) for n, g in grids.items()}
+    for name, count in smallest_overall(grids, score, surplus).items():
+        grid = grids[name]
+        kept = scores.without(grid.tiles, grid.lowest(score[name], count))
+        modules[name].rewire(grid.expand(kept.mask()))
