@@ -265,13 +265,13 @@ class Tiling:
         return area.expand(self.grid).contiguous()
 
     def pool(self, dense: Tensor) -> Tensor:
-        """Return the sum over each tile.
+        """Return the sum over each tile, detached.
 
         Shape:
             `[rows, channels, *kernel]`, or its matrix `[rows, columns]`, -> `grid`
         """
         sums = dense.new_zeros(self.grid, dtype=_sum_dtype(dense.dtype))
-        self.pool_into(sums, 0, 0, dense.reshape(self.shape[0], math.prod(self.shape[1:])))
+        self.pool_into(sums, 0, 0, dense.detach().reshape(self.shape[0], math.prod(self.shape[1:])))
         return sums
 
     def pool_into(self, sums: Tensor, row: int, column: int, block: Tensor) -> None:

@@ -248,12 +248,13 @@ def test_rigl_follows_the_definition(layout, shape, options):
     twin = conv.to_dense()
     opt = torch.optim.SGD(conv.parameters(), lr=0.1)
     updater = dst.RigL(conv, opt, every=1, until=10)
-    updater.schedule = lambda iteration: 0.45
+    updater.schedule = lambda iteration: 0.7
     mask, weight = conv.topology.mask(), conv.dense_weight().detach()
     x = torch.randn(2, shape[0], 7, 7, dtype=torch.float64)
+    target = torch.randn(conv(x).shape, dtype=torch.float64)
     for module in (conv, twin):
-        module(x).square().sum().backward()
-    expected = naive_rigl(weight, mask, twin.weight.grad, layout, 0.45)
+        (module(x) * target).sum().backward()
+    expected = naive_rigl(weight, mask, twin.weight.grad, layout, 0.7)
     assert updater.step()
     assert torch.equal(conv.topology.mask(), expected)
     assert not torch.equal(expected, mask)
