@@ -15,7 +15,9 @@ import torch
 from typer.testing import CliRunner
 
 import sparsekd
+from sparsekd import models, relayout, sparsify
 from sparsekd.cli import app
+from sparsekd.train import load_state
 
 _QUICK = [
     *("train", "demo", "--epochs", "1", "--sparsity", "0.9", "--method", "lt,kd"),
@@ -115,6 +117,25 @@ def test_methods_are_compared_and_more_can_join(tmp_path):
     for name in ("accuracy_vs_sparsity", "accuracy_vs_flops", "accuracy_vs_time"):
         assert (tmp_path / "figures" / f"{name}.png").exists()
     assert call("compare", "magic", "--out", str(tmp_path)).exit_code == 2
+
+
+def test_a_recipe_trains_on_a_layout(tmp_path):
+    shared = [*_QUICK, "--sparsity", "0.8", "--threads", "1", "--out", str(tmp_path)]
+    shared += ["--set", "data.train_images=200"]
+    result = call(*shared, "--method", "lt,rigl", "--set", "layout=bcsr:8")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "config.json").read_text())["recipe"]["layout"] == "bcsr:8"
+    for method in ("lt", "rigl"):
+        state = load_state(tmp_path / f"seed0/{method}-0.8/final.safetensors")
+        model = sparsify(models.resnet20(num_classes=10, in_channels=1), 0.5, skip="fc")
+        model.load_state_dict(state)
+        assert relayout(model, "bcsr:8") is model
+    fixed = call(*shared, "--method", "lt", "--set", "layout=nm")
+    assert fixed.exit_code == 2
+    assert "layout 'nm:2:4' keeps 2 of 4 weights" in fixed.output
+    refused = call(*shared, "--fresh", "--method", "topkast", "--set", "layout=bcsr:8")
+    assert refused.exit_code == 2
+    assert "TopKAST does not support layout 'bcsr:8'" in refused.output
 
 
 def test_the_reference_backend_can_be_chosen(tmp_path):

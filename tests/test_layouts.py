@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from sparsekd import Layout
 from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.layouts import Tiling
+from sparsekd.nn import sparse_modules
 from sparsekd.sparsity import random_tiles, tile_counts
 
 SHAPES = st.one_of(
@@ -155,3 +159,13 @@ def test_a_mask_that_is_none_is_refused():
         Layout("bcsr").fits(torch.ones(4, 4))
     with pytest.raises(TopologyError, match="dimensions"):
         Layout().fits(torch.ones(4, dtype=torch.bool))
+
+
+def test_the_example_of_the_documentation_runs():
+    page = Path(__file__).parents[1] / "docs" / "layouts.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {}
+    exec(compile(block, page.name, "exec"), scope)
+    assert scope["dst"].last_update
+    assert {module.layout for _, module in sparse_modules(scope["model"])} == {Layout()}

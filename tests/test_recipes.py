@@ -115,6 +115,19 @@ def test_the_published_recipe_of_granet():
     assert (recipe.dynamics.every, recipe.dynamics.drop_fraction) == (1000, 0.5)
 
 
+def test_a_layout_is_a_field_of_every_recipe():
+    recipe = override(get("rigl"), "layout=bcsr")
+    assert recipe.layout == "bcsr:16"
+    recipe.check_layout()
+    with pytest.raises(ValueError, match="layout: expected one of csr, bcsr, fanin, nm"):
+        override(recipe, "layout=blocks")
+    nm = override(recipe, "layout=nm")
+    with pytest.raises(ValueError, match="sparsity: layout 'nm:2:4' keeps 2 of 4 weights"):
+        nm.check_layout()
+    nm = override(override(nm, "sparsities=0.5"), "dynamics.distribution=uniform")
+    nm.check_layout()
+
+
 def test_methods_by_their_long_names_and_dense():
     recipe = replace(get("compare"), methods=("kd-ticket", "dense", "kd"), sparsities=(0.9,))
     assert recipe.methods == ("kd", "dense")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekd.errors import CheckpointError
+from sparsekd import Layout
+from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn import densify, sparse_modules
 from sparsekd.tickets import METHODS, Distillation, Dynamics, Superposition, make_ticket
 from sparsekd.train import (
@@ -276,3 +277,18 @@ def test_a_sup_run_resumes_after_its_last_step(pipeline):
     assert again.epoch == 3
     first, second = (state_hash(pipeline.outcome(t).state_dict()) for t in (trainer, again))
     assert first == second
+
+
+@pytest.mark.parametrize("method", ["lt", "static", "srigl", "gmp", "granet"])
+def test_every_start_has_the_layout(make_pipeline, method):
+    layout = Layout.parse("bcsr:2")
+    pipeline = make_pipeline(layout=layout)
+    save_model(pipeline.checkpoint(0), pipeline.fresh())
+    save_model(pipeline.checkpoint(3), pipeline.fresh("final"))
+    masks = pipeline.masks(METHODS[method], 0.7)
+    model = pipeline.ticket_trainer(METHODS[method], masks, method, 0.7).model
+    for _, module in sparse_modules(model):
+        assert module.layout == layout
+        layout.check(module.topology.mask())
+    with pytest.raises(UnsupportedError, match="method 'snip' does not support layout 'bcsr:2'"):
+        pipeline.masks(METHODS["snip"], 0.7)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsekd import models
+from sparsekd import Layout, models
+from sparsekd.errors import UnsupportedError
 from sparsekd.tickets import collapsed_layers, make_ticket, prune, prune_further
 from sparsekd.train import state_hash
 
@@ -114,3 +115,33 @@ def test_models_that_cannot_be_pruned_raise(net):
         net[0].weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         prune(net, 0.5)
+
+
+@pytest.mark.parametrize("layout", ["bcsr:2", "fanin", "fanin:3x2"])
+def test_tickets_of_a_layout_are_pruned_in_tiles_and_nested(net, layout):
+    layout = Layout.parse(layout)
+    numel = net[0].weight.numel() + net[1].weight.numel()
+    outer = prune(net, 0.4, layout=layout)
+    ticket = make_ticket(net, outer, layout=layout)
+    assert abs(total(outer) - 0.6 * numel) <= 6 * layout.tile[1]
+    inner = prune_further(ticket, 0.3, layout=layout)
+    assert abs(total(inner) - 0.7 * total(outer)) <= 6 * layout.tile[1]
+    for name, mask in inner.items():
+        layout.check(outer[name])
+        layout.check(mask)
+        assert ticket.get_submodule(name).layout == layout
+        assert bool((outer[name] | ~mask).all())
+
+
+def test_n_of_m_is_pruned_once_at_its_own_density(net):
+    masks = prune(net, 0.5, layout="nm:1:2")
+    for name, mask in masks.items():
+        Layout.parse("nm:1:2").check(mask)
+        kept, gone = net.get_submodule(name).weight.abs()[mask], ~mask
+        assert len(kept) * 2 == mask.numel() or int(gone.sum()) < len(kept)
+    with pytest.raises(ValueError, match=r"sparsity: layout 'nm:1:2' keeps 1 of 2 .* got 0\.9"):
+        prune(net, 0.9, layout="nm:1:2")
+    with pytest.raises(
+        UnsupportedError, match="pruning in rounds does not support layout 'nm:1:2'"
+    ):
+        prune_further(net, 0.2, layout="nm:1:2")
