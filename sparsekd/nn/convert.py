@@ -77,8 +77,8 @@ def sparsify(
         skip: names of layers that stay dense, of modules whose layers all do, or fnmatch patterns
             of such names.
         layout: structure that the masks have and keep: "csr" (any), "bcsr" (blocks of 16 x 16),
-            "fanin" (the same number in every row), "nm" (2 of 4 input channels; takes
-            `sparsity=0.5, distribution="uniform"`), or a `sparsekd.Layout` with other numbers.
+            "fanin" (the same number in every row), "nm" (2 of 4 input channels in every layer,
+            with `sparsity=0.5`), or a `sparsekd.Layout` with other numbers.
         seed: seed of the masks (and values); each layer draws from its own generator, so the
             result does not depend on torch's global generator, which is left alone.
         masks: bool masks by layer name, instead of a distribution and criterion; layers without

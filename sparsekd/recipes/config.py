@@ -137,9 +137,9 @@ class Recipe:
             raise ValueError(f"prune_rate: expected a number in (0, 1), got {self.prune_rate}")
 
     def check_layout(self) -> None:
-        """Raise ValueError where sparsities and distribution are not those of the layout."""
+        """Raise ValueError where a sparsity is not that of the layout."""
         for sparsity in self.sparsities:
-            check_fixed_density(Layout.parse(self.layout), sparsity, self.dynamics.distribution)
+            check_fixed_density(Layout.parse(self.layout), sparsity)
 
     def with_epochs(self, epochs: int) -> Recipe:
         """Return the recipe at another length, every epoch number scaled in proportion.

@@ -18,13 +18,12 @@ from sparsekd.sparsity.masks import generator_for, random_mask, topk_mask
 from sparsekd.sparsity.rounding import apportion, check_sparsity, nearest_prefix, target_nnz
 
 
-def check_fixed_density(layout: Layout, sparsity: float, distribution: str = "uniform") -> None:
+def check_fixed_density(layout: Layout, sparsity: float) -> None:
     """Raise ValueError where "nm", whose density is n/m in every layer, is asked for another.
 
     Args:
         layout: any; others than "nm" pass.
         sparsity: fraction of zeros over all layers.
-        distribution: of the nonzeros over the layers.
     """
     if layout.n is None or layout.m is None:
         return
@@ -33,11 +32,6 @@ def check_fixed_density(layout: Layout, sparsity: float, distribution: str = "un
         raise ValueError(
             f"sparsity: layout {str(layout)!r} keeps {layout.n} of {layout.m} weights, "
             f"expected {zeros:g}, got {sparsity!r}"
-        )
-    if distribution != "uniform":
-        raise ValueError(
-            f"distribution: layout {str(layout)!r} gives every layer the same density, "
-            f"expected 'uniform', got {distribution!r}"
         )
 
 
@@ -58,7 +52,7 @@ def tile_counts(
         shapes: weight shape per layer, output channels first.
         sparsity: fraction of zeros over all layers together.
         distribution: "uniform", "er" or "erk".
-        layout: for "nm" the density is fixed, and the distribution "uniform".
+        layout: "nm" fixes the density, the same in every layer whatever the distribution.
 
     Returns:
         Number of tiles per layer; of "csr" and "nm" a tile is a weight.
@@ -71,7 +65,7 @@ def tile_counts(
         >>> tile_counts({"a": (64, 64, 3, 3), "b": (64, 3, 3, 3)}, 0.9, "erk", Layout("bcsr"))
         {'a': 10, 'b': 27}
     """
-    check_fixed_density(layout, sparsity, distribution)
+    check_fixed_density(layout, sparsity)
     if layout.name == "nm":
         kept = {n: layout.runs(shape).areas().clamp(max=layout.n) for n, shape in shapes.items()}
         return {name: int(count.sum()) for name, count in kept.items()}

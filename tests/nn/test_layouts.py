@@ -214,5 +214,5 @@ def test_the_layout_shows_where_there_is_one():
 def test_the_density_of_nm_is_its_own():
     with pytest.raises(ValueError, match=r"sparsity: layout 'nm:2:4' keeps 2 of 4 .* got 0\.9"):
         SparseLinear(8, 8, layout="nm")
-    with pytest.raises(ValueError, match="distribution: layout 'nm:2:4' gives every layer"):
-        skd.sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5, layout="nm")
+    model = skd.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 400)), 0.5, layout="nm")
+    assert [module.topology.density for module in model] == [0.5, 0.5]
