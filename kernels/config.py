@@ -23,10 +23,13 @@ _TABLE = {
     ("sample", "tf32"): {16: (32, 1, 3), 32: (32, 2, 3), 64: (32, 2, 3), 128: (32, 4, 3)},
     ("sample", "ieee"): {16: (32, 2, 2), 32: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 1)},
 }
+SINGLE = 32  # positions of a block where every element has an address of its own
 SMALLEST = 16  # side of the smallest matrix product on tensor cores
 
 
-def choose(kind: str, channels: int, dtype: str, precision: str, positions: int) -> Config:
+def choose(
+    kind: str, channels: int, dtype: str, precision: str, positions: int, *, vectors: bool = True
+) -> Config:
     """Return the sizes for one call.
 
     Args:
@@ -35,10 +38,12 @@ def choose(kind: str, channels: int, dtype: str, precision: str, positions: int)
         dtype: "fp32", "fp16" or "bf16".
         precision: of products in float32, "ieee" or "tf32".
         positions: how many there are in all; a block has no more than it needs.
+        vectors: maps are read in vectors; single elements each take registers for an address.
     """
     arithmetic = precision if dtype == "fp32" else "half"
     config = Config(*_TABLE[kind, arithmetic][channels])
-    return config._replace(positions=min(config.positions, power_of_two(positions)))
+    most = config.positions if vectors else min(config.positions, SINGLE)
+    return config._replace(positions=min(most, power_of_two(positions)))
 
 
 def power_of_two(number: int) -> int:

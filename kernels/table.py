@@ -6,15 +6,23 @@ Tests and tables iterate over `KERNELS`, so no kernel can exist unchecked.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import config, tiles, values
+from . import config, gather, grow, tiles, values
 
 HALVES = ("fp16", "bf16")
 FLOATS = ("fp32", *HALVES)
-_INDICES = {"lists", "outputs", "chunks", "owners", "slots", "places"}
-_POINTERS = {"weight", "bias", "x", "y", "grad", "values", "packed", "result"}
+_INDICES = {"lists", "outputs", "chunks", "owners", "slots", "places", "offsets", "sites"} | {
+    "crow", "offset", "order", "nonzero_row", "taken_row", "taken_col",
+}  # fmt: skip
+_POINTERS = {"weight", "bias", "x", "y", "grad", "values", "packed", "result", "scores"}
+
+_OTHERS = {"partial": "*fp32", "keys": "*i64"}
+_STRIDES = {f"{maps}_{axis}" for maps in "xyg" for axis in ("image", "row", "pixel")} | {
+    "lanes", "out_plane", "positions", "images_each",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,10 @@ class Kernel:
 
     def aligned(self) -> tuple[str, ...]:
         """Return the arguments that are multiples of 16, as they are for layers of usual sizes."""
-        strides = ("_image", "_row", "_pixel")
         return tuple(
             name
-            for name, kind in self.signature("fp32").items()
-            if kind.startswith("*") or name.endswith(strides)
+            for name, kind in self.signature(self.dtypes[0]).items()
+            if kind.startswith("*") or name in _STRIDES
         )
 
     def _type(self, name: str, dtype: str) -> str:
@@ -58,41 +65,66 @@ class Kernel:
             return "constexpr"
         if name in _INDICES:
             return "*i32"
-        if name == "partial":
-            return "*fp32"
+        if name in _OTHERS:
+            return _OTHERS[name]
         return f"*{dtype}" if name in _POINTERS else "i32"
 
 
-def _tiles() -> list[Kernel]:
-    found = []
-    for label, dtypes, precision, sizes in (
-        ("half", HALVES, "ieee", ((16, 16), (32, 32), (64, 64), (128, 64))),
-        ("tf32", ("fp32",), "tf32", ((16, 16), (32, 32), (64, 32), (128, 32))),
-        ("ieee", ("fp32",), "ieee", ((16, 16), (32, 32), (64, 32), (128, 32))),
-    ):
-        for n, k in sizes:
-            shared = {"SPATIAL": True, "EVEN": True, "ALIGN": 16, "PRECISION": precision}
-            shared |= {"BN": n, "BK": k}
-            for kind, fn, names in (
-                ("product", tiles.tile_product, ("BIAS", "BP")),
-                ("sample", tiles.tile_sample, ("IMAGES", "PIXELS")),
-            ):
-                how = config.choose(kind, n, dtypes[0], precision, 1 << 20)
-                constexprs = {**shared, names[0]: 1, names[1]: how.positions}
-                if kind == "product":
-                    constexprs |= {"BIAS": True, "RELU": False}
-                name, mma = f"tile_{kind}_{label}_{n}x{k}", label != "ieee"
-                numbers = how.num_warps, how.num_stages
-                found.append(Kernel(name, fn, constexprs, *numbers, dtypes, mma))
-    for even in found[:2]:
-        constexprs = {**even.constexprs, "EVEN": False, "ALIGN": 1, "SPATIAL": False}
-        name = even.name.replace("half", "ragged_linear")
-        found.append(replace(even, name=name, constexprs=constexprs))
-    return found
+# Kinds of arithmetic: label, dtypes, precision of products in float32, sides of the blocks.
+_ARITHMETIC = (
+    ("half", HALVES, "ieee", ((16, 16), (32, 32), (64, 64), (128, 64))),
+    ("tf32", ("fp32",), "tf32", ((16, 16), (32, 32), (64, 32), (128, 32))),
+    ("ieee", ("fp32",), "ieee", ((16, 16), (32, 32), (64, 32), (128, 32))),
+)
 
+
+def _products(kernels: dict[str, Any], prefix: str, **constexprs: Any) -> Iterator[Kernel]:
+    """Yield the instances of a product and a sample at all sizes and kinds of arithmetic.
+
+    Of columns that lie anywhere the smallest and the largest blocks are enough.
+    """
+    for label, dtypes, precision, sizes in _ARITHMETIC:
+        for n, k in sizes if prefix == "tile" else (sizes[0], sizes[-1]):
+            block = {"PRECISION": precision, "BN": n, "BK": k if prefix == "tile" else 16}
+            for kind, fn in kernels.items():
+                how = config.choose(kind, n, dtypes[0], precision, 1 << 20)
+                if kind == "product":
+                    own = {"BIAS": True, "BP": how.positions}
+                else:
+                    inner, outer = ("PIXELS", "IMAGES") if prefix == "tile" else ("IMAGES", "SITES")
+                    own = {inner: how.positions, outer: 1}
+                    own |= {} if prefix == "tile" else {"VECTOR": 16}
+                name, mma = f"{prefix}_{kind}_{label}_{n}", label != "ieee"
+                known = {**constexprs, **block, **own}
+                yield Kernel(name, fn, known, how.num_warps, how.num_stages, dtypes, mma)
+
+
+def _tiles() -> Iterator[Kernel]:
+    kernels = {"product": tiles.tile_product, "sample": tiles.tile_sample}
+    for kernel in _products(kernels, "tile", SPATIAL=True, EVEN_N=True, EVEN_K=True, ALIGN=16):
+        relu = {"RELU": False} if kernel.fn is tiles.tile_product else {}
+        yield replace(kernel, constexprs={**kernel.constexprs, **relu})
+        if kernel.name in ("tile_product_half_64", "tile_sample_half_64"):
+            ragged = {**kernel.constexprs, **relu, "EVEN_N": False, "EVEN_K": False, "ALIGN": 1}
+            ragged["BP" if relu else "PIXELS"] = config.SINGLE
+            yield replace(kernel, name=kernel.name + "_ragged", constexprs=ragged)
+            linear = {**kernel.constexprs, **relu, "SPATIAL": False}
+            yield replace(kernel, name=kernel.name + "_linear", constexprs=linear)
+
+
+_ROW_SAMPLE = {"SITES": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}
+
+_EXCLUDE = {"TAKEN": grow.TAKEN, "BLOCK": grow.BLOCK}
 
 KERNELS: tuple[Kernel, ...] = (
     *_tiles(),
+    *_products({"product": gather.shared_product, "sample": gather.shared_sample}, "shared"),
+    Kernel("row_product", gather.row_product, {"BIAS": True, "BP": 512}, 4, 3),
+    Kernel(
+        "row_sample", gather.row_sample, {"SITES": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}, 4, 2
+    ),
     Kernel("take_values", values.take_values, {"BLOCK": values.BLOCK}, 4, 1),
-    Kernel("add_parts", values.add_parts, {"BLOCK": values.BLOCK}, 4, 1),
+    Kernel("score_keys", grow.score_keys, {"MAGNITUDE": True, "BLOCK": grow.BLOCK}, 4, 1),
+    Kernel("exclude_taken", grow.exclude_taken, _EXCLUDE, 4, 1, ("fp32",)),
+    Kernel("add_parts", values.add_parts, {"PLACED": True, "BLOCK": values.BLOCK}, 4, 1),
 )

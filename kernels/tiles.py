@@ -10,8 +10,8 @@ channels seen at one offset (dy, dx). `lists` says which chunks belong to which 
     weight        [E, BN, BK], zeros where a chunk is ragged
 
 The input pixel of output (y, x) at offset (dy, dx) is (y * stride_y + dy, x * stride_x + dx); one
-outside the map counts as zero. Input channels start at multiples of ALIGN. EVEN says that no list
-and no chunk is ragged, so that nothing in the inner loop is masked along channels.
+outside the map counts as zero. Lists and chunks start at channels that are multiples of ALIGN.
+EVEN_N says that no list is ragged, EVEN_K that no chunk is; their channels then need no mask.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def tile_product(
     count, positions, high, wide,
     x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
     y_image, y_row, y_pixel,
-    SPATIAL: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, EVEN: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SPATIAL: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of positions for one list of chunks."""
@@ -57,7 +57,7 @@ def tile_product(
             seen = live & (row >= 0) & (row < in_high) & (pixel >= 0) & (pixel < in_wide)
             offset = channel + dy * x_row + dx * x_pixel
         mask = seen[:, None]
-        if not EVEN:
+        if not EVEN_K:
             mask = mask & (k < tl.load(chunks + 4 * e + 1))[None, :]
         a = tl.load(x_at[:, None] + (offset + k)[None, :], mask=mask, other=0.0)
         b = tl.load(weight + e * (BN * BK) + n[None, :] * BK + k[:, None])
@@ -65,7 +65,7 @@ def tile_product(
     first = tl.load(outputs + 2 * which)
     mask = live[:, None]
     kept = n < tl.load(outputs + 2 * which + 1)
-    if not EVEN:
+    if not EVEN_N:
         mask = mask & kept[None, :]
     if BIAS:
         acc += tl.load(bias + first + n, mask=kept, other=0.0).to(tl.float32)[None, :]
@@ -80,7 +80,8 @@ def tile_sample(
     owners, outputs, chunks, grad, x, partial,
     entries, images, pixels, wide, images_each, blocks_each, image_parts,
     g_image, g_row, g_pixel, x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
-    SPATIAL: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SPATIAL: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
     PIXELS: tl.constexpr, IMAGES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of one chunk over one part of the positions, into `partial`.
@@ -117,8 +118,9 @@ def tile_sample(
         for i in range(from_image, to_image, IMAGES):
             here = i + image < to_image
             g_mask, x_mask = (held & here)[None, :], (seen & here)[:, None]
-            if not EVEN:
+            if not EVEN_N:
                 g_mask = g_mask & (n < tl.load(outputs + 2 * which + 1))[:, None]
+            if not EVEN_K:
                 x_mask = x_mask & (k < tl.load(chunks + 4 * e + 1))[None, :]
             a = tl.load(g_at[None, :] + n[:, None], mask=g_mask, other=0.0)
             b = tl.load(x_at[:, None] + k[None, :], mask=x_mask, other=0.0)

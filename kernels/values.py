@@ -17,10 +17,17 @@ def take_values(values, slots, packed, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_parts(partial, places, result, nnz, size, parts, BLOCK: tl.constexpr):
-    """Write the sum over parts, in their order, of what each has at the place of a value."""
+def add_parts(
+    partial, places, result, nnz, size, parts, PLACED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write the sum over parts, in their order, of what each has at the place of a value.
+
+    Unless PLACED, the place of a value is its number.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = partial + tl.load(places + i, mask=i < nnz, other=0)
+    at = partial + i
+    if PLACED:
+        at = partial + tl.load(places + i, mask=i < nnz, other=0)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for _ in range(parts):
         acc += tl.load(at, mask=i < nnz, other=0.0)

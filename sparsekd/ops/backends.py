@@ -44,7 +44,7 @@ _ELSEWHERE = (
     "move the model to the CPU, or run it densely on any device with "
     '`with sparsekd.backend("reference"):`'
 )
-_NO_TRITON = f"this version of sparsekd has no Triton kernels; {_ELSEWHERE}"
+_TRITON = f"on Linux with a GPU, `pip install triton`; or {_ELSEWHERE}"
 _CUDA = (
     "on a machine with a GPU and a torch that has CUDA, build with "
     "`SPARSEKD_CUDA=on pip install .` (needs nvcc on PATH or under CUDA_HOME); "
@@ -61,8 +61,9 @@ BACKENDS = {
         Backend("cpp", "sparsekd.ops.cpp", "cpu", _CPU_DTYPES, _BUILD),
         Backend("dense", "sparsekd.ops.dense", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
         Backend("reference", "sparsekd.ops.reference", None, None, "it is always there"),
-        Backend("triton", None, "cuda", None, _NO_TRITON),
+        Backend("triton", "sparsekd.ops.triton", "cuda", _GPU_DTYPES, _TRITON, "reference"),
         Backend("cuda", "sparsekd.ops.cuda", "cuda", _GPU_DTYPES, _CUDA, "reference"),
+        Backend("gpu", "sparsekd.ops.gpu", "cuda", _GPU_DTYPES, _CUDA, "reference"),
     )
 }
 
@@ -70,6 +71,11 @@ _override: str | None = None
 # os.environ.get raises and catches a KeyError inside; too slow for every call of an op.
 _environment = getattr(os.environ, "_data", os.environ)
 _KEY = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "_data") else VARIABLE
+
+
+def load(name: str) -> tuple[Any, str]:
+    """Return a backend's module, or None and the reason why it cannot run here."""
+    return _load(name)
 
 
 @cache
@@ -113,12 +119,13 @@ def backend(name: str) -> Iterator[None]:
 
     It holds for the whole process, and for the backward passes that run inside it. Outside, the
     environment variable SPARSEKD_BACKEND decides, and without it CPU tensors get "auto" and CUDA
-    tensors "cuda".
+    tensors "gpu".
 
     Args:
         name: "auto" for whichever of "cpp" and "dense" measures faster, op by op; "cpp" for the
             sparse kernels and nothing else; "dense" for torch's kernels on a weight that is
-            densified for each call; "reference", "triton" or "cuda".
+            densified for each call; "reference"; "triton" or "cuda", and "gpu" for whichever of
+            them has the better kernels for the structure of a weight.
 
     Raises:
         BackendError: there is no such backend, or it cannot run here; the text says how to get it.
@@ -157,6 +164,13 @@ def choose_measured(op: str, args: tuple[Any, ...]) -> Any:
     return module(chosen.choose(op, args).backend) if hasattr(chosen, "choose") else chosen
 
 
+def running(op: str, args: tuple[Any, ...]) -> str:
+    """Return the name of the backend whose kernels run a product on operands like these."""
+    chosen = choose_measured(op, args)
+    chosen = chosen.backend_of(op, args) if hasattr(chosen, "backend_of") else chosen
+    return chosen.__name__.rpartition(".")[-1]
+
+
 def _backend_for(x: torch.Tensor) -> Backend:
     name = forced() or _automatic(x.device.type)
     chosen = _get(name)
@@ -173,10 +187,10 @@ def _backend_for(x: torch.Tensor) -> Backend:
 @cache
 def _automatic(device: str) -> str:
     if device == "cuda":
-        loaded, reason = _load("cuda")
+        loaded, reason = _load("gpu")
         if loaded is None:
             raise BackendError(f"no backend for device 'cuda' ({reason}): {_CUDA}")
-        return "cuda"
+        return "gpu"
     if device != "cpu":
         raise BackendError(f"no backend for device {device!r}: {_ELSEWHERE}")
     loaded, reason = _load("cpp")

@@ -66,6 +66,8 @@ class InputGradient(NamedTuple):
 class Structure:
     """Hold a validated copy of index tensors, and the plans made of it.
 
+    `crow`, `col` and `row`, the row of each nonzero, are on the host.
+
     Args:
         crow: start of each row.
         col: column of each nonzero.
@@ -87,33 +89,34 @@ class Structure:
         # copied first and validated after, so nothing changes between the check and the use
         host = [tensor.detach().to("cpu", copy=True) for tensor in (crow, col)]
         _C.validate(*(tensor.numpy() for tensor in host), *self._size)
-        self._crow, self._col = host
-        self._row = row_indices(self._crow, self._col.shape[0])
+        self.crow, self.col = host
+        self.row = row_indices(self.crow, self.col.shape[0])
         for key, (make, plan) in self._plans.items():
             self._plans[key] = make, _overwrite(plan, make())
         self.versions = (crow._version, col._version)
 
     def rows(self) -> Tensor:
         """Return the row of each nonzero, int32 `[nnz]` on the device."""
-        return self._once("rows", lambda: self._upload(self._row))
+        return self.once("rows", lambda: self.upload(self.row))
 
     def cols(self) -> Tensor:
         """Return the column of each nonzero, int32 `[nnz]` on the device."""
-        return self._once("cols", lambda: self._upload(self._col))
+        return self.once("cols", lambda: self.upload(self.col))
 
     def forward(self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]) -> Plan:
         """Plan the forward pass; the weight gradient meets the same sites."""
         key = (conv, *input_size)
-        return self._once(key, lambda: self._forward(conv, input_size, output_size))
+        return self.once(key, lambda: self._forward(conv, input_size, output_size))
 
     def input_gradient(
         self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]
     ) -> InputGradient:
         """Plan the input gradient, a product with the transpose."""
         key = ("dgrad", conv, *input_size)
-        return self._once(key, lambda: self._input_gradient(conv, input_size, output_size))
+        return self.once(key, lambda: self._input_gradient(conv, input_size, output_size))
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what `make` makes: once for each key, and again when the structure changes."""
         if key not in self._plans:
             self._plans[key] = make, make()
         return self._plans[key][1]
@@ -121,9 +124,9 @@ class Structure:
     def _taps(self, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
         """Return the input channel, and the place in the kernel, of each nonzero."""
         rows, channels, high, wide = conv.weight_shape
-        tap = self._col % (high * wide)
-        group = self._row // (rows // conv.groups)
-        return group * channels + self._col // (high * wide), tap // wide, tap % wide
+        tap = self.col % (high * wide)
+        group = self.row // (rows // conv.groups)
+        return group * channels + self.col // (high * wide), tap // wide, tap % wide
 
     def _forward(self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]) -> Plan:
         top, bottom, left, right = conv.padding
@@ -132,7 +135,7 @@ class Structure:
         offset = (channel * high + i * conv.dilation[0]) * wide + j * conv.dilation[1]
         in_row, in_col = conv.stride[0] * wide, conv.stride[1]
         window = Window(output_size[0], output_size[1], in_row, in_col, 0, output_size[1], 1)
-        return self._plan(self._crow, offset, None, window)
+        return self._plan(self.crow, offset, None, window)
 
     def _input_gradient(
         self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]
@@ -140,7 +143,7 @@ class Structure:
         channels, *kernel = conv.weight_shape[1:]
         before = conv.padding[0], conv.padding[2]
         axes = [
-            _phases(input_size[d], before[d], kernel[d], conv.stride[d], conv.dilation[d])
+            axis_phases(input_size[d], before[d], kernel[d], conv.stride[d], conv.dilation[d])
             for d in (0, 1)
         ]
         (top, bottom), (left, right) = (
@@ -156,7 +159,7 @@ class Structure:
                 lengths = torch.bincount(channel[slots], minlength=channels * conv.groups)
                 crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
                 y = down.output[i[slots]] + top
-                offset = (self._row[slots] * high + y) * wide + across.output[j[slots]] + left
+                offset = (self.row[slots] * high + y) * wide + across.output[j[slots]] + left
                 window = Window(
                     down.pixels, across.pixels, wide, 1,
                     down.first * input_size[1] + across.first,
@@ -167,15 +170,16 @@ class Structure:
 
     def _plan(self, crow: Tensor, offset: Tensor, slots: Tensor | None, window: Window) -> Plan:
         order = torch.argsort(crow.diff(), descending=True, stable=True)
-        upload = self._upload
+        upload = self.upload
         if slots is not None:
             # Room for all nonzeros: other taps may be reached once the structure has changed.
-            unused = [0, self._col.shape[0] - slots.shape[0]]
+            unused = [0, self.col.shape[0] - slots.shape[0]]
             slots, offset = (torch.nn.functional.pad(t, unused) for t in (slots, offset))
         which = None if slots is None else upload(slots)
         return Plan(upload(crow), upload(offset), upload(order), which, window)
 
-    def _upload(self, indices: Tensor) -> Tensor:
+    def upload(self, indices: Tensor) -> Tensor:
+        """Return indices as int32 on the device."""
         if indices.numel() and int(indices.max()) >= _MOST_SITES:
             raise UnsupportedError(
                 f"x: backend 'cuda' supports fewer than {_MOST_SITES} pixels of all channels of an "
@@ -184,7 +188,7 @@ class Structure:
         return indices.to(torch.int32).to(self._device)
 
 
-class _Phase(NamedTuple):
+class AxisPhase(NamedTuple):
     """Hold the pixels of an axis that meet the same taps: `first`, and every stride-th after it.
 
     `output[t]` is the output position in which tap `t`, if it `reaches` them, meets the first one.
@@ -196,18 +200,19 @@ class _Phase(NamedTuple):
     output: Tensor
 
 
-def _phases(size: int, before: int, kernel: int, stride: int, dilation: int) -> list[_Phase]:
+def axis_phases(size: int, before: int, kernel: int, stride: int, dilation: int) -> list[AxisPhase]:
+    """Return the phases of an axis; every pixel is in one."""
     taps = torch.arange(kernel) * dilation
     found = []
     for first in range(min(stride, size)):
         distance = first + before - taps
         output = torch.div(distance, stride, rounding_mode="floor")
         pixels = len(range(first, size, stride))
-        found.append(_Phase(first, pixels, distance % stride == 0, output))
+        found.append(AxisPhase(first, pixels, distance % stride == 0, output))
     return found
 
 
-def _reach(phases: list[_Phase], size: int) -> tuple[int, int]:
+def _reach(phases: list[AxisPhase], size: int) -> tuple[int, int]:
     """Return by how much outputs that the phases meet lie before the first and after the last."""
     before = after = 0
     for phase in phases:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsekd.errors import ShapeError
 from sparsekd.modes import in_mode
 from sparsekd.ops import observe
-from sparsekd.ops.backends import choose_measured
+from sparsekd.ops.backends import running
 from sparsekd.ops.breakeven import PassTimes, time_pass
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ class _Watcher:
             return
         alike = (op, *[_key(arg) for arg in args])
         if alike not in self._known:
-            backend = choose_measured(op, args).__name__.rpartition(".")[-1]
-            self._known[alike] = time_pass(op, args, backend)
+            self._known[alike] = time_pass(op, args, running(op, args))
         passes = self.found.setdefault(name, {})
         passes[PASSES[op]] = passes.get(PASSES[op], PassTimes.zero()) + self._known[alike]
         self._advance()

@@ -1,0 +1,165 @@
+"""Products and samples at columns that lie anywhere, of their own or shared by groups of rows.
+
+Maps are packed, `[channel][y][x][image]` with their padding. A pixel of all images is a *site*, and
+a nonzero is one number, the offset in sites from where the output starts to what it reads there.
+Neighbouring positions are neighbours in memory, whatever the columns are, and borders need no test.
+A product writes into a packed map too: output (y, x) of a row reads from site
+`y * in_row + x * in_col` and goes to site `out_origin + y * out_row + x * out_col`. A sample finds
+what an output reads in a table, `sites` int32 [outputs]; its VECTOR divides the number of images.
+
+Rows that share their columns come in lists of at most BN, their columns in chunks of BK:
+
+    lists   int32 [L + 1]   first chunk of each list
+    outputs int32 [L, 2]    first row of a list, and how many there are
+    owners  int32 [E]       list of each chunk
+    offsets int32 [E, BK]   -1 behind the last column of a list
+    weight        [E, BN, BK], zeros there and behind the last row
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sites(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col):
+    """Return where positions read and where they write, in elements."""
+    site, image = p // lanes, p % lanes
+    above, left = site // wide, site % wide
+    reads = (above * in_row + left * in_col).to(tl.int64) * lanes + image
+    writes = (out_origin + above * out_row + left * out_col).to(tl.int64) * lanes + image
+    return reads, writes
+
+
+@triton.jit
+def shared_product(
+    lists, outputs, offsets, weight, bias, x, y,
+    count, positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col, out_plane,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute one block of positions for one list of rows."""
+    program = tl.program_id(0)
+    which = program % count
+    p = (program // count) * BP + tl.arange(0, BP)
+    n, k = tl.arange(0, BN), tl.arange(0, BK)
+    live = p < positions
+    reads, writes = _sites(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
+    x_at = x + reads
+    acc = tl.zeros((BP, BN), dtype=tl.float32)
+    for e in range(tl.load(lists + which), tl.load(lists + which + 1)):
+        offset = tl.load(offsets + e * BK + k)
+        mask = live[:, None] & (offset >= 0)[None, :]
+        at = x_at[:, None] + (offset.to(tl.int64) * lanes)[None, :]
+        a = tl.load(at, mask=mask, other=0.0)
+        b = tl.load(weight + e * (BN * BK) + n[None, :] * BK + k[:, None])
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    row = tl.load(outputs + 2 * which) + n
+    kept = n < tl.load(outputs + 2 * which + 1)
+    if BIAS:
+        acc += tl.load(bias + row, mask=kept, other=0.0).to(tl.float32)[None, :]
+    at = y + writes[:, None] + (row.to(tl.int64) * out_plane)[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & kept[None, :])
+
+
+@triton.jit
+def shared_sample(
+    owners, outputs, offsets, sites, grad, x, partial,
+    entries, count, lanes, images_each, blocks_each, image_parts,
+    PRECISION: tl.constexpr, SITES: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of one chunk over one part of the positions, into `partial`.
+
+    `grad` is packed without padding, `partial` is float32 [parts, E, BN, BK]. A block of positions
+    is SITES outputs of IMAGES images.
+    """
+    e = tl.program_id(0)
+    part = tl.program_id(1)
+    which = tl.load(owners + e)
+    n, k, lane = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, SITES * IMAGES)
+    row = (tl.load(outputs + 2 * which) + n).to(tl.int64) * count * lanes
+    kept = n < tl.load(outputs + 2 * which + 1)
+    offset = tl.load(offsets + e * BK + k)
+    shift = offset.to(tl.int64) * lanes
+    from_image = tl.multiple_of((part % image_parts) * images_each, VECTOR)
+    to_image = tl.multiple_of(tl.minimum(from_image + images_each, lanes), VECTOR)
+    from_block = (part // image_parts) * blocks_each
+    acc = tl.zeros((BN, BK), dtype=tl.float32)
+    for block in range(from_block, from_block + blocks_each):
+        output, image = block * SITES + lane // IMAGES, from_image + lane % IMAGES
+        held = output < count
+        site = tl.load(sites + output, mask=held, other=0)
+        g_at = grad + output.to(tl.int64) * lanes + image
+        x_at = x + site.to(tl.int64) * lanes + image
+        for i in range(from_image, to_image, IMAGES):
+            here = held & (i + lane % IMAGES < to_image)
+            g_mask, x_mask = kept[:, None] & here[None, :], here[:, None] & (offset >= 0)[None, :]
+            a = tl.load(g_at[None, :] + row[:, None], mask=g_mask, other=0.0)
+            b = tl.load(x_at[:, None] + shift[None, :], mask=x_mask, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            g_at += IMAGES
+            x_at += IMAGES
+    at = partial + (part.to(tl.int64) * entries + e) * (BN * BK)
+    tl.store(at + n[:, None] * BK + k[None, :], acc)
+
+
+@triton.jit
+def row_product(
+    crow, offset, order, values, bias, x, y,
+    positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col, out_plane,
+    BIAS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Compute one block of positions of one row, nonzero by nonzero; the longest rows first."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(positions, BP)
+    row = tl.load(order + program // blocks)
+    p = (program % blocks) * BP + tl.arange(0, BP)
+    live = p < positions
+    reads, writes = _sites(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
+    x_at = x + reads
+    acc = tl.zeros((BP,), dtype=tl.float32)
+    for j in range(tl.load(crow + row), tl.load(crow + row + 1)):
+        at = x_at + tl.load(offset + j).to(tl.int64) * lanes
+        value = tl.load(values + j).to(tl.float32)
+        acc += value * tl.load(at, mask=live, other=0.0).to(tl.float32)
+    if BIAS:
+        acc += tl.load(bias + row).to(tl.float32)
+    at = y + row.to(tl.int64) * out_plane + writes
+    tl.store(at, acc.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def row_sample(
+    nonzero_row, offset, sites, grad, x, partial,
+    nnz, count, lanes, images_each, blocks_each, image_parts,
+    SITES: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of BN nonzeros over one part of the positions, as shared_sample does.
+
+    `nonzero_row` and `offset` are those of each nonzero, `partial` is float32 [parts, nnz].
+    """
+    part = tl.program_id(1)
+    nonzero, lane = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, SITES * IMAGES)
+    kept = nonzero < nnz
+    above = tl.load(nonzero_row + nonzero, mask=kept, other=0).to(tl.int64) * count * lanes
+    shift = tl.load(offset + nonzero, mask=kept, other=0).to(tl.int64) * lanes
+    from_image = tl.multiple_of((part % image_parts) * images_each, VECTOR)
+    to_image = tl.multiple_of(tl.minimum(from_image + images_each, lanes), VECTOR)
+    from_block = (part // image_parts) * blocks_each
+    acc = tl.zeros((BN, SITES * IMAGES), dtype=tl.float32)
+    for block in range(from_block, from_block + blocks_each):
+        output, image = block * SITES + lane // IMAGES, from_image + lane % IMAGES
+        held = output < count
+        site = tl.load(sites + output, mask=held, other=0)
+        g_at = grad + output.to(tl.int64) * lanes + image
+        x_at = x + site.to(tl.int64) * lanes + image
+        for i in range(from_image, to_image, IMAGES):
+            here = kept[:, None] & (held & (i + lane % IMAGES < to_image))[None, :]
+            a = tl.load(g_at[None, :] + above[:, None], mask=here, other=0.0).to(tl.float32)
+            b = tl.load(x_at[None, :] + shift[:, None], mask=here, other=0.0).to(tl.float32)
+            acc += a * b
+            g_at += IMAGES
+            x_at += IMAGES
+    tl.store(partial + part.to(tl.int64) * nnz + nonzero, tl.sum(acc, axis=1), mask=kept)

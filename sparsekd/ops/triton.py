@@ -1,0 +1,374 @@
+"""The Triton backend: find the structure of a weight, and run the kernels that it allows.
+
+Tiles are computed as implicit GEMM on channels_last maps, in place. Columns that lie anywhere are
+gathered from packed maps: on tensor cores where groups of rows share them, else row by row.
+Kernels accumulate in float32 and round once. They are queued on torch's current stream; nothing
+waits for the device, except where a structure is seen for the first time, and growth.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsekd.errors import UnsupportedError
+from sparsekd.ops import tiles
+from sparsekd.ops import triton_launch as launch
+from sparsekd.ops.checks import conv2d_shape, geometry
+from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, find_structure
+from sparsekd.ops.layout import memory_format_of, rows_cols
+from sparsekd.ops.tiles import SharedPlan
+from sparsekd.ops.triton_growth import LargestK
+
+__all__ = [
+    "LargestK",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "linear",
+    "linear_dgrad",
+    "linear_wgrad",
+    "suits",
+]
+
+
+def _require_device() -> None:
+    """Raise ImportError where Triton has nothing to run kernels on, its interpreter included."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except RuntimeError as error:
+        raise ImportError("Triton is installed, but sees no GPU") from error
+
+
+_require_device()
+_NO_PADDING = (0, 0, 0, 0)
+_LINEAR = ((1, 1), _NO_PADDING, (1, 1), 1)
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    with _device(x):
+        return _product(x, values, _structure(x, crow, col, conv), bias, conv, _conv_precision(x))
+
+
+def conv2d_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    input_shape: list[int],
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    with _device(grad):
+        structure = _structure(grad, crow, col, conv)
+        return _input_gradient(grad, values, structure, input_shape, conv, _conv_precision(grad))
+
+
+def conv2d_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    with _device(x):
+        return _sample(grad, x, _structure(x, crow, col, conv), conv, _conv_precision(x))
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+) -> Tensor:
+    conv = _pointwise(weight_shape)
+    with _device(x):
+        structure = _structure(x, crow, col, conv)
+        y = _product(_pixels(x), values, structure, bias, conv, _linear_precision(x))
+    return y.reshape(*x.shape[:-1], weight_shape[0])
+
+
+def linear_dgrad(
+    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+) -> Tensor:
+    conv, pixels = _pointwise(weight_shape), _pixels(grad)
+    with _device(grad):
+        structure, shape = _structure(grad, crow, col, conv), [len(pixels), weight_shape[1], 1, 1]
+        dx = _input_gradient(pixels, values, structure, shape, conv, _linear_precision(grad))
+    return dx.reshape(*grad.shape[:-1], weight_shape[1])
+
+
+def linear_wgrad(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+) -> Tensor:
+    conv = _pointwise(weight_shape)
+    with _device(x):
+        structure = _structure(x, crow, col, conv)
+        return _sample(_pixels(grad), _pixels(x), structure, conv, _linear_precision(x))
+
+
+def suits(op: str, args: tuple[Any, ...]) -> bool:
+    """Return whether a weight has structure that these kernels use: tiles, or shared columns.
+
+    Columns that lie anywhere are only worth the copies of the maps that they need where the
+    products run on tensor cores.
+
+    Args:
+        op: the name of a product.
+        args: those of its schema.
+    """
+    x, _, crow, col = args[:4]
+    shape, *rest = geometry(op, args)
+    conv = _conv(shape, *rest) if rest else _pointwise(shape)
+    structure = _structure(x, crow, col, conv)
+    if tiles.is_tiled(structure, conv):
+        return True
+    precision = _conv_precision(x) if rest else _linear_precision(x)
+    on_tensor_cores = x.dtype != torch.float32 or precision == "tf32"
+    return on_tensor_cores and 2 * tiles.find_runs(structure, conv).rows >= tiles.SMALLEST
+
+
+# -- what the ops have in common ------------------------------------------------------------------
+
+
+def _conv(
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Conv:
+    return Conv(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _pointwise(weight_shape: list[int]) -> Conv:
+    return Conv((*weight_shape, 1, 1), *_LINEAR)
+
+
+def _pixels(matrix: Tensor) -> Tensor:
+    """See rows of features as images of one pixel: a linear layer is a 1x1 convolution of them."""
+    rows = math.prod(matrix.shape[:-1])
+    return matrix.reshape(rows, matrix.shape[-1])[:, :, None, None]
+
+
+def _structure(x: Tensor, crow: Tensor, col: Tensor, conv: Conv) -> Structure:
+    if crow.device != x.device or col.device != x.device:
+        raise UnsupportedError(
+            f"crow, col: expected the device of the input, {x.device}, "
+            f"got {crow.device} and {col.device}"
+        )
+    return find_structure(crow, col, *rows_cols(conv.weight_shape))
+
+
+def _device(x: Tensor) -> torch.cuda.device_of:
+    """Launch on the device of a tensor; does nothing where there is only the CPU."""
+    return torch.cuda.device_of(x)
+
+
+def _conv_precision(x: Tensor) -> str:
+    return _precision(x, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+
+
+def _linear_precision(x: Tensor) -> str:
+    return _precision(x, torch.backends.cuda.matmul.fp32_precision)
+
+
+def _precision(x: Tensor, setting: str) -> str:
+    return "tf32" if x.dtype == torch.float32 and setting == "tf32" else "ieee"
+
+
+def _most_k(dtype: torch.dtype) -> int:
+    """Return the most inputs of a chunk: 128 bytes of them."""
+    return tiles.LARGEST_K * 2 // dtype.itemsize
+
+
+def _product(
+    x: Tensor,
+    values: Tensor,
+    structure: Structure,
+    bias: Tensor | None,
+    conv: Conv,
+    precision: str,
+) -> Tensor:
+    shape, most = conv2d_shape(x.shape, *conv), _most_k(x.dtype)
+    bias = None if bias is None else bias.contiguous()
+    lists = tiles.forward(structure, conv, most)
+    if lists is None:
+        plan = structure.forward(conv, x.shape[2:], shape[2:])
+        grouped = tiles.shared(structure, (conv, *x.shape[2:]), plan)
+        lists = None if grouped else tiles.forward(structure, conv, most, padded=True)
+        if lists is None:
+            packed = _pack(x, conv.padding)
+            y = packed.new_empty((*shape[1:], x.shape[0]))
+            _gather(grouped or plan, values, bias, packed, y, precision)
+            return _unpack(y, memory_format_of(x))
+    batch, rows, high, wide = shape
+    inner, y = _channels_inner(x), x.new_empty((batch, high, wide, rows))
+    access = launch.Access(not _is_flat(conv), conv.stride)
+    if y.numel():
+        weight = launch.pack_values(values, lists)
+        maps = _flat(inner, access), _flat(y, access)
+        launch.tile_product(lists, weight, bias, *maps, access, precision)
+    return _channels_outer(y, memory_format_of(x))
+
+
+def _input_gradient(
+    grad: Tensor,
+    values: Tensor,
+    structure: Structure,
+    input_shape: list[int],
+    conv: Conv,
+    precision: str,
+) -> Tensor:
+    batch, channels, *size = input_shape
+    key, most = (size[0], size[1]), _most_k(grad.dtype)
+    phases = tiles.input_gradient(structure, conv, key, most)
+    if phases is None:
+        plan = structure.input_gradient(conv, size, grad.shape[2:])
+        grouped = [
+            tiles.shared(structure, ("dgrad", conv, *size, number), phase)
+            for number, phase in enumerate(plan.phases)
+        ]
+        if not any(grouped):
+            phases = tiles.input_gradient(structure, conv, key, most, padded=True)
+        if phases is None:
+            packed = _pack(grad, plan.padding)
+            dx = packed.new_empty((channels, *size, batch))
+            for rows, group in zip(plan.phases, grouped, strict=True):
+                _gather(group or rows, values, None, packed, dx, precision)
+            return _unpack(dx, memory_format_of(grad))
+    inner, dx = _channels_inner(grad), grad.new_empty((batch, *size, channels))
+    access = launch.Access(not _is_flat(conv), (1, 1))
+    for phase in phases if dx.numel() else ():
+        y, x = (
+            slice(first, None, step) for first, step in zip(phase.first, conv.stride, strict=True)
+        )
+        weight = launch.pack_values(values, phase.lists)
+        maps = _flat(inner, access), _flat(dx[:, y, x], access)
+        launch.tile_product(phase.lists, weight, None, *maps, access, precision)
+    return _channels_outer(dx, memory_format_of(grad))
+
+
+def _sample(grad: Tensor, x: Tensor, structure: Structure, conv: Conv, precision: str) -> Tensor:
+    nnz, most = structure.col.shape[0], _most_k(x.dtype)
+    if nnz == 0:
+        return x.new_empty(0)
+    lists = tiles.forward(structure, conv, most)
+    if lists is None:
+        plan = structure.forward(conv, x.shape[2:], grad.shape[2:])
+        grouped = tiles.shared(structure, (conv, *x.shape[2:]), plan)
+        lists = None if grouped else tiles.forward(structure, conv, most, padded=True)
+        if lists is None:
+            maps = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
+            return _gather_sample(structure, grouped or plan, *maps, precision)
+    access = launch.Access(not _is_flat(conv), conv.stride)
+    maps = _flat(_channels_inner(grad), access), _flat(_channels_inner(x), access)
+    partial = launch.tile_sample(lists, *maps, access, precision)
+    return launch.add_parts(partial, lists.places, x, nnz)
+
+
+# -- tiles: channels innermost --------------------------------------------------------------------
+
+
+def _channels_inner(maps: Tensor) -> Tensor:
+    """Return `[N, H, W, C]`, a view of channels_last maps and a copy of others."""
+    inner = maps.permute(0, 2, 3, 1).contiguous()
+    return inner.view(-1).view(inner.shape)  # with strides that follow from the shape
+
+
+def _channels_outer(maps: Tensor, layout: torch.memory_format) -> Tensor:
+    return maps.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+
+
+def _is_flat(conv: Conv) -> bool:
+    """Return whether each output reads the input pixel of its own number and no other."""
+    return conv.weight_shape[2:] == (1, 1) and conv.stride == (1, 1) and conv.padding == _NO_PADDING
+
+
+def _flat(maps: Tensor, access: launch.Access) -> Tensor:
+    """Return maps as rows of features where nothing depends on where a pixel is."""
+    return maps if access.spatial else maps.reshape(-1, 1, 1, maps.shape[-1])
+
+
+# -- columns that lie anywhere: packed maps -------------------------------------------------------
+
+
+def _pack(maps: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """Return `[channels, height, width, images]`, padding included."""
+    maps = maps.permute(1, 2, 3, 0)
+    top, bottom, left, right = padding
+    if not any(padding):
+        return maps.contiguous()
+    channels, high, wide, images = maps.shape
+    packed = maps.new_zeros((channels, high + top + bottom, wide + left + right, images))
+    packed[:, top : top + high, left : left + wide] = maps
+    return packed
+
+
+def _unpack(packed: Tensor, layout: torch.memory_format) -> Tensor:
+    return packed.permute(3, 0, 1, 2).contiguous(memory_format=layout)
+
+
+def _gather(
+    plan: Plan | SharedPlan,
+    values: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    precision: str,
+) -> None:
+    if y.numel() == 0:
+        return
+    if isinstance(plan, SharedPlan):
+        weight = launch.pack_values(values, plan.lists)
+        launch.shared_product(plan.lists, plan.window, weight, bias, x, y, precision)
+    else:
+        launch.row_product(plan, values, bias, x, y)
+
+
+def _gather_sample(
+    structure: Structure, plan: Plan | SharedPlan, grad: Tensor, x: Tensor, precision: str
+) -> Tensor:
+    window, nnz = plan.window, structure.col.shape[0]
+    sites = structure.once(("sites", window), lambda: structure.upload(_sites(window)))
+    if isinstance(plan, SharedPlan):
+        partial = launch.shared_sample(plan.lists, sites, grad, x, precision)
+        return launch.add_parts(partial, plan.lists.places, x, nnz)
+    partial = launch.row_sample(structure.rows(), plan.offset, sites, grad, x)
+    return launch.add_parts(partial, None, x, nnz)
+
+
+def _sites(window: Window) -> Tensor:
+    """Return the site that each output of a forward pass starts from."""
+    above, left = torch.arange(window.height), torch.arange(window.width)
+    return (above[:, None] * window.in_row + left * window.in_col).flatten()

@@ -1,0 +1,240 @@
+"""Launch the Triton kernels: sizes of blocks, grids, strides. Nothing here waits for a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekd.kernels import config, gather, tiles, values
+from sparsekd.ops.cuda_plans import Plan, Window
+from sparsekd.ops.tiles import Lists
+
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_PROGRAMS = 1024  # of a sample; enough to fill a GPU, and fixed so that sums are cut alike anywhere
+_ROW_POSITIONS, _ROW_SAMPLE, _ROW_NONZEROS = 512, 128, 8
+
+
+class Access(NamedTuple):
+    """Say where output (y, x) of a tile product or sample finds its input.
+
+    `spatial` is False where positions are simply rows of features.
+    """
+
+    spatial: bool
+    stride: tuple[int, ...]
+
+
+def pack_values(of: Tensor, lists: Lists) -> Tensor:
+    """Return values in the order of the kernel, zeros between them."""
+    packed = of.new_empty(lists.slots.shape)
+    if packed.numel():
+        grid = (_blocks(packed.numel(), values.BLOCK),)
+        of = of.contiguous()
+        values.take_values[grid](of, lists.slots, packed, packed.numel(), BLOCK=values.BLOCK)
+    return packed
+
+
+def add_parts(partial: Tensor, places: Tensor | None, like: Tensor, nnz: int) -> Tensor:
+    """Return the gradient of each value, summed over parts, in the dtype of a tensor."""
+    result = like.new_empty(nnz)
+    size = partial[0].numel()
+    grid = (_blocks(nnz, values.BLOCK),)
+    values.add_parts[grid](
+        partial, result if places is None else places, result, nnz, size, partial.shape[0],
+        PLACED=places is not None, BLOCK=values.BLOCK,
+    )  # fmt: skip
+    return result
+
+
+def tile_product(
+    lists: Lists,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    access: Access,
+    precision: str,
+    *,
+    relu: bool = False,
+) -> None:
+    """Write a product over tiles.
+
+    Args:
+        lists: its chunks.
+        weight: packed values.
+        bias: one per output channel, or None.
+        x: maps, channels innermost and dense.
+        y: maps for the result, or a view of every so many pixels of them.
+        access: how the two meet.
+        precision: of products in float32, "ieee" or "tf32".
+        relu: clamp at zero.
+
+    Shape:
+        - x: `[N, H, W, channels]`
+        - y: `[N, H_out, W_out, rows]`
+    """
+    positions = y.shape[0] * y.shape[1] * y.shape[2]
+    how = _choose("product", lists, x, precision, positions)
+    count = lists.outputs.shape[0]
+    tiles.tile_product[count * _blocks(positions, how.positions),](
+        lists.lists, lists.outputs, lists.columns, weight, weight if bias is None else bias, x, y,
+        count, positions, y.shape[1], y.shape[2],
+        *_strides(x), x.shape[1], x.shape[2], *access.stride, *_strides(y),
+        SPATIAL=access.spatial, BIAS=bias is not None, RELU=relu, EVEN_N=lists.even[0],
+        EVEN_K=lists.even[1], ALIGN=lists.align, PRECISION=precision,
+        BP=how.positions, BN=lists.n, BK=lists.k,
+        num_warps=how.num_warps, num_stages=how.num_stages,
+    )  # fmt: skip
+
+
+def tile_sample(lists: Lists, grad: Tensor, x: Tensor, access: Access, precision: str) -> Tensor:
+    """Return the gradient of packed values in parts, float32 `[parts, E, n, k]`.
+
+    Args:
+        lists: the chunks.
+        grad: of the output, channels innermost and dense.
+        x: the input, likewise.
+        access: how the two meet.
+        precision: of products in float32, "ieee" or "tf32".
+    """
+    images, high, wide = grad.shape[:3]
+    how = _choose("sample", lists, x, precision, images * high * wide)
+    pixels = min(how.positions, _ceil(high * wide))
+    parts = _Parts.of(lists.owners.shape[0], images, how.positions // pixels, high * wide, pixels)
+    partial = x.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
+    tiles.tile_sample[lists.owners.shape[0], parts.number](
+        lists.owners, lists.outputs, lists.columns, grad, x, partial,
+        lists.owners.shape[0], images, high * wide, wide, *parts.sizes,
+        *_strides(grad), *_strides(x), x.shape[1], x.shape[2], *access.stride,
+        SPATIAL=access.spatial, EVEN_N=lists.even[0], EVEN_K=lists.even[1], ALIGN=lists.align,
+        PRECISION=precision,
+        PIXELS=pixels, IMAGES=how.positions // pixels, BN=lists.n, BK=lists.k,
+        num_warps=how.num_warps, num_stages=how.num_stages,
+    )  # fmt: skip
+    return partial
+
+
+def shared_product(
+    lists: Lists,
+    window: Window,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    precision: str,
+) -> None:
+    """Write a product whose columns are shared by lists of rows; maps are packed."""
+    lanes = x.shape[-1]
+    positions = window.height * window.width * lanes
+    how = _choose("product", lists, x, precision, positions)
+    count = lists.outputs.shape[0]
+    gather.shared_product[count * _blocks(positions, how.positions),](
+        lists.lists, lists.outputs, lists.columns, weight, weight if bias is None else bias, x, y,
+        count, positions, lanes, *window[1:], y[0].numel(),
+        BIAS=bias is not None, PRECISION=precision,
+        BP=how.positions, BN=lists.n, BK=lists.k,
+        num_warps=how.num_warps, num_stages=how.num_stages,
+    )  # fmt: skip
+
+
+def shared_sample(lists: Lists, sites: Tensor, grad: Tensor, x: Tensor, precision: str) -> Tensor:
+    """Return the gradient of packed values in parts, float32 `[parts, E, n, k]`."""
+    lanes, outputs = x.shape[-1], sites.shape[0]
+    how = _choose("sample", lists, x, precision, lanes * outputs)
+    images = min(how.positions, _ceil(lanes))
+    chunks = lists.owners.shape[0]
+    parts = _Parts.of(chunks, lanes, images, outputs, how.positions // images)
+    partial = x.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
+    gather.shared_sample[chunks, parts.number](
+        lists.owners, lists.outputs, lists.columns, sites, grad, x, partial,
+        chunks, outputs, lanes, *parts.sizes,
+        PRECISION=precision, SITES=how.positions // images, IMAGES=images,
+        VECTOR=math.gcd(lanes, images, 16),
+        BN=lists.n, BK=lists.k, num_warps=how.num_warps, num_stages=how.num_stages,
+    )  # fmt: skip
+    return partial
+
+
+def row_product(plan: Plan, of: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
+    """Write a product row by row; maps are packed."""
+    lanes, rows = x.shape[-1], plan.order.shape[0]
+    positions = plan.window.height * plan.window.width * lanes
+    block = min(_ROW_POSITIONS, config.power_of_two(positions))
+    of = of.contiguous() if plan.slots is None else of.index_select(0, plan.slots)
+    gather.row_product[rows * _blocks(positions, block),](
+        plan.crow, plan.offset, plan.order, of, of if bias is None else bias, x, y,
+        positions, lanes, *plan.window[1:], y[0].numel(),
+        BIAS=bias is not None, BP=block, num_warps=_warps(block, x), num_stages=3,
+    )  # fmt: skip
+
+
+def row_sample(rows: Tensor, offset: Tensor, sites: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of each value in parts, float32 `[parts, nnz]`."""
+    lanes, outputs, nnz = x.shape[-1], sites.shape[0], rows.shape[0]
+    images = min(_ROW_SAMPLE, _ceil(lanes))
+    together = min(_ROW_SAMPLE // images, _ceil(outputs))
+    programs = _blocks(nnz, _ROW_NONZEROS)
+    parts = _Parts.of(programs, lanes, images, outputs, together)
+    partial = x.new_empty((parts.number, nnz), dtype=torch.float32)
+    gather.row_sample[programs, parts.number](
+        rows, offset, sites, grad, x, partial, nnz, outputs, lanes, *parts.sizes,
+        SITES=together, IMAGES=images, VECTOR=math.gcd(lanes, images, 16),
+        BN=_ROW_NONZEROS, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return partial
+
+
+class _Parts(NamedTuple):
+    """Cut the positions of a sample: blocks of pixels, and images, that a part adds up."""
+
+    number: int
+    sizes: tuple[int, int, int]  # images_each, blocks_each, image_parts
+
+    @classmethod
+    def of(cls, programs: int, images: int, step: int, pixels: int, together: int) -> _Parts:
+        """Return a cut into about as many parts as it takes to keep a GPU busy.
+
+        Args:
+            programs: of one part.
+            images: how many there are.
+            step: how many a program computes at once.
+            pixels: of an image.
+            together: how many a program computes at once.
+        """
+        wanted = max(1, _PROGRAMS // max(programs, 1))
+        steps, blocks = max(_blocks(images, step), 1), _blocks(pixels, together)
+        images_each = _blocks(steps, min(steps, wanted)) * step
+        image_parts = max(_blocks(images, images_each), 1)
+        blocks_each = _blocks(blocks, min(blocks, max(wanted // image_parts, 1)))
+        number = image_parts * _blocks(blocks, blocks_each)
+        return cls(number, (images_each, blocks_each, image_parts))
+
+
+def _choose(kind: str, lists: Lists, x: Tensor, precision: str, positions: int) -> config.Config:
+    """Return sizes for tiles, or for columns that lie anywhere: their lists have no ALIGN."""
+    single = lists.align > 0 and not (lists.even[1] and lists.align * x.element_size() >= 16)
+    vectors = not single and x.shape[-1] % 16 == 0  # what Triton asks of strides
+    dtype = _DTYPES[x.dtype]
+    return config.choose(kind, lists.n, dtype, precision, positions, vectors=vectors)
+
+
+def _strides(maps: Tensor) -> Sequence[int]:
+    return maps.stride()[:3]
+
+
+def _warps(positions: int, x: Tensor) -> int:
+    """Return how many warps it takes for each thread to load 16 bytes."""
+    return max(1, positions * x.element_size() // (16 * 32))
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _ceil(count: int) -> int:
+    """Return the smallest power of two that is at least `count`."""
+    return 1 << max(count - 1, 0).bit_length()

@@ -1,0 +1,32 @@
+"""Triton's interpreter runs the kernels on layers of every kind, in a process of its own.
+
+It is chosen by a variable that is read when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="runs in the interpreter already")
+def test_interpreted_kernels_pass() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", HERE / "test_triton_ops.py"]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=600, cwd=HERE.parents[1]
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
