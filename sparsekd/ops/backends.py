@@ -73,13 +73,8 @@ _environment = getattr(os.environ, "_data", os.environ)
 _KEY = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "_data") else VARIABLE
 
 
-def load(name: str) -> tuple[Any, str]:
-    """Return a backend's module, or None and the reason why it cannot run here."""
-    return _load(name)
-
-
 @cache
-def _load(name: str) -> tuple[Any, str]:
+def load(name: str) -> tuple[Any, str]:
     """Return the backend's module, or None and the reason why it cannot run here."""
     path = BACKENDS[name].module
     if path is None:
@@ -92,13 +87,13 @@ def _load(name: str) -> tuple[Any, str]:
 
 def module(name: str) -> Any:
     """Return the functions of a backend that can run here."""
-    return _load(_get(name).name)[0]
+    return load(_get(name).name)[0]
 
 
 def _get(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    loaded, reason = _load(name)
+    loaded, reason = load(name)
     if loaded is None:
         raise BackendError(
             f"backend {name!r} cannot run here ({reason}): {BACKENDS[name].how_to_get}"
@@ -187,13 +182,13 @@ def _backend_for(x: torch.Tensor) -> Backend:
 @cache
 def _automatic(device: str) -> str:
     if device == "cuda":
-        loaded, reason = _load("gpu")
+        loaded, reason = load("gpu")
         if loaded is None:
             raise BackendError(f"no backend for device 'cuda' ({reason}): {_CUDA}")
         return "gpu"
     if device != "cpu":
         raise BackendError(f"no backend for device {device!r}: {_ELSEWHERE}")
-    loaded, reason = _load("cpp")
+    loaded, reason = load("cpp")
     if loaded is not None:
         return "auto"
     warnings.warn(
@@ -220,10 +215,10 @@ def info() -> dict[str, Any]:
     """
     table = {}
     for name, entry in BACKENDS.items():
-        loaded, reason = _load(name)
+        loaded, reason = load(name)
         detail = "" if loaded is not None else f"{reason}: {entry.how_to_get}"
         table[name] = {"available": loaded is not None, "detail": detail}
-    compiled = _load("cpp")[0]
+    compiled = load("cpp")[0]
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -233,5 +228,5 @@ def info() -> dict[str, Any]:
         "default": "auto" if compiled is not None else "reference",
         "backends": table,
         "cpp": {} if compiled is None else compiled.info(),
-        "choices": {} if compiled is None else _load("auto")[0].choices().info(),
+        "choices": {} if compiled is None else load("auto")[0].choices().info(),
     }

@@ -1,9 +1,4 @@
-"""Find the tiles of a structure and make the lists that tile kernels read; see kernels/tiles.py.
-
-A tile is R neighbouring outputs by C neighbouring input channels at one kernel tap that are all
-nonzero. Nothing says in advance what R and C are: they are read off the indices, so a mask that
-happens to have structure runs as fast as one that was made with it.
-"""
+"""Make the lists that the Triton kernels read; see kernels/tiles.py and kernels/gather.py."""
 
 from __future__ import annotations
 
@@ -16,19 +11,20 @@ from torch import Tensor
 
 from sparsekd.errors import UnsupportedError
 from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, axis_phases
+from sparsekd.ops.runs import (
+    SMALLEST,
+    Axis,
+    common_divisor,
+    find_runs,
+    power_of_two,
+    row_starts,
+    side,
+)
 
-SMALLEST = 16  # side of the smallest product on tensor cores
 LARGEST_N, LARGEST_K = 128, 64
 SHARED_K = 16  # columns of a chunk that may lie anywhere
 _LEAST_FILL = 0.25
 _MOST_VALUES = 2**31 - 1024
-
-
-class Runs(NamedTuple):
-    """Hold how many rows share their columns, and how many channels are neighbours in each row."""
-
-    rows: int
-    channels: int
 
 
 class Lists(NamedTuple):
@@ -36,7 +32,8 @@ class Lists(NamedTuple):
 
     `columns` is `chunks` of tiles, or `offsets` of columns that lie anywhere. `slots` int32
     [E, n, k] are the values in the order of the kernel, -1 for zeros, and `places` int32 [values]
-    where each value went. `even` and `align` are what the kernels call EVEN_N, EVEN_K and ALIGN.
+    where each value went, for samples; a product has none. `even` and `align` are what the kernels
+    call EVEN_N, EVEN_K and ALIGN.
     """
 
     lists: Tensor
@@ -59,114 +56,13 @@ class Phase(NamedTuple):
     lists: Lists
 
 
-def find_runs(structure: Structure, conv: Conv) -> Runs:
-    """Return the largest R and C such that the weight consists of tiles R x C.
+def is_tiled(structure: Structure, conv: Conv) -> bool:
+    """Return whether the weight consists of tiles that fill those of the kernels well."""
 
-    The last tile of the rows, and of the channels of a group, may be smaller.
-    """
-    made: list[Runs] = []
+    def make() -> bool:
+        return _sides(structure, conv, LARGEST_N, LARGEST_K, padded=False) is not None
 
-    def make() -> Runs:
-        found = _find_runs(structure, conv)
-        # A changed structure keeps the tiles of the old one if it can, so that plans keep their
-        # sizes: larger ones may be chance, and gone after the next change.
-        if made and not (found.rows % made[0].rows or found.channels % made[0].channels):
-            return made[0]
-        made[:] = [found]
-        return found
-
-    return structure.once(("runs", conv), make)
-
-
-def _find_runs(structure: Structure, conv: Conv) -> Runs:
-    rows, channels, *kernel = conv.weight_shape
-    starts = row_starts(structure.crow, structure.col)
-    bounds = torch.arange(0, rows, max(rows // conv.groups, 1))
-    height = _common(starts, bounds, whole=rows)
-    kept = torch.zeros(rows, dtype=torch.bool)
-    kept[starts] = True
-    taps = math.prod(kernel)
-    here = kept[structure.row]
-    col = structure.col[here].long()
-    key, _ = ((structure.row[here] * taps + col % taps) * channels + col // taps).sort()
-    new = torch.ones(len(key) + 1, dtype=torch.bool)
-    new[1:-1] = (key.diff() != 1) | (key[1:] % channels == 0)
-    ends = (key[new[1:]] + 1) % channels
-    return Runs(height, _common(key[new[:-1]] % channels, ends, whole=channels))
-
-
-def row_starts(crow: Tensor, ids: Tensor) -> Tensor:
-    """Return the rows whose list of ids differs from that of the row above, the first included."""
-    lengths = crow.diff().long()
-    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    alike = torch.zeros(len(lengths), dtype=torch.bool)
-    alike[1:] = lengths[1:] == lengths[:-1]
-    mine = alike[row].nonzero().squeeze(1)
-    other = ids[mine] != ids[mine - lengths[row[mine]]]
-    alike[row[mine[other]]] = False
-    return (~alike).nonzero().squeeze(1)
-
-
-def _common(*starts: Tensor, whole: int) -> int:
-    """Return the largest number that divides all starts; `whole` if there is none but 0."""
-    every = torch.cat([s.long() for s in starts]).unique().tolist()
-    return math.gcd(*every) or whole
-
-
-def side(run: int, whole: int, most: int) -> int:
-    """Return how many neighbours to compute together: a divisor of their run, at most `most`.
-
-    Kernels compute powers of two; of the divisors that fill one well the largest is taken.
-
-    Args:
-        run: how many neighbours are alike.
-        whole: how many there are; a run of all of them can be cut anywhere.
-        most: the largest power of two that the kernel takes.
-    """
-    if run >= whole:
-        sizes = [size for size in (16, 32, 64, 128) if size <= most]
-        return min(sizes, key=lambda size: (-(-whole // size) * size, -size))
-    divisors = [d for d in range(1, min(run, most) + 1) if run % d == 0]
-    return max(divisors, key=lambda d: (min(d / power_of_two(d), 0.75), d))
-
-
-def power_of_two(number: int) -> int:
-    """Return the smallest power of two that is at least `number`, and at least SMALLEST."""
-    return max(SMALLEST, 1 << (number - 1).bit_length())
-
-
-class _Axis(NamedTuple):
-    """Say how the channels of one side of a weight are cut: `size` at a time within each group."""
-
-    groups: int
-    channels: int  # of a group
-    size: int
-
-    @property
-    def parts(self) -> int:
-        return -(-self.channels // self.size)
-
-    def part(self, channel: Tensor) -> Tensor:
-        """Return the part, of all groups, that a channel lies in."""
-        group, within = self.split(channel)
-        return group * self.parts + within // self.size
-
-    def split(self, channel: Tensor) -> tuple[Tensor, Tensor]:
-        return channel // self.channels, channel % self.channels
-
-    def first_and_count(self, part: Tensor) -> Tensor:
-        """Return the first channel of each part and how many it has, int64 [parts, 2]."""
-        within = part % self.parts * self.size
-        first = part // self.parts * self.channels + within
-        return torch.stack([first, (self.channels - within).clamp(max=self.size)], 1)
-
-    @property
-    def even(self) -> bool:
-        return self.channels % self.size == 0 and self.size == power_of_two(self.size)
-
-    @property
-    def align(self) -> int:
-        return math.gcd(16, self.size, self.channels if self.groups > 1 else 0)
+    return structure.once(("tiled", conv), make)
 
 
 def forward(structure: Structure, conv: Conv, most_k: int, *, padded: bool = False) -> Lists | None:
@@ -284,7 +180,7 @@ def _lists(
     tap, channel = col % taps, row // (rows // conv.groups) * channels + col // taps
     out, into = (channel, row) if transposed else (row, channel)
     sizes = (channels, rows // conv.groups) if transposed else (rows // conv.groups, channels)
-    n_axis, k_axis = (_Axis(conv.groups, *pair) for pair in zip(sizes, sides, strict=True))
+    n_axis, k_axis = (Axis(conv.groups, *pair) for pair in zip(sizes, sides, strict=True))
     count = k_axis.parts * conv.groups
     key = (n_axis.part(out) * count + k_axis.part(into)) * taps + tap
     room = len(key.unique())
@@ -303,6 +199,7 @@ def _lists(
         places=entry * n * k + place[slots],
         shape=(n, k),
         room=room,
+        sampled=not transposed,
         even=(n_axis.even, k_axis.even),
         align=math.gcd(n_axis.align, k_axis.align),
     )
@@ -318,6 +215,7 @@ def _upload(
     places: Tensor,
     shape: tuple[int, int],
     room: int,
+    sampled: bool,
     even: tuple[bool, bool],
     align: int,
 ) -> Lists:
@@ -333,6 +231,8 @@ def _upload(
     lists[1:] = torch.bincount(owners, minlength=len(outputs)).cumsum(0)
     unused = room - len(owners)
     owners, columns = F.pad(owners, (0, unused)), F.pad(columns, (0, 0, 0, unused), value=-1)
+    if not sampled:
+        places = places[:0]
     up = structure.upload
     return Lists(
         up(lists), up(outputs), up(owners), up(columns), up(packed), up(places), *shape, even, align
@@ -361,10 +261,10 @@ def _shared(structure: Structure, plan: Plan) -> SharedPlan | None:
     crow = plan.crow.cpu().long()
     rows, values = len(crow) - 1, int(crow[-1])
     offset = plan.offset.cpu()[:values]
-    size = side(_common(row_starts(crow, offset), whole=rows), rows, LARGEST_N)
+    size = side(common_divisor(row_starts(crow, offset), whole=rows), rows, LARGEST_N)
     if 2 * min(size, rows) < power_of_two(size):
         return None
-    axis, n = _Axis(1, rows, size), power_of_two(size)
+    axis, n = Axis(1, rows, size), power_of_two(size)
     outputs = axis.first_and_count(torch.arange(axis.parts))
     lengths = crow.diff()[outputs[:, 0]]
     chunks = -(-lengths // SHARED_K)
@@ -384,6 +284,7 @@ def _shared(structure: Structure, plan: Plan) -> SharedPlan | None:
         places=(entry * n + row % size) * SHARED_K + column % SHARED_K,
         shape=(n, SHARED_K),
         room=len(owners),
+        sampled=plan.slots is None,
         even=(axis.even, False),
         align=0,
     )

@@ -22,6 +22,7 @@ from sparsekd.ops import triton_launch as launch
 from sparsekd.ops.checks import conv2d_shape, geometry
 from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, find_structure
 from sparsekd.ops.layout import memory_format_of, rows_cols
+from sparsekd.ops.runs import SMALLEST, find_runs
 from sparsekd.ops.tiles import SharedPlan
 from sparsekd.ops.triton_growth import LargestK
 
@@ -155,7 +156,7 @@ def suits(op: str, args: tuple[Any, ...]) -> bool:
         return True
     precision = _conv_precision(x) if rest else _linear_precision(x)
     on_tensor_cores = x.dtype != torch.float32 or precision == "tf32"
-    return on_tensor_cores and 2 * tiles.find_runs(structure, conv).rows >= tiles.SMALLEST
+    return on_tensor_cores and 2 * find_runs(structure, conv).rows >= SMALLEST
 
 
 # -- what the ops have in common ------------------------------------------------------------------

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -140,12 +141,12 @@ def on_cuda(
         backends.BACKENDS["cuda"], module=emulated_module.__name__, device="cpu"
     )
     monkeypatch.setitem(backends.BACKENDS, "cuda", entry)
-    backends._load.cache_clear()
+    backends.load.cache_clear()
     emulated.set_order("forward")
     with skd.backend("cuda"):
         yield emulated
     monkeypatch.undo()
-    backends._load.cache_clear()
+    backends.load.cache_clear()
 
 
 @pytest.fixture
@@ -161,6 +162,36 @@ def ptx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     with installed(PtxDriver()) as driver:
         yield driver
+
+
+@pytest.fixture
+def on_triton(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Counter[str]]:
+    """Run the test on the backend "triton", on CPU tensors; count the launches of its products.
+
+    Triton's interpreter runs the kernels where TRITON_INTERPRET is set, else their PTX is executed.
+    """
+    pytest.importorskip("triton", reason="needs Triton")
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    from triton_backend import LAUNCHES, counting, float32_products
+
+    if "TRITON_INTERPRET" not in os.environ:
+        request.getfixturevalue("ptx")
+    from sparsekd.ops import triton_launch
+
+    entry = dataclasses.replace(backends.BACKENDS["triton"], device="cpu")
+    monkeypatch.setitem(backends.BACKENDS, "triton", entry)
+    backends.load.cache_clear()
+    launches: Counter[str] = Counter()
+    for name in LAUNCHES:
+        launch = getattr(triton_launch, name)
+        monkeypatch.setattr(triton_launch, name, counting(launches, name, launch))
+    with skd.backend("triton"), float32_products("ieee"):
+        yield launches
+    monkeypatch.undo()
+    del sys.modules["sparsekd.ops.triton"]  # it was importable only here
+    backends.load.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,31 +11,29 @@ import dataclasses
 import math
 import os
 import random
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
+from triton_backend import float32_products
 
 import sparsekd as skd
-from sparsekd.ops import backends
+from sparsekd import Topology, ops
+from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.testing import (
     LayerCase,
     assert_layer_matches_dense,
+    dense_results,
     poisoned_memory,
     random_layer,
+    relative_error,
+    sparse_results,
+    with_layout,
 )
-
-pytest.importorskip("triton", reason="needs Triton")
-pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, which is faster")
 executed = pytest.mark.skipif(INTERPRETED, reason="the interpreter cannot show it")
-KERNELS = ("tile_product", "tile_sample", "shared_product", "shared_sample",
-           "row_product", "row_sample")  # fmt: skip
 # float32 as the CPU's kernels are held to; halves are rounded once, after sums in float32. TF32
 # has the mantissa of float16, and both factors are rounded to it.
 LIMITS = {torch.float32: 2e-5} | {t: torch.finfo(t).eps for t in (torch.float16, torch.bfloat16)}
@@ -60,50 +58,6 @@ CONV = LayerCase(
 LINEAR = dataclasses.replace(
     CONV, batch=(19,), kernel_size=None, map_size=(1, 1), options={}, layout="contiguous"
 )
-
-
-@pytest.fixture
-def on_triton(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Counter[str]]:
-    """Run the test on the backend "triton", on CPU tensors; count the launches by kernel."""
-    if not INTERPRETED:
-        request.getfixturevalue("ptx")
-    from sparsekd.ops import triton_launch
-
-    entry = dataclasses.replace(backends.BACKENDS["triton"], device="cpu")
-    monkeypatch.setitem(backends.BACKENDS, "triton", entry)
-    backends._load.cache_clear()
-    launches: Counter[str] = Counter()
-    for name in KERNELS:
-        monkeypatch.setattr(triton_launch, name, counting(launches, name, triton_launch))
-    with skd.backend("triton"), float32_products("ieee"):
-        yield launches
-    monkeypatch.undo()
-    del sys.modules["sparsekd.ops.triton"]  # imported because of the driver, which goes now
-    backends._load.cache_clear()
-
-
-def counting(launches: Counter[str], name: str, module) -> Callable:
-    launch = getattr(module, name)
-
-    def run(*args, **kwargs):
-        launches[name] += 1
-        return launch(*args, **kwargs)
-
-    return run
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Set torch's precision of products in float32, "ieee" or "tf32"."""
-    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = precision
-    yield
-    for setting, value in zip(settings, before, strict=True):
-        setting.fp32_precision = value
 
 
 def tiled_layer(seed: int) -> LayerCase:
@@ -197,3 +151,207 @@ def test_compiled_kernels_equal_masked_dense(on_triton, kind: str, dtype) -> Non
     else:
         assert_matches(case, dtype)
     assert set(on_triton) == kernels
+
+
+@executed
+def test_tf32_is_used_where_torch_is_told_to(on_triton) -> None:
+    exact = sparse_results(LINEAR)
+    with float32_products("tf32"):
+        rounded = sparse_results(LINEAR)
+    for name in ("y", "x", "values"):
+        assert relative_error(rounded[name], exact[name]) > LIMITS[torch.float32], name
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "permuted"])
+def test_any_layout_of_maps_and_of_the_output_gradient(on_triton, layout: str) -> None:
+    case = dataclasses.replace(CONV, layout=layout)
+    grad = with_layout(torch.randn(2, 32, 4, 5), layout)
+    expected, actual = dense_results(case, grad.double()), sparse_results(case, grad)
+    for name, tensor in expected.items():
+        assert relative_error(actual[name], tensor) < LIMITS[torch.float32], name
+    formats = {True: torch.channels_last, False: torch.contiguous_format}
+    inner = case.tensors()[2].is_contiguous(memory_format=torch.channels_last)
+    assert actual["y"].is_contiguous(memory_format=formats[inner])
+
+
+@interpreted
+@pytest.mark.parametrize("block", [24, 48, 64, 128])
+@pytest.mark.parametrize("kernel", [None, (1, 1)])
+def test_blocks_of_all_sizes(on_triton, block: int, kernel) -> None:
+    options = {"stride": 1} if kernel else {}
+    case = dataclasses.replace(
+        LINEAR, tile=(block, block), in_features=160, out_features=136, density=0.6,
+        kernel_size=kernel, map_size=(2, 3), options=options, batch=(3,),
+    )  # fmt: skip
+    assert_matches(case, torch.float32)
+    assert set(on_triton) == {"tile_product", "tile_sample"}
+
+
+@interpreted
+def test_relu_in_the_epilogue(on_triton) -> None:
+    from sparsekd.ops import tiles, triton_launch
+    from sparsekd.ops.cuda_plans import Conv, find_structure
+
+    topology, values, x, bias = LINEAR.tensors()
+    conv = Conv((*topology.shape, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    structure = find_structure(topology.crow_indices, topology.col_indices, *topology.shape)
+    lists = tiles.forward(structure, conv, 32)
+    y = x.new_empty(len(x), 1, 1, len(bias))
+    maps = x.view(len(x), 1, 1, -1), y
+    weight, access = triton_launch.pack_values(values, lists), triton_launch.Access(False, (1, 1))
+    triton_launch.tile_product(lists, weight, bias, *maps, access, "ieee", relu=True)
+    expected = skd.functional.linear(topology, values, x, bias).relu()
+    assert torch.equal(y[:, 0, 0], expected)
+    assert (expected == 0).any()
+
+
+@interpreted
+def test_sums_in_parts(on_triton) -> None:
+    """Weight gradients of few nonzeros at many positions are summed in two stages."""
+    for tile, channels in ((1, 1), 2), ((16, 1), 16), ((16, 16), 16):
+        case = dataclasses.replace(
+            CONV, in_features=channels, out_features=channels, batch=(3,), density=1.0,
+            map_size=(9, 10), tile=tile,
+        )  # fmt: skip
+        assert_matches(case, torch.float32)
+
+
+# -- structures -----------------------------------------------------------------------------------
+
+
+@interpreted
+def test_gradients_are_differentiable(on_triton) -> None:
+    topology, values, x, _ = CONV.tensors()
+    gradients = []
+    for name in ("triton", "reference"):
+        leaves = [values.clone().requires_grad_(), x.clone().requires_grad_()]
+        with skd.backend(name):
+            y = skd.functional.conv2d(topology, *leaves, padding=1, stride=2)
+            inner = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+            gradients.append(torch.autograd.grad(sum(g.square().sum() for g in inner), leaves))
+    for ours, expected in zip(*gradients, strict=True):
+        assert relative_error(ours, expected) < 1e-4
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "crow, col",
+    [([0, 3, 2, 3], [0, 3, 1]), ([0, 2, 3, 1000], [0, 3, 1]), ([0, 2, 3, 3], [0, 4, 1])],
+)
+def test_crafted_indices_are_refused_by_every_op(on_triton, crow: list, col: list) -> None:
+    structure = [torch.tensor(indices, dtype=torch.int32) for indices in (crow, col)]
+    x, y, values = torch.ones(2, 4), torch.ones(2, 3), torch.ones(3)
+    maps, upper = x[:, :, None, None], y[:, :, None, None]
+    point = ([3, 4, 1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1)
+    calls = {
+        ops.conv2d: (maps, values, *structure, None, *point),
+        ops.conv2d_dgrad: (upper, values, *structure, [2, 4, 1, 1], *point),
+        ops.conv2d_wgrad: (upper, maps, *structure, *point),
+        ops.linear: (x, values, *structure, None, [3, 4]),
+        ops.linear_dgrad: (y, values, *structure, [3, 4]),
+        ops.linear_wgrad: (y, x, *structure, [3, 4]),
+        ops.grow_topk: (torch.ones(3, 4), *structure, 1),
+    }
+    for op, args in calls.items():
+        with pytest.raises(TopologyError):
+            op(*args)
+
+
+@interpreted
+def test_what_is_not_supported_is_refused(on_triton) -> None:
+    from sparsekd.ops import triton
+
+    topology = Topology.from_mask(torch.eye(3, dtype=torch.bool))
+    with pytest.raises(UnsupportedError, match=r"'triton' supports .*float32.*got torch.float64"):
+        skd.functional.linear(topology, torch.ones(3).double(), torch.ones(2, 3).double())
+    elsewhere = topology.crow_indices.to("meta"), topology.col_indices
+    with pytest.raises(UnsupportedError, match="expected the device of the input, cpu, got meta"):
+        triton.linear(torch.ones(2, 3), torch.ones(3), *elsewhere, None, [3, 3])
+
+
+@interpreted
+def test_plans_of_tiles_stay_where_they_are_when_tiles_move(on_triton) -> None:
+    """What a CUDA graph has recorded stays valid."""
+    from sparsekd.ops import cuda_plans
+
+    cuda_plans._known.clear()
+    torch.manual_seed(0)
+    layer = skd.nn.SparseConv2d(64, 48, 3, stride=2, padding=1, sparsity=0.7, layout="bcsr")
+    skd.make_capturable(layer)
+    x = torch.randn(2, 64, 5, 5, requires_grad=True)
+    layer(x).sum().backward()
+    tensors = plan_tensors()
+    before = [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
+    tiles = layer.topology.mask()[::16, ::16].flatten()
+    moved = tiles[torch.randperm(len(tiles))].view(3, 4, 3, 3)
+    layer.rewire(moved.repeat_interleave(16, 0).repeat_interleave(16, 1))
+    assert [(tensor.data_ptr(), tensor.shape) for tensor in plan_tensors()] == before
+    results = []
+    for name in ("triton", "reference"):
+        with skd.backend(name):
+            y = layer(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, layer.values))])
+    for ours, expected in zip(*results, strict=True):
+        assert relative_error(ours, expected) < 1e-4
+
+
+def plan_tensors() -> list[Tensor]:
+    """Return every tensor that the plans of all structures consist of."""
+    from sparsekd.ops import cuda_plans
+
+    def walk(value) -> list[Tensor]:
+        if isinstance(value, Tensor):
+            return [value]
+        return [t for part in value for t in walk(part)] if isinstance(value, tuple) else []
+
+    known = cuda_plans._known.values()
+    return [t for made, _ in known for _, plan in made._plans.values() for t in walk(plan)]
+
+
+# -- growth ---------------------------------------------------------------------------------------
+
+
+def grow(mask: Tensor, score: Tensor, k: int) -> list[int]:
+    topology = Topology.from_mask(mask)
+    return ops.grow_topk(score, topology.crow_indices, topology.col_indices, k).tolist()
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_growth_equals_sorting_by_score_then_position(on_triton, seed: int, dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = 1 + seed % 5, 3 + 40 * seed
+    mask = torch.rand(rows, cols, generator=generator) < 0.3
+    score = torch.randn(rows, cols, generator=generator)
+    score = (score.round() if seed % 2 else score).to(dtype)  # with ties, -0 and 0 among them
+    free = (~mask).flatten().nonzero().squeeze(1).tolist()
+    flat = score.flatten().tolist()
+    ranked = sorted(free, key=lambda position: (-flat[position], position))
+    for k in (0, 1, len(free) // 3, len(free)):
+        assert grow(mask, score, k) == sorted(ranked[:k])
+
+
+def test_growth_takes_rectangles_as_they_come(on_triton) -> None:
+    from sparsekd.ops.triton_growth import LargestK
+
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(20, 37, generator=generator) < 0.2
+    score = torch.randn(20, 37, generator=generator)
+    topology = Topology.from_mask(mask)
+    best = LargestK(topology.crow_indices, topology.col_indices, 20, 37, 100, torch.float32)
+    for row, rows in ((12, 8), (0, 12)):
+        for col, cols in ((30, 7), (0, 30)):
+            best.offer(score[row : row + rows, col : col + cols], row, col, True)
+    expected = score.abs().masked_fill(mask, -1).flatten().topk(100).indices.sort().values
+    assert torch.equal(best.positions(), expected)
+
+
+def test_infinite_scores_and_nan(on_triton) -> None:
+    mask = torch.tensor([[True, False, False, False]])
+    score = torch.tensor([[math.nan, -math.inf, math.inf, 0.0]])
+    assert grow(mask, score, 2) == [2, 3]
+    assert grow(mask, score, 3) == [1, 2, 3]
+    for k in (0, 1):
+        with pytest.raises(ValueError, match="NaN"):
+            grow(mask, torch.tensor([[0.0, math.nan, 1.0, 2.0]]), k)
