@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Kernels that may spill some bytes: (name, tensors, GPU) and why.
 SPILLS = {
     # Addresses of the output, once a block and after the loop; other sizes would make it slower.
-    ("tile_product_half_32x32", "fp16", "sm_100"): 32,
+    ("tile_product_half_32", "fp16", "sm_100"): 32,
+    # Single elements, each with an address: only for channels that fill no vector.
+    ("tile_sample_half_64_ragged", "fp16", "gfx942"): 19,
+    ("tile_sample_half_64_ragged", "bf16", "gfx942"): 19,
 }
 
 

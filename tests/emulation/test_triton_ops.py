@@ -76,6 +76,7 @@ def tiled_layer(seed: int) -> LayerCase:
         out_features=groups * draw.choice((16, 32, 40, 96)),
         batch=batch,
         options=options,
+        empty_rows=False,  # single rows: no group would be left
         tile=tile,
     )
 
