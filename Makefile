@@ -18,7 +18,7 @@ CMAKE_TESTS := cmake -S . -G Ninja -DSPARSEKD_PYTHON=OFF -DSPARSEKD_TESTS=ON
 DROP_FOREIGN_BUILD := grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' build/*/CMakeCache.txt \
   || rm -rf build
 
-.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize bench gpu-check clean
+.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize gpu-races bench gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.built
@@ -75,6 +75,10 @@ sanitize: $(VENV)/.installed
 	  -DSPARSEKD_SANITIZE=address,undefined
 	cmake --build build/sanitize --target core_tests
 	build/sanitize/core_tests
+
+# Races in the CUDA kernels by ThreadSanitizer, and what else is too slow for every day: minutes.
+gpu-races: $(VENV)/.built
+	$(RUN) -m pytest tests/emulation -m thorough
 
 # Every figure of README.md and docs/performance.md, about twenty minutes on an idle machine. The
 # packages it races against come from `pip install -e '.[bench]'`; without them their arms are left out.

@@ -33,8 +33,10 @@ FLAGS = (
     "-Wno-unknown-pragmas", "-DSPARSEKD_HOST_EMULATION", f"-I{HERE}",
 )  # fmt: skip
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-# Set in the process that runs under the sanitizers, see test_sanitizers.py.
-SANITIZED = "SPARSEKD_EMULATION_SANITIZED" in os.environ
+# Set in a process that runs under sanitizers, see test_sanitizers.py and test_races.py.
+SANITIZED = {"1": SANITIZERS, "thread": ("-fsanitize=thread",)}.get(
+    os.environ.get("SPARSEKD_EMULATION_SANITIZED", ""), ()
+)
 
 Compile = Callable[..., Path]
 
@@ -112,8 +114,7 @@ def sanitizers(compiler: str) -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def emulated(compile_for_the_cpu: Compile) -> Emulated:
     """Return the library of CUDA kernels, compiled for the CPU."""
-    flags = SANITIZERS if SANITIZED else ()
-    return Emulated(compile_for_the_cpu(SOURCES / "kernels.cu", "-O1", "-shared", *flags))
+    return Emulated(compile_for_the_cpu(SOURCES / "kernels.cu", "-O1", "-shared", *SANITIZED))
 
 
 @pytest.fixture(scope="session")

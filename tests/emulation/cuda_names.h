@@ -74,19 +74,15 @@ T __shfl_xor_sync(unsigned mask, T value, int distance, EMULATION_CALLER) {
   return emulation::shuffle(mask, value, (lane ^ distance) % emulation::kLanes, file, line);
 }
 
-// Threads change places only where they meet, so plain memory accesses are atomic.
+// Threads change places only where they meet; that these are atomic is for races.h. They order nothing.
 template <class T>
 T atomicAdd(T* address, T value) {
-  const T before = *address;
-  *address = before + value;
-  return before;
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 template <class T>
 T atomicExch(T* address, T value) {
-  const T before = *address;
-  *address = value;
-  return before;
+  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

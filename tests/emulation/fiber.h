@@ -14,9 +14,11 @@
 #include <ucontext.h>
 #endif
 
+#include "races.h"
+
 namespace emulation {
 
-constexpr size_t kStackBytes = size_t{128} << 10;
+constexpr size_t kStackBytes = size_t{kFindRaces ? 32 : 128} << 10;
 
 // Where a suspended computation goes on.
 struct Context {
@@ -29,6 +31,9 @@ struct Context {
   void* fake_stack = nullptr;
   const void* bottom = nullptr;  // of its stack
   size_t bytes = 0;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* fiber = nullptr;
 #endif
 };
 
@@ -48,6 +53,9 @@ inline void switch_context(Context& from, Context& to, bool last) {
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.bottom, to.bytes);
 #endif
   (void)last;
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(to.fiber, __tsan_switch_to_fiber_no_sync);
+#endif
 #if defined(__x86_64__)
   swap_stacks(&from.stack_pointer, to.stack_pointer);
 #else
@@ -56,6 +64,14 @@ inline void switch_context(Context& from, Context& to, bool last) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
+}
+
+// To be called before the first switch from `context`, on the stack that everything starts from.
+inline void prepare_first(Context& context) {
+#if defined(__SANITIZE_THREAD__)
+  context.fiber = __tsan_get_current_fiber();
+#endif
+  (void)context;
 }
 
 // To be called first on a new stack; says where the stack is that has started it.
@@ -74,6 +90,9 @@ inline void prepare(Context& context, char* stack, void (*entry)()) {
   context.bottom = stack;
   context.bytes = kStackBytes;
 #endif
+#if defined(__SANITIZE_THREAD__)
+  context.fiber = __tsan_create_fiber(0);
+#endif
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
   *--top = nullptr;  // keeps the stack aligned as after a call
@@ -89,12 +108,22 @@ inline void prepare(Context& context, char* stack, void (*entry)()) {
 #endif
 }
 
+// To be called when nobody will go on with `context` any more.
+inline void finish(Context& context) {
+#if defined(__SANITIZE_THREAD__)
+  if (context.fiber) __tsan_destroy_fiber(context.fiber);
+  context.fiber = nullptr;
+#endif
+  (void)context;
+}
+
 // The stacks of a block; only the pages that are touched take memory, and every launch uses them again.
 class Stacks {
  public:
   char* of(unsigned thread) { return memory_ + thread * kStackBytes; }
   void reserve(unsigned threads) {
-    if (threads <= threads_) return;
+    // A stack that another block has used would look like a race with it; a new one does not.
+    if (threads <= threads_ && !kFindRaces) return;
     void* memory = mmap(nullptr, threads * kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();

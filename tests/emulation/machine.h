@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -49,8 +50,11 @@ struct Thread {
   int line = 0;
   Collective collective{};
   uint32_t mask = 0;
-  uint64_t value = 0, result = 0;  // what it gives to a collective, and gets
-  unsigned source = 0;             // the lane that a shuffle reads
+  uint64_t value = 0, result = 0;            // what it gives to a collective, and gets
+  unsigned source = 0;                       // the lane that a shuffle reads
+  unsigned met = 0, synced = 0;              // at how many barriers of its block, of its warp
+  void* tag = nullptr;                       // what it has released for those that it meets, see races.h
+  void* tags[kFindRaces ? kLanes : 1] = {};  // those of the lanes that it has met
 };
 
 struct Shared {
@@ -98,10 +102,12 @@ class Machine {
     }
     grid = dim3(blocks);
     block = threads;
+    const Unseen unseen;
+    prepare_first(scheduler_);
     call_ = [](const void* b) { (*static_cast<const Body*>(b))(); };
     body_ = &body;
     threads_.resize(count);
-    stacks_.reserve(static_cast<unsigned>(count));
+    tags_.clear();
     try {
       for (unsigned i = 0; i < blocks; ++i) {
         block_index = {order == Order::kBackward ? blocks - 1 - i : i, 0, 0};
@@ -111,27 +117,44 @@ class Machine {
       error = fault.what();
       return kLaunchFailure;
     }
+    acquire(&ended_);  // who started this, and what it starts next, come after it
     return kSuccess;
   }
 
-  void barrier(const char* file, int line) { wait(State::kAtBarrier, file, line); }
+  void barrier(const char* file, int line) {
+    const Unseen unseen;
+    // The others may be at the next barrier already when this thread comes back from this one.
+    void* tag = &tags_.back()[current->met++ % 2];
+    release(tag);
+    wait(State::kAtBarrier, file, line);
+    acquire(tag);
+  }
 
   uint64_t collect(Collective what, uint32_t mask, uint64_t value, unsigned source, const char* file,
                    int line) {
+    const Unseen unseen;
     Thread& me = *current;
     me.file = file;
     me.line = line;
+    if (what == Collective::kSync) {  // the others order nothing
+      me.tag = &tags_.back()[2 + 2 * (&me - threads_.data()) + me.synced++ % 2];
+      release(me.tag);
+    }
     if (!(mask >> me.lane & 1)) throw Fault("the mask does not name the calling lane: " + place(me));
     me.collective = what;
     me.mask = mask;
     me.value = value;
     me.source = source;
     wait(State::kInCollective, file, line);
-    return current->result;
+    if (kFindRaces && what == Collective::kSync)
+      for (unsigned lane = 0; lane < kLanes; ++lane)
+        if (mask >> lane & 1) acquire(me.tags[lane]);
+    return me.result;
   }
 
   // The block's memory of the declaration `id`; all ones, which is NaN, until somebody writes.
   char* shared(int id, size_t bytes) {
+    const Unseen unseen;
     constexpr size_t kAlign = 16;
     size_t total = bytes;
     for (Shared& s : shared_) {
@@ -171,7 +194,11 @@ class Machine {
     } catch (...) {
       machine.pending_ = std::current_exception();
     }
-    machine.current->state = State::kDone;
+    release(&machine.ended_);
+    {
+      const Unseen unseen;
+      machine.current->state = State::kDone;
+    }
     switch_context(machine.current->context, machine.scheduler_, true);
     std::abort();
   }
@@ -189,6 +216,9 @@ class Machine {
     for (Shared& s : shared_) ASAN_UNPOISON_MEMORY_REGION(s.bytes.data(), s.bytes.size());
 #endif
     shared_.clear();
+    stacks_.reserve(static_cast<unsigned>(threads_.size()));
+    // Other tags for every block, which nothing orders.
+    tags_.emplace_back(new int64_t[2 + 2 * threads_.size()]);
     turns_.resize(threads_.size());
     for (unsigned i = 0; i < threads_.size(); ++i) {
       Thread& t = threads_[i] = Thread();
@@ -214,7 +244,10 @@ class Machine {
         done += t.state == State::kDone;
         waiting += t.state == State::kAtBarrier;
       }
-      if (done == threads_.size()) return;
+      if (done == threads_.size()) {
+        for (Thread& t : threads_) finish(t.context);
+        return;
+      }
       if (done + waiting == threads_.size())
         complete_barrier();
       else if (!progress)
@@ -271,7 +304,10 @@ class Machine {
                     ", which takes no part: " + place(t));
       t.result = t.collective == Collective::kShuffle ? threads_[first + t.source].value : votes;
     });
-    for_lanes(first, mask, [&](Thread& t) { t.state = State::kReady; });
+    for_lanes(first, mask, [&](Thread& t) {
+      t.state = State::kReady;
+      if (kFindRaces) for_lanes(first, mask, [&](Thread& other) { t.tags[other.lane] = other.tag; });
+    });
     return true;
   }
 
@@ -303,6 +339,8 @@ class Machine {
   std::vector<Shared> shared_;
   Stacks stacks_;
   Context scheduler_;
+  std::vector<std::unique_ptr<int64_t[]>> tags_;  // for races.h, of every block
+  int64_t ended_ = 0;
   std::exception_ptr pending_;
 };
 

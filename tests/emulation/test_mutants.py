@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptx_machine import Module, PtxError, Race
 
 from sparsekd import Topology, ops
 from sparsekd.errors import BackendError
@@ -107,17 +108,23 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[], None], type[Exception]]] = 
 }  # fmt: skip
 
 
+def plant(file: str, before: str, after: str, folder: Path) -> Path:
+    """Return a copy of the sources with a mistake."""
+    headers = folder / "cuda"
+    shutil.copytree(SOURCES, headers)
+    text = (headers / file).read_text()
+    assert text.count(before) == 1, "the planted text has to be there, once"
+    (headers / file).write_text(text.replace(before, after))
+    return headers
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_found(
     name: str, on_cuda, emulated_module, compile_for_the_cpu, tmp_path, monkeypatch
 ) -> None:
     file, before, after, check, failure = MUTANTS[name]
     check()
-    headers = tmp_path / "cuda"
-    shutil.copytree(SOURCES, headers)
-    text = (headers / file).read_text()
-    assert text.count(before) == 1, "the planted text has to be there, once"
-    (headers / file).write_text(text.replace(before, after))
+    headers = plant(file, before, after, tmp_path)
     built = compile_for_the_cpu(headers / "kernels.cu", "-O0", "-shared", headers=headers)
     mutant = type(on_cuda)(built)
     monkeypatch.setattr(emulated_module, "_library", mutant)
@@ -129,3 +136,17 @@ def test_a_planted_mistake_is_found(
         except (WRONG, FAULT) as error:
             found.append(type(error))
     assert failure in found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MUTANTS)
+def test_it_is_found_in_what_nvcc_makes_of_it(
+    name: str, on_ptx, emulated_module, compile_to_ptx, tmp_path, monkeypatch
+) -> None:
+    file, before, after, check, _ = MUTANTS[name]
+    headers = plant(file, before, after, tmp_path)
+    text = compile_to_ptx(headers / "kernels.cu", headers=headers).read_text()
+    check()
+    monkeypatch.setattr(on_ptx, "module", Module(text))
+    with pytest.raises(Race if "barrier before" in name else (WRONG, PtxError)):
+        check()
