@@ -180,6 +180,8 @@ class Layout:
             return None
         if self.name == "nm":
             return self._uneven_run(mask)
+        if self.tile == (1, 1):
+            return self._uneven_groups(mask) if self.name == "fanin" else None
         tiling = self.tiling(mask.shape)
         counts, areas = tiling.pool(mask.to(torch.int32)), tiling.areas(mask.device)
         torn = ((counts > 0) & (counts < areas)).view(-1).nonzero()

@@ -135,11 +135,20 @@ def largest_in_cells(
         high, wide = block.shape
         row_start = torch.arange(row, row + high, device=kept.device)[:, None] * kept.cols
         at = row_start + torch.arange(column, column + wide, device=kept.device)
-        inside = free[row : row + high, column : column + wide]
-        inside = inside & (quota[cell_of(at)] > 0)
+        cell = cell_of(at)
+        inside = free[row : row + high, column : column + wide] & (quota[cell] > 0)
+        if score is not None:  # most of what follows cannot enter: do not sort it
+            inside &= block.abs() >= _lowest_to_enter(score, cell_of(best), quota)[cell]
         at, found = torch.cat([best, at[inside]]), block[inside].abs()
         at, order = at.sort()
         score = (found if score is None else torch.cat([score, found]))[order]
         stay = scores.largest_in_cells(score, cell_of(at), quota)
         best, score = at[stay], score[stay]
     return best
+
+
+def _lowest_to_enter(best: Tensor, cell: Tensor, quota: Tensor) -> Tensor:
+    """Return by cell the lowest of its best scores, 0 where the quota is not filled yet."""
+    lowest = best.new_full(quota.shape, torch.inf).scatter_reduce_(0, cell, best, "amin")
+    filled = torch.bincount(cell, minlength=len(quota)) >= quota
+    return lowest.where(filled, 0.0)

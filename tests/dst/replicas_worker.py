@@ -24,13 +24,13 @@ BATCH = 8
 Loop = Iterator[tuple[nn.Module, dst.Updater]]
 
 
-def network(sparsity: float = 0.7, seed: int = 0) -> nn.Module:
+def network(sparsity: float = 0.7, seed: int = 0, layout: str = "csr") -> nn.Module:
     torch.manual_seed(7)
     model = nn.Sequential(
         *(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2)),
         *(nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)),
     )
-    return sparsify(model.double(), sparsity, seed=seed)
+    return sparsify(model.double(), sparsity, seed=seed, layout=layout)
 
 
 def batch(step: int, rank: int, world: int) -> Tensor:
@@ -43,6 +43,8 @@ def batch(step: int, rank: int, world: int) -> Tensor:
 METHODS: dict[str, Callable[..., dst.Updater]] = {
     "set": lambda m, o: dst.SET(m, o, drop_fraction=0.5, every=2, until=10**6),
     "rigl": lambda m, o: dst.RigL(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "rigl-bcsr": lambda m, o: dst.RigL(m, o, drop_fraction=0.5, every=2, until=10**6),
+    "set-fanin": lambda m, o: dst.SET(m, o, drop_fraction=0.5, every=2, until=10**6),
     "itop": lambda m, o: dst.ITOP(m, o, drop_fraction=0.5, every=2, until=10**6),
     "mest": lambda m, o: dst.MEST(m, o, sparsity=0.7, extra=0.1, every=2, until=10**6),
     "srigl": lambda m, o: dst.SRigL(m, o, drop_fraction=0.5, every=2, until=10**6),
@@ -58,13 +60,14 @@ METHODS: dict[str, Callable[..., dst.Updater]] = {
         m, o, sparsity=0.9, backward_sparsity=0.7, every=2, until=10**6
     ),
 }
+LAYOUTS = {"rigl-bcsr": "bcsr:2", "set-fanin": "fanin:2"}
 DENSE_AT_FIRST = ("gmp", "granet", "acdc", "topkast")
 REWIRES = {name: 100 if name in ("set", "rigl") else 10 for name in METHODS}
 
 
 def train(method: str, steps: int, rank: int, world: int, passes: int = 1) -> dict[str, Any]:
     """Train `steps` steps, on one rank without any DistributedDataParallel."""
-    model = network(0.0 if method in DENSE_AT_FIRST else 0.7)
+    model = network(0.0 if method in DENSE_AT_FIRST else 0.7, layout=LAYOUTS.get(method, "csr"))
     wrapped = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     updater = METHODS[method](model, optimizer)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekd import Topology
@@ -107,3 +107,28 @@ def test_growth_by_score_takes_the_largest_outside_with_ties_to_the_lower_positi
     naive = sorted(free, key=lambda p: (-score[p], p))[:k]
     grown = growers.largest(torch.tensor(score, dtype=torch.float32).view(rows, cols), kept, k)
     assert grown.tolist() == sorted(naive)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 10**6))
+def test_growth_in_cells_takes_the_best_of_each_whatever_the_rectangles(data, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 9))
+    score = torch.randint(-3, 4, (rows, cols), generator=generator).double()  # with ties
+    kept = Topology.from_mask(torch.rand(rows, cols, generator=generator) < 0.3)
+    cell = torch.randint(0, 4, (rows * cols,), generator=generator)
+    quota = torch.randint(0, 5, (4,), generator=generator)
+    high, wide = data.draw(st.integers(1, rows)), data.draw(st.integers(1, cols))
+    blocks = [
+        (r, c, score[r : r + high, c : c + wide])
+        for r in range(0, rows, high)
+        for c in range(0, cols, wide)
+    ]
+    taken, flat = kept.mask().view(-1), score.abs().view(-1)
+    expected = []
+    for name, most in enumerate(quota.tolist()):
+        free = [p for p in range(rows * cols) if cell[p] == name and not taken[p]]
+        expected += sorted(free, key=lambda p: (-float(flat[p]), p))[:most]
+    for order in (blocks, blocks[::-1]):
+        found = growers.largest_in_cells(order, kept, lambda at: cell[at], quota)
+        assert found.tolist() == sorted(expected)
