@@ -200,9 +200,9 @@ void sample_strip(const WgradCall<T>& call, const WgradPlace<T>& place, const St
         const int32_t* begin = plan.list_begin.data() + ch * blocks + b;
         piece.grad = strip.grad + (ch - place.begin) * strip.grad_channel + w * kPixelBytes;
         const int32_t* const list = plan.offset.data() + begin[0];
-        const int32_t count = begin[1] - begin[0], next = begin[blocks] - begin[0];
+        const int32_t count = begin[1] - begin[0];
         if (plan.panel_rows[ch] > 1)
-          sample_panel(plan.panel_rows[ch], piece, list, count, out + begin[0], next);
+          sample_panel(plan.panel_rows[ch], piece, list, count, out + begin[0], begin[blocks] - begin[0]);
         else
           sample_list<T, 1>(piece, list, count, out + begin[0], next);
       }
