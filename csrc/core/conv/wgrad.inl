@@ -204,7 +204,7 @@ void sample_strip(const WgradCall<T>& call, const WgradPlace<T>& place, const St
         if (plan.panel_rows[ch] > 1)
           sample_panel(plan.panel_rows[ch], piece, list, count, out + begin[0], begin[blocks] - begin[0]);
         else
-          sample_list<T, 1>(piece, list, count, out + begin[0], next);
+          sample_list<T, 1>(piece, list, count, out + begin[0], 0);
       }
   }
 }
