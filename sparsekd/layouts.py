@@ -95,7 +95,7 @@ class Layout:
                 "fanin:32x16" (group x block), "nm:1:4" (n:m).
 
         Raises:
-            UnsupportedError: the name is not known.
+            UnsupportedError: the name is not known, or `text` is no text.
             ValueError: the numbers are none, too many, or out of range.
 
         Example:
@@ -104,6 +104,8 @@ class Layout:
         """
         if isinstance(text, Layout):
             return text
+        if not isinstance(text, str):
+            raise UnsupportedError(f"layout: expected a name or a Layout, got {text!r}")
         name, colon, tail = text.partition(":")
         fields = _DEFAULTS.get(name, {})
         numbers = tail.split(_SEPARATOR.get(name, ":")) if colon else []

@@ -122,6 +122,7 @@ def test_names_alone_take_the_usual_numbers():
     ("error", "text", "layout"),
     [
         (UnsupportedError, "expected one of csr, bcsr, fanin, nm, got 'coo'", "coo:3"),
+        (UnsupportedError, "expected a name or a Layout, got 16", 16),
         (ValueError, "expected at most 1 numbers, got 'bcsr:4:4'", "bcsr:4:4"),
         (ValueError, "expected whole numbers after the name, got 'nm:2:x'", "nm:2:x"),
         (ValueError, "block: expected a positive integer, got 0", "bcsr:0"),

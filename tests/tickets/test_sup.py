@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsekd.dst import SET, RigL, Static
-from sparsekd.errors import CheckpointError
-from sparsekd.nn import sparse_modules, sparsify
+from sparsekd.errors import CheckpointError, UnsupportedError
+from sparsekd.nn import SparseLinear, sparse_modules, sparsify
 from sparsekd.tickets import Cycles, SupTickets, kd_loss, superpose
 from sparsekd.train import state_hash
 
@@ -239,3 +239,31 @@ def test_refusals():
         run.train(0, 5).finish()
     with pytest.raises(CheckpointError, match="folded"):
         run.sup.load_state_dict({"dst": run.dst.state_dict(), "merged": None})
+
+
+@pytest.mark.parametrize("prune_each", [False, True])
+def test_tickets_of_blocks_superpose_to_blocks(prune_each):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        SparseLinear(32, 24, layout="bcsr:4"), SparseLinear(24, 8, layout="bcsr:4")
+    )
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    host = RigL(model, opt, drop_fraction=0.5, every=2, until=5)
+    sup = SupTickets(
+        model, opt, host, total_steps=10, cycle_fraction=0.6, cycle_steps=2, prune_each=prune_each
+    )
+    batches = [(torch.randn(4, 32), None) for _ in range(10)]
+    for x, _ in batches:
+        opt.zero_grad()
+        model(x).square().sum().backward()
+        if not sup.step():
+            opt.step()
+    merged = sup.finish(batches)
+    stored = [sum(m.topology.nnz for m in net) for net in (merged, model)]
+    assert stored[0] == stored[1]  # every block has 16 weights
+    for module in merged:
+        module.layout.check(module.topology.mask())
+    fixed = nn.Sequential(SparseLinear(8, 8, sparsity=0.5, layout="nm"))
+    opt = torch.optim.SGD(fixed.parameters(), lr=0.1)
+    with pytest.raises(UnsupportedError, match="superposition, which takes unions of masks, does"):
+        SupTickets(fixed, opt, RigL(fixed, opt, until=5), total_steps=10, cycle_steps=2)
