@@ -1,0 +1,84 @@
+"""Mistakes planted in the Triton kernels themselves, their PTX executed: each is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from ptx_machine import OutOfBounds, PtxError, Race
+
+from sparsekd.kernels import gather, tiles
+from sparsekd.testing import LayerCase, assert_layer_matches_dense
+
+HEAD = """import triton
+import triton.language as tl
+from sparsekd.kernels.gather import _sites
+
+
+"""
+TILES = LayerCase(
+    seed=3,
+    in_features=48,
+    out_features=64,
+    batch=(5,),
+    density=0.6,
+    bias=True,
+    dtype=torch.float32,
+    layout="contiguous",
+    tile=(16, 16),
+)
+ROWS = dataclasses.replace(TILES, out_features=7, tile=(1, 1))
+WRONG = AssertionError
+# The kernel, what is changed in it, the layer that runs, and how it must fail.
+MUTANTS = {
+    "no mask of the input": (
+        tiles.tile_product, "(offset + k)[None, :], mask=mask, other=0.0)",
+        "(offset + k)[None, :])", TILES, OutOfBounds,
+    ),
+    "no mask of the output": (
+        tiles.tile_product, "element_ty), mask=mask)", "element_ty))", TILES, PtxError,
+    ),
+    "the chunk after": (
+        tiles.tile_product, "weight + e *", "weight + (e + 1) *", TILES, OutOfBounds,
+    ),
+    "one chunk too few": (
+        tiles.tile_product, "tl.load(lists + which + 1))", "tl.load(lists + which + 1) - 1)",
+        TILES, WRONG,
+    ),
+    "one list for all programs": (tiles.tile_product, "program % count", "0", TILES, Race),
+    "one place for all chunks": (tiles.tile_sample, "* entries + e)", "* entries)", TILES, Race),
+    "a row for two programs": (
+        gather.row_product, "program // blocks)", "program // blocks // 2)", ROWS, Race,
+    ),
+    "no mask of a row": (
+        gather.row_product, "element_ty), mask=live)", "element_ty))", ROWS, PtxError,
+    ),
+    "no mask of nonzeros": (gather.row_sample, "axis=1), mask=kept)", "axis=1))", ROWS, PtxError),
+}  # fmt: skip
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_found(name: str, on_triton, tmp_path: Path, monkeypatch) -> None:
+    kernel, before, after, case, failure = MUTANTS[name]
+    text, function = inspect.getsource(kernel.fn), kernel.fn.__name__
+    assert text.count(before) == 1, "the planted text has to be there, once"
+    path = tmp_path / "mutant.py"
+    path.write_text(HEAD + text.replace(before, after))
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    assert spec is not None
+    assert spec.loader is not None
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    assert_layer_matches_dense(case)
+    home = tiles if kernel.fn.__module__ == tiles.__name__ else gather
+    monkeypatch.setattr(home, function, getattr(mutant, function))
+    with pytest.raises(failure):
+        assert_layer_matches_dense(case)
