@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekd.layouts import Tiling
 from sparsekd.ops.backends import module
 from sparsekd.ops.checks import geometry
 from sparsekd.ops.layout import rows_cols
 from sparsekd.ops.race import race
 
 _DENSITIES = (0.05, 0.5)
+_TILE = 16
 _TURNS, _MOST_MS = 5, 1000.0
 
 
@@ -114,17 +116,22 @@ def _enough(times: list[list[float]]) -> bool:
 def _with_density(
     op: str, args: tuple[Any, ...], shape: tuple[int, ...], density: float
 ) -> tuple[Any, ...]:
-    """Return the operands with a random structure of another density in place of theirs."""
-    crow, col = _random_structure(*rows_cols(shape), density)
+    """Return the operands with a random structure of another density, in tiles of theirs."""
+    high, wide = module("auto").tile_size(op, args)  # of a weight without zeros one, too large
+    crow, col = _random_structure(shape, (min(high, _TILE), min(wide, _TILE)), density)
     second = args[1] if op.endswith("wgrad") else args[1].new_ones(col.shape[0])
     return args[0], second, crow, col, *args[4:]
 
 
 @lru_cache(maxsize=len(_DENSITIES))
-def _random_structure(rows: int, cols: int, density: float) -> tuple[Tensor, Tensor]:
+def _random_structure(
+    shape: tuple[int, ...], tile: tuple[int, int], density: float
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    mask = torch.rand((rows, cols), generator=generator) < density
-    crow = torch.zeros(rows + 1, dtype=torch.int32)
+    tiling = Tiling(torch.Size(shape), *tile)
+    mask = tiling.expand(torch.rand(tiling.grid, generator=generator) < density)
+    mask = mask.reshape(rows_cols(shape))
+    crow = torch.zeros(shape[0] + 1, dtype=torch.int32)
     crow[1:] = mask.sum(1).cumsum(0)
     return crow, mask.nonzero()[:, 1].to(torch.int32)
 

@@ -6,6 +6,7 @@ Kernels compute in float32 and float64; half precision is computed in float32 an
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,18 @@ def read_bandwidth(bytes_each: int, threads: int, seconds: float) -> float:
 def forget(crow: Tensor, col: Tensor) -> None:
     """Drop the plans that the kernels have made for a structure; they are made anew when needed."""
     _C.release(crow.numpy(), col.numpy())
+
+
+def tile_size(
+    crow: Tensor, col: Tensor, weight_shape: Sequence[int], groups: int
+) -> tuple[int, int]:
+    """Return of how many output times input channels the tiles are that a weight consists of.
+
+    A tile is all nonzero or all zero at one kernel tap; the last of an axis may be smaller.
+    """
+    rows, channels, *kernel = weight_shape
+    taps = math.prod(kernel)
+    return _C.tile_size(_vector(crow), _vector(col), rows, channels * taps, taps, groups)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

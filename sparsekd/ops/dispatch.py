@@ -100,6 +100,9 @@ def describe(op: str, args: tuple[Any, ...]) -> str:
     first, second = args[:2]
     words = [op, str(first.dtype).removeprefix("torch."), f"threads={torch.get_num_threads()}"]
     words.append(f"weight={_times(weight_shape)}")
+    tile = tile_size(op, args)
+    if tile != (1, 1):
+        words.append(f"tiles={_times(tile)}")
     if not conv:
         rows = first.numel() // max(first.shape[-1], 1)
         return " ".join([*words, f"rows=1.05^{density_step(rows)}"])
@@ -108,6 +111,16 @@ def describe(op: str, args: tuple[Any, ...]) -> str:
     words += [f"{name}={_times(sizes)}" for name, sizes in zip(names, conv, strict=False)]
     words += [f"groups={conv[3]}", _layout(first)]
     return " ".join([*words, _layout(second)] if op == "conv2d_wgrad" else words)
+
+
+def tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
+    """Return of how many output times input channels the tiles of the weight are; (1, 1) if none.
+
+    The kernels find them in the indices and load an input once for all rows of a tile, so the time
+    of an op depends on them.
+    """
+    weight_shape, *conv = geometry(op, args)
+    return cpp.tile_size(args[2], args[3], weight_shape, conv[3] if conv else 1)
 
 
 def _input_shape(op: str, args: tuple[Any, ...]) -> Sequence[int]:

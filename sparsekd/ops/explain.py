@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd.errors import ShapeError
+from sparsekd.errors import BackendError, ShapeError
 from sparsekd.modes import in_mode
 from sparsekd.ops import observe
-from sparsekd.ops.backends import running
+from sparsekd.ops.backends import module, running
 from sparsekd.ops.breakeven import PassTimes, time_pass
 
 if TYPE_CHECKING:
@@ -38,12 +38,15 @@ class LayerReport:
         nnz: weights stored.
         passes: what each direction takes and which backend runs it, by "fprop", "dgrad", "wgrad";
             a layer whose input needs no gradient has no dgrad.
+        tile: output and input channels of the tiles that the kernels found the weight to consist
+            of; (1, 1) for one without structure.
     """
 
     name: str
     shape: tuple[int, ...]
     nnz: int
     passes: dict[str, PassTimes]
+    tile: tuple[int, int] = (1, 1)
 
     @property
     def density(self) -> float:
@@ -92,7 +95,7 @@ class Explanation:
         """Return the cells of the table, its header first."""
         names = ("fprop", "dgrad", "wgrad")
         rows: list[tuple[str, ...]] = [
-            ("layer", "weight", "density", *names, "all passes", "break-even")
+            ("layer", "weight", "density", "tiles", *names, "all passes", "break-even")
         ]
         for layer in self.layers:
             cells = [_pair(layer.passes.get(name)) for name in names]
@@ -101,12 +104,13 @@ class Explanation:
                     layer.name,
                     "x".join(map(str, layer.shape)),
                     f"{layer.density:.3g}",
+                    "none" if layer.tile == (1, 1) else "x".join(map(str, layer.tile)),
                     *cells,
                     f"{layer.ms:.3g} / {layer.dense_ms:.3g}",
                     "never" if layer.break_even is None else f"{layer.break_even:.0%}",
                 )
             )
-        rows.append(("total", "", "", "", "", "", f"{self.ms:.3g} / {self.dense_ms:.3g}", ""))
+        rows.append(("total", "", "", "", "", "", "", f"{self.ms:.3g} / {self.dense_ms:.3g}", ""))
         return rows
 
     @property
@@ -114,6 +118,7 @@ class Explanation:
         """How to read the table."""
         return (
             "Passes: ms sparse / dense, * is what runs. All passes: ms as they run / dense. "
+            "Tiles: output x input channels that are there together. "
             "Break-even: the sparsity from which on the sparse kernels are faster. "
             f"{self.threads} threads."
         )
@@ -157,6 +162,7 @@ class _Watcher:
     def __init__(self, layers: dict[str, Any], advance: Callable[[], None]) -> None:
         self.layers = layers
         self.found: dict[str, dict[str, PassTimes]] = {}
+        self.tiles: dict[str, tuple[int, int]] = {}
         self._advance = advance
         self._known: dict[Any, PassTimes] = {}
 
@@ -170,9 +176,19 @@ class _Watcher:
         alike = (op, *[_key(arg) for arg in args])
         if alike not in self._known:
             self._known[alike] = time_pass(op, args, running(op, args))
+        if name not in self.tiles:
+            self.tiles[name] = _tile_size(op, args)
         passes = self.found.setdefault(name, {})
         passes[PASSES[op]] = passes.get(PASSES[op], PassTimes.zero()) + self._known[alike]
         self._advance()
+
+
+def _tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
+    try:
+        dispatch = module("auto")
+    except BackendError:  # no compiled module, and so no kernels that use tiles
+        return 1, 1
+    return dispatch.tile_size(op, (*args[:2], args[2].cpu(), args[3].cpu(), *args[4:]))
 
 
 def _key(arg: Any) -> Any:
@@ -217,7 +233,13 @@ def explain(
             _run(model, _input_like(model, input_shape, memory_format))
     return Explanation(
         tuple(
-            LayerReport(name, tuple(layers[name].weight_shape), layers[name].values.numel(), passes)
+            LayerReport(
+                name,
+                tuple(layers[name].weight_shape),
+                layers[name].values.numel(),
+                passes,
+                watcher.tiles[name],
+            )
             for name, passes in watcher.found.items()
         ),
         torch.get_num_threads(),

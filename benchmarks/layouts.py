@@ -1,0 +1,158 @@
+"""Time layers whose masks have a layout against csr and dense; --help lists the options.
+
+Every convolution of a network at one sparsity: the same number of weights, chosen without structure
+("csr"), with constant fan-in shared by a group of rows ("fanin:R") and in blocks ("bcsr:B"), on the
+sparse kernels in channels_last, and dense torch in its better layout. Before a pass is timed, its
+result is held against dense torch's on the masked weight. The arms of a pass take turns in one
+process. One JSON line a layer and pass goes to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsekd as skd
+from sparsekd.bench import machine
+from sparsekd.bench.arms import Maps, Problem, Run, problem
+from sparsekd.bench.cases import PASSES, LayerCase, conv_layers
+from sparsekd.bench.gate import relative_error, tolerance
+from sparsekd.bench.passes import pass_arms
+from sparsekd.ops import cpp
+from sparsekd.sparsity import generator_for
+from sparsekd.sparsity.tiles import random_tiles, tile_counts
+
+LAYOUTS = "fanin:1,fanin:8,fanin:16,fanin:32,bcsr:16,bcsr:32"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Row = dict[str, Any]
+
+
+def with_layout(case: LayerCase, sparsity: float, layout: str, maps: Maps) -> Problem:
+    """Return a problem whose mask has a layout; "csr" is the one of every other benchmark."""
+    drawn = problem(case, sparsity, maps)
+    if layout == "csr":
+        return drawn
+    kind = skd.Layout.parse(layout)
+    count = tile_counts({"": case.weight_shape}, sparsity, "uniform", kind)[""]
+    mask = random_tiles(case.weight_shape, kind, count, generator_for(0, f"{case.name} {layout}"))
+    weight = torch.randn(case.weight_shape, generator=generator_for(0, f"{case.name} weight"))
+    return Problem(case, maps, weight / case.fan_in**0.5 * mask, mask)
+
+
+def check(given: Problem, name: str, sparse: Run) -> None:
+    """Raise unless a pass of the sparse kernels equals dense torch's on the masked weight."""
+    dense = pass_arms(name)["dense_channels_last"].build(given).results()
+    case = given.case
+    summands = case.positions if name == "wgrad" else max(case.channels, case.outs) * case.kernel**2
+    for what, tensor in sparse.results().items():
+        error = relative_error(tensor, dense[what])
+        if error > tolerance(summands, torch.float32):
+            raise SystemExit(f"{case.name} {name}: {what} is wrong by {error:.2g}")
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Return the milliseconds of each call in every round; a first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            begin = clock()
+            call()
+            if number:
+                times[name].append((clock() - begin) * 1e3)
+    return times
+
+
+def measure(
+    case: LayerCase, name: str, sparsity: float, layouts: list[str], turns: tuple[int, str]
+) -> Row:
+    """Time one pass of one layer with every layout."""
+    maps, calls, nnz, tiles = Maps(case), {}, {}, {}
+    for layout in ("csr", *layouts):
+        given = with_layout(case, sparsity, layout, maps)
+        run = pass_arms(name)["sparsekd_channels_last"].build(given)
+        check(given, name, run)
+        calls[layout], nnz[layout] = run.call, given.nnz
+        indices = skd.Topology.from_mask(given.mask)
+        size = cpp.tile_size(indices.crow_indices, indices.col_indices, case.weight_shape, 1)
+        tiles[layout] = "x".join(map(str, size))
+    dense = problem(case, sparsity, maps)
+    for arm in ("dense_contiguous", "dense_channels_last"):
+        calls[arm] = pass_arms(name)[arm].build(dense).call
+    times = take_turns(calls, turns[0], CLOCKS[turns[1]])
+    ms = {arm: round(statistics.median(taken), 3) for arm, taken in times.items()}
+    # A layout in whole tiles may have some weights more or less: compare the time of a weight.
+    each = {layout: ms[layout] / max(nnz[layout], 1) for layout in nnz}
+    return {
+        "case": case.name,
+        "pass": name,
+        "sparsity": sparsity,
+        "ms": ms,
+        "times": {arm: [round(turn, 3) for turn in taken] for arm, taken in times.items()},
+        "nnz": nnz,
+        "tiles": tiles,
+        "faster_than_csr": {layout: round(each["csr"] / each[layout], 3) for layout in layouts},
+        "faster_than_dense": {
+            layout: round(min(ms["dense_contiguous"], ms["dense_channels_last"]) / ms[layout], 3)
+            for layout in ("csr", *layouts)
+        },
+        "clock": turns[1],
+    }
+
+
+def summary(rows: list[Row], layouts: list[str]) -> str:
+    """Return the geometric means over the layers, a line a pass."""
+    lines = []
+    for name in PASSES:
+        found = [row["faster_than_csr"] for row in rows if row["pass"] == name]
+        means = {
+            layout: math.exp(statistics.fmean(math.log(ratios[layout]) for ratios in found))
+            for layout in layouts
+        }
+        cells = "  ".join(f"{layout} {mean:.2f}" for layout, mean in means.items())
+        lines.append(f"{name}, faster than csr: {cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is asked for, one printed line and one row a pass."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="resnet18")
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--layouts", default=LAYOUTS)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
+    parser.add_argument("--layers", type=int, help="only so many, for a look")
+    parser.add_argument("--out", type=Path, help="JSONL file to append to")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    about = {"machine": machine.describe()}
+    layouts = options.layouts.split(",")
+    rows = []
+    for case in conv_layers((options.network,))[: options.layers]:
+        sized = LayerCase(**vars(case) | {"batch": options.batch})
+        for name in PASSES:
+            turns = options.rounds, options.clock
+            row = measure(sized, name, options.sparsity, layouts, turns)
+            rows.append(row)
+            cells = "  ".join(f"{arm} {ms:.2f}" for arm, ms in row["ms"].items())
+            print(f"{row['case']:>24} {name}  {cells} ms", flush=True)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row | about) + "\n")
+    print(summary(rows, layouts))
+
+
+if __name__ == "__main__":
+    main()
