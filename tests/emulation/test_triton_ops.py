@@ -72,8 +72,8 @@ def tiled_layer(seed: int) -> LayerCase:
     batch = case.batch if math.prod(case.batch) < 9 else (9,)
     return dataclasses.replace(
         case,
-        in_features=groups * draw.choice((16, 40, 48, 96)),
-        out_features=groups * draw.choice((16, 32, 40, 96)),
+        in_features=groups * draw.choice((16, 40, 48)),
+        out_features=groups * draw.choice((16, 32, 40)),
         batch=batch,
         options=options,
         empty_rows=False,  # single rows: no group would be left
