@@ -159,6 +159,8 @@ def test_the_reference_backend_can_be_chosen(tmp_path):
         (["train", "demo", "--threads", "0"], "--threads"),
         (["train", "demo", "--backend", "tpu"], "tpu"),
         (["train", "demo", "--set", "training.speed=1"], "no field 'speed'"),
+        (["train", "demo", "--set", "layout=blocks"], "layout: expected one of csr, bcsr, fanin"),
+        (["explain", "resnet20", "--layout", "coo"], "layout: expected one of csr, bcsr, fanin"),
         (["train", "demo", "--set", "model.name=resnet21"], "resnet21"),
         (["recipes", "nothing"], "recipe"),
         (["report", "/does/not/exist"], "/does/not/exist"),
