@@ -8,18 +8,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from courses import STEPS, assert_same_course
 from torch import Tensor, nn
 
 import sparsekd as skd
-from sparsekd.nn import sparse_modules
 
-STEPS, EVERY, UPDATES = 50, 9, 5
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 
 
@@ -38,54 +35,18 @@ class Block(nn.Module):
         return (y + self.skip(x)).relu()
 
 
-class Course(NamedTuple):
-    """Hold what a run did: its losses, and every mask after each update."""
-
-    losses: list[float]
-    masks: list[dict[str, Tensor]]
-
-
-def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    while True:
-        x = torch.randn(4, 3, 4, 4, generator=generator)
-        yield x, torch.randint(10, (4,), generator=generator)
-
-
-def train(backend: str) -> Course:
+def network() -> nn.Module:
     torch.manual_seed(0)
     stem = nn.Conv2d(3, 16, 3, padding=1)
-    network = nn.Sequential(
-        stem, Block(16, 32, 1), Block(32, 32, 2), nn.Flatten(), nn.Linear(128, 10)
-    )
-    model = skd.sparsify(network, sparsity=0.6, layout="bcsr", seed=0)
-    # Slow enough that rounding stays rounding: a faster run tells its roundings apart, as any does.
-    opt = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
-    dst = skd.dst.RigL(model, opt, drop_fraction=0.3, every=EVERY, until=2 * STEPS)
-    course = Course([], [])
-    with skd.backend(backend):
-        for _, (x, y) in zip(range(STEPS), batches(), strict=False):
-            opt.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            course.losses.append(loss.item())
-            if dst.step():
-                course.masks.append({n: m.topology.mask() for n, m in sparse_modules(model)})
-            else:
-                opt.step()
-    return course
+    blocks = Block(16, 32, 1), Block(32, 32, 2)
+    model = nn.Sequential(stem, *blocks, nn.Flatten(), nn.Linear(128, 10))
+    return skd.sparsify(model, sparsity=0.6, layout="bcsr", seed=0)
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 def test_rigl_makes_the_choices_of_the_cpu(on_triton) -> None:
-    ours, expected = train("triton"), train("cpp")
-    assert len(ours.masks) == len(expected.masks) == UPDATES
-    for masks, same in zip(ours.masks, expected.masks, strict=True):
-        for name, mask in masks.items():
-            assert torch.equal(mask, same[name]), name
-    assert not all(map(torch.equal, ours.masks[0].values(), ours.masks[-1].values()))
-    assert ours.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert_same_course("triton", network, batch=4, size=4)
     assert on_triton["tile_product"] > STEPS
 
 
