@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -61,10 +62,13 @@ def check(given: Problem, name: str, sparse: Run) -> None:
 def take_turns(
     calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of each call in every round; a first round is not counted."""
+    """Return the milliseconds of each call in every round; a first round is not counted.
+
+    The order changes from round to round: what ran before leaves its data in the caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
-        for name, call in calls.items():
+        for name, call in random.Random(number).sample(list(calls.items()), len(calls)):
             begin = clock()
             call()
             if number:
@@ -130,7 +134,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--layouts", default=LAYOUTS)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
     parser.add_argument("--layers", type=int, help="only so many, for a look")
