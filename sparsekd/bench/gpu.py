@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -81,25 +81,18 @@ class GpuArm:
 
     def rules(self) -> AbstractContextManager[Any]:
         """Let float32 products be rounded, or not, while the context lasts."""
-        return _Rules(self.tf32) if torch.cuda.is_available() else nullcontext()
+        return _rounding(self.tf32) if torch.cuda.is_available() else nullcontext()
 
 
-class _Rules(AbstractContextManager[None]):
-    def __init__(self, tf32: bool) -> None:
-        self._wanted = (tf32, tf32)
-
-    def __enter__(self) -> None:
-        self._before = self._set(self._wanted)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self._before)
-
-    @staticmethod
-    def _set(wanted: tuple[bool, bool]) -> tuple[bool, bool]:
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        before = (cudnn.allow_tf32, matmul.allow_tf32)
-        cudnn.allow_tf32, matmul.allow_tf32 = wanted
-        return before
+@contextmanager
+def _rounding(tf32: bool) -> Iterator[None]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 _BF16 = torch.bfloat16

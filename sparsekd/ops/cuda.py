@@ -6,29 +6,18 @@ nothing waits for the device, except where a structure is seen for the first tim
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.ops import cuda_library
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.cuda_plans import Conv, Plan, Structure, find_structure
-from sparsekd.ops.layout import memory_format_of, rows_cols
+from sparsekd.ops.cuda_plans import Plan, conv_of, find_structure, structure_of
+from sparsekd.ops.layout import memory_format_of, pixels
 
 _library = cuda_library.load()
 _NO_PADDING = (0, 0, 0, 0)
 _POINTWISE = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
-
-
-def _structure(x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]) -> Structure:
-    if crow.device != x.device or col.device != x.device:
-        raise UnsupportedError(
-            f"crow, col: expected the device of the input, {x.device}, "
-            f"got {crow.device} and {col.device}"
-        )
-    return find_structure(crow, col, *rows_cols(weight_shape))
 
 
 def _pack(maps: Tensor, padding: tuple[int, ...]) -> Tensor:
@@ -76,9 +65,9 @@ def conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    conv = conv_of(weight_shape, stride, padding, dilation, groups)
     batch, channels, *size = conv2d_shape(x.shape, *conv)
-    plan = _structure(x, crow, col, weight_shape).forward(conv, x.shape[2:], size)
+    plan = structure_of(x, crow, col, weight_shape).forward(conv, x.shape[2:], size)
     packed = _pack(x, conv.padding)
     y = packed.new_empty((channels, *size, packed.shape[3]))
     _gather(plan, values, bias, packed, y)
@@ -97,9 +86,9 @@ def conv2d_dgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    conv = conv_of(weight_shape, stride, padding, dilation, groups)
     batch, channels, *size = input_shape
-    structure = _structure(grad, crow, col, weight_shape)
+    structure = structure_of(grad, crow, col, weight_shape)
     plan = structure.input_gradient(conv, size, grad.shape[2:])
     packed = _pack(grad, plan.padding)
     dx = packed.new_empty((channels, *size, packed.shape[3]))
@@ -119,8 +108,8 @@ def conv2d_wgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    conv = _conv(weight_shape, stride, padding, dilation, groups)
-    structure = _structure(x, crow, col, weight_shape)
+    conv = conv_of(weight_shape, stride, padding, dilation, groups)
+    structure = structure_of(x, crow, col, weight_shape)
     plan = structure.forward(conv, x.shape[2:], grad.shape[2:])
     upper, packed = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
     nnz, (high, wide, lanes) = col.shape[0], upper.shape[1:]
@@ -134,22 +123,6 @@ def conv2d_wgrad(
     return dvalues
 
 
-def _conv(
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Conv:
-    return Conv(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
-def _pixels(matrix: Tensor) -> Tensor:
-    """See rows of features as images of one pixel: a linear layer is a 1x1 convolution of them."""
-    rows = math.prod(matrix.shape[:-1])
-    return matrix.reshape(rows, matrix.shape[-1])[:, :, None, None]
-
-
 def linear(
     x: Tensor,
     values: Tensor,
@@ -159,23 +132,23 @@ def linear(
     weight_shape: list[int],
 ) -> Tensor:
     shape = [*weight_shape, 1, 1]
-    y = conv2d(_pixels(x), values, crow, col, bias, shape, *_POINTWISE)
+    y = conv2d(pixels(x), values, crow, col, bias, shape, *_POINTWISE)
     return y.view(*x.shape[:-1], weight_shape[0])
 
 
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    pixels, shape = _pixels(grad), [*weight_shape, 1, 1]
-    input_shape = [pixels.shape[0], weight_shape[1], 1, 1]
-    dx = conv2d_dgrad(pixels, values, crow, col, input_shape, shape, *_POINTWISE)
+    images, shape = pixels(grad), [*weight_shape, 1, 1]
+    input_shape = [images.shape[0], weight_shape[1], 1, 1]
+    dx = conv2d_dgrad(images, values, crow, col, input_shape, shape, *_POINTWISE)
     return dx.view(*grad.shape[:-1], weight_shape[1])
 
 
 def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    return conv2d_wgrad(_pixels(grad), _pixels(x), crow, col, [*weight_shape, 1, 1], *_POINTWISE)
+    return conv2d_wgrad(pixels(grad), pixels(x), crow, col, [*weight_shape, 1, 1], *_POINTWISE)
 
 
 class LargestK:

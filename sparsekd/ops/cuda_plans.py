@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import sparsekd._C as _C
 from sparsekd.csr import row_indices
 from sparsekd.errors import UnsupportedError
+from sparsekd.ops.layout import rows_cols
 
 _MOST_SITES = 2**31 - 1024
 
@@ -29,6 +30,17 @@ class Conv(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+
+def conv_of(
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Conv:
+    """Return what a schema's lists say of a convolution, in a form that keys can hold."""
+    return Conv(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 class Window(NamedTuple):
@@ -260,6 +272,21 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
     if structure.versions != (crow._version, col._version):
         structure.read(crow, col)
     return structure
+
+
+def structure_of(x: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[int]) -> Structure:
+    """Return the validated structure of a weight that is to meet `x`.
+
+    Raises:
+        TopologyError: the index tensors are no structure of this weight.
+        UnsupportedError: they are on another device than `x`.
+    """
+    if crow.device != x.device or col.device != x.device:
+        raise UnsupportedError(
+            f"crow, col: expected the device of the input, {x.device}, "
+            f"got {crow.device} and {col.device}"
+        )
+    return find_structure(crow, col, *rows_cols(weight_shape))
 
 
 def renew(crow: Tensor, col: Tensor) -> None:

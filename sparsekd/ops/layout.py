@@ -1,4 +1,4 @@
-"""Memory layout of results, and the weight seen as a matrix."""
+"""Memory layout of results, the weight seen as a matrix, and a matrix seen as maps."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 def rows_cols(weight_shape: Sequence[int]) -> tuple[int, int]:
     """Return the shape of the weight as a matrix: output channels by everything else."""
     return weight_shape[0], math.prod(weight_shape[1:])
+
+
+def pixels(matrix: Tensor) -> Tensor:
+    """See rows of features as images of one pixel: a linear layer is a 1x1 convolution of them."""
+    rows = math.prod(matrix.shape[:-1])
+    return matrix.reshape(rows, matrix.shape[-1])[:, :, None, None]

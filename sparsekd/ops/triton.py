@@ -8,7 +8,6 @@ waits for the device, except where a structure is seen for the first time, and g
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -16,12 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsekd.errors import UnsupportedError
 from sparsekd.ops import tiles
 from sparsekd.ops import triton_launch as launch
 from sparsekd.ops.checks import conv2d_shape, geometry
-from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, find_structure
-from sparsekd.ops.layout import memory_format_of, rows_cols
+from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, conv_of, structure_of
+from sparsekd.ops.layout import memory_format_of, pixels
 from sparsekd.ops.runs import SMALLEST, find_runs
 from sparsekd.ops.tiles import SharedPlan
 from sparsekd.ops.triton_growth import LargestK
@@ -65,9 +63,10 @@ def conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    conv = conv_of(weight_shape, stride, padding, dilation, groups)
     with _device(x):
-        return _product(x, values, _structure(x, crow, col, conv), bias, conv, _conv_precision(x))
+        structure = structure_of(x, crow, col, weight_shape)
+        return _product(x, values, structure, bias, conv, _conv_precision(x))
 
 
 def conv2d_dgrad(
@@ -82,9 +81,9 @@ def conv2d_dgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    conv = conv_of(weight_shape, stride, padding, dilation, groups)
     with _device(grad):
-        structure = _structure(grad, crow, col, conv)
+        structure = structure_of(grad, crow, col, weight_shape)
         return _input_gradient(grad, values, structure, input_shape, conv, _conv_precision(grad))
 
 
@@ -99,9 +98,10 @@ def conv2d_wgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    conv = _conv(weight_shape, stride, padding, dilation, groups)
+    conv = conv_of(weight_shape, stride, padding, dilation, groups)
     with _device(x):
-        return _sample(grad, x, _structure(x, crow, col, conv), conv, _conv_precision(x))
+        structure = structure_of(x, crow, col, weight_shape)
+        return _sample(grad, x, structure, conv, _conv_precision(x))
 
 
 def linear(
@@ -114,18 +114,19 @@ def linear(
 ) -> Tensor:
     conv = _pointwise(weight_shape)
     with _device(x):
-        structure = _structure(x, crow, col, conv)
-        y = _product(_pixels(x), values, structure, bias, conv, _linear_precision(x))
+        structure = structure_of(x, crow, col, weight_shape)
+        y = _product(pixels(x), values, structure, bias, conv, _linear_precision(x))
     return y.reshape(*x.shape[:-1], weight_shape[0])
 
 
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    conv, pixels = _pointwise(weight_shape), _pixels(grad)
+    conv, images = _pointwise(weight_shape), pixels(grad)
     with _device(grad):
-        structure, shape = _structure(grad, crow, col, conv), [len(pixels), weight_shape[1], 1, 1]
-        dx = _input_gradient(pixels, values, structure, shape, conv, _linear_precision(grad))
+        structure = structure_of(grad, crow, col, weight_shape)
+        shape = [len(images), weight_shape[1], 1, 1]
+        dx = _input_gradient(images, values, structure, shape, conv, _linear_precision(grad))
     return dx.reshape(*grad.shape[:-1], weight_shape[1])
 
 
@@ -134,8 +135,8 @@ def linear_wgrad(
 ) -> Tensor:
     conv = _pointwise(weight_shape)
     with _device(x):
-        structure = _structure(x, crow, col, conv)
-        return _sample(_pixels(grad), _pixels(x), structure, conv, _linear_precision(x))
+        structure = structure_of(x, crow, col, weight_shape)
+        return _sample(pixels(grad), pixels(x), structure, conv, _linear_precision(x))
 
 
 def suits(op: str, args: tuple[Any, ...]) -> bool:
@@ -150,8 +151,8 @@ def suits(op: str, args: tuple[Any, ...]) -> bool:
     """
     x, _, crow, col = args[:4]
     shape, *rest = geometry(op, args)
-    conv = _conv(shape, *rest) if rest else _pointwise(shape)
-    structure = _structure(x, crow, col, conv)
+    conv = conv_of(shape, *rest) if rest else _pointwise(shape)
+    structure = structure_of(x, crow, col, shape)
     if tiles.is_tiled(structure, conv):
         return True
     precision = _conv_precision(x) if rest else _linear_precision(x)
@@ -162,33 +163,8 @@ def suits(op: str, args: tuple[Any, ...]) -> bool:
 # -- what the ops have in common ------------------------------------------------------------------
 
 
-def _conv(
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Conv:
-    return Conv(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
 def _pointwise(weight_shape: list[int]) -> Conv:
     return Conv((*weight_shape, 1, 1), *_LINEAR)
-
-
-def _pixels(matrix: Tensor) -> Tensor:
-    """See rows of features as images of one pixel: a linear layer is a 1x1 convolution of them."""
-    rows = math.prod(matrix.shape[:-1])
-    return matrix.reshape(rows, matrix.shape[-1])[:, :, None, None]
-
-
-def _structure(x: Tensor, crow: Tensor, col: Tensor, conv: Conv) -> Structure:
-    if crow.device != x.device or col.device != x.device:
-        raise UnsupportedError(
-            f"crow, col: expected the device of the input, {x.device}, "
-            f"got {crow.device} and {col.device}"
-        )
-    return find_structure(crow, col, *rows_cols(conv.weight_shape))
 
 
 def _device(x: Tensor) -> torch.cuda.device_of:
