@@ -1,11 +1,62 @@
-"""Plain functions on a compressed-row structure: check it, and list its positions."""
+"""Functions on a compressed-row structure: make it, check it, list its positions, transpose it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from sparsekd import cuda_library
 from sparsekd.errors import TopologyError
+
+
+def compress(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the True entries of a mask are.
+
+    Args:
+        mask: bool `[rows, cols]`.
+
+    Returns:
+        The start of each row, int32 `[rows + 1]`, and the column of each True entry, int32 `[nnz]`.
+    """
+    rows, cols = mask.shape
+    library = cuda_library.library_for(mask.device)
+    if library is None:
+        positions = mask.reshape(-1).nonzero().squeeze(1)
+        starts = torch.arange(rows + 1, device=mask.device) * cols
+        crow = torch.searchsorted(positions, starts, out_int32=True)
+        return crow, positions.to(torch.int32, copy=True).remainder_(max(cols, 1))
+    mask = mask.contiguous()
+    crow = torch.empty(rows + 1, dtype=torch.int32, device=mask.device)
+    library.run("mask_crow", mask.device, rows, cols, mask, crow)
+    col = crow.new_empty(int(crow[-1]))  # the one wait for the device
+    library.run("mask_col", mask.device, rows, cols, mask, crow, col)
+    return crow, col
+
+
+def transpose(crow: Tensor, col: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a structure by columns.
+
+    Args:
+        crow: start of each row, int32 `[rows + 1]`.
+        col: column of each nonzero, int32 `[nnz]`.
+        cols: of the matrix.
+
+    Returns:
+        The start of each column, int32 `[cols + 1]`; the row of each nonzero, ascending within a
+        column, and its position in `col`, both int32 `[nnz]`.
+    """
+    rows, nnz = crow.shape[0] - 1, col.shape[0]
+    library = cuda_library.library_for(crow.device)
+    if library is None:
+        order = torch.argsort(col, stable=True)
+        starts = crow.new_zeros(cols + 1)
+        torch.cumsum(torch.bincount(col, minlength=cols), 0, dtype=torch.int32, out=starts[1:])
+        return starts, row_indices(crow, nnz)[order].to(torch.int32), order.to(torch.int32)
+    starts, row, slot = crow.new_empty(cols + 1), crow.new_empty(nnz), crow.new_empty(nnz)
+    size = library.size("transpose_scratch", rows, cols)
+    scratch = torch.zeros(size, dtype=torch.uint8, device=crow.device)
+    library.run("transpose", crow.device, rows, cols, crow, col, scratch, starts, row, slot)
+    return starts, row, slot
 
 
 def row_indices(crow: Tensor, nnz: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.csr import flat_indices, row_indices, validate
+from sparsekd.csr import compress, flat_indices, transpose, validate
 from sparsekd.errors import ShapeError, TopologyError
 
 try:  # torch comes first: the compiled module shares its OpenMP runtime
@@ -120,19 +120,11 @@ class Topology:
         """
         if mask.dtype != torch.bool:
             raise TopologyError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-        return cls._at(mask.detach().reshape(-1).nonzero().squeeze(1), mask.shape, version)
-
-    @classmethod
-    def _at(cls, positions: Tensor, shape: Sequence[int], version: int) -> Topology:
-        """Build the topology with nonzeros at ascending positions of the flat weight."""
-        size = _checked_shape(shape)
-        rows, cols = size[0], math.prod(size[1:])
+        size = _checked_shape(mask.shape)
         with torch.inference_mode(False):
-            starts = torch.arange(rows + 1, device=positions.device) * cols
-            crow = torch.searchsorted(positions, starts, out_int32=True)
-            col = positions.to(torch.int32, copy=True).remainder_(max(cols, 1))
-            topology = cls.__new__(cls)
-            topology._own(crow, col, size, version)
+            crow, col = compress(mask.detach().reshape(size[0], math.prod(size[1:])))
+        topology = cls.__new__(cls)
+        topology._own(crow, col, size, version)
         return topology
 
     @property
@@ -214,14 +206,7 @@ class Topology:
         """
         self._check_unmodified()
         if self._transpose is None:
-            order = torch.argsort(self._col, stable=True)
-            rows = row_indices(self._crow, self.nnz)
-            crow = torch.zeros(self.cols + 1, dtype=torch.int32, device=self.device)
-            counts = torch.bincount(self._col, minlength=self.cols)
-            torch.cumsum(counts, 0, dtype=torch.int32, out=crow[1:])
-            self._transpose = TransposedCSR(
-                crow, rows[order].to(torch.int32), order.to(torch.int32)
-            )
+            self._transpose = TransposedCSR(*transpose(self._crow, self._col, self.cols))
         return self._transpose
 
     def rewire(self, mask: Tensor) -> tuple[Topology, TopologyDelta]:
@@ -245,11 +230,9 @@ class Topology:
         """
         if mask.shape != self._shape:
             raise ShapeError(f"mask: expected shape {tuple(self._shape)}, got {tuple(mask.shape)}")
-        if mask.dtype != torch.bool:
-            raise TopologyError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-        flat = mask.detach().to(self.device).reshape(-1)
-        before, after = self.flat_indices(), flat.nonzero().squeeze(1)
-        new = Topology._at(after, self._shape, self._version + 1)
+        mask = mask.detach().to(self.device)
+        new = Topology.from_mask(mask, version=self._version + 1)
+        flat, before, after = mask.reshape(-1), self.flat_indices(), new.flat_indices()
         # Survivors come in the same order in both.
         source = torch.full_like(after, -1)
         survivors = flat[before].nonzero().squeeze(1)

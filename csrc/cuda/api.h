@@ -75,3 +75,20 @@ SPARSEKD_API int64_t sparsekd_cuda_grow_scratch();
 // one number, becomes 1 when there are keys of NaN.
 SPARSEKD_API int sparsekd_cuda_grow_select(int64_t count, const uint64_t* keys, int64_t k, uint64_t* best,
                                            void* scratch, int32_t* nan, void* stream);
+
+// mask [rows, cols] of bytes that are not 0 at nonzeros -> crow [rows + 1], whose last number is nnz.
+SPARSEKD_API int sparsekd_cuda_mask_crow(int64_t rows, int64_t cols, const void* mask, int32_t* crow,
+                                         void* stream);
+
+// mask [rows, cols], its crow [rows + 1] -> col [nnz].
+SPARSEKD_API int sparsekd_cuda_mask_col(int64_t rows, int64_t cols, const void* mask, const int32_t* crow,
+                                        int32_t* col, void* stream);
+
+// How many bytes `transpose` works in; they must be zero.
+SPARSEKD_API int64_t sparsekd_cuda_transpose_scratch(int64_t rows, int64_t cols);
+
+// crow [rows + 1], col [nnz], a valid structure -> starts [cols + 1] and, ascending in each column, row [nnz]
+// and slot [nnz], where in `col` each nonzero was.
+SPARSEKD_API int sparsekd_cuda_transpose(int64_t rows, int64_t cols, const int32_t* crow, const int32_t* col,
+                                         void* scratch, int32_t* starts, int32_t* row, int32_t* slot,
+                                         void* stream);

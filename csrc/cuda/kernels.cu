@@ -7,6 +7,7 @@
 #include "grow.cuh"
 #include "pack.cuh"
 #include "sample.cuh"
+#include "topology.cuh"
 
 namespace sparsekd_cuda {
 namespace {
@@ -65,6 +66,23 @@ bool valid_window(int64_t lanes, int64_t height, int64_t width, int64_t in_row, 
   return fit({double(lanes) * height * width, double(height), double(width), double(lanes),
               double(height) * in_row + double(width) * in_col, double(in_row), double(in_col)});
 }
+
+bool valid_matrix(int64_t rows, int64_t cols) {
+  return fit({double(rows), double(cols), double(rows) * cols});
+}
+
+// Calls run(Mask) for the widest vectors that every row is made of.
+template <class F>
+int by_mask(int64_t rows, int64_t cols, const void* mask, F run) {
+  if (cols % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(mask) % kVectorBytes == 0)
+    return run(Mask<kVectorBytes>{rows, cols / kVectorBytes,
+                                  static_cast<const Vector<uint8_t, kVectorBytes>*>(mask)});
+  return run(Mask<1>{rows, cols, static_cast<const Vector<uint8_t, 1>*>(mask)});
+}
+
+int64_t row_blocks(int64_t rows) { return ceil_div(rows, kRowWarps); }
+
+dim3 row_threads() { return dim3(kRowWarps * kWarp); }
 
 dim3 tile_threads() { return dim3(kTile, kTileRows); }
 
@@ -208,4 +226,40 @@ int sparsekd_cuda_grow_select(int64_t count, const uint64_t* keys, int64_t k, ui
   }
   if (code != cudaSuccess) return code;
   return launch(take_kernel, blocks, dim3(kBins), stream, n, keys, wanted, selection, best);
+}
+
+int sparsekd_cuda_mask_crow(int64_t rows, int64_t cols, const void* mask, int32_t* crow, void* stream) {
+  if (!valid_matrix(rows, cols)) return cudaErrorInvalidValue;
+  const int code = by_mask(rows, cols, mask, [&](auto m) {
+    return launch(count_rows_kernel<m.kVector>, row_blocks(rows), row_threads(), stream, m, crow);
+  });
+  if (code != cudaSuccess) return code;
+  return launch(scan_kernel, 1, dim3(kScanners), stream, rows, crow);
+}
+
+int sparsekd_cuda_mask_col(int64_t rows, int64_t cols, const void* mask, const int32_t* crow, int32_t* col,
+                           void* stream) {
+  if (!valid_matrix(rows, cols)) return cudaErrorInvalidValue;
+  return by_mask(rows, cols, mask, [&](auto m) {
+    return launch(list_columns_kernel<m.kVector>, row_blocks(rows), row_threads(), stream, m, crow, col);
+  });
+}
+
+int64_t sparsekd_cuda_transpose_scratch(int64_t rows, int64_t cols) {
+  return 2 * sizeof(uint32_t) * Rows{rows, cols, nullptr, nullptr}.words();
+}
+
+int sparsekd_cuda_transpose(int64_t rows, int64_t cols, const int32_t* crow, const int32_t* col,
+                            void* scratch, int32_t* starts, int32_t* row, int32_t* slot, void* stream) {
+  if (!valid_matrix(rows, cols)) return cudaErrorInvalidValue;
+  const Rows at{rows, cols, crow, col};
+  uint32_t* marks = static_cast<uint32_t*>(scratch);
+  int32_t* before = static_cast<int32_t*>(scratch) + at.words();
+  int code = launch(mark_kernel, row_blocks(rows), row_threads(), stream, at, marks);
+  if (code == cudaSuccess)
+    code = launch(count_columns_kernel, ceil_div(cols, kThreads), dim3(kThreads), stream, at, marks, before,
+                  starts);
+  if (code == cudaSuccess) code = launch(scan_kernel, 1, dim3(kScanners), stream, cols, starts);
+  if (code != cudaSuccess) return code;
+  return launch(place_kernel, row_blocks(rows), row_threads(), stream, at, marks, before, starts, row, slot);
 }

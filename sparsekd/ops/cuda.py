@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekd import cuda_library
 from sparsekd.errors import ShapeError, UnsupportedError
-from sparsekd.ops import cuda_library
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.cuda_plans import Plan, conv_of, find_structure, structure_of
 from sparsekd.ops.layout import memory_format_of, pixels

@@ -21,8 +21,9 @@ import torch
 from ptx_machine import Module
 
 import sparsekd as skd
+from sparsekd import cuda_library
 from sparsekd.errors import BackendError
-from sparsekd.ops import backends, cuda_library
+from sparsekd.ops import backends
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -134,15 +135,32 @@ def emulated_module(emulated: Emulated) -> ModuleType:
 
 
 @pytest.fixture
+def bind(
+    emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Emulated], None]:
+    """Return a function that lets the backend "cuda" and topologies call a library."""
+
+    def bind_(library: Emulated) -> None:
+        monkeypatch.setattr(emulated_module, "_library", library)
+        monkeypatch.setattr(cuda_library, "library_for", lambda device: library)
+
+    return bind_
+
+
+@pytest.fixture
 def on_cuda(
-    emulated: Emulated, emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    emulated: Emulated,
+    emulated_module: ModuleType,
+    bind: Callable[[Emulated], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Emulated]:
-    """Run the test on the backend "cuda", on CPU tensors."""
+    """Run the test on the backend "cuda", topologies too, on CPU tensors."""
     entry = dataclasses.replace(
         backends.BACKENDS["cuda"], module=emulated_module.__name__, device="cpu"
     )
     monkeypatch.setitem(backends.BACKENDS, "cuda", entry)
     backends.load.cache_clear()
+    bind(emulated)
     emulated.set_order("forward")
     with skd.backend("cuda"):
         yield emulated
@@ -257,14 +275,9 @@ def on_ptx_library(compile_for_the_cpu: Compile, compile_to_ptx: Compile) -> OnP
 
 
 @pytest.fixture
-def on_ptx(
-    on_cuda: Emulated,
-    on_ptx_library: OnPtx,
-    emulated_module: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-) -> OnPtx:
+def on_ptx(on_cuda: Emulated, on_ptx_library: OnPtx, bind: Callable[[Emulated], None]) -> OnPtx:
     """Run the test on the backend "cuda", on CPU tensors, as what nvcc has made of the kernels."""
-    monkeypatch.setattr(emulated_module, "_library", on_ptx_library)
+    bind(on_ptx_library)
     return on_ptx_library
 
 

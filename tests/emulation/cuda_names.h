@@ -85,6 +85,11 @@ T atomicExch(T* address, T value) {
   return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }
 
+template <class T>
+T atomicOr(T* address, T value) {
+  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 inline unsigned __float_as_uint(float x) {

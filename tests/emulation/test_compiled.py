@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,24 @@ def test_every_kernel_compiles_for_every_gpu_without_spills_and_is_in_the_table(
     assert kernels((ROOT / "docs" / "gpu.md").read_text()) == found, "the table is out of date"
 
 
-def test_wide_instances_load_whole_vectors(tmp_path: Path) -> None:
-    ptx = tmp_path / "kernels.ptx"
-    command = ["nvcc", "-std=c++17", "-O3", "-arch=compute_80", "-ptx", "-o", ptx]
-    subprocess.run([*command, SOURCES / "kernels.cu"], check=True, timeout=300)
-    entry = r"\.entry \S*(?:gather|sample)_kernelI\S*Li[48]E\S*\((.*?)^}"
-    wide = re.findall(entry, ptx.read_text(), re.DOTALL | re.MULTILINE)
+@pytest.fixture
+def instances(compile_to_ptx) -> Callable[[str], list[str]]:
+    """Return a function: the code of the kernels whose mangled names have a pattern in them."""
+    text = compile_to_ptx(SOURCES / "kernels.cu").read_text()
+    flags = re.DOTALL | re.MULTILINE
+    return lambda pattern: re.findall(rf"\.entry \S*{pattern}\S*\((.*?)^}}", text, flags)
+
+
+def test_rows_of_a_mask_are_loaded_in_whole_vectors(instances) -> None:
+    wide = instances(r"(?:count_rows|list_columns)_kernelILi16E")
+    assert len(wide) == 2
+    for body in wide:
+        assert re.search(r"ld\.global\S*\.v4", body)
+        assert not re.search(r"ld\.global\S*[us]8", body)
+
+
+def test_wide_instances_load_whole_vectors(instances) -> None:
+    wide = instances(r"(?:gather|sample)_kernelI\S*Li[48]E")
     assert len(wide) == 6
     for body in wide:
         assert re.search(r"ld\.global\.nc\.v4", body)

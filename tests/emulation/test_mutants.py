@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from ptx_machine import Module, PtxError, Race
+from structures import (
+    assert_indices,
+    assert_topology_says_what_the_mask_does,
+    random_mask,
+    starts_of,
+)
 
-from sparsekd import Topology, ops
+from sparsekd import Topology, cuda_library, ops
 from sparsekd.errors import BackendError
 from sparsekd.testing import LayerCase, assert_layer_matches_dense
 
@@ -52,6 +58,16 @@ def growth() -> None:
     flat = score.masked_fill(mask, -99).flatten()
     expected = torch.sort(flat, descending=True, stable=True).indices[:k].sort().values
     assert torch.equal(found, expected)
+
+
+def topologies() -> None:
+    for cols in (48, 37):  # rows of whole vectors, and of bytes
+        mask = random_mask(70, cols, 0.5)
+        crow = torch.empty(71, dtype=torch.int32)
+        library = cuda_library.library_for(mask.device)
+        library.run("mask_crow", mask.device, *mask.shape, mask, crow)
+        assert_indices(crow, starts_of(mask))  # before columns are written where it says
+        assert_topology_says_what_the_mask_does(mask)
 
 
 WRONG, FAULT = AssertionError, BackendError
@@ -105,6 +121,31 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[], None], type[Exception]]] = 
     "places taken by one lane of the warp": (
         "grow.cuh", "place = __shfl_sync(kAllLanes, place, 0) +", "place +=", growth, WRONG,
     ),
+    "no barrier before the sums are read": (
+        "topology.cuh", "  __syncthreads();\n", "", topologies, WRONG,
+    ),
+    "a rank among half of the lower lanes": (
+        "topology.cuh", "bits_below(threadIdx.x % kWarp)", "bits_below(threadIdx.x % kWarp / 2)",
+        topologies, WRONG,
+    ),
+    "a rank without its last digit": (
+        "topology.cuh", "kVec >> digit;", "kVec >> digit > 1;", topologies, WRONG,
+    ),
+    "a ballot for rows that go on": (
+        "topology.cuh", "first < mask.vectors; first += kWarp)\n    sum",
+        "first + lane < mask.vectors; first += kWarp)\n    sum", topologies, FAULT,
+    ),
+    "marks of all rows in one word": (
+        "topology.cuh", "row / kMarkRows * cols + column", "column", topologies, WRONG,
+    ),
+    "marks that overwrite each other": (
+        "topology.cuh",
+        "atomicOr(&marks[at.word(row, at.col[k])], 1u << row % kMarkRows)",
+        "marks[at.word(row, at.col[k])] = 1u << row % kMarkRows", topologies, WRONG,
+    ),
+    "places without the words before": (
+        "topology.cuh", "before[word] + __popc", "__popc", topologies, WRONG,
+    ),
 }  # fmt: skip
 
 
@@ -120,14 +161,14 @@ def plant(file: str, before: str, after: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_found(
-    name: str, on_cuda, emulated_module, compile_for_the_cpu, tmp_path, monkeypatch
+    name: str, on_cuda, bind, compile_for_the_cpu, tmp_path
 ) -> None:
     file, before, after, check, failure = MUTANTS[name]
     check()
     headers = plant(file, before, after, tmp_path)
     built = compile_for_the_cpu(headers / "kernels.cu", "-O0", "-shared", headers=headers)
     mutant = type(on_cuda)(built)
-    monkeypatch.setattr(emulated_module, "_library", mutant)
+    bind(mutant)
     found = []
     for order in ORDERS:
         mutant.set_order(order)
@@ -141,7 +182,7 @@ def test_a_planted_mistake_is_found(
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", MUTANTS)
 def test_it_is_found_in_what_nvcc_makes_of_it(
-    name: str, on_ptx, emulated_module, compile_to_ptx, tmp_path, monkeypatch
+    name: str, on_ptx, compile_to_ptx, tmp_path, monkeypatch
 ) -> None:
     file, before, after, check, _ = MUTANTS[name]
     headers = plant(file, before, after, tmp_path)

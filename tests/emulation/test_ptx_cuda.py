@@ -18,6 +18,7 @@ from ptx_machine import (
     Race,
     Uninitialised,
 )
+from structures import assert_topology_says_what_the_mask_does, random_mask
 
 from sparsekd import Topology, ops
 from sparsekd.testing import LayerCase, assert_layer_matches_dense, poisoned_memory
@@ -77,9 +78,21 @@ def test_growth_takes_the_best(on_ptx, dtype: torch.dtype, k: int) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(9, 48), (70, 37), (3, 1040), (0, 5), (5, 0)], ids=str)
+def test_topologies_say_what_the_mask_does(on_ptx, shape: tuple[int, int], density: float) -> None:
+    with poisoned_memory():
+        assert_topology_says_what_the_mask_does(random_mask(*shape, density))
+
+
 def test_every_kernel_has_run(on_ptx, request: pytest.FixtureRequest) -> None:
     tests = {item.function for item in request.session.items if item.path == request.path}
-    if not {test_layers_equal_masked_dense, test_growth_takes_the_best} <= tests:
+    needed = {
+        test_layers_equal_masked_dense,
+        test_growth_takes_the_best,
+        test_topologies_say_what_the_mask_does,
+    }
+    if not needed <= tests:
         pytest.skip("the tests above do not run")
     assert on_ptx.kernels == set(on_ptx.module.kernels)
 

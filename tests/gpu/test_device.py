@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from structures import assert_topology_says_what_the_mask_does, random_mask
 from torch import Tensor, nn
 
 import sparsekd as skd
@@ -56,6 +57,16 @@ def test_equal_bits_every_time(on_gpu: str, seed: int) -> None:
     for _ in range(5):
         again = sparse_results(case, device=DEVICE)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (70, 37), (64, 576), (1000, 2048), (3, 300_000), (300_000, 3)], ids=str
+)
+def test_topologies_say_what_the_mask_does(shape: tuple[int, int], density: float) -> None:
+    mask = random_mask(*shape, density).to(DEVICE)
+    with poisoned_memory():
+        assert_topology_says_what_the_mask_does(mask)
 
 
 def network(layout: str = "csr") -> nn.Module:

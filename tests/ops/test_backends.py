@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import sparsekd as skd
-from sparsekd import Topology, functional, ops
+from sparsekd import Topology, cuda_library, functional, ops
 from sparsekd.errors import BackendError, UnsupportedError
-from sparsekd.ops import backends, cuda_library
+from sparsekd.ops import backends
 from sparsekd.ops import reference as reference_backend
 
 TOPOLOGY = Topology.from_mask(torch.eye(3, dtype=torch.bool))
@@ -87,6 +87,29 @@ def test_without_cuda_kernels_the_reason_is_named(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ImportError, match="the CUDA kernels do not load"):
         cuda_library.load()
+
+
+def test_topologies_use_the_library_on_devices_that_it_has_code_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def capability(found: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+
+    device, library = torch.device("cuda"), object()
+    monkeypatch.setattr(cuda_library, "load", lambda: library)
+    capability((8, 0))
+    assert cuda_library.library_for(device) is library
+    assert cuda_library.library_for(torch.device("cpu")) is None
+    capability((7, 5))
+    assert cuda_library.library_for(device) is None
+
+
+def test_topologies_do_without_a_library_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_library, "PATH", tmp_path / "library.so")
+    assert cuda_library.library_for(torch.device("cuda")) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

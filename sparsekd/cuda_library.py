@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparsekd.errors import BackendError
 
-PATH = Path(__file__).resolve().parents[1] / "libsparsekd_cuda.so"
+PATH = Path(__file__).resolve().with_name("libsparsekd_cuda.so")
+OLDEST = (8, 0)  # compute capability that the library has code for
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -66,6 +67,16 @@ def load() -> Library:
         return Library(PATH)
     except OSError as error:
         raise ImportError(f"the CUDA kernels do not load: {error}") from error
+
+
+def library_for(device: torch.device) -> Library | None:
+    """Return the library if tensors on a device can go to it, else None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < OLDEST:
+        return None
+    try:
+        return load()
+    except ImportError:
+        return None
 
 
 def _argument(value: Any) -> Any:
