@@ -97,6 +97,8 @@ class Topology:
         size = _checked_shape(shape)
         validate(crow, col, size[0], math.prod(size[1:]))
         topology = cls.__new__(cls)
+        # A pickle may hold other integers, or strided ones; what we wrote stays as it is.
+        crow, col = (indices.to(torch.int32).contiguous() for indices in (crow, col))
         topology._own(crow, col, size, version)
         return topology
 

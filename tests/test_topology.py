@@ -226,6 +226,16 @@ def test_a_crafted_pickle_is_refused() -> None:
         rebuild(crow, col + 7, shape, version)
 
 
+def test_a_pickle_of_other_integers_is_made_one_of_ours() -> None:
+    plain = Topology.from_mask(torch.rand(5, 9) < 0.4)
+    adopt, (crow, col, *rest) = plain.__reduce__()
+    adopted = adopt(crow.long(), col.repeat_interleave(2)[::2], *rest)
+    assert adopted == plain
+    assert adopted.crow_indices.dtype == torch.int32
+    assert adopted.col_indices.is_contiguous()
+    assert all(map(torch.equal, adopted.transpose(), plain.transpose()))
+
+
 def test_arguments_are_copied() -> None:
     crow, col, shape = GOOD
     crow_indices, col_indices = torch.tensor(crow).int(), torch.tensor(col).int()
