@@ -98,7 +98,7 @@ def test_sets_are_nested_exact_and_what_is_outside_rests(make_dense_network, tra
         rest = {name: dst.weights(name) for name in dst.modules}
         train(dst, 1)
         for name, module in sparse_modules(model):
-            inner, outer = module.topology.mask(), dst._outer[name].mask()
+            inner, outer = module.topology.mask(), dst._outside.topologies[name].mask()
             n = module.topology.numel
             assert int(inner.sum()) == len(module.values) == round(0.3 * n)
             assert int(outer.sum()) == len(dst.extra[name]) == round(0.6 * n) - round(0.3 * n)

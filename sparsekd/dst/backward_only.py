@@ -1,0 +1,145 @@
+"""Weights that train without being computed with: a second set beside those of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekd.dst import replicas
+from sparsekd.nn import SparseModule
+from sparsekd.ops import observe
+from sparsekd.topology import Topology
+
+Pair = tuple[Tensor, Tensor]
+
+
+class BackwardOnly:
+    """Hold, for each layer, every weight that its forward pass leaves out.
+
+    Some are in training: a parameter of their own, in the group of the layer's values, whose
+    gradient forms whenever that of the values does. The others rest, in one dense copy a layer that
+    nothing computes with. At first all of them do.
+
+    Args:
+        layers: sparse modules by name.
+        optimizer: holds their values, and from now on these parameters.
+
+    Attributes:
+        parameters: of the weights in training, by layer.
+        topologies: where these are, by layer.
+        resting: the last known value of every weight that is in no parameter, by layer.
+    """
+
+    def __init__(self, layers: Mapping[str, SparseModule], optimizer: Optimizer) -> None:
+        self.layers, self.optimizer = dict(layers), optimizer
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.topologies: dict[str, Topology] = {}
+        self.resting: dict[str, Tensor] = {}
+        self._pass: dict[str, int] = {}  # the backward pass that each layer last took part in
+        for name, module in self.layers.items():
+            self.resting[name] = module.dense_weight().detach().clone()
+            self._place(name, torch.zeros_like(self.resting[name], dtype=torch.bool))
+            self.parameters[name] = nn.Parameter(module.values.detach().new_empty(0))
+            self._group(module.values).append(self.parameters[name])
+        observe.listeners.add(self)
+
+    def stop(self) -> None:
+        """Form no more gradients."""
+        observe.listeners.discard(self)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def weights(self, name: str) -> Tensor:
+        """Return all weights of a layer, computed with, in training or at rest, in its shape."""
+        module, all_weights = self.layers[name], self.resting[name].clone()
+        flat = all_weights.view(-1)
+        flat[self.topologies[name].flat_indices()] = self.parameters[name].detach()
+        flat[module.topology.flat_indices()] = module.values.detach()
+        return all_weights
+
+    def saw(self, op: str, args: tuple[Any, ...]) -> None:
+        """Compute the gradient of a layer's parameter beside that of its values."""
+        if op not in ("conv2d_wgrad", "linear_wgrad"):
+            return
+        grad, x, crow, _, *geometry = args
+        name, current = observe.owner(self.layers, crow), torch._C._current_graph_task_id()
+        if name is None or current == -1:  # -1: a call of the op outside any backward pass
+            return
+        topology, parameter = self.topologies[name], self.parameters[name]
+        if self.layers[name].values.grad is None and current != self._pass.get(name):
+            parameter.grad = None  # gradients were zeroed: start afresh
+        self._pass[name] = current
+        kernel = getattr(torch.ops.sparsekd, op)
+        indices = topology.crow_indices, topology.col_indices
+        part = kernel(grad, x, *indices, *geometry).to(parameter.dtype)
+        parameter.grad = part if parameter.grad is None else parameter.grad + part
+
+    def reduce_gradients(self) -> None:
+        """Average gradients over all ranks: DistributedDataParallel does not know them."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                replicas.mean_(parameter.grad)
+
+    def rewire(self, name: str, inner: Tensor, outer: Tensor) -> None:
+        """Compute with the weights of mask `inner`, train those of `outer` too, rest all others.
+
+        Values, gradients and optimizer state move along; weights that come from rest get state 0.
+        """
+        module, parameter = self.layers[name], self.parameters[name]
+        self.resting[name] = self.weights(name)
+        old = (module.topology.flat_indices(), self.topologies[name].flat_indices())
+        new = (inner.view(-1).nonzero().squeeze(1), outer.view(-1).nonzero().squeeze(1))
+        weights = self.resting[name].view(-1)
+        grads = _move((module.values.grad, parameter.grad), old, new, weights)
+        states = [self.optimizer.state.get(p, {}) for p in (module.values, parameter)]
+        moved = {
+            key: _move((value, states[1].get(key)), old, new, weights)
+            for key, value in states[0].items()
+            if isinstance(value, Tensor) and value.shape == module.values.shape
+        }
+        module.rewire(inner)
+        module.values.copy_(weights[new[0]])
+        parameter.data = weights[new[1]]
+        module.values.grad, parameter.grad = grads
+        for key, tensors in moved.items():
+            for state, tensor in zip(states, tensors, strict=True):
+                if key in state:
+                    state[key] = tensor
+        self._place(name, outer)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return these weights and where they are; the optimizer's state is its own."""
+        return {
+            "resting": {name: weight.clone() for name, weight in self.resting.items()},
+            "extra": {name: p.detach().clone() for name, p in self.parameters.items()},
+            "outer": {name: outer.mask() for name, outer in self.topologies.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        for name, parameter in self.parameters.items():
+            self.resting[name].copy_(state["resting"][name])
+            parameter.data = state["extra"][name].to(parameter.device, parameter.dtype, copy=True)
+            self._place(name, state["outer"][name])
+
+    def _place(self, name: str, mask: Tensor) -> None:
+        self.topologies[name] = Topology.from_mask(mask)
+
+    def _group(self, values: nn.Parameter) -> list[nn.Parameter]:
+        groups = (group["params"] for group in self.optimizer.param_groups)
+        return next(params for params in groups if any(held is values for held in params))
+
+
+def _move(pair: tuple[Tensor | None, Tensor | None], old: Pair, new: Pair, like: Tensor) -> Any:
+    """Carry one number per weight from the old sets to the new; weights from neither get 0."""
+    if pair[0] is None and pair[1] is None:
+        return None, None
+    flat = torch.zeros_like(like)
+    for tensor, positions in zip(pair, old, strict=True):
+        if tensor is not None:
+            flat[positions] = tensor.to(flat.dtype)
+    return flat[new[0]], flat[new[1]]
