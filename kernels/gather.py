@@ -12,7 +12,7 @@ Rows that share their columns come in lists of at most BN, their columns in chun
     lists   int32 [L + 1]   first chunk of each list
     outputs int32 [L, 2]    first row of a list, and how many there are
     owners  int32 [E]       list of each chunk
-    offsets int32 [E, BK]   -1 behind the last column of a list
+    offsets int32 [E, BK]   -1 behind the last column of a list, and in chunks behind the last list
     weight        [E, BN, BK], zeros there and behind the last row
 """
 

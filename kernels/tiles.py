@@ -6,7 +6,7 @@ channels seen at one offset (dy, dx). `lists` says which chunks belong to which 
 
     lists   int32 [L + 1]  first chunk of each list
     outputs int32 [L, 2]   first output channel of a list, and how many there are, at most BN
-    chunks  int32 [E, 4]   first input channel, how many there are (at most BK), dy, dx
+    chunks  int32 [E, 4]   first input channel, how many (at most BK; 0 behind the lists), dy, dx
     weight        [E, BN, BK], zeros where a chunk is ragged
 
 The input pixel of output (y, x) at offset (dy, dx) is (y * stride_y + dy, x * stride_x + dx); one
@@ -101,8 +101,9 @@ def tile_sample(
     from_image = (part % image_parts) * images_each
     to_image = tl.minimum(from_image + images_each, images)
     from_block = (part // image_parts) * blocks_each
+    blocks = tl.where(tl.load(chunks + 4 * e + 1) > 0, blocks_each, 0)
     acc = tl.zeros((BN, BK), dtype=tl.float32)
-    for block in range(from_block, from_block + blocks_each):
+    for block in range(from_block, from_block + blocks):
         pixel = block * PIXELS + lane % PIXELS
         held = pixel < pixels
         seen = held

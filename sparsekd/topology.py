@@ -129,6 +129,12 @@ class Topology:
         topology._own(crow, col, size, version)
         return topology
 
+    def _moved(self, crow: Tensor, col: Tensor) -> Topology:
+        """Return this topology with other tensors as its own, which hold the same indices."""
+        topology = Topology.__new__(Topology)
+        topology._own(crow, col, self._shape, self._version)
+        return topology
+
     @property
     def shape(self) -> torch.Size:
         """Shape of the weight."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import replicas
+from sparsekd.errors import UnsupportedError
 from sparsekd.nn import SparseModule
 from sparsekd.ops import observe
 from sparsekd.topology import Topology
@@ -88,8 +89,16 @@ class BackwardOnly:
         """Compute with the weights of mask `inner`, train those of `outer` too, rest all others.
 
         Values, gradients and optimizer state move along; weights that come from rest get state 0.
+
+        Raises:
+            UnsupportedError: the layer is capturable, so its tensors must stay where they are.
         """
         module, parameter = self.layers[name], self.parameters[name]
+        if module.capturable:
+            raise UnsupportedError(
+                f"model: TopKAST moves gradients and optimizer state to other tensors, which layer "
+                f"{name!r} must keep, as it is capturable; make_capturable(model, False) lifts this"
+            )
         self.resting[name] = self.weights(name)
         old = (module.topology.flat_indices(), self.topologies[name].flat_indices())
         new = (inner.view(-1).nonzero().squeeze(1), outer.view(-1).nonzero().squeeze(1))

@@ -161,6 +161,7 @@ class Updater:
             ValueError: a weight is NaN.
             OptimizerStateError: the optimizer has state that cannot follow its weights.
             TopologyError: the ranks of a distributed run hold different topologies.
+            UnsupportedError: a capturable layer cannot take its mask; those before it have theirs.
         """
         if not self._compared:
             self._compare_ranks()

@@ -42,7 +42,8 @@ class TopKAST(Updater):
 
     Raises:
         ValueError: an argument is out of range, or `model` has no sparse module.
-        UnsupportedError: `distribution` is not known.
+        UnsupportedError: `distribution` is not known, or a layer is capturable, now or later:
+            gradients and optimizer state move to other tensors.
         OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
 
     Source: Top-KAST: Top-K Always Sparse Training (arXiv 2106.03517), section 2.

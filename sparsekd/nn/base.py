@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsekd import ops
 from sparsekd.errors import ShapeError, TopologyError, UnsupportedError
 from sparsekd.layouts import Layout
+from sparsekd.nn.in_place import rewire_in_place
 from sparsekd.nn.init import kaiming_
 from sparsekd.sparsity import (
     generator_for,
@@ -154,8 +154,8 @@ class SparseModule(nn.Module):
         Raises:
             ShapeError: if `mask` does not have the weight's shape.
             TopologyError: if `mask` is not bool.
-            UnsupportedError: if `mask` does not fit the module's layout, or would change how many
-                nonzeros a capturable module has; nothing has changed then.
+            UnsupportedError: if `mask` does not fit the module's layout, or is one that a
+                capturable module cannot take in place; nothing has changed then.
 
         Source: Evci et al., Rigging the Lottery, section 3 (grown weights start at zero).
 
@@ -170,31 +170,12 @@ class SparseModule(nn.Module):
         self.layout.check(mask)
         grad = None if self.values.grad is None else delta.carry(self.values.grad)
         if self.capturable:
-            self._rewire_in_place(delta, grad)
+            rewire_in_place(self, delta, grad)
             return delta
         self._store(delta.carry(self.values.detach()))
         self.values.grad = grad
         self._adopt(new, self.crow_indices.device)
         return delta
-
-    def _rewire_in_place(self, delta: TopologyDelta, grad: Tensor | None) -> None:
-        new = delta.new
-        if new.nnz != delta.old.nnz:
-            raise UnsupportedError(
-                f"mask: a capturable module keeps its {delta.old.nnz} nonzeros, got {new.nnz}; "
-                "make_capturable(model, False) lifts this"
-            )
-        self.values.copy_(delta.carry(self.values.detach()))
-        if grad is not None:
-            assert self.values.grad is not None
-            self.values.grad.copy_(grad)
-        for name in _INDICES:
-            getattr(self, name).copy_(getattr(new, name))
-        self._topology = Topology._adopt(*self._indices(), new.shape, new.version)
-        ops.renew(*self._indices())
-
-    def _indices(self) -> tuple[Tensor, Tensor]:
-        return self.crow_indices, self.col_indices
 
     def _store(self, new: Tensor) -> None:
         """Make `new`, of any length, the contents of the Parameter `values`; drop its gradient.

@@ -11,9 +11,12 @@ def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
     """Let rewires of a model write into its tensors instead of replacing them, in place.
 
     A training step that was recorded as a CUDA graph can then be replayed after a rewire: values,
-    indices, gradients, optimizer state and the plans of the CUDA kernels stay where they are, and
-    only what is in them changes. The number of nonzeros of each module stays as it is, so methods
-    that change it (GMP, GraNet, AC/DC, redistribution) need a new recording and refuse here.
+    indices, gradients, optimizer state and the plans of the GPU kernels stay where they are, and
+    only what is in them changes. A rewire for which one of them would have to move raises
+    UnsupportedError, says which, and changes nothing of its module: the number of nonzeros stays as
+    it is (GMP, GraNet, AC/DC and redistribution change it), and so do the tiles that the kernels
+    compute. What to do then: take it back, rewire, and record anew. A `state_dict` of another
+    topology replaces tensors as ever; record anew after loading one.
 
     An iteration in which a method of `sparsekd.dst` updates the topology (`dst.due`) runs outside
     the graph, as its dense gradients are formed by other kernels. A `state_dict` taken before a

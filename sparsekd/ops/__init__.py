@@ -20,11 +20,13 @@ from sparsekd.ops.register import (
 )
 
 try:
-    from sparsekd.ops.cuda_plans import renew
+    from sparsekd.ops.cuda_plans import overwrite_indices
 except ImportError:  # without the compiled module no GPU kernel has plans
 
-    def renew(crow: Tensor, col: Tensor) -> None:
-        """Do nothing."""
+    def overwrite_indices(crow: Tensor, col: Tensor, new_crow: Tensor, new_col: Tensor) -> None:
+        """Write other indices into index tensors."""
+        crow.copy_(new_crow)
+        col.copy_(new_col)
 
 
 __all__ = [

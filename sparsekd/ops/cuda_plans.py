@@ -2,12 +2,13 @@
 
 A structure is copied to the host and validated when it is first seen, or has changed since; plans
 are made there, once for each geometry, and uploaded. Kernels read only these plans. A structure
-that changes in place keeps its plans' places in memory, so that recorded CUDA graphs stay valid.
+that changes in place keeps its plans' places in memory, so that recorded CUDA graphs stay valid:
+new plans are made on the host, and written into the old ones once all are known to fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,53 +86,89 @@ class Structure:
         col: column of each nonzero.
         rows: of the matrix.
         cols: of the matrix.
+
+    Raises:
+        TopologyError: they are no structure of this matrix.
     """
 
     def __init__(self, crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
-        self._device, self._size = crow.device, (rows, cols)
-        self._plans: dict[Any, tuple[Callable[[], Any], Any]] = {}
-        self.read(crow, col)
-
-    def read(self, crow: Tensor, col: Tensor) -> None:
-        """Take over index tensors of the same shapes; plans change in place.
-
-        Raises:
-            TopologyError: they are no structure of this matrix; the old one is then kept.
-        """
+        self._device, self.size = crow.device, (rows, cols)
+        self._plans: dict[Hashable, tuple[Callable[[Structure], Any], Any]] = {}
+        self._earlier: dict[Hashable, Any] = {}
         # copied first and validated after, so nothing changes between the check and the use
         host = [tensor.detach().to("cpu", copy=True) for tensor in (crow, col)]
-        _C.validate(*(tensor.numpy() for tensor in host), *self._size)
+        _C.validate(*(tensor.numpy() for tensor in host), *self.size)
         self.crow, self.col = host
         self.row = row_indices(self.crow, self.col.shape[0])
-        for key, (make, plan) in self._plans.items():
-            self._plans[key] = make, _overwrite(plan, make())
         self.versions = (crow._version, col._version)
+
+    def changed(self, crow: Tensor, col: Tensor) -> Structure:
+        """Return what index tensors of the same shapes make of this structure, on the host.
+
+        Raises:
+            TopologyError: they are no structure of this matrix.
+        """
+        fresh = type(self)(crow.cpu(), col.cpu(), *self.size)
+        fresh._earlier = {key: plan for key, (_, plan) in self._plans.items()}
+        for key, (make, plan) in self._plans.items():
+            # Tiles that were not there are not looked for: they may be chance, and what has run
+            # without them runs on.
+            if plan is None:
+                fresh._plans[key] = make, None
+            else:
+                fresh.once(key, make)
+        return fresh
+
+    def adopt(self, changed: Structure, versions: tuple[int, int]) -> None:
+        """Become what `changed` has returned; plans that keep their sizes keep their places."""
+        self.crow, self.col, self.row = changed.crow, changed.col, changed.row
+        for key, (make, plan) in changed._plans.items():
+            old = changed.earlier(key)
+            self._plans[key] = make, _overwrite(old, plan, self._device)
+        self.versions = versions
+
+    def require_places(self, changed: Structure) -> None:
+        """Raise UnsupportedError unless every plan keeps its place when it becomes `changed`."""
+        for key, (_, plan) in self._plans.items():
+            new = changed._plans[key][1]
+            if _has_tensors(plan) and not _fits(plan, new):
+                raise UnsupportedError(_refusal(key, new))
 
     def rows(self) -> Tensor:
         """Return the row of each nonzero, int32 `[nnz]` on the device."""
-        return self.once("rows", lambda: self.upload(self.row))
+        return self.once("rows", lambda structure: structure.upload(structure.row))
 
     def cols(self) -> Tensor:
         """Return the column of each nonzero, int32 `[nnz]` on the device."""
-        return self.once("cols", lambda: self.upload(self.col))
+        return self.once("cols", lambda structure: structure.upload(structure.col))
 
     def forward(self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]) -> Plan:
         """Plan the forward pass; the weight gradient meets the same sites."""
-        key = (conv, *input_size)
-        return self.once(key, lambda: self._forward(conv, input_size, output_size))
+        sizes = tuple(input_size), tuple(output_size)
+        return self.once(("rows", conv, *sizes), lambda made: made._forward(conv, *sizes))
 
     def input_gradient(
         self, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]
     ) -> InputGradient:
         """Plan the input gradient, a product with the transpose."""
-        key = ("dgrad", conv, *input_size)
-        return self.once(key, lambda: self._input_gradient(conv, input_size, output_size))
+        sizes = tuple(input_size), tuple(output_size)
+        key = ("rows of the input gradient", conv, *sizes)
+        return self.once(key, lambda made: made._input_gradient(conv, *sizes))
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what `make` makes: once for each key, and again when the structure changes."""
+    def once(self, key: Hashable, make: Callable[[Structure], Any]) -> Any:
+        """Return what `make` makes of this structure, once for each key.
+
+        Args:
+            key: tells plans apart, and starts with a word for what the plan is of.
+            make: makes the plan, and is asked again when the structure changes.
+        """
         if key not in self._plans:
-            self._plans[key] = make, make()
+            self._plans[key] = make, make(self)
         return self._plans[key][1]
+
+    def earlier(self, key: Hashable) -> Any:
+        """Return the plan that the structure had before it changed, None if there was none."""
+        return self._earlier.get(key)
 
     def _taps(self, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
         """Return the input channel, and the place in the kernel, of each nonzero."""
@@ -235,14 +272,36 @@ def _reach(phases: list[AxisPhase], size: int) -> tuple[int, int]:
     return before, after
 
 
-def _overwrite(old: Any, new: Any) -> Any:
-    """Write the tensors of one plan into those of another; return it, with what does not fit."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape:
-        return old.copy_(new)
-    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        parts = [_overwrite(*pair) for pair in zip(old, new, strict=True)]
-        return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
-    return new
+def _has_tensors(plan: Any) -> bool:
+    return isinstance(plan, Tensor) or (isinstance(plan, tuple) and any(map(_has_tensors, plan)))
+
+
+def _fits(old: Any, new: Any) -> bool:
+    """Return whether a plan can be written into another, and kernels be launched with it alike."""
+    if isinstance(old, Tensor):
+        return isinstance(new, Tensor) and old.shape == new.shape
+    if isinstance(old, tuple):
+        return type(old) is type(new) and len(old) == len(new) and all(map(_fits, old, new))
+    return bool(old == new)
+
+
+def _overwrite(old: Any, new: Any, device: torch.device) -> Any:
+    """Return a plan on the device, in the tensors of another one where they fit."""
+    if isinstance(new, Tensor):
+        in_place = isinstance(old, Tensor) and old.shape == new.shape
+        return old.copy_(new) if in_place else new.to(device)
+    if not isinstance(new, tuple):
+        return new
+    alike = isinstance(old, tuple) and len(old) == len(new)
+    pairs = zip(old if alike else [None] * len(new), new, strict=True)
+    parts = [_overwrite(*pair, device) for pair in pairs]
+    return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
+
+
+def _refusal(key: Any, new: Any) -> str:
+    what = key if isinstance(key, str) else key[0]
+    has = "has none, or too few values in each" if new is None else "has others in size or number"
+    return f"its CUDA graphs may have recorded {what}, of which the new structure {has}"
 
 
 _known: dict[tuple[Any, ...], tuple[Structure, list[StorageWeakRef]]] = {}
@@ -268,9 +327,9 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
             del _known[gone]
         # A weak reference keeps the address of a storage from being used again.
         _known[key] = made, [StorageWeakRef(storage) for storage in storages]
-    structure = _known[key][0]
-    if structure.versions != (crow._version, col._version):
-        structure.read(crow, col)
+    structure, versions = _known[key][0], (crow._version, col._version)
+    if structure.versions != versions:
+        structure.adopt(structure.changed(crow, col), versions)
     return structure
 
 
@@ -289,9 +348,18 @@ def structure_of(x: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[in
     return find_structure(crow, col, *rows_cols(weight_shape))
 
 
-def renew(crow: Tensor, col: Tensor) -> None:
-    """Bring the plans of index tensors that have been written to up to date, in place."""
+def overwrite_indices(crow: Tensor, col: Tensor, new_crow: Tensor, new_col: Tensor) -> None:
+    """Write other indices of the same shapes into index tensors and into the plans made of them.
+
+    Raises:
+        UnsupportedError: a plan would not keep its place; nothing has changed then.
+    """
     wanted = tuple(tensor.untyped_storage()._cdata for tensor in (crow, col))
-    for key, (structure, _) in _known.items():
-        if key[:2] == wanted:
-            structure.read(crow, col)
+    known = [structure for key, (structure, _) in _known.items() if key[:2] == wanted]
+    changed = [structure.changed(new_crow, new_col) for structure in known]
+    for structure, fresh in zip(known, changed, strict=True):
+        structure.require_places(fresh)
+    crow.copy_(new_crow)
+    col.copy_(new_col)
+    for structure, fresh in zip(known, changed, strict=True):
+        structure.adopt(fresh, (crow._version, col._version))

@@ -28,20 +28,23 @@ class Runs(NamedTuple):
 def find_runs(structure: Structure, conv: Conv) -> Runs:
     """Return the largest R and C such that the weight consists of tiles R x C.
 
-    The last tile of the rows, and of the channels of a group, may be smaller.
+    The last tile of the rows, and of the channels of a group, may be smaller. A structure that has
+    changed keeps those it had while it consists of them, so that plans keep their sizes: larger
+    ones may be chance, and gone after the next change.
     """
-    made: list[Runs] = []
+    key = ("structure", conv)
 
-    def make() -> Runs:
-        found = _find_runs(structure, conv)
-        # A changed structure keeps the tiles of the old one if it can, so that plans keep their
-        # sizes: larger ones may be chance, and gone after the next change.
-        if made and not (found.rows % made[0].rows or found.channels % made[0].channels):
-            return made[0]
-        made[:] = [found]
-        return found
+    def make(structure: Structure) -> Runs:
+        found, held = _find_runs(structure, conv), structure.earlier(key)
+        wholes = conv.weight_shape[0] // conv.groups, conv.weight_shape[1]
+        return found if held is None else Runs(*map(_kept, held, found, wholes))
 
-    return structure.once(("runs", conv), make)
+    return structure.once(key, make)
+
+
+def _kept(held: int, found: int, whole: int) -> int:
+    """Return a run of old where it still is one: a run of all can be cut anywhere."""
+    return held if found >= whole or found % held == 0 else found
 
 
 def _find_runs(structure: Structure, conv: Conv) -> Runs:
@@ -119,6 +122,16 @@ class Axis(NamedTuple):
 
     def split(self, channel: Tensor) -> tuple[Tensor, Tensor]:
         return channel // self.channels, channel % self.channels
+
+    def within(self, channel: Tensor) -> Tensor:
+        """Return where in its part a channel lies."""
+        return self.split(channel)[1] % self.size
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """How many channels the parts of a group have, and how many parts have so many."""
+        full, rest = divmod(self.channels, self.size)
+        return [(self.size, full), *([(rest, 1)] if rest else [])]
 
     def first_and_count(self, part: Tensor) -> Tensor:
         """Return the first channel of each part and how many it has, int64 [parts, 2]."""

@@ -1,4 +1,4 @@
-"""Make the lists that the Triton kernels read; see kernels/tiles.py and kernels/gather.py."""
+"""Make the lists that the Triton kernels of tiles read; see kernels/tiles.py."""
 
 from __future__ import annotations
 
@@ -10,20 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.errors import UnsupportedError
-from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, axis_phases
-from sparsekd.ops.runs import (
-    SMALLEST,
-    Axis,
-    common_divisor,
-    find_runs,
-    power_of_two,
-    row_starts,
-    side,
-)
+from sparsekd.ops.cuda_plans import Conv, Structure, axis_phases
+from sparsekd.ops.runs import SMALLEST, Axis, find_runs, power_of_two, side
 
 LARGEST_N, LARGEST_K = 128, 64
-SHARED_K = 16  # columns of a chunk that may lie anywhere
-_LEAST_FILL = 0.25
+_LEAST_FILL = 0.25  # of the tiles of a new plan
+_HELD_FILL = 0.125  # and once the structure has changed, so that plans do not come and go
 _MOST_VALUES = 2**31 - 1024
 
 
@@ -59,10 +51,10 @@ class Phase(NamedTuple):
 def is_tiled(structure: Structure, conv: Conv) -> bool:
     """Return whether the weight consists of tiles that fill those of the kernels well."""
 
-    def make() -> bool:
-        return _sides(structure, conv, LARGEST_N, LARGEST_K, padded=False) is not None
+    def make(structure: Structure) -> bool:
+        return _sides(structure, conv, (LARGEST_N, LARGEST_K), padded=False) is not None
 
-    return structure.once(("tiled", conv), make)
+    return structure.once(("whether there are tiles", conv), make)
 
 
 def forward(structure: Structure, conv: Conv, most_k: int, *, padded: bool = False) -> Lists | None:
@@ -76,19 +68,20 @@ def forward(structure: Structure, conv: Conv, most_k: int, *, padded: bool = Fal
         most_k: the most inputs of a chunk.
         padded: fill up incomplete tiles, on the side where there is no structure.
     """
+    key = ("tiles", conv, most_k, padded)
 
-    def make() -> Lists | None:
-        sides = _sides(structure, conv, LARGEST_N, most_k, padded)
-        if sides is None:
+    def make(structure: Structure) -> Lists | None:
+        fill = _LEAST_FILL if structure.earlier(key) is None else _HELD_FILL
+        cut = _cut(structure, conv, (LARGEST_N, most_k), padded, fill, transposed=False)
+        if cut is None:
             return None
         top, _, left, _ = conv.padding
         i, j = _taps(conv)
         offsets = i * conv.dilation[0] - top, j * conv.dilation[1] - left
         every = torch.ones(len(i), dtype=torch.bool)
-        lists = _lists(structure, conv, every, sides, offsets, transposed=False)
-        return lists if _is_full(structure, lists) else None
+        return _lists(structure, conv, cut, every, offsets, sampled=True)
 
-    return structure.once(("tiles", conv, most_k, padded), make)
+    return structure.once(key, make)
 
 
 def input_gradient(
@@ -99,19 +92,18 @@ def input_gradient(
     Input pixels that are `stride` apart meet the same taps: each phase is a product of stride 1,
     which wastes no work on taps that meet nothing.
     """
+    key = ("tiles of the input gradient", conv, size, most_k, padded)
 
-    def make() -> tuple[Phase, ...] | None:
-        sides = _sides(structure, conv, most_k, LARGEST_N, padded)
-        if sides is None:
-            return None
-        made = _input_gradient(structure, conv, size, (sides[1], sides[0]))
-        return made if not made or _is_full(structure, made[0].lists) else None
+    def make(structure: Structure) -> tuple[Phase, ...] | None:
+        fill = _LEAST_FILL if structure.earlier(key) is None else _HELD_FILL
+        cut = _cut(structure, conv, (most_k, LARGEST_N), padded, fill, transposed=True)
+        return None if cut is None else _input_gradient(structure, conv, size, cut)
 
-    return structure.once(("tiles dgrad", conv, size, most_k, padded), make)
+    return structure.once(key, make)
 
 
 def _input_gradient(
-    structure: Structure, conv: Conv, size: tuple[int, int], sides: tuple[int, int]
+    structure: Structure, conv: Conv, size: tuple[int, int], cut: _Cut
 ) -> tuple[Phase, ...]:
     before, kernel = (conv.padding[0], conv.padding[2]), conv.weight_shape[2:]
     down, across = (
@@ -122,35 +114,110 @@ def _input_gradient(
     for y in down:
         for x in across:
             reached, offsets = y.reaches[i] & x.reaches[j], (y.output[i], x.output[j])
-            lists = _lists(structure, conv, reached, sides, offsets, transposed=True)
-            pixels = y.pixels, x.pixels
-            found.append(Phase((y.first, x.first), pixels, lists))
+            lists = _lists(structure, conv, cut, reached, offsets, sampled=False)
+            found.append(Phase((y.first, x.first), (y.pixels, x.pixels), lists))
     return tuple(found)
 
 
+class _Side(NamedTuple):
+    """Hold how many rows or channels a tile has, and whether they come and go together."""
+
+    size: int
+    full: bool
+
+
 def _sides(
-    structure: Structure, conv: Conv, rows: int, channels: int, padded: bool
-) -> tuple[int, int] | None:
-    """Return the sides of the tiles to compute, None where there is not enough structure."""
-    runs = find_runs(structure, conv)
+    structure: Structure, conv: Conv, most: tuple[int, int], padded: bool
+) -> tuple[_Side, _Side] | None:
+    """Return the rows and the channels of the tiles to compute, None without enough structure."""
+    rows, channels = (
+        _Side(size, True) if size else _Side(SMALLEST, False)
+        for size in well_filled(structure, conv, most)
+    )
+    enough = rows.full or channels.full if padded else rows.full and channels.full
+    return (rows, channels) if enough else None
+
+
+def well_filled(structure: Structure, conv: Conv, most: tuple[int, int]) -> list[int]:
+    """Return the rows, and the channels, to compute together, 0 where a kernel is half empty."""
     wholes = conv.weight_shape[0] // conv.groups, conv.weight_shape[1]
-    sides = [
-        side(run, whole, most)
-        for run, whole, most in zip(runs, wholes, (rows, channels), strict=True)
+    sizes = map(side, find_runs(structure, conv), wholes, most)
+    return [
+        size if 2 * min(size, whole) >= power_of_two(size) else 0
+        for size, whole in zip(sizes, wholes, strict=True)
     ]
-    full = [
-        2 * min(size, whole) >= power_of_two(size)
-        for size, whole in zip(sides, wholes, strict=True)
-    ]
-    if not (any(full) if padded else all(full)):
+
+
+class _Cut(NamedTuple):
+    """Hold how the values of a weight lie in tiles, outputs of the product by inputs.
+
+    `key` names the tile and the tap of each value, `place` says where in the tile it is. There is
+    `room` for the tiles of every structure of as many values: what has a fixed size can change in
+    place.
+    """
+
+    n_axis: Axis
+    k_axis: Axis
+    tap: Tensor
+    key: Tensor
+    place: Tensor
+    room: int
+
+
+def _cut(
+    structure: Structure,
+    conv: Conv,
+    most: tuple[int, int],
+    padded: bool,
+    fill: float,
+    *,
+    transposed: bool,
+) -> _Cut | None:
+    """Cut a weight into tiles of at most so many rows and channels, None where few are values."""
+    sides = _sides(structure, conv, most, padded)
+    if sides is None:
         return None
-    height, width = (size if fits else SMALLEST for size, fits in zip(sides, full, strict=True))
-    return height, width
+    taps, col, row = math.prod(conv.weight_shape[2:]), structure.col.long(), structure.row
+    each = conv.weight_shape[0] // conv.groups, conv.weight_shape[1]
+    channel = row // each[0] * each[1] + col // taps
+    axes = [Axis(conv.groups, *pair) for pair in zip(each, [s.size for s in sides], strict=True)]
+    pairs = list(zip(axes, (row, channel), strict=True))
+    (n_axis, out), (k_axis, into) = reversed(pairs) if transposed else pairs
+    n, k = power_of_two(n_axis.size), power_of_two(k_axis.size)
+    inputs = k_axis.parts * conv.groups
+    key = (n_axis.part(out) * inputs + k_axis.part(into)) * taps + col % taps
+    if len(col) < fill * len(key.unique()) * n * k:
+        return None
+    possible = _possible(axes, [s.full for s in sides], taps, len(col))
+    room = min(possible, int(len(col) / (_HELD_FILL * n * k)))
+    place = n_axis.within(out) * k + k_axis.within(into)
+    return _Cut(n_axis, k_axis, col % taps, key, place, room)
 
 
-def _is_full(structure: Structure, lists: Lists) -> bool:
-    """Return whether enough of what the kernels multiply are values."""
-    return len(structure.col) >= _LEAST_FILL * lists.slots.numel()
+def _possible(axes: list[Axis], full: list[bool], taps: int, values: int) -> int:
+    """Return the most tiles that so many values can make.
+
+    Args:
+        axes: of the rows and the channels.
+        full: for each, whether a tile has all of them; else it may have a single one.
+        taps: of the kernel.
+        values: how many there are.
+    """
+    high, wide = (
+        axis.sizes if whole else [(1, axis.parts)] for axis, whole in zip(axes, full, strict=True)
+    )
+    times = axes[0].groups * taps
+    tiles = [(rows * cols, down * across * times) for rows, down in high for cols, across in wide]
+    return affordable(tiles, values)
+
+
+def affordable(things: list[tuple[int, int]], budget: int) -> int:
+    """Return how many things can be had: those of the lowest price first, so many of each."""
+    bought = 0
+    for price, count in sorted(things):
+        more = min(count, budget // price)
+        bought, budget = bought + more, budget - more * price
+    return bought
 
 
 def _taps(conv: Conv) -> tuple[Tensor, Tensor]:
@@ -163,49 +230,36 @@ def _taps(conv: Conv) -> tuple[Tensor, Tensor]:
 def _lists(
     structure: Structure,
     conv: Conv,
+    cut: _Cut,
     reached: Tensor,
-    sides: tuple[int, int],
     offsets: tuple[Tensor, Tensor],
     *,
-    transposed: bool,
+    sampled: bool,
 ) -> Lists:
-    """Cut the values at the taps `reached` into chunks of `sides` outputs and inputs.
-
-    Each tap has offsets. There is room for the chunks of all taps: other tiles may be at these
-    once the structure has changed, and what has a fixed size can change in place.
-    """
-    rows, channels, *kernel = conv.weight_shape
-    taps = math.prod(kernel)
-    col, row = structure.col.long(), structure.row
-    tap, channel = col % taps, row // (rows // conv.groups) * channels + col // taps
-    out, into = (channel, row) if transposed else (row, channel)
-    sizes = (channels, rows // conv.groups) if transposed else (rows // conv.groups, channels)
-    n_axis, k_axis = (Axis(conv.groups, *pair) for pair in zip(sizes, sides, strict=True))
-    count = k_axis.parts * conv.groups
-    key = (n_axis.part(out) * count + k_axis.part(into)) * taps + tap
-    room = len(key.unique())
-    slots = reached[tap].nonzero().squeeze(1)
-    found, entry = key[slots].unique(return_inverse=True)
-    n, k = power_of_two(sides[0]), power_of_two(sides[1])
-    place = n_axis.split(out)[1] % sides[0] * k + k_axis.split(into)[1] % sides[1]
-    inputs = k_axis.first_and_count(found // taps % count)
-    chunks = torch.cat([inputs, *(each[found % taps, None] for each in offsets)], dim=1)
-    return _upload(
+    """Make chunks of the tiles at the taps `reached`; each tap has offsets."""
+    n_axis, k_axis, taps = cut.n_axis, cut.k_axis, len(reached)
+    slots = reached[cut.tap].nonzero().squeeze(1)
+    found, entry = cut.key[slots].unique(return_inverse=True)
+    tile, tap = found // taps, found % taps
+    inputs = k_axis.parts * conv.groups
+    n, k = power_of_two(n_axis.size), power_of_two(k_axis.size)
+    chunks = [k_axis.first_and_count(tile % inputs), *(each[tap, None] for each in offsets)]
+    return upload_lists(
         structure,
         outputs=n_axis.first_and_count(torch.arange(n_axis.parts * conv.groups)),
-        owners=found // taps // count,
-        columns=chunks,
+        owners=tile // inputs,
+        columns=torch.cat(chunks, dim=1),
         slots=slots,
-        places=entry * n * k + place[slots],
+        places=entry * n * k + cut.place[slots],
         shape=(n, k),
-        room=room,
-        sampled=not transposed,
+        room=cut.room,
+        sampled=sampled,
         even=(n_axis.even, k_axis.even),
         align=math.gcd(n_axis.align, k_axis.align),
     )
 
 
-def _upload(
+def upload_lists(
     structure: Structure,
     *,
     outputs: Tensor,
@@ -219,7 +273,11 @@ def _upload(
     even: tuple[bool, bool],
     align: int,
 ) -> Lists:
-    """Return lists with room for so many chunks; those that are not used hold no values."""
+    """Return lists with room for so many chunks.
+
+    No list has those that are not used. Samples run over all chunks, so these are the first one of
+    the first list, without values and, in tiles, without inputs.
+    """
     if room * math.prod(shape) > _MOST_VALUES:
         raise UnsupportedError(
             f"values: backend 'triton' supports weights of up to {_MOST_VALUES} values with the "
@@ -229,63 +287,11 @@ def _upload(
     packed.view(-1)[places] = slots
     lists = torch.zeros(len(outputs) + 1, dtype=torch.int64)
     lists[1:] = torch.bincount(owners, minlength=len(outputs)).cumsum(0)
-    unused = room - len(owners)
-    owners, columns = F.pad(owners, (0, unused)), F.pad(columns, (0, 0, 0, unused), value=-1)
+    owners = F.pad(owners, (0, room - len(owners)))
+    columns = F.pad(columns, (0, 0, 0, room - len(columns)))
     if not sampled:
         places = places[:0]
     up = structure.upload
     return Lists(
         up(lists), up(outputs), up(owners), up(columns), up(packed), up(places), *shape, even, align
     )
-
-
-class SharedPlan(NamedTuple):
-    """Hold a product whose columns are shared by groups of rows, and the window of its outputs."""
-
-    lists: Lists
-    window: Window
-
-
-def shared(structure: Structure, key: object, plan: Plan) -> SharedPlan | None:
-    """Return a plan with its rows in groups that share their columns, None where few do.
-
-    Args:
-        structure: that the plan is of; it keeps the result.
-        key: tells the plans of a structure apart.
-        plan: row by row.
-    """
-    return structure.once(("shared", key), lambda: _shared(structure, plan))
-
-
-def _shared(structure: Structure, plan: Plan) -> SharedPlan | None:
-    crow = plan.crow.cpu().long()
-    rows, values = len(crow) - 1, int(crow[-1])
-    offset = plan.offset.cpu()[:values]
-    size = side(common_divisor(row_starts(crow, offset), whole=rows), rows, LARGEST_N)
-    if 2 * min(size, rows) < power_of_two(size):
-        return None
-    axis, n = Axis(1, rows, size), power_of_two(size)
-    outputs = axis.first_and_count(torch.arange(axis.parts))
-    lengths = crow.diff()[outputs[:, 0]]
-    chunks = -(-lengths // SHARED_K)
-    owners = torch.repeat_interleave(torch.arange(axis.parts), chunks)
-    row = torch.repeat_interleave(torch.arange(rows), crow.diff(), output_size=values)
-    column = torch.arange(values) - crow[row]
-    entry = (chunks.cumsum(0) - chunks)[row // size] + column // SHARED_K
-    offsets = torch.full((len(owners), SHARED_K), -1)
-    offsets[entry, column % SHARED_K] = offset.long()
-    slots = torch.arange(values) if plan.slots is None else plan.slots.cpu().long()[:values]
-    lists = _upload(
-        structure,
-        outputs=outputs,
-        owners=owners,
-        columns=offsets,
-        slots=slots,
-        places=(entry * n + row % size) * SHARED_K + column % SHARED_K,
-        shape=(n, SHARED_K),
-        room=len(owners),
-        sampled=plan.slots is None,
-        even=(axis.even, False),
-        align=0,
-    )
-    return SharedPlan(lists, plan.window)

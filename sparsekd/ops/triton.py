@@ -15,13 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsekd.ops import tiles
+from sparsekd.ops import shared, tiles
 from sparsekd.ops import triton_launch as launch
 from sparsekd.ops.checks import conv2d_shape, geometry
 from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, conv_of, structure_of
 from sparsekd.ops.layout import memory_format_of, pixels
 from sparsekd.ops.runs import SMALLEST, find_runs
-from sparsekd.ops.tiles import SharedPlan
+from sparsekd.ops.shared import SharedPlan
 from sparsekd.ops.triton_growth import LargestK
 
 __all__ = [
@@ -201,13 +201,14 @@ def _product(
     bias = None if bias is None else bias.contiguous()
     lists = tiles.forward(structure, conv, most)
     if lists is None:
-        plan = structure.forward(conv, x.shape[2:], shape[2:])
-        grouped = tiles.shared(structure, (conv, *x.shape[2:]), plan)
+        sizes = x.shape[2:], shape[2:]
+        grouped = shared.forward(structure, conv, *sizes)
         lists = None if grouped else tiles.forward(structure, conv, most, padded=True)
         if lists is None:
             packed = _pack(x, conv.padding)
             y = packed.new_empty((*shape[1:], x.shape[0]))
-            _gather(grouped or plan, values, bias, packed, y, precision)
+            plan = grouped or structure.forward(conv, *sizes)
+            _gather(plan, values, bias, packed, y, precision)
             return _unpack(y, memory_format_of(x))
     batch, rows, high, wide = shape
     inner, y = _channels_inner(x), x.new_empty((batch, high, wide, rows))
@@ -231,18 +232,15 @@ def _input_gradient(
     key, most = (size[0], size[1]), _most_k(grad.dtype)
     phases = tiles.input_gradient(structure, conv, key, most)
     if phases is None:
-        plan = structure.input_gradient(conv, size, grad.shape[2:])
-        grouped = [
-            tiles.shared(structure, ("dgrad", conv, *size, number), phase)
-            for number, phase in enumerate(plan.phases)
-        ]
-        if not any(grouped):
+        grouped = shared.input_gradient(structure, conv, size, grad.shape[2:])
+        if grouped is None:
             phases = tiles.input_gradient(structure, conv, key, most, padded=True)
         if phases is None:
-            packed = _pack(grad, plan.padding)
+            rows = structure.input_gradient(conv, size, grad.shape[2:])
+            packed = _pack(grad, rows.padding)
             dx = packed.new_empty((channels, *size, batch))
-            for rows, group in zip(plan.phases, grouped, strict=True):
-                _gather(group or rows, values, None, packed, dx, precision)
+            for plan in grouped or rows.phases:
+                _gather(plan, values, None, packed, dx, precision)
             return _unpack(dx, memory_format_of(grad))
     inner, dx = _channels_inner(grad), grad.new_empty((batch, *size, channels))
     access = launch.Access(not _is_flat(conv), (1, 1))
@@ -262,12 +260,13 @@ def _sample(grad: Tensor, x: Tensor, structure: Structure, conv: Conv, precision
         return x.new_empty(0)
     lists = tiles.forward(structure, conv, most)
     if lists is None:
-        plan = structure.forward(conv, x.shape[2:], grad.shape[2:])
-        grouped = tiles.shared(structure, (conv, *x.shape[2:]), plan)
+        sizes = x.shape[2:], grad.shape[2:]
+        grouped = shared.forward(structure, conv, *sizes)
         lists = None if grouped else tiles.forward(structure, conv, most, padded=True)
         if lists is None:
             maps = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
-            return _gather_sample(structure, grouped or plan, *maps, precision)
+            plan = grouped or structure.forward(conv, *sizes)
+            return _gather_sample(structure, plan, *maps, precision)
     access = launch.Access(not _is_flat(conv), conv.stride)
     maps = _flat(_channels_inner(grad), access), _flat(_channels_inner(x), access)
     partial = launch.tile_sample(lists, *maps, access, precision)
@@ -337,7 +336,7 @@ def _gather_sample(
     structure: Structure, plan: Plan | SharedPlan, grad: Tensor, x: Tensor, precision: str
 ) -> Tensor:
     window, nnz = plan.window, structure.col.shape[0]
-    sites = structure.once(("sites", window), lambda: structure.upload(_sites(window)))
+    sites = structure.once(("sites", window), lambda made: made.upload(_sites(window)))
     if isinstance(plan, SharedPlan):
         partial = launch.shared_sample(plan.lists, sites, grad, x, precision)
         return launch.add_parts(partial, plan.lists.places, x, nnz)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekd.dst import TopKAST
-from sparsekd.nn import densify, sparse_modules
+from sparsekd.errors import UnsupportedError
+from sparsekd.nn import SparseLinear, densify, make_capturable, sparse_modules
 from sparsekd.sparsity import allocate, topk_mask
 
 OPTIONS = {"sparsity": 0.7, "backward_sparsity": 0.4, "every": 3, "until": 14, "penalty": 1e-2}
@@ -177,3 +178,16 @@ def test_resuming_at_any_step_is_bit_equal(make_optimizer, make_dense_network, t
 def test_arguments_out_of_range_are_refused(wrong, make_dense_network):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         topkast(make_dense_network(), **wrong)
+
+
+def test_capturable_layers_are_refused_before_anything_changes() -> None:
+    layer = SparseLinear(8, 4, sparsity=0.0)
+    dst = topkast(layer, every=1)
+    make_capturable(layer)
+    layer(torch.ones(2, 8)).sum().backward()
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(UnsupportedError, match=r"model: TopKAST .* as it is capturable"):
+        dst.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    make_capturable(layer, False)
+    assert dst.update(0.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import plan_tensors
 from torch import Tensor, nn
 
 import sparsekd as skd
@@ -34,18 +35,6 @@ def layer() -> nn.Module:
     return skd.make_capturable(
         skd.nn.SparseConv2d(6, 8, 3, stride=2, padding=1, groups=2, sparsity=0.6, seed=0)
     )
-
-
-def plans() -> list[Tensor]:
-    """Return every tensor that the plans of all structures consist of."""
-
-    def walk(value: Any) -> list[Tensor]:
-        if isinstance(value, Tensor):
-            return [value]
-        return [t for part in value for t in walk(part)] if isinstance(value, tuple) else []
-
-    known = cuda_plans._known.values()
-    return [t for made, _ in known for _, plan in made._plans.values() for t in walk(plan)]
 
 
 def test_a_recorded_forward_pass_follows_a_rewire(on_cuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,14 +67,14 @@ def test_plans_stay_where_they_are_and_say_what_fresh_ones_do(on_cuda) -> None:
     conv, x = layer(), torch.randn(5, 6, 7, 7, requires_grad=True)
     cuda_plans._known.clear()
     conv(x).sum().backward()
-    before = [(tensor.data_ptr(), tensor.shape) for tensor in plans()]
+    before = [(tensor.data_ptr(), tensor.shape) for tensor in plan_tensors()]
     mask = conv.topology.mask().flatten()
     conv.rewire(mask[torch.randperm(mask.numel())].view(conv.topology.shape))
-    assert [(tensor.data_ptr(), tensor.shape) for tensor in plans()] == before
-    renewed = [tensor.clone() for tensor in plans()]
+    assert [(tensor.data_ptr(), tensor.shape) for tensor in plan_tensors()] == before
+    renewed = [tensor.clone() for tensor in plan_tensors()]
     cuda_plans._known.clear()
     conv(x).sum().backward()
-    assert all(map(torch.equal, plans(), renewed))
+    assert all(map(torch.equal, plan_tensors(), renewed))
 
 
 def test_gradients_after_a_rewire_in_place(on_cuda) -> None:

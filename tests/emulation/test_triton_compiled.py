@@ -20,8 +20,8 @@ SPILLS = {
     # Addresses of the output, once a block and after the loop; other sizes would make it slower.
     ("tile_product_half_32", "fp16", "sm_100"): 32,
     # Single elements, each with an address: only for channels that fill no vector.
-    ("tile_sample_half_64_ragged", "fp16", "gfx942"): 19,
-    ("tile_sample_half_64_ragged", "bf16", "gfx942"): 19,
+    ("tile_sample_half_64_ragged", "fp16", "gfx942"): 15,
+    ("tile_sample_half_64_ragged", "bf16", "gfx942"): 15,
 }
 
 

@@ -271,45 +271,6 @@ def test_what_is_not_supported_is_refused(on_triton) -> None:
         triton.linear(torch.ones(2, 3), torch.ones(3), *elsewhere, None, [3, 3])
 
 
-@interpreted
-def test_plans_of_tiles_stay_where_they_are_when_tiles_move(on_triton) -> None:
-    """What a CUDA graph has recorded stays valid."""
-    from sparsekd.ops import cuda_plans
-
-    cuda_plans._known.clear()
-    torch.manual_seed(0)
-    layer = skd.nn.SparseConv2d(64, 48, 3, stride=2, padding=1, sparsity=0.7, layout="bcsr")
-    skd.make_capturable(layer)
-    x = torch.randn(2, 64, 5, 5, requires_grad=True)
-    layer(x).sum().backward()
-    tensors = plan_tensors()
-    before = [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
-    tiles = layer.topology.mask()[::16, ::16].flatten()
-    moved = tiles[torch.randperm(len(tiles))].view(3, 4, 3, 3)
-    layer.rewire(moved.repeat_interleave(16, 0).repeat_interleave(16, 1))
-    assert [(tensor.data_ptr(), tensor.shape) for tensor in plan_tensors()] == before
-    results = []
-    for name in ("triton", "reference"):
-        with skd.backend(name):
-            y = layer(x)
-            results.append([y, *torch.autograd.grad(y.square().sum(), (x, layer.values))])
-    for ours, expected in zip(*results, strict=True):
-        assert relative_error(ours, expected) < 1e-4
-
-
-def plan_tensors() -> list[Tensor]:
-    """Return every tensor that the plans of all structures consist of."""
-    from sparsekd.ops import cuda_plans
-
-    def walk(value) -> list[Tensor]:
-        if isinstance(value, Tensor):
-            return [value]
-        return [t for part in value for t in walk(part)] if isinstance(value, tuple) else []
-
-    known = cuda_plans._known.values()
-    return [t for made, _ in known for _, plan in made._plans.values() for t in walk(plan)]
-
-
 # -- growth ---------------------------------------------------------------------------------------
 
 

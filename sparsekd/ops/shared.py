@@ -1,0 +1,104 @@
+"""Make the lists of columns that groups of rows share, anywhere; see kernels/gather.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window
+from sparsekd.ops.runs import Axis, power_of_two
+from sparsekd.ops.tiles import LARGEST_N, Lists, affordable, upload_lists, well_filled
+
+COLUMNS = 16  # of a chunk
+
+
+class SharedPlan(NamedTuple):
+    """Hold a product whose columns are shared by groups of rows, and the window of its outputs."""
+
+    lists: Lists
+    window: Window
+
+
+def forward(
+    structure: Structure, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]
+) -> SharedPlan | None:
+    """Return the forward pass with rows in groups that share their columns, None where few do.
+
+    The weight gradient is sampled at the same chunks.
+
+    Args:
+        structure: of the weight; it keeps the result.
+        conv: the layer.
+        input_size: of the maps that it reads.
+        output_size: of those that it writes.
+    """
+    sizes = tuple(input_size), tuple(output_size)
+
+    def make(structure: Structure) -> SharedPlan | None:
+        rows, _ = well_filled(structure, conv, (LARGEST_N, LARGEST_N))
+        if not rows:
+            return None
+        axis = Axis(conv.groups, conv.weight_shape[0] // conv.groups, rows)
+        return _shared(structure, structure.forward(conv, *sizes), axis)
+
+    return structure.once(("shared columns", conv, *sizes), make)
+
+
+def input_gradient(
+    structure: Structure, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]
+) -> tuple[SharedPlan, ...] | None:
+    """Return the input gradient likewise, for each phase of the stride: channels share rows."""
+    sizes = tuple(input_size), tuple(output_size)
+
+    def make(structure: Structure) -> tuple[SharedPlan, ...] | None:
+        _, channels = well_filled(structure, conv, (LARGEST_N, LARGEST_N))
+        if not channels:
+            return None
+        axis = Axis(conv.groups, conv.weight_shape[1], channels)
+        phases = structure.input_gradient(conv, *sizes).phases
+        return tuple(_shared(structure, phase, axis) for phase in phases)
+
+    return structure.once(("shared columns of the input gradient", conv, *sizes), make)
+
+
+def _shared(structure: Structure, plan: Plan, axis: Axis) -> SharedPlan:
+    crow = plan.crow.cpu().long()
+    rows, values = len(crow) - 1, int(crow[-1])
+    outputs = axis.first_and_count(torch.arange(axis.parts * axis.groups))
+    chunks = -(-crow.diff()[outputs[:, 0]] // COLUMNS)
+    row = torch.repeat_interleave(torch.arange(rows), crow.diff(), output_size=values)
+    column = torch.arange(values) - crow[row]
+    entry = (chunks.cumsum(0) - chunks)[axis.part(row)] + column // COLUMNS
+    room, n = _room(structure, axis, rows), power_of_two(axis.size)
+    offsets = torch.full((room, COLUMNS), -1)
+    offsets[entry, column % COLUMNS] = plan.offset.cpu()[:values].long()
+    slots = torch.arange(values) if plan.slots is None else plan.slots.cpu().long()[:values]
+    lists = upload_lists(
+        structure,
+        outputs=outputs,
+        owners=torch.repeat_interleave(torch.arange(len(outputs)), chunks),
+        columns=offsets,
+        slots=slots,
+        places=(entry * n + axis.within(row)) * COLUMNS + column % COLUMNS,
+        shape=(n, COLUMNS),
+        room=room,
+        sampled=plan.slots is None,
+        even=(axis.even, False),
+        align=0,
+    )
+    return SharedPlan(lists, plan.window)
+
+
+def _room(structure: Structure, axis: Axis, rows: int) -> int:
+    """Return the most chunks that the columns of a plan can take up, wherever the values are.
+
+    The first chunk of a group may have a single column; all but the last are full.
+    """
+    longest = structure.size[0] * structure.size[1] // rows
+    more = max(longest - 1, 0) // COLUMNS
+    chunks = []
+    for size, count in axis.sizes:
+        chunks += [(size, count * axis.groups), (size * COLUMNS, count * axis.groups * more)]
+    return affordable(chunks, len(structure.col))

@@ -1,0 +1,66 @@
+"""What a CUDA graph keeps of a stretch of code: launches with addresses, and torch's own calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ptx_machine import Executable
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparsekd.ops import cuda_plans
+
+
+def plan_tensors() -> list[Tensor]:
+    """Return every tensor that the plans of all structures consist of."""
+    known = [made._plans.values() for made, _ in cuda_plans._known.values()]
+    leaves = tree_leaves([plan for plans in known for _, plan in plans])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+class Tape(TorchDispatchMode):
+    """Record, while it is entered, what runs: ``with Tape(monkeypatch) as tape: ...``.
+
+    A launch is kept as the bytes of its arguments, addresses among them, and torch's calls write
+    to where they wrote. Tensors that were made meanwhile are held, as a graph's memory is its own.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.launches = 0
+        self._calls: list[Callable[[], Any]] = []
+        self._held: list[Any] = []
+        self._patch = patch
+
+    def __enter__(self) -> Tape:
+        launch = Executable.launch
+
+        def record(*args: Any) -> int:
+            self.launches += 1
+            self._calls.append(lambda: launch(*args))
+            return launch(*args)
+
+        self._patch.setattr(Executable, "launch", record)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.undo()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._held.append((args, kwargs, out))
+        if func._schema.is_mutable:
+            self._calls.append(lambda: func(*args, **kwargs))
+        elif isinstance(out, Tensor) and not (func.is_view or "empty" in func.name()):
+            self._calls.append(lambda: out.copy_(func(*args, **kwargs)))
+        return out
+
+    def replay(self) -> None:
+        for call in self._calls:
+            call()
