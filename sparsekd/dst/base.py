@@ -177,6 +177,8 @@ class Updater:
     def update(self, fraction: float) -> bool:
         """Drop `fraction` of every layer's weights and grow as many; all layers or none.
 
+        Only a capturable layer that cannot take its mask stops this halfway, see `step`.
+
         Returns:
             Whether there was anything to rewire.
         """
