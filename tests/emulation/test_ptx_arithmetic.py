@@ -376,6 +376,27 @@ def test_comparisons_of_floats(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("type_", ["f16", "bf16"])
+@pytest.mark.parametrize("name", COMPARED)
+def test_comparisons_of_pairs_of_halves(name: str, type_: str) -> None:
+    """A predicate of each half, the lower one first; both combined with the same third one."""
+    left, right = np.roll(LEFT, 5), np.roll(RIGHT, 11)  # of the upper halves
+    pairs = [_halves(x, type_) | _halves(y, type_) << 16 for x, y in ((LEFT, left), (RIGHT, right))]
+    text = f"""setp.lt.u32 %p3, %t, 100;
+        setp.{name}.{type_}x2 %p0|%p1, %a0, %a1; setp.{name}.and.{type_}x2 %p2|_, %a0, %a1, !%p3;
+        selp.b32 %d, 1, 0, %p0; @%p1 add.u32 %d, %d, 2; @%p2 add.u32 %d, %d, 4;"""
+    found = execute(text, pairs, np.dtype("u4"))
+    compare = COMPARED[name]
+    for t, (got, *given) in enumerate(zip(found.tolist(), LEFT, RIGHT, left, right, strict=True)):
+        first, second = compare(*given[:2]), compare(*given[2:])
+        assert got == first + 2 * second + 4 * (first and t >= 100), given
+
+
+def _halves(x: np.ndarray, type_: str) -> np.ndarray:
+    bits = x.astype(np.float16).view("u2") if type_ == "f16" else x.view("u4") >> 16
+    return bits.astype(np.uint32)
+
+
 @pytest.mark.parametrize("name, type_, compute", [
     ("lt", "s32", lambda a, b: a < b), ("lt", "u32", lambda a, b: a < b),
     ("ge", "s64", lambda a, b: a >= b), ("hi", "u64", lambda a, b: a > b),

@@ -206,14 +206,17 @@ def _compare(o: Operands) -> Step:
     compare = _comparison(name, type_ in FORMATS)
     targets = [o.write(text.strip(), "pred") for text in args[0].split("|")]
     first, second = o.read(args[1], type_), o.read(args[2], type_)
-    if compare is None or len(combination) > 1 or type_.endswith("x2"):
+    of_pairs = type_.endswith("x2")
+    if compare is None or len(combination) > 1 or (of_pairs and len(targets) != 2):
         raise o.unsupported()
     combine = COMBINATIONS[combination[0]] if combination else None
     other = o.read(args[3], "pred") if combination else None
 
     def step(wave, mask: Array) -> None:
         result = compare(first(wave), second(wave))
-        for write, value in zip(targets, (result, ~result), strict=False):
+        # Of pairs a predicate each; else the second is the opposite.
+        results = result.T if of_pairs else (result, ~result)
+        for write, value in zip(targets, results, strict=False):
             write(wave, mask, combine(value, other(wave)) if combine else value)
 
     return step
