@@ -4,6 +4,6 @@ if __name__ != "sparsekd.kernels":
     # Under a second name every op in here would be registered twice.
     raise ImportError("import these kernels as sparsekd.kernels, not as a top-level package")
 
-from .table import KERNELS, Kernel
+from .table import Kernel, instances
 
-__all__ = ["KERNELS", "Kernel"]
+__all__ = ["Kernel", "instances"]

@@ -1,4 +1,4 @@
-"""How large the blocks of a kernel are and how many warps run one, in one table."""
+"""How large the blocks of a kernel are and how many warps run one: a table, and what to try."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ class Config(NamedTuple):
     num_stages: int
 
 
+_Table = dict[tuple[str, str], dict[int, tuple[int, int, int]]]
+
 # By kind, kind of arithmetic and channels of a block. Halves and TF32 feed tensor cores and want
 # large blocks behind a deep pipeline; float32 in full precision is bound by its multiply-adds.
-_TABLE = {
+_TABLE: _Table = {
     ("product", "half"): {16: (128, 4, 5), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
     ("product", "tf32"): {16: (128, 4, 5), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
     ("product", "ieee"): {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 8, 2)},
@@ -23,12 +25,36 @@ _TABLE = {
     ("sample", "tf32"): {16: (32, 1, 3), 32: (32, 2, 3), 64: (32, 2, 3), 128: (32, 4, 3)},
     ("sample", "ieee"): {16: (32, 2, 2), 32: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 1)},
 }
+# What differs on a GPU, by how its architecture's name starts.
+_DIFFERENT: dict[str, _Table] = {
+    # Four warps keep the addresses of results, a row a thread, on the stack; eight need no stack.
+    "sm_10": {("product", "half"): {32: (128, 8, 4)}},
+    # A compute unit has 64 KiB of shared memory: pipelines are as deep as lets two blocks share it.
+    # Matrix cores multiply float32 in full precision too, so its sizes are those of TF32.
+    "gfx": {
+        ("product", "half"): {64: (128, 4, 3), 128: (128, 8, 3)},
+        ("sample", "half"): {128: (64, 8, 2)},
+        ("product", "tf32"): {32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 3)},
+        ("product", "ieee"): {16: (128, 4, 5), 32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 3)},
+        ("sample", "tf32"): {128: (32, 4, 2)},
+        ("sample", "ieee"): {16: (32, 1, 3), 32: (32, 2, 3), 64: (32, 2, 3), 128: (32, 4, 2)},
+    },
+}
 SINGLE = 32  # positions of a block where every element has an address of its own
 SMALLEST = 16  # side of the smallest matrix product on tensor cores
+_GROUP, _ROWS = 4, 64  # warps and rows that one instruction of newer tensor cores takes
+_MOST_POSITIONS, _MOST_WARPS = 256, 8
 
 
 def choose(
-    kind: str, channels: int, dtype: str, precision: str, positions: int, *, vectors: bool = True
+    kind: str,
+    channels: int,
+    dtype: str,
+    precision: str,
+    positions: int,
+    architecture: str,
+    *,
+    vectors: bool = True,
 ) -> Config:
     """Return the sizes for one call.
 
@@ -38,12 +64,48 @@ def choose(
         dtype: "fp32", "fp16" or "bf16".
         precision: of products in float32, "ieee" or "tf32".
         positions: how many there are in all; a block has no more than it needs.
+        architecture: of the GPU, "sm_90" or "gfx942" for example.
         vectors: maps are read in vectors; single elements each take registers for an address.
     """
-    arithmetic = precision if dtype == "fp32" else "half"
-    config = Config(*_TABLE[kind, arithmetic][channels])
+    key = kind, precision if dtype == "fp32" else "half"
+    own = (table for start, table in _DIFFERENT.items() if architecture.startswith(start))
+    sizes = _TABLE[key] | next(own, {}).get(key, {})
+    config = Config(*sizes[channels])
     most = config.positions if vectors else min(config.positions, SINGLE)
     return config._replace(positions=min(most, power_of_two(positions)))
+
+
+def candidates(kind: str, base: Config, positions: int) -> tuple[Config, ...]:
+    """Return sizes to measure against each other, `base` first; results are equal bit for bit.
+
+    Warps and stages cut no sum, nor do the positions of a product, which are not summed over. But
+    tensor cores that take groups of four warps, or 64 rows, at once may add up otherwise than those
+    that do not, so a candidate takes them where `base` does and nowhere else.
+
+    Args:
+        kind: "product" or "sample".
+        base: what `choose` returns.
+        positions: how many there are in all.
+    """
+    blocks = [(base.positions, base.num_warps)]
+    warps = [
+        number
+        for number in (base.num_warps // 2, 2 * base.num_warps)
+        if 1 <= number <= _MOST_WARPS and (number < _GROUP) == (base.num_warps < _GROUP)
+    ]
+    if kind == "sample":
+        blocks += [(base.positions, number) for number in warps]
+    elif base.positions >= _ROWS:
+        most = min(_MOST_POSITIONS, power_of_two(positions))
+        blocks += [
+            (size, number)
+            for size in (base.positions // 2, base.positions, 2 * base.positions)
+            for number in sorted({base.num_warps, *warps})
+            # A warp has one or two blocks of the sixteen rows that tensor cores multiply.
+            if _ROWS <= size <= most and SMALLEST <= size // number <= 2 * SMALLEST
+        ]
+    stages = base.num_stages, base.num_stages + (1 if base.num_stages <= 2 else -1)
+    return tuple(dict.fromkeys(Config(*block, number) for block in blocks for number in stages))
 
 
 def power_of_two(number: int) -> int:

@@ -1,6 +1,6 @@
 """Every kernel in the instances compiled ahead of time, to check what compilers make of it.
 
-Tests and tables iterate over `KERNELS`, so no kernel can exist unchecked.
+Tests and tables iterate over `instances`, so no kernel can exist unchecked.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from . import config, gather, grow, tiles, values
@@ -78,7 +79,9 @@ _ARITHMETIC = (
 )
 
 
-def _products(kernels: dict[str, Any], prefix: str, **constexprs: Any) -> Iterator[Kernel]:
+def _products(
+    kernels: dict[str, Any], prefix: str, architecture: str, **constexprs: Any
+) -> Iterator[Kernel]:
     """Yield the instances of a product and a sample at all sizes and kinds of arithmetic.
 
     Of columns that lie anywhere the smallest and the largest blocks are enough.
@@ -87,7 +90,7 @@ def _products(kernels: dict[str, Any], prefix: str, **constexprs: Any) -> Iterat
         for n, k in sizes if prefix == "tile" else (sizes[0], sizes[-1]):
             block = {"PRECISION": precision, "BN": n, "BK": k if prefix == "tile" else 16}
             for kind, fn in kernels.items():
-                how = config.choose(kind, n, dtypes[0], precision, 1 << 20)
+                how = config.choose(kind, n, dtypes[0], precision, 1 << 20, architecture)
                 if kind == "product":
                     own = {"BIAS": True, "BP": how.positions}
                 else:
@@ -99,9 +102,10 @@ def _products(kernels: dict[str, Any], prefix: str, **constexprs: Any) -> Iterat
                 yield Kernel(name, fn, known, how.num_warps, how.num_stages, dtypes, mma)
 
 
-def _tiles() -> Iterator[Kernel]:
+def _tiles(architecture: str) -> Iterator[Kernel]:
     kernels = {"product": tiles.tile_product, "sample": tiles.tile_sample}
-    for kernel in _products(kernels, "tile", SPATIAL=True, EVEN_N=True, EVEN_K=True, ALIGN=16):
+    even = {"SPATIAL": True, "EVEN_N": True, "EVEN_K": True, "ALIGN": 16}
+    for kernel in _products(kernels, "tile", architecture, **even):
         relu = {"RELU": False} if kernel.fn is tiles.tile_product else {}
         yield replace(kernel, constexprs={**kernel.constexprs, **relu})
         if kernel.name in ("tile_product_half_64", "tile_sample_half_64"):
@@ -116,15 +120,23 @@ _ROW_SAMPLE = {"SITES": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}
 
 _EXCLUDE = {"TAKEN": grow.TAKEN, "BLOCK": grow.BLOCK}
 
-KERNELS: tuple[Kernel, ...] = (
-    *_tiles(),
-    *_products({"product": gather.shared_product, "sample": gather.shared_sample}, "shared"),
-    Kernel("row_product", gather.row_product, {"BIAS": True, "BP": 512}, 4, 3),
-    Kernel(
-        "row_sample", gather.row_sample, {"SITES": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}, 4, 2
-    ),
-    Kernel("take_values", values.take_values, {"BLOCK": values.BLOCK}, 4, 1),
-    Kernel("score_keys", grow.score_keys, {"MAGNITUDE": True, "BLOCK": grow.BLOCK}, 4, 1),
-    Kernel("exclude_taken", grow.exclude_taken, _EXCLUDE, 4, 1, ("fp32",)),
-    Kernel("add_parts", values.add_parts, {"PLACED": True, "BLOCK": values.BLOCK}, 4, 1),
-)
+
+@cache
+def instances(architecture: str) -> dict[str, Kernel]:
+    """Return every kernel with the sizes that it has on a GPU, by name.
+
+    Args:
+        architecture: of the GPU, "sm_90" or "gfx942" for example.
+    """
+    shared = {"product": gather.shared_product, "sample": gather.shared_sample}
+    kernels = (
+        *_tiles(architecture),
+        *_products(shared, "shared", architecture),
+        Kernel("row_product", gather.row_product, {"BIAS": True, "BP": 512}, 4, 3),
+        Kernel("row_sample", gather.row_sample, _ROW_SAMPLE, 4, 2),
+        Kernel("take_values", values.take_values, {"BLOCK": values.BLOCK}, 4, 1),
+        Kernel("score_keys", grow.score_keys, {"MAGNITUDE": True, "BLOCK": grow.BLOCK}, 4, 1),
+        Kernel("exclude_taken", grow.exclude_taken, _EXCLUDE, 4, 1, ("fp32",)),
+        Kernel("add_parts", values.add_parts, {"PLACED": True, "BLOCK": values.BLOCK}, 4, 1),
+    )
+    return {kernel.name: kernel for kernel in kernels}

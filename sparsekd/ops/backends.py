@@ -207,7 +207,8 @@ def info() -> dict[str, Any]:
         A dict of plain values: `torch`, `python`, `machine`, `threads`, `forced` (the backend
         asked for, or None), `default` (what CPU tensors get), `backends` (name to `available` and
         `detail`), `cpp`, what the compiled module says of itself, and `choices`, the file of
-        measured choices and how many of them this process knows (both empty without the module).
+        measured choices and how many of them this process knows (both empty without the module),
+        and `tuning`, the same of the sizes that Triton's kernels run with (empty without a GPU).
 
     Example:
         >>> info()["backends"]["reference"]["available"]
@@ -229,4 +230,5 @@ def info() -> dict[str, Any]:
         "backends": table,
         "cpp": {} if compiled is None else compiled.info(),
         "choices": {} if compiled is None else load("auto")[0].choices().info(),
+        "tuning": {} if load("triton")[0] is None else load("triton")[0].tuning(),
     }

@@ -12,15 +12,19 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 import sparsekd._C as _C
 from sparsekd.ops.processor import cpu_name
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
@@ -49,47 +53,48 @@ class Choice:
             return False
         return max(self.cpp_ms, self.dense_ms) > 1.5 * min(self.cpp_ms, self.dense_ms)
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Choice:
+        """Return what a line says; raises ValueError, KeyError or TypeError if it is damaged."""
+        if row["backend"] not in ("cpp", "dense"):
+            raise ValueError("backend")
+        return cls(row["backend"], *(_time(row[name]) for name in ("cpp_ms", "dense_ms")))
 
-class Choices:
-    """Map kinds of ops and density steps to choices, in memory and in a file.
+
+Kept = TypeVar("Kept", bound="DataclassInstance")  # of plain values
+
+
+class Store(Generic[Kept]):
+    """Map kinds of work, each in numbered steps, to what was measured, in memory and in a file.
 
     Args:
-        path: of the file; None to keep them in memory only.
+        path: of the file; None to keep it in memory only.
+        of: makes an entry of a line's fields; raises ValueError, KeyError or TypeError.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, of: Callable[[dict[str, Any]], Kept]) -> None:
         self.path = path
-        self._known: dict[str, dict[int, Choice]] = {}
+        self._of = of
+        self._known: dict[str, dict[int, Kept]] = {}
         self._read_to = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._known.values()))
 
     def info(self) -> dict[str, Any]:
-        """Return the path of the file and the number of choices known."""
+        """Return the path of the file and the number of entries known."""
         return {"path": "" if self.path is None else str(self.path), "known": len(self)}
 
-    def get(self, kind: str, step: int) -> Choice | None:
-        """Return the choice, also one that another process has made meanwhile, if there is one."""
+    def get(self, kind: str, step: int) -> Kept | None:
+        """Return the entry, also one that another process has made meanwhile, if there is one."""
         if step not in self._known.get(kind, ()):
             self._read()
         return self._known.get(kind, {}).get(step)
 
-    def follows(self, kind: str, step: int) -> str | None:
-        """Return the backend that clear measurements at other densities imply, if they do.
-
-        A sparse op gets slower with every nonzero, a dense one does not.
-        """
-        implied = set()
-        for other, choice in self._known.get(kind, {}).items():
-            if choice.clear and (other > step if choice.backend == "cpp" else other < step):
-                implied.add(choice.backend)
-        return implied.pop() if len(implied) == 1 else None
-
-    def add(self, kind: str, step: int, choice: Choice) -> Choice:
-        """Record a choice; return the one that counts, which another process may have made."""
+    def add(self, kind: str, step: int, made: Kept) -> Kept:
+        """Record an entry; return the one that counts, which another process may have made."""
         if self.path is not None:
-            line = json.dumps({"kind": kind, "step": step, **asdict(choice)})
+            line = json.dumps({"kind": kind, "step": step, **asdict(made)})
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("ab", buffering=0) as file:
@@ -98,7 +103,7 @@ class Choices:
                 logger.warning("choices are kept in memory only: %s", error)
                 self.path = None
             self._read()
-        return self._known.setdefault(kind, {}).setdefault(step, choice)
+        return self._known.setdefault(kind, {}).setdefault(step, made)
 
     def _read(self) -> None:
         """Take over what was appended since the last time; of equal keys the first line counts."""
@@ -114,22 +119,41 @@ class Choices:
             if not line.endswith(b"\n"):
                 return  # another process is writing it
             self._read_to += len(line)
-            parsed = _parse(line)
+            parsed = self._parse(line)
             if parsed is not None:
-                kind, step, choice = parsed
-                self._known.setdefault(kind, {}).setdefault(step, choice)
+                kind, step, made = parsed
+                self._known.setdefault(kind, {}).setdefault(step, made)
+
+    def _parse(self, line: bytes) -> tuple[str, int, Kept] | None:
+        """Return what a line says, None if it is damaged."""
+        try:
+            row = json.loads(line)
+            kind, step, made = row["kind"], row["step"], self._of(row)
+        except (ValueError, KeyError, TypeError):
+            return None
+        return (kind, step, made) if isinstance(kind, str) and isinstance(step, int) else None
 
 
-def _parse(line: bytes) -> tuple[str, int, Choice] | None:
-    """Return what a line says, None if it is damaged."""
-    try:
-        row = json.loads(line)
-        kind, step = row["kind"], row["step"]
-        choice = Choice(row["backend"], *(_time(row[name]) for name in ("cpp_ms", "dense_ms")))
-    except (ValueError, KeyError, TypeError):
-        return None
-    sound = choice.backend in ("cpp", "dense") and isinstance(kind, str) and isinstance(step, int)
-    return (kind, step, choice) if sound else None
+class Choices(Store[Choice]):
+    """Map kinds of ops and density steps to choices.
+
+    Args:
+        path: of the file; None to keep them in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__(path, Choice.of)
+
+    def follows(self, kind: str, step: int) -> str | None:
+        """Return the backend that clear measurements at other densities imply, if they do.
+
+        A sparse op gets slower with every nonzero, a dense one does not.
+        """
+        implied = set()
+        for other, choice in self._known.get(kind, {}).items():
+            if choice.clear and (other > step if choice.backend == "cpp" else other < step):
+                implied.add(choice.backend)
+        return implied.pop() if len(implied) == 1 else None
 
 
 def _time(value: Any) -> float | None:
@@ -137,9 +161,19 @@ def _time(value: Any) -> float | None:
 
 
 def default_path() -> Path | None:
-    """Return the file of this machine, None if SPARSEKD_CACHE is "off".
+    """Return the file of the dispatcher's choices, None if SPARSEKD_CACHE is "off"."""
+    return path_of("dispatch", surroundings())
 
-    SPARSEKD_CACHE names a folder; without it, it is `sparsekd` in the user's cache folder.
+
+def path_of(name: str, facts: dict[str, Any]) -> Path | None:
+    """Return the file for what was measured in certain surroundings, None for memory only.
+
+    SPARSEKD_CACHE names a folder, or is "off"; without it, it is `sparsekd` in the user's cache
+    folder.
+
+    Args:
+        name: how the file's name starts.
+        facts: what the measurements depend on besides their keys.
     """
     wanted = os.environ.get(VARIABLE)
     if wanted == "off":
@@ -152,8 +186,8 @@ def default_path() -> Path | None:
             folder = (Path(base) if base else Path.home() / ".cache") / "sparsekd"
         except RuntimeError:  # there is no home
             return None
-    digest = hashlib.sha256(json.dumps(surroundings(), sort_keys=True).encode()).hexdigest()
-    return folder / f"dispatch-{digest[:16]}.jsonl"
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return folder / f"{name}-{digest[:16]}.jsonl"
 
 
 @cache

@@ -23,6 +23,7 @@ from sparsekd.ops.layout import memory_format_of, pixels
 from sparsekd.ops.runs import SMALLEST, find_runs
 from sparsekd.ops.shared import SharedPlan
 from sparsekd.ops.triton_growth import LargestK
+from sparsekd.ops.triton_tuning import info as tuning
 
 __all__ = [
     "LargestK",
@@ -33,6 +34,7 @@ __all__ = [
     "linear_dgrad",
     "linear_wgrad",
     "suits",
+    "tuning",
 ]
 
 

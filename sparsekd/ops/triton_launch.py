@@ -1,17 +1,21 @@
-"""Launch the Triton kernels: sizes of blocks, grids, strides. Nothing here waits for a device."""
+"""Launch the Triton kernels: sizes of blocks, grids, strides. Only tuning waits for a device."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from sparsekd.kernels import config, gather, tiles, values
 from sparsekd.ops.cuda_plans import Plan, Window
 from sparsekd.ops.tiles import Lists
+from sparsekd.ops.triton_tuning import Launch, Work, tuner
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PROGRAMS = 1024  # of a sample; enough to fill a GPU, and fixed so that sums are cut alike anywhere
@@ -78,17 +82,22 @@ def tile_product(
         - y: `[N, H_out, W_out, rows]`
     """
     positions = y.shape[0] * y.shape[1] * y.shape[2]
-    how = _choose("product", lists, x, precision, positions)
     count = lists.outputs.shape[0]
-    tiles.tile_product[count * _blocks(positions, how.positions),](
-        lists.lists, lists.outputs, lists.columns, weight, weight if bias is None else bias, x, y,
-        count, positions, y.shape[1], y.shape[2],
-        *_strides(x), x.shape[1], x.shape[2], *access.stride, *_strides(y),
-        SPATIAL=access.spatial, BIAS=bias is not None, RELU=relu, EVEN_N=lists.even[0],
-        EVEN_K=lists.even[1], ALIGN=lists.align, PRECISION=precision,
-        BP=how.positions, BN=lists.n, BK=lists.k,
-        num_warps=how.num_warps, num_stages=how.num_stages,
-    )  # fmt: skip
+
+    def launch(how: config.Config) -> None:
+        tiles.tile_product[count * _blocks(positions, how.positions),](
+            lists.lists, lists.outputs, lists.columns,
+            weight, weight if bias is None else bias, x, y,
+            count, positions, y.shape[1], y.shape[2],
+            *_strides(x), x.shape[1], x.shape[2], *access.stride, *_strides(y),
+            SPATIAL=access.spatial, BIAS=bias is not None, RELU=relu, EVEN_N=lists.even[0],
+            EVEN_K=lists.even[1], ALIGN=lists.align, PRECISION=precision,
+            BP=how.positions, BN=lists.n, BK=lists.k,
+            num_warps=how.num_warps, num_stages=how.num_stages,
+        )  # fmt: skip
+
+    how = _choose("product", lists, x, precision, positions)
+    _launch_tuned("tile_product", lists, x, precision, positions, how, launch)
 
 
 def tile_sample(lists: Lists, grad: Tensor, x: Tensor, access: Access, precision: str) -> Tensor:
@@ -106,15 +115,19 @@ def tile_sample(lists: Lists, grad: Tensor, x: Tensor, access: Access, precision
     pixels = min(how.positions, _ceil(high * wide))
     parts = _Parts.of(lists.owners.shape[0], images, how.positions // pixels, high * wide, pixels)
     partial = x.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
-    tiles.tile_sample[lists.owners.shape[0], parts.number](
-        lists.owners, lists.outputs, lists.columns, grad, x, partial,
-        lists.owners.shape[0], images, high * wide, wide, *parts.sizes,
-        *_strides(grad), *_strides(x), x.shape[1], x.shape[2], *access.stride,
-        SPATIAL=access.spatial, EVEN_N=lists.even[0], EVEN_K=lists.even[1], ALIGN=lists.align,
-        PRECISION=precision,
-        PIXELS=pixels, IMAGES=how.positions // pixels, BN=lists.n, BK=lists.k,
-        num_warps=how.num_warps, num_stages=how.num_stages,
-    )  # fmt: skip
+
+    def launch(how: config.Config) -> None:
+        tiles.tile_sample[lists.owners.shape[0], parts.number](
+            lists.owners, lists.outputs, lists.columns, grad, x, partial,
+            lists.owners.shape[0], images, high * wide, wide, *parts.sizes,
+            *_strides(grad), *_strides(x), x.shape[1], x.shape[2], *access.stride,
+            SPATIAL=access.spatial, EVEN_N=lists.even[0], EVEN_K=lists.even[1], ALIGN=lists.align,
+            PRECISION=precision,
+            PIXELS=pixels, IMAGES=how.positions // pixels, BN=lists.n, BK=lists.k,
+            num_warps=how.num_warps, num_stages=how.num_stages,
+        )  # fmt: skip
+
+    _launch_tuned("tile_sample", lists, x, precision, images * high * wide, how, launch)
     return partial
 
 
@@ -130,15 +143,20 @@ def shared_product(
     """Write a product whose columns are shared by lists of rows; maps are packed."""
     lanes = x.shape[-1]
     positions = window.height * window.width * lanes
-    how = _choose("product", lists, x, precision, positions)
     count = lists.outputs.shape[0]
-    gather.shared_product[count * _blocks(positions, how.positions),](
-        lists.lists, lists.outputs, lists.columns, weight, weight if bias is None else bias, x, y,
-        count, positions, lanes, *window[1:], y[0].numel(),
-        BIAS=bias is not None, PRECISION=precision,
-        BP=how.positions, BN=lists.n, BK=lists.k,
-        num_warps=how.num_warps, num_stages=how.num_stages,
-    )  # fmt: skip
+
+    def launch(how: config.Config) -> None:
+        gather.shared_product[count * _blocks(positions, how.positions),](
+            lists.lists, lists.outputs, lists.columns,
+            weight, weight if bias is None else bias, x, y,
+            count, positions, lanes, *window[1:], y[0].numel(),
+            BIAS=bias is not None, PRECISION=precision,
+            BP=how.positions, BN=lists.n, BK=lists.k,
+            num_warps=how.num_warps, num_stages=how.num_stages,
+        )  # fmt: skip
+
+    how = _choose("product", lists, x, precision, positions)
+    _launch_tuned("shared_product", lists, x, precision, positions, how, launch)
 
 
 def shared_sample(lists: Lists, sites: Tensor, grad: Tensor, x: Tensor, precision: str) -> Tensor:
@@ -149,13 +167,17 @@ def shared_sample(lists: Lists, sites: Tensor, grad: Tensor, x: Tensor, precisio
     chunks = lists.owners.shape[0]
     parts = _Parts.of(chunks, lanes, images, outputs, how.positions // images)
     partial = x.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
-    gather.shared_sample[chunks, parts.number](
-        lists.owners, lists.outputs, lists.columns, sites, grad, x, partial,
-        chunks, outputs, lanes, *parts.sizes,
-        PRECISION=precision, SITES=how.positions // images, IMAGES=images,
-        VECTOR=math.gcd(lanes, images, 16),
-        BN=lists.n, BK=lists.k, num_warps=how.num_warps, num_stages=how.num_stages,
-    )  # fmt: skip
+
+    def launch(how: config.Config) -> None:
+        gather.shared_sample[chunks, parts.number](
+            lists.owners, lists.outputs, lists.columns, sites, grad, x, partial,
+            chunks, outputs, lanes, *parts.sizes,
+            PRECISION=precision, SITES=how.positions // images, IMAGES=images,
+            VECTOR=math.gcd(lanes, images, 16),
+            BN=lists.n, BK=lists.k, num_warps=how.num_warps, num_stages=how.num_stages,
+        )  # fmt: skip
+
+    _launch_tuned("shared_sample", lists, x, precision, lanes * outputs, how, launch)
     return partial
 
 
@@ -218,8 +240,32 @@ def _choose(kind: str, lists: Lists, x: Tensor, precision: str, positions: int) 
     """Return sizes for tiles, or for columns that lie anywhere: their lists have no ALIGN."""
     single = lists.align > 0 and not (lists.even[1] and lists.align * x.element_size() >= 16)
     vectors = not single and x.shape[-1] % 16 == 0  # what Triton asks of strides
-    dtype = _DTYPES[x.dtype]
-    return config.choose(kind, lists.n, dtype, precision, positions, vectors=vectors)
+    dtype, target = _DTYPES[x.dtype], architecture(x.device)
+    return config.choose(kind, lists.n, dtype, precision, positions, target, vectors=vectors)
+
+
+def _launch_tuned(
+    kernel: str,
+    lists: Lists,
+    x: Tensor,
+    precision: str,
+    positions: int,
+    base: config.Config,
+    launch: Launch,
+) -> None:
+    """Make a launch with the sizes that were measured for it, where any were."""
+    arithmetic = precision if x.dtype == torch.float32 else "half"
+    work = Work(kernel, arithmetic, (lists.n, lists.k), positions, x.device)
+    launch(tuner().sizes(work, base, launch))
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Return what kernels are compiled for, as "sm_90" or "gfx942"; nothing where none are."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
 def _strides(maps: Tensor) -> Sequence[int]:

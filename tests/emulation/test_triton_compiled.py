@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,16 +10,16 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from triton_resources import SETTINGS, TARGETS, Usage, complaints, usage
+from triton_resources import SETTINGS, TARGETS, Usage, complaints, matrix_instructions, usage
 
-from sparsekd.kernels import KERNELS
+from sparsekd.kernels import config, instances
+from sparsekd.kernels.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = instances("sm_80")
 
 # Kernels that may spill some bytes: (name, tensors, GPU) and why.
 SPILLS = {
-    # Addresses of the output, once a block and after the loop; other sizes would make it slower.
-    ("tile_product_half_32", "fp16", "sm_100"): 32,
     # Single elements, each with an address: only for channels that fill no vector.
     ("tile_sample_half_64_ragged", "fp16", "gfx942"): 15,
     ("tile_sample_half_64_ragged", "bf16", "gfx942"): 15,
@@ -31,13 +32,14 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_every_kernel_compiles_for_every_gpu(kernel) -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_every_gpu(name: str) -> None:
     wrong = []
-    for dtype in kernel.dtypes:
-        for target in TARGETS:
+    for target in TARGETS:
+        kernel = instances(target)[name]
+        for dtype in kernel.dtypes:
             used = usage(kernel, dtype, target)
-            allowed = SPILLS.get((kernel.name, dtype, target), 0)
+            allowed = SPILLS.get((name, dtype, target), 0)
             used = used._replace(spilled=used.spilled if used.spilled > allowed else 0)
             wrong += complaints(kernel, dtype, target, used)
     assert not wrong
@@ -46,7 +48,7 @@ def test_every_kernel_compiles_for_every_gpu(kernel) -> None:
 def test_every_kernel_is_in_the_table() -> None:
     table = (ROOT / "docs" / "gpu.md").read_text()
     rows = set(re.findall(r"^\| `(\w+)` \| ((?:fp|bf)\d+) \|", table, re.MULTILINE))
-    expected = {(kernel.name, dtype) for kernel in KERNELS for dtype in kernel.dtypes}
+    expected = {(kernel.name, dtype) for kernel in KERNELS.values() for dtype in kernel.dtypes}
     assert rows == expected, "the table is out of date"
 
 
@@ -60,6 +62,36 @@ def test_every_kernel_is_in_the_table() -> None:
     ],
 )
 def test_rules_are_held(used: Usage, complaint: str) -> None:
-    kernel = next(kernel for kernel in KERNELS if kernel.uses_mma)
+    kernel = next(kernel for kernel in KERNELS.values() if kernel.uses_mma)
     assert complaints(kernel, "fp16", "sm_80", used) == [f"{kernel.name}, fp16, sm_80: {complaint}"]
     assert not complaints(kernel, "fp16", "sm_80", Usage(128, 0, 166912, 1, 512))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.endswith("half_64") else pytest.param(name, marks=pytest.mark.thorough)
+        for name in KERNELS
+        if "_product_" in name or "_sample_" in name
+        if not name.endswith(("_ragged", "_linear"))
+    ],
+)
+def test_all_sizes_that_tuning_tries_add_up_by_the_same_instructions(
+    name: str, target: str
+) -> None:
+    kernel = instances(target)[name]
+    kind, block = ("product", "BP") if "product" in name else ("sample", None)
+    known = kernel.constexprs
+    positions = known["BP"] if block else known.get("PIXELS", 1) * known["IMAGES"]
+    base = Config(positions, kernel.num_warps, kernel.num_stages)
+    used = set()
+    for how in config.candidates(kind, base, 1 << 20):
+        sizes = {**known, "BP": how.positions} if block else known
+        tried = dataclasses.replace(
+            kernel, constexprs=sizes, num_warps=how.num_warps, num_stages=how.num_stages
+        )
+        used.add(frozenset(matrix_instructions(tried, kernel.dtypes[0], target)))
+    assert len(used) == 1
+    # AMD's matrix cores multiply float32 in full precision too.
+    assert all(used) == (kernel.uses_mma or target == "gfx942")

@@ -45,7 +45,7 @@ class Usage(NamedTuple):
 
 
 def compiled(kernel: Any, dtype: str, target: str) -> Any:
-    """Compile one entry of `sparsekd.kernels.KERNELS`."""
+    """Compile one of `sparsekd.kernels.instances`."""
     signature = kernel.signature(dtype)
     names = list(signature)
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned()}
@@ -69,6 +69,17 @@ def usage(kernel: Any, dtype: str, target: str) -> Usage:
         text = _tool("nvdisasm", built.asm["cubin"], "-c") if kernel.uses_mma else ""
     multiplies = len(MATRIX_INSTRUCTION.findall(text))
     return Usage(registers, spilled, built.metadata.shared, multiplies, threads)
+
+
+def matrix_instructions(kernel: Any, dtype: str, target: str) -> set[str]:
+    """Return the kinds of instructions for tensor cores, with as many products as one adds up.
+
+    How many columns one has at once, N of sm_90's, does not matter to a sum.
+    """
+    built = compiled(kernel, dtype, target)
+    text = built.asm["amdgcn" if target.startswith("gfx") else "ptx"]
+    found = re.findall(r"wgmma\.mma_async\S+|mma\.sync\S+|tcgen05\.mma\S+|v_s?mfma_\w+", text)
+    return {re.sub(r"n\d+k", "k", instruction) for instruction in found}
 
 
 def _number(pattern: str, text: str) -> int:
@@ -101,21 +112,23 @@ def complaints(kernel: Any, dtype: str, target: str, used: Usage) -> list[str]:
 
 def main() -> int:
     os.environ.update(SETTINGS)
-    from sparsekd.kernels import KERNELS
+    from sparsekd.kernels import instances
 
     wrong = []
     heads = ["kernel", "tensors", "warps", "shared bytes", *(f"registers {t}" for t in TARGETS)]
     print("|", " | ".join(heads), "|")
     print("|---|---|" + "---:|" * (len(heads) - 2))
-    for kernel in KERNELS:
+    for name, kernel in instances("sm_80").items():
+        kernels = [instances(target)[name] for target in TARGETS]
         for dtype in kernel.dtypes:
-            used = {target: usage(kernel, dtype, target) for target in TARGETS}
-            shared = " / ".join(str(u.shared) for u in used.values())
-            registers = " | ".join(str(u.registers) for u in used.values())
-            row = f"`{kernel.name}` | {dtype} | {kernel.num_warps} | {shared} | {registers}"
-            print(f"| {row} |", flush=True)
-            for target in TARGETS:
-                wrong += complaints(kernel, dtype, target, used[target])
+            used = [usage(k, dtype, target) for k, target in zip(kernels, TARGETS, strict=True)]
+            warps = [str(k.num_warps) for k in kernels]
+            warps = warps[0] if len(set(warps)) == 1 else " / ".join(warps)
+            shared = " / ".join(str(u.shared) for u in used)
+            registers = " | ".join(str(u.registers) for u in used)
+            print(f"| `{name}` | {dtype} | {warps} | {shared} | {registers} |", flush=True)
+            for k, target, u in zip(kernels, TARGETS, used, strict=True):
+                wrong += complaints(k, dtype, target, u)
     print(*wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0
 

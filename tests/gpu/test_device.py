@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import sparsekd as skd
 from sparsekd.nn import sparse_modules
 from sparsekd.testing import (
+    LayerCase,
     assert_layer_matches_dense,
     available_backends,
     poisoned_memory,
@@ -67,6 +69,32 @@ def test_topologies_say_what_the_mask_does(shape: tuple[int, int], density: floa
     mask = random_mask(*shape, density).to(DEVICE)
     with poisoned_memory():
         assert_topology_says_what_the_mask_does(mask)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_tuning_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    if "triton" not in available_backends():
+        pytest.skip("needs the backend triton")
+    from sparsekd.ops import triton_tuning
+
+    case = LayerCase(
+        seed=3, in_features=256, out_features=256, batch=(8,), density=0.2, bias=True, dtype=dtype,
+        layout="channels_last", kernel_size=(3, 3), map_size=(16, 16), options={"padding": 1},
+        tile=(64, 64),
+    )  # fmt: skip
+    monkeypatch.setenv("SPARSEKD_CACHE", str(tmp_path))
+    results = []
+    for tuned in (False, True):
+        monkeypatch.setenv("SPARSEKD_TUNE", "on" if tuned else "off")
+        triton_tuning.tuner.cache_clear()
+        with skd.backend("triton"):
+            results.append(sparse_results(case, device=DEVICE))
+        assert (len(triton_tuning.tuner().store) > 0) == tuned
+    triton_tuning.tuner.cache_clear()
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
 
 
 def network(layout: str = "csr") -> nn.Module:

@@ -1,0 +1,167 @@
+"""Sizes of blocks by measurement: what `config.candidates` allows, timed on the GPU at hand.
+
+The first launch of a kind is made with every candidate, which takes some seconds, most of them to
+compile; from then on, in this process and through a file in every later one, the fastest is used.
+No candidate changes a result. Nothing is measured on the CPU, while a CUDA graph is recorded, for
+few positions, or with SPARSEKD_TUNE=off; such launches use the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime.errors import TritonError
+
+from sparsekd.kernels import config
+from sparsekd.ops.choices import Store, path_of
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "SPARSEKD_TUNE"
+LEAST_POSITIONS = 1024  # fewer take a GPU microseconds, whatever the blocks
+_WARMUP_MS, _TIMED_MS = 5, 20
+
+Launch = Callable[[config.Config], None]
+Clock = Callable[[Callable[[], None]], float]  # milliseconds of a run
+
+
+class Work(NamedTuple):
+    """Name what is launched, as far as its time depends on it.
+
+    Args:
+        kernel: its name, which ends in "product" or "sample".
+        arithmetic: dtype and precision.
+        chunk: outputs and columns of a chunk.
+        positions: how many there are.
+        device: where.
+    """
+
+    kernel: str
+    arithmetic: str
+    chunk: tuple[int, int]
+    positions: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Hold the sizes that were fastest, and their time."""
+
+    positions: int
+    num_warps: int
+    num_stages: int
+    ms: float
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Tuned:
+        """Return what a line says; raises ValueError, KeyError or TypeError if it is damaged."""
+        sizes = {name: row[name] for name in config.Config._fields}
+        if not all(isinstance(size, int) for size in sizes.values()):
+            raise TypeError("sizes")
+        return cls(**sizes, ms=float(row["ms"]))
+
+
+class Tuner:
+    """Choose sizes of blocks by measurement.
+
+    Args:
+        store: what was measured before.
+        clock_for: what times launches of some work, None where they must not be timed.
+    """
+
+    def __init__(self, store: Store[Tuned], clock_for: Callable[[Work], Clock | None]) -> None:
+        self.store = store
+        self._clock_for = clock_for
+        self._best: dict[Any, config.Config] = {}
+        self._lock = threading.RLock()
+
+    def sizes(self, work: Work, base: config.Config, launch: Launch) -> config.Config:
+        """Return the sizes to launch with.
+
+        Args:
+            work: what is launched.
+            base: the sizes that the table has for it.
+            launch: makes the launch with given sizes; it may be made any number of times.
+        """
+        step = math.ceil(math.log2(max(work.positions, 1)))
+        key = work._replace(positions=step), base
+        best = self._best.get(key)
+        if best is not None:
+            return best
+        clock = self._clock_for(work)
+        if clock is None:
+            return base
+        with self._lock:  # measurements must not disturb each other
+            kind = _describe(work, base)
+            # Of a file that somebody has edited only what may be launched counts.
+            allowed = config.candidates(work.kernel.rpartition("_")[-1], base, work.positions)
+            known = self.store.get(kind, step) or self._measure(kind, step, allowed, launch, clock)
+            best = config.Config(known.positions, known.num_warps, known.num_stages)
+            return self._best.setdefault(key, best if best in allowed else base)
+
+    def _measure(
+        self,
+        kind: str,
+        step: int,
+        allowed: tuple[config.Config, ...],
+        launch: Launch,
+        clock: Clock,
+    ) -> Tuned:
+        times: dict[config.Config, float] = {}
+        for how in allowed:
+            try:
+                times[how] = clock(partial(launch, how))
+            except (TritonError, torch.OutOfMemoryError) as error:  # this GPU has no room for it
+                logger.debug("%s with %s: %s", kind, how, error)
+        best = min(times, key=times.__getitem__, default=allowed[0])
+        logger.info("%s: %s in %s ms", kind, best, times.get(best))
+        return self.store.add(kind, step, Tuned(*best, times.get(best, math.inf)))
+
+
+def _describe(work: Work, base: config.Config) -> str:
+    chunk, sizes = "x".join(map(str, work.chunk)), "/".join(map(str, base))
+    return f"{work.kernel} {work.arithmetic} {chunk} from {sizes} on {_name(work.device)}"
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def gpu_clock(work: Work) -> Clock | None:
+    """Return Triton's clock where a launch may be timed, which waits for the device, else None."""
+    if work.device.type != "cuda" or work.positions < LEAST_POSITIONS or not enabled():
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return partial(triton.testing.do_bench, warmup=_WARMUP_MS, rep=_TIMED_MS, return_mode="median")
+
+
+def enabled() -> bool:
+    """Return whether launches on a GPU are tuned."""
+    return os.environ.get(VARIABLE) != "off"
+
+
+@cache
+def tuner() -> Tuner:
+    """Return the tuner of this process."""
+    sources = sorted(Path(config.__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    facts = {"torch": torch.__version__, "triton": triton.__version__, "kernels": digest}
+    return Tuner(Store(path_of("tuning", facts), Tuned.of), gpu_clock)
+
+
+def info() -> dict[str, Any]:
+    """Return whether launches are tuned, the path of the file and the number of entries known."""
+    return {"enabled": enabled(), **tuner().store.info()}
