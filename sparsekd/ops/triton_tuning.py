@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +93,7 @@ class Tuner:
             base: the sizes that the table has for it.
             launch: makes the launch with given sizes; it may be made any number of times.
         """
-        step = math.ceil(math.log2(max(work.positions, 1)))
+        step = (work.positions - 1).bit_length()
         key = work._replace(positions=step), base
         best = self._best.get(key)
         if best is not None:
@@ -102,31 +101,32 @@ class Tuner:
         clock = self._clock_for(work)
         if clock is None:
             return base
+        allowed = config.candidates(work.kernel.rpartition("_")[-1], base, work.positions)
         with self._lock:  # measurements must not disturb each other
             kind = _describe(work, base)
-            # Of a file that somebody has edited only what may be launched counts.
-            allowed = config.candidates(work.kernel.rpartition("_")[-1], base, work.positions)
-            known = self.store.get(kind, step) or self._measure(kind, step, allowed, launch, clock)
-            best = config.Config(known.positions, known.num_warps, known.num_stages)
-            return self._best.setdefault(key, best if best in allowed else base)
+            known = self.store.get(kind, step)
+            if known is None:
+                times = _measure(kind, allowed, launch, clock)
+                if times:
+                    best = min(times, key=times.__getitem__)
+                    known = self.store.add(kind, step, Tuned(*best, ms=times[best]))
+                    logger.info("%s: %s, %.3f ms", kind, best, times[best])
+        best = base if known is None else config.Config(*astuple(known)[:-1])
+        # Of a file that somebody has edited only what may be launched counts.
+        return self._best.setdefault(key, best if best in allowed else base)
 
-    def _measure(
-        self,
-        kind: str,
-        step: int,
-        allowed: tuple[config.Config, ...],
-        launch: Launch,
-        clock: Clock,
-    ) -> Tuned:
-        times: dict[config.Config, float] = {}
-        for how in allowed:
-            try:
-                times[how] = clock(partial(launch, how))
-            except (TritonError, torch.OutOfMemoryError) as error:  # this GPU has no room for it
-                logger.debug("%s with %s: %s", kind, how, error)
-        best = min(times, key=times.__getitem__, default=allowed[0])
-        logger.info("%s: %s in %s ms", kind, best, times.get(best))
-        return self.store.add(kind, step, Tuned(*best, times.get(best, math.inf)))
+
+def _measure(
+    kind: str, allowed: tuple[config.Config, ...], launch: Launch, clock: Clock
+) -> dict[config.Config, float]:
+    """Return the milliseconds of each that this GPU has room for."""
+    times = {}
+    for how in allowed:
+        try:
+            times[how] = clock(partial(launch, how))
+        except (TritonError, torch.OutOfMemoryError) as error:
+            logger.debug("%s with %s: %s", kind, how, error)
+    return times
 
 
 def _describe(work: Work, base: config.Config) -> str:

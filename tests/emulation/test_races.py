@@ -19,10 +19,10 @@ RACE = 66  # the status that ThreadSanitizer ends with
 LAYERS = (
     "test_any_layout_of_the_output_gradient[sliced",
     "test_batches_around_the_sizes_of_vectors[9-",
-    "test_growth_takes_rectangles_as_they_come[forward",
+    "test_growth_takes_rectangles_as_they_come[cuda-forward",
     "test_masks_in_any_layout[backward-40x64",
 )
-FILES = HERE / "test_ops.py", HERE / "test_cuda_topology.py"
+FILES = [HERE / f"test_{name}.py" for name in ("ops", "growth", "cuda_topology")]
 
 pytestmark = [
     pytest.mark.thorough,

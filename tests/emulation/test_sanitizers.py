@@ -14,12 +14,12 @@ KERNELS = HERE.parents[1] / "csrc" / "cuda" / "kernels.cu"
 TESTS = (
     "test_random_layers_equal_masked_dense[60-",
     "test_batches_around_the_sizes_of_vectors[9-",
-    "test_growth_takes_rectangles_as_they_come",
+    "test_growth_takes_rectangles_as_they_come[cuda",
     "test_sums_in_parts",
     "test_indices_are_those_of_the_mask[shuffled",
     "test_masks_in_any_layout[backward",
 )
-FILES = HERE / "test_ops.py", HERE / "test_cuda_topology.py"
+FILES = [HERE / f"test_{name}.py" for name in ("ops", "growth", "cuda_topology")]
 
 
 def runtime(compiler: str, name: str) -> str:

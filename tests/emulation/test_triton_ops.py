@@ -14,7 +14,6 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
 from triton_backend import float32_products
 
 import sparsekd as skd
@@ -269,51 +268,3 @@ def test_what_is_not_supported_is_refused(on_triton) -> None:
     elsewhere = topology.crow_indices.to("meta"), topology.col_indices
     with pytest.raises(UnsupportedError, match="expected the device of the input, cpu, got meta"):
         triton.linear(torch.ones(2, 3), torch.ones(3), *elsewhere, None, [3, 3])
-
-
-# -- growth ---------------------------------------------------------------------------------------
-
-
-def grow(mask: Tensor, score: Tensor, k: int) -> list[int]:
-    topology = Topology.from_mask(mask)
-    return ops.grow_topk(score, topology.crow_indices, topology.col_indices, k).tolist()
-
-
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("seed", range(6))
-def test_growth_equals_sorting_by_score_then_position(on_triton, seed: int, dtype) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    rows, cols = 1 + seed % 5, 3 + 40 * seed
-    mask = torch.rand(rows, cols, generator=generator) < 0.3
-    score = torch.randn(rows, cols, generator=generator)
-    score = (score.round() if seed % 2 else score).to(dtype)  # with ties, -0 and 0 among them
-    free = (~mask).flatten().nonzero().squeeze(1).tolist()
-    flat = score.flatten().tolist()
-    ranked = sorted(free, key=lambda position: (-flat[position], position))
-    for k in (0, 1, len(free) // 3, len(free)):
-        assert grow(mask, score, k) == sorted(ranked[:k])
-
-
-def test_growth_takes_rectangles_as_they_come(on_triton) -> None:
-    from sparsekd.ops.triton_growth import LargestK
-
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(20, 37, generator=generator) < 0.2
-    score = torch.randn(20, 37, generator=generator)
-    topology = Topology.from_mask(mask)
-    best = LargestK(topology.crow_indices, topology.col_indices, 20, 37, 100, torch.float32)
-    for row, rows in ((12, 8), (0, 12)):
-        for col, cols in ((30, 7), (0, 30)):
-            best.offer(score[row : row + rows, col : col + cols], row, col, True)
-    expected = score.abs().masked_fill(mask, -1).flatten().topk(100).indices.sort().values
-    assert torch.equal(best.positions(), expected)
-
-
-def test_infinite_scores_and_nan(on_triton) -> None:
-    mask = torch.tensor([[True, False, False, False]])
-    score = torch.tensor([[math.nan, -math.inf, math.inf, 0.0]])
-    assert grow(mask, score, 2) == [2, 3]
-    assert grow(mask, score, 3) == [1, 2, 3]
-    for k in (0, 1):
-        with pytest.raises(ValueError, match="NaN"):
-            grow(mask, torch.tensor([[0.0, math.nan, 1.0, 2.0]]), k)

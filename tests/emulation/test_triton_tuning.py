@@ -198,6 +198,19 @@ def test_similar_numbers_of_positions_share_a_measurement() -> None:
     assert {work.positions for work, _ in watch.timed} == {2049, 4097}
 
 
+def test_without_memory_to_measure_in_the_table_is_used_and_nothing_kept() -> None:
+    def full(work: Work) -> Clock:
+        def clock(run: Any) -> float:
+            raise torch.OutOfMemoryError("no room for what empties the cache")
+
+        return clock
+
+    tuner = Tuner(Store(None, Tuned.of), full)
+    work = Work("tile_sample", "half", (64, 64), 5000, torch.device("cpu"))
+    assert tuner.sizes(work, Config(64, 4, 3), print) == Config(64, 4, 3)
+    assert len(tuner.store) == 0
+
+
 def test_when_launches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work("tile_product", "half", (64, 64), 5000, torch.device("cuda", 0))
     capturing = False
