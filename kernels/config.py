@@ -27,8 +27,12 @@ _TABLE: _Table = {
 }
 # What differs on a GPU, by how its architecture's name starts.
 _DIFFERENT: dict[str, _Table] = {
-    # Four warps keep the addresses of results, a row a thread, on the stack; eight need no stack.
-    "sm_10": {("product", "half"): {32: (128, 8, 4)}},
+    # Tensor memory gives a thread a row of results. These numbers of warps keep it off the stack,
+    # with every Triton from 3.6 on.
+    "sm_10": {
+        ("product", "half"): {32: (128, 8, 4)},
+        ("sample", "half"): {128: (64, 4, 3)},
+    },
     # A compute unit has 64 KiB of shared memory: pipelines are as deep as lets two blocks share it.
     # Matrix cores multiply float32 in full precision too, so its sizes are those of TF32.
     "gfx": {
