@@ -116,6 +116,7 @@ def _tiles(architecture: str) -> Iterator[Kernel]:
             yield replace(kernel, name=kernel.name + "_linear", constexprs=linear)
 
 
+_ROW_PRODUCT = {"BIAS": True, "BP": 512}
 _ROW_SAMPLE = {"SITES": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}
 
 _EXCLUDE = {"TAKEN": grow.TAKEN, "BLOCK": grow.BLOCK}
@@ -132,7 +133,8 @@ def instances(architecture: str) -> dict[str, Kernel]:
     kernels = (
         *_tiles(architecture),
         *_products(shared, "shared", architecture),
-        Kernel("row_product", gather.row_product, {"BIAS": True, "BP": 512}, 4, 3),
+        Kernel("row_product", gather.row_product, _ROW_PRODUCT, 4, 3, ("fp32",)),
+        Kernel("row_product_half", gather.row_product, _ROW_PRODUCT, 2, 3, ("fp16", "bf16")),
         Kernel("row_sample", gather.row_sample, _ROW_SAMPLE, 4, 2),
         Kernel("take_values", values.take_values, {"BLOCK": values.BLOCK}, 4, 1),
         Kernel("score_keys", grow.score_keys, {"MAGNITUDE": True, "BLOCK": grow.BLOCK}, 4, 1),
