@@ -64,12 +64,10 @@ class BackwardOnly:
 
     def saw(self, op: str, args: tuple[Any, ...]) -> None:
         """Compute the gradient of a layer's parameter beside that of its values."""
-        if op not in ("conv2d_wgrad", "linear_wgrad"):
+        seen = observe.weight_gradient(self.layers, op, args)
+        if seen is None:
             return
-        grad, x, crow, _, *geometry = args
-        name, current = observe.owner(self.layers, crow), torch._C._current_graph_task_id()
-        if name is None or current == -1:  # -1: a call of the op outside any backward pass
-            return
+        name, current, grad, x, geometry = seen
         topology, parameter = self.topologies[name], self.parameters[name]
         if self.layers[name].values.grad is None and current != self._pass.get(name):
             parameter.grad = None  # gradients were zeroed: start afresh

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsekd.nn import SparseModule
@@ -109,12 +108,10 @@ class GradientCapture:
 
     def saw(self, op: str, args: tuple[Any, ...]) -> None:
         """Hold the operands of a weight gradient, if it is that of a watched layer."""
-        if op not in ("conv2d_wgrad", "linear_wgrad"):
+        seen = observe.weight_gradient(self._modules, op, args)
+        if seen is None:
             return
-        grad, x, crow, _, *geometry = args
-        name, current = observe.owner(self._modules, crow), torch._C._current_graph_task_id()
-        if name is None or current == -1:  # -1: a call of the op outside any backward pass
-            return
+        name, current, grad, x, geometry = seen
         record = self._records.setdefault(name, _Record())
         if record.backward_pass != current:
             if self._modules[name].values.grad is None:

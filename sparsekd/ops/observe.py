@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,35 @@ def owner(modules: Mapping[str, Any], crow: Tensor) -> str | None:
     """
     address = crow.data_ptr()
     return next((n for n, m in modules.items() if m.crow_indices.data_ptr() == address), None)
+
+
+class WeightGradient(NamedTuple):
+    """Hold a call of a weight-gradient op: whose it is, in which backward pass, on what."""
+
+    name: str
+    backward_pass: int
+    grad: Tensor
+    x: Tensor
+    geometry: list[Any]
+
+
+def weight_gradient(
+    modules: Mapping[str, Any], op: str, args: tuple[Any, ...]
+) -> WeightGradient | None:
+    """Return what a call that was `saw` forms the gradient of, None if it is none of `modules`.
+
+    Args:
+        modules: sparse modules by name.
+        op: that was called; calls outside any backward pass do not count.
+        args: those of its schema.
+    """
+    if op not in ("conv2d_wgrad", "linear_wgrad"):
+        return None
+    grad, x, crow, _, *geometry = args
+    name, current = owner(modules, crow), torch._C._current_graph_task_id()
+    if name is None or current == -1:  # -1: outside any backward pass
+        return None
+    return WeightGradient(name, current, grad, x, geometry)
 
 
 def lasting() -> bool:
