@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,14 @@ def load() -> Library:
     if not torch.cuda.is_available():
         raise ImportError("the CUDA kernels are built, but torch sees no CUDA device")
     try:
-        return Library(PATH)
+        return _opened(PATH)
     except OSError as error:
         raise ImportError(f"the CUDA kernels do not load: {error}") from error
+
+
+@cache
+def _opened(path: Path) -> Library:
+    return Library(path)
 
 
 def library_for(device: torch.device) -> Library | None:
