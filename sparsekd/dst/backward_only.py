@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,20 +84,25 @@ class BackwardOnly:
             if parameter.grad is not None:
                 replicas.mean_(parameter.grad)
 
-    def rewire(self, name: str, inner: Tensor, outer: Tensor) -> None:
-        """Compute with the weights of mask `inner`, train those of `outer` too, rest all others.
+    def prepare_rewire(self, name: str, inner: Tensor, outer: Tensor) -> Callable[[], bool]:
+        """Check that a layer can compute with mask `inner` and train `outer` too, the rest resting.
 
-        Values, gradients and optimizer state move along; weights that come from rest get state 0.
+        Returns:
+            What does so. Values, gradients and optimizer state move along, weights that come from
+            rest get state 0; it says whether the number of weights computed with has changed.
 
         Raises:
             UnsupportedError: the layer is capturable, so its tensors must stay where they are.
         """
-        module, parameter = self.layers[name], self.parameters[name]
-        if module.capturable:
+        if self.layers[name].capturable:
             raise UnsupportedError(
                 f"model: TopKAST moves gradients and optimizer state to other tensors, which layer "
                 f"{name!r} must keep, as it is capturable; make_capturable(model, False) lifts this"
             )
+        return partial(self._rewire, name, inner, outer)
+
+    def _rewire(self, name: str, inner: Tensor, outer: Tensor) -> bool:
+        module, parameter = self.layers[name], self.parameters[name]
         self.resting[name] = self.weights(name)
         old = (module.topology.flat_indices(), self.topologies[name].flat_indices())
         new = (inner.view(-1).nonzero().squeeze(1), outer.view(-1).nonzero().squeeze(1))
@@ -108,7 +114,7 @@ class BackwardOnly:
             for key, value in states[0].items()
             if isinstance(value, Tensor) and value.shape == module.values.shape
         }
-        module.rewire(inner)
+        delta = module.rewire(inner)
         module.values.copy_(weights[new[0]])
         parameter.data = weights[new[1]]
         module.values.grad, parameter.grad = grads
@@ -117,6 +123,7 @@ class BackwardOnly:
                 if key in state:
                     state[key] = tensor
         self._place(name, outer)
+        return delta.old.nnz != delta.new.nnz
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return these weights and where they are; the optimizer's state is its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from sparsekd.dst import growers, replicas, scores
 from sparsekd.dst.capture import GradientCapture
 from sparsekd.dst.grid import Grid, check_method
 from sparsekd.dst.schedules import UpdateSchedule
-from sparsekd.errors import CheckpointError
+from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn import SparseModule, sparse_modules
 from sparsekd.ops.growth import Block
 from sparsekd.optim import check_remappable, remap_
@@ -161,7 +161,7 @@ class Updater:
             ValueError: a weight is NaN.
             OptimizerStateError: the optimizer has state that cannot follow its weights.
             TopologyError: the ranks of a distributed run hold different topologies.
-            UnsupportedError: a capturable layer cannot take its mask; those before it have theirs.
+            UnsupportedError: a capturable layer cannot take its mask; no layer has changed then.
         """
         if not self._compared:
             self._compare_ranks()
@@ -176,8 +176,6 @@ class Updater:
     @torch.no_grad()
     def update(self, fraction: float) -> bool:
         """Drop `fraction` of every layer's weights and grow as many; all layers or none.
-
-        Only a capturable layer that cannot take its mask stops this halfway, see `step`.
 
         Returns:
             Whether there was anything to rewire.
@@ -205,7 +203,8 @@ class Updater:
             self._grids.clear()
         for name in plan:
             check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
-        resized = [self._rewire(name, mask) for name, mask in plan.items()]
+        prepared = [self._prepare(name, mask) for name, mask in plan.items()]
+        resized = [rewire() for rewire in prepared]
         self._compare_ranks()
         if any(resized) and replicas.several():
             replicas.rebuild_buckets(self.model)
@@ -390,12 +389,20 @@ class Updater:
         replicas.check_topologies({name: m.topology for name, m in self.modules.items()})
         self._compared = True
 
-    def _rewire(self, name: str, mask: Tensor) -> bool:
-        """Rewire one layer and say whether its number of weights has changed."""
+    def _prepare(self, name: str, mask: Tensor) -> Callable[[], bool]:
+        """Return what rewires one layer and says whether its number of weights has changed."""
         module = self.modules[name]
-        delta = module.rewire(mask)
-        remap_(self.optimizer, module.values, delta)
-        return delta.old.nnz != delta.new.nnz
+        try:
+            rewire_module = module.prepare_rewire(mask)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{name}: {error}") from None
+
+        def rewire() -> bool:
+            delta = rewire_module()
+            remap_(self.optimizer, module.values, delta)
+            return delta.old.nnz != delta.new.nnz
+
+        return rewire
 
 
 def _finite(tensor: Tensor) -> bool:

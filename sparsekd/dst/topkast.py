@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class TopKAST(Updater):
         self._outside = BackwardOnly(self.layers(), optimizer)
         with torch.no_grad():
             for name, mask in self.plan(0.0).items():
-                self._rewire(name, mask)
+                self._prepare(name, mask)()
         if replicas.several():
             replicas.rebuild_buckets(model)
 
@@ -130,7 +130,6 @@ class TopKAST(Updater):
     def _largest(self, name: str, nnz: int) -> Tensor:
         return topk_mask(scores.magnitude(self.weights(name)), nnz)
 
-    def _rewire(self, name: str, mask: Tensor) -> bool:
+    def _prepare(self, name: str, mask: Tensor) -> Callable[[], bool]:
         outer = self._largest(name, self._sizes[name][1]) & ~mask
-        self._outside.rewire(name, mask, outer)
-        return False
+        return self._outside.prepare_rewire(name, mask, outer)

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparsekd.errors import ShapeError, TopologyError, UnsupportedError
+from sparsekd.errors import TopologyError
 from sparsekd.layouts import Layout
-from sparsekd.nn.in_place import rewire_in_place
+from sparsekd.nn.in_place import prepare_in_place
 from sparsekd.nn.init import kaiming_
-from sparsekd.sparsity import (
-    generator_for,
-    magnitude_mask,
-    magnitude_tiles,
-    random_mask,
-    random_tiles,
-    target_nnz,
-    tile_counts,
-)
 from sparsekd.topology import Topology, TopologyDelta
 
 _Sparse = TypeVar("_Sparse", bound="SparseModule")
@@ -166,16 +157,47 @@ class SparseModule(nn.Module):
             >>> bool(delta.grown.all()), layer.topology.version
             (True, 1)
         """
-        new, delta = self.topology.rewire(mask)
+        return self.prepare_rewire(mask)()
+
+    @torch.no_grad()
+    def prepare_rewire(self, mask: Tensor) -> Callable[[], TopologyDelta]:
+        """Return what rewires to `mask`, once it is certain that it can; change nothing yet.
+
+        Several modules are so rewired all or none: what `rewire` raises is raised here.
+
+        Args:
+            mask: bool tensor of the weight's shape.
+
+        Returns:
+            A function to be called once, before the module is rewired in another way; it returns
+            what `rewire` does.
+
+        Example:
+            >>> import sparsekd as skd
+            >>> layer = skd.nn.SparseLinear(4, 2, sparsity=0.5)
+            >>> rewire = layer.prepare_rewire(~layer.topology.mask())
+            >>> layer.topology.version, rewire().new.version
+            (0, 1)
+        """
+        _, delta = self.topology.rewire(mask)
         self.layout.check(mask)
-        grad = None if self.values.grad is None else delta.carry(self.values.grad)
-        if self.capturable:
-            rewire_in_place(self, delta, grad)
+        in_place = prepare_in_place(self, delta) if self.capturable else None
+
+        @torch.no_grad()
+        def rewire() -> TopologyDelta:
+            if in_place is None:
+                self._replace(delta)
+            else:
+                in_place()
             return delta
+
+        return rewire
+
+    def _replace(self, delta: TopologyDelta) -> None:
+        grad = None if self.values.grad is None else delta.carry(self.values.grad)
         self._store(delta.carry(self.values.detach()))
         self.values.grad = grad
-        self._adopt(new, self.crow_indices.device)
-        return delta
+        self._adopt(delta.new, self.crow_indices.device)
 
     def _store(self, new: Tensor) -> None:
         """Make `new`, of any length, the contents of the Parameter `values`; drop its gradient.
@@ -309,43 +331,6 @@ class SparseModule(nn.Module):
 
 def _mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
     return f"size mismatch for {key}: expected shape {list(expected)}, got {list(got)}"
-
-
-def initial_mask(
-    shape: Sequence[int], mask: Tensor | None, sparsity: float, seed: int, layout: Layout
-) -> tuple[Tensor, torch.Generator]:
-    """Return the mask of a new module and the generator that goes on to draw its values."""
-    generator = generator_for(seed)
-    if mask is None and layout.name == "csr":
-        nnz = target_nnz(torch.Size(shape).numel(), sparsity)
-        return random_mask(shape, nnz, generator=generator), generator
-    if mask is None:
-        count = tile_counts({"": shape}, sparsity, "uniform", layout)[""]
-        return random_tiles(shape, layout, count, generator), generator
-    if tuple(mask.shape) != tuple(shape):
-        raise ShapeError(f"mask: expected shape {list(shape)}, got {list(mask.shape)}")
-    return mask, generator
-
-
-def dense_mask(
-    dense: nn.Linear | nn.Conv2d, mask: Tensor | None, sparsity: float | None, layout: Layout
-) -> Tensor:
-    """Return the given mask, or that of the largest weights."""
-    weight = dense.weight
-    if nn.parameter.is_lazy(weight) or not weight.is_floating_point():
-        raise UnsupportedError(
-            f"dense: expected an initialised floating-point weight, got {type(weight).__name__} of "
-            f"dtype {weight.dtype}"
-        )
-    if (mask is None) == (sparsity is None):
-        raise ValueError("mask, sparsity: expected exactly one of them")
-    if mask is not None:
-        return mask
-    assert sparsity is not None
-    if layout.name == "csr":
-        return magnitude_mask(weight, target_nnz(weight.numel(), sparsity))
-    count = tile_counts({"": weight.shape}, sparsity, "uniform", layout)[""]
-    return magnitude_tiles(weight, layout, count)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from sparsekd import ops
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.functional import PADDING_MODES, pad_input, resolve_padding
 from sparsekd.layouts import Layout
-from sparsekd.nn.base import SparseModule, copy_dense_, dense_mask, initial_mask
+from sparsekd.nn.base import SparseModule, copy_dense_
+from sparsekd.nn.masks import dense_mask, initial_mask
 from sparsekd.ops.layout import memory_format_of
 
 _Size = int | Sequence[int]

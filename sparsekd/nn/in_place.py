@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from sparsekd import ops
 from sparsekd.errors import UnsupportedError
@@ -14,31 +13,36 @@ if TYPE_CHECKING:
     from sparsekd.nn.base import SparseModule
 
 
-def rewire_in_place(module: SparseModule, delta: TopologyDelta, grad: Tensor | None) -> None:
-    """Write a new topology, and what survives, into the tensors of a capturable module.
+def prepare_in_place(module: SparseModule, delta: TopologyDelta) -> Callable[[], None]:
+    """Return what writes a new topology, and what survives, into the tensors of a module.
 
     Args:
         module: whose topology is `delta.old`.
         delta: the way to the new topology.
-        grad: of the new values, if there is one.
 
     Raises:
-        UnsupportedError: a tensor would not keep its place; nothing has changed then.
+        UnsupportedError: a tensor would not keep its place.
     """
     new = delta.new
     if new.nnz != delta.old.nnz:
         raise _refusal(module, f"it keeps its {delta.old.nnz} nonzeros, got {new.nnz}")
-    indices = module.crow_indices, module.col_indices
+    crow, col = module.crow_indices, module.col_indices
     try:
-        # first, as this alone may be refused
-        ops.overwrite_indices(*indices, new.crow_indices, new.col_indices)
+        adopt_plans = ops.prepare_plans(crow, col, new.crow_indices, new.col_indices)
     except UnsupportedError as error:
         raise _refusal(module, str(error)) from None
-    module.values.copy_(delta.carry(module.values.detach()))
-    if grad is not None:
-        assert module.values.grad is not None
-        module.values.grad.copy_(grad)
-    module._topology = new._moved(*indices)
+
+    def write() -> None:
+        crow.copy_(new.crow_indices)
+        col.copy_(new.col_indices)
+        adopt_plans()
+        values = module.values
+        values.copy_(delta.carry(values.detach()))
+        if values.grad is not None:
+            values.grad.copy_(delta.carry(values.grad))
+        module._topology = new._moved(crow, col)
+
+    return write
 
 
 def _refusal(module: SparseModule, problem: str) -> UnsupportedError:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from sparsekd import ops
 from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout
-from sparsekd.nn.base import SparseModule, copy_dense_, dense_mask, initial_mask
+from sparsekd.nn.base import SparseModule, copy_dense_
+from sparsekd.nn.masks import dense_mask, initial_mask
 
 
 class SparseLinear(SparseModule):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from sparsekd.ops.backends import backend, info
@@ -20,13 +22,14 @@ from sparsekd.ops.register import (
 )
 
 try:
-    from sparsekd.ops.cuda_plans import overwrite_indices
+    from sparsekd.ops.cuda_plans import prepare_plans
 except ImportError:  # without the compiled module no GPU kernel has plans
 
-    def overwrite_indices(crow: Tensor, col: Tensor, new_crow: Tensor, new_col: Tensor) -> None:
-        """Write other indices into index tensors."""
-        crow.copy_(new_crow)
-        col.copy_(new_col)
+    def prepare_plans(
+        crow: Tensor, col: Tensor, new_crow: Tensor, new_col: Tensor
+    ) -> Callable[[], None]:
+        """Return what has nothing to do."""
+        return lambda: None
 
 
 __all__ = [

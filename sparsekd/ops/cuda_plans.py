@@ -348,18 +348,25 @@ def structure_of(x: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[in
     return find_structure(crow, col, *rows_cols(weight_shape))
 
 
-def overwrite_indices(crow: Tensor, col: Tensor, new_crow: Tensor, new_col: Tensor) -> None:
-    """Write other indices of the same shapes into index tensors and into the plans made of them.
+def prepare_plans(
+    crow: Tensor, col: Tensor, new_crow: Tensor, new_col: Tensor
+) -> Callable[[], None]:
+    """Plan for other indices of the same shapes; change nothing yet.
+
+    Returns:
+        What takes the plans over, for when `crow` and `col` hold these indices.
 
     Raises:
-        UnsupportedError: a plan would not keep its place; nothing has changed then.
+        UnsupportedError: a plan would not keep its place.
     """
     wanted = tuple(tensor.untyped_storage()._cdata for tensor in (crow, col))
     known = [structure for key, (structure, _) in _known.items() if key[:2] == wanted]
     changed = [structure.changed(new_crow, new_col) for structure in known]
     for structure, fresh in zip(known, changed, strict=True):
         structure.require_places(fresh)
-    crow.copy_(new_crow)
-    col.copy_(new_col)
-    for structure, fresh in zip(known, changed, strict=True):
-        structure.adopt(fresh, (crow._version, col._version))
+
+    def adopt() -> None:
+        for structure, fresh in zip(known, changed, strict=True):
+            structure.adopt(fresh, (crow._version, col._version))
+
+    return adopt

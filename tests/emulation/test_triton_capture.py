@@ -16,7 +16,7 @@ from torch import Tensor
 import sparsekd as skd
 from sparsekd import Topology
 from sparsekd.errors import UnsupportedError
-from sparsekd.nn.base import initial_mask
+from sparsekd.nn.masks import initial_mask
 from sparsekd.testing import relative_error
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")

@@ -94,3 +94,20 @@ def test_copies_stay_capturable_and_do_not_share() -> None:
 def test_a_model_without_sparse_modules_is_refused() -> None:
     with pytest.raises(ValueError, match="expected sparse modules"):
         skd.make_capturable(nn.Linear(2, 2))
+
+
+def test_an_update_that_one_layer_refuses_changes_no_layer() -> None:
+    model = model_of(False)
+    skd.make_capturable(model[3])
+    opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    dst = skd.dst.GMP(model, opt, sparsity=0.9, until=4, every=1)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    opt.step()
+    before = [tensor.clone() for tensor in tensors(model, opt)]
+    with pytest.raises(UnsupportedError, match=r"^3: mask: capturable .* keeps its 256 nonzeros"):
+        dst.step()
+    assert [module.topology.version for _, module in skd.nn.sparse_modules(model)] == [0, 0]
+    assert all(map(torch.equal, tensors(model, opt), before))
+    skd.make_capturable(model, False)
+    dst.step()
+    assert [module.topology.version for _, module in skd.nn.sparse_modules(model)] == [1, 1]
