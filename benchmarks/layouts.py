@@ -1,10 +1,10 @@
 """Time layers whose masks have a layout against csr and dense; --help lists the options.
 
-Every convolution of a network at one sparsity: the same number of weights, chosen without structure
-("csr"), with constant fan-in shared by a group of rows ("fanin:R") and in blocks ("bcsr:B"), on the
-sparse kernels in channels_last, and dense torch in its better layout. Before a pass is timed, its
-result is held against dense torch's on the masked weight. The arms of a pass take turns in one
-process. One JSON line a layer and pass goes to --out.
+Every convolution of a network, or linear layers, at one sparsity: the same number of weights,
+chosen without structure ("csr"), with constant fan-in shared by a group of rows ("fanin:R") and in
+blocks ("bcsr:B"), on the sparse kernels (maps in channels_last), and dense torch in its better
+layout. Before a pass is timed, its result is held against dense torch's on the masked weight. The
+arms of a pass take turns in one process. One JSON line a layer and pass goes to --out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 import sparsekd as skd
 from sparsekd.bench import machine
 from sparsekd.bench.arms import Maps, Problem, Run, problem
-from sparsekd.bench.cases import PASSES, LayerCase, conv_layers
+from sparsekd.bench.cases import BASELINES, LINEAR_LAYERS, PASSES, LayerCase, conv_layers
 from sparsekd.bench.gate import relative_error, tolerance
 from sparsekd.bench.passes import pass_arms
 from sparsekd.ops import cpp
@@ -50,7 +51,7 @@ def with_layout(case: LayerCase, sparsity: float, layout: str, maps: Maps) -> Pr
 
 def check(given: Problem, name: str, sparse: Run) -> None:
     """Raise unless a pass of the sparse kernels equals dense torch's on the masked weight."""
-    dense = pass_arms(name)["dense_channels_last"].build(given).results()
+    dense = pass_arms(name)["dense_contiguous"].build(given).results()
     case = given.case
     summands = case.positions if name == "wgrad" else max(case.channels, case.outs) * case.kernel**2
     for what, tensor in sparse.results().items():
@@ -81,17 +82,21 @@ def measure(
 ) -> Row:
     """Time one pass of one layer with every layout."""
     maps, calls, nnz, tiles = Maps(case), {}, {}, {}
+    arms = {arm: made for arm, made in pass_arms(name).items() if made.missing(case) is None}
+    sparse = arms.get("sparsekd_channels_last", arms["sparsekd_contiguous"])
     for layout in ("csr", *layouts):
         given = with_layout(case, sparsity, layout, maps)
-        run = pass_arms(name)["sparsekd_channels_last"].build(given)
+        run = sparse.build(given)
         check(given, name, run)
         calls[layout], nnz[layout] = run.call, given.nnz
         indices = skd.Topology.from_mask(given.mask)
-        size = cpp.tile_size(indices.crow_indices, indices.col_indices, case.weight_shape, 1)
+        shape = (*case.weight_shape, 1, 1)[:4]
+        size = cpp.tile_size(indices.crow_indices, indices.col_indices, shape, 1)
         tiles[layout] = "x".join(map(str, size))
     dense = problem(case, sparsity, maps)
-    for arm in ("dense_contiguous", "dense_channels_last"):
-        calls[arm] = pass_arms(name)[arm].build(dense).call
+    baselines = [arm for arm in BASELINES if arm in arms]
+    for arm in baselines:
+        calls[arm] = arms[arm].build(dense).call
     times = take_turns(calls, turns[0], CLOCKS[turns[1]])
     ms = {arm: round(statistics.median(taken), 3) for arm, taken in times.items()}
     # A layout in whole tiles may have some weights more or less: compare the time of a weight.
@@ -106,7 +111,7 @@ def measure(
         "tiles": tiles,
         "faster_than_csr": {layout: round(each["csr"] / each[layout], 3) for layout in layouts},
         "faster_than_dense": {
-            layout: round(min(ms["dense_contiguous"], ms["dense_channels_last"]) / ms[layout], 3)
+            layout: round(min(ms[arm] for arm in baselines) / ms[layout], 3)
             for layout in ("csr", *layouts)
         },
         "clock": turns[1],
@@ -130,10 +135,10 @@ def summary(rows: list[Row], layouts: list[str]) -> str:
 def main() -> None:
     """Measure what is asked for, one printed line and one row a pass."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="resnet18")
+    parser.add_argument("--network", default="resnet18", help="or linear: three linear layers")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--layouts", default=LAYOUTS)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=128, help="of a network")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
@@ -144,11 +149,13 @@ def main() -> None:
     about = {"machine": machine.describe()}
     layouts = options.layouts.split(",")
     rows = []
-    for case in conv_layers((options.network,))[: options.layers]:
-        sized = LayerCase(**vars(case) | {"batch": options.batch})
+    cases: Sequence[LayerCase] = LINEAR_LAYERS
+    if options.network != "linear":
+        cases = [replace(case, batch=options.batch) for case in conv_layers((options.network,))]
+    for case in cases[: options.layers]:
         for name in PASSES:
             turns = options.rounds, options.clock
-            row = measure(sized, name, options.sparsity, layouts, turns)
+            row = measure(case, name, options.sparsity, layouts, turns)
             rows.append(row)
             cells = "  ".join(f"{arm} {ms:.2f}" for arm, ms in row["ms"].items())
             print(f"{row['case']:>24} {name}  {cells} ms", flush=True)
