@@ -2,8 +2,9 @@
 
 Builds, runs the tests that need a device, runs some of them under compute-sanitizer if that is
 installed, and races the kernels against dense torch. Needs no network, takes less than fifteen
-minutes, goes on after a failure and ends with a summary; logs, rows, tables and figures are in
-runs/gpu-check/<name of the device>. Exits with 1 if a step failed, with 2 if there is no GPU.
+minutes, goes on after a failure and ends with a summary; logs, rows, tables, figures and what was
+chosen by measurement are in runs/gpu-check/<name of the device>. Exits with 1 if a step failed,
+with 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -80,7 +81,12 @@ def steps(folder: Path) -> list[Step]:
         Step("info", [python, "-m", "sparsekd", "info"], 60),
         Step("tests", tests, 200),
         *checked,
-        Step("bench", [*bench, "--rows", f"{folder}/rows.jsonl", "--out", str(folder)], 320),
+        Step(
+            "bench",
+            [*bench, "--rows", f"{folder}/rows.jsonl", "--out", str(folder)],
+            320,
+            {"SPARSEKD_CACHE": f"{folder}/choices"},
+        ),
     ]
 
 

@@ -120,7 +120,7 @@ def backend(name: str) -> Iterator[None]:
         name: "auto" for whichever of "cpp" and "dense" measures faster, op by op; "cpp" for the
             sparse kernels and nothing else; "dense" for torch's kernels on a weight that is
             densified for each call; "reference"; "triton" or "cuda", and "gpu" for whichever of
-            them has the better kernels for the structure of a weight.
+            them measures faster, op by op.
 
     Raises:
         BackendError: there is no such backend, or it cannot run here; the text says how to get it.
@@ -208,7 +208,8 @@ def info() -> dict[str, Any]:
         asked for, or None), `default` (what CPU tensors get), `backends` (name to `available` and
         `detail`), `cpp`, what the compiled module says of itself, and `choices`, the file of
         measured choices and how many of them this process knows (both empty without the module),
-        and `tuning`, the same of the sizes that Triton's kernels run with (empty without a GPU).
+        and of a GPU `gpu_choices`, the same of choices between "cuda" and "triton", and `tuning`,
+        of the sizes that Triton's kernels run with (both empty without one).
 
     Example:
         >>> info()["backends"]["reference"]["available"]
@@ -230,5 +231,6 @@ def info() -> dict[str, Any]:
         "backends": table,
         "cpp": {} if compiled is None else compiled.info(),
         "choices": {} if compiled is None else load("auto")[0].choices().info(),
+        "gpu_choices": {} if load("gpu")[0] is None else load("gpu")[0].choices(),
         "tuning": {} if load("triton")[0] is None else load("triton")[0].tuning(),
     }

@@ -8,7 +8,8 @@ new plans are made on the host, and written into the old ones once all are known
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +166,16 @@ class Structure:
         if key not in self._plans:
             self._plans[key] = make, make(self)
         return self._plans[key][1]
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Forget the plans that are made while it lasts: some are of a way not taken."""
+        before = set(self._plans)
+        try:
+            yield
+        finally:
+            for key in self._plans.keys() - before:
+                del self._plans[key]
 
     def earlier(self, key: Hashable) -> Any:
         """Return the plan that the structure had before it changed, None if there was none."""

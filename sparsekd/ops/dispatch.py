@@ -12,17 +12,14 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sparsekd.ops import cpp, dense
-from sparsekd.ops.checks import conv2d_shape, geometry
+from sparsekd.ops import cpp, dense, kinds
+from sparsekd.ops.checks import geometry
 from sparsekd.ops.choices import Choice, Choices, default_path
-from sparsekd.ops.layout import memory_format_of
 from sparsekd.ops.race import race
 
 logger = logging.getLogger(__name__)
@@ -50,11 +47,11 @@ def choose(op: str, args: tuple[Any, ...]) -> Choice:
         args: those of its schema.
     """
     size, nnz = math.prod(geometry(op, args)[0]), args[3].shape[0]
-    if nnz == 0 or products(op, args) < LEAST_PRODUCTS:
+    if nnz == 0 or kinds.products(op, args) < LEAST_PRODUCTS:
         return Choice("cpp")
     if nnz == size:
         return Choice("dense")
-    kind, step = describe(op, args), density_step(nnz / size)
+    kind, step = describe(op, args), kinds.density_step(nnz / size)
     with _lock:  # measurements must not disturb each other
         known = choices().get(kind, step)
         if known is not None:
@@ -77,40 +74,9 @@ def choose(op: str, args: tuple[Any, ...]) -> Choice:
     return choice
 
 
-def density_step(density: float) -> int:
-    """Return a number that densities within 5 % of each other share."""
-    return round(math.log(density) / math.log(1.05))
-
-
-def products(op: str, args: tuple[Any, ...]) -> int:
-    """Return how many multiplications an op on these operands takes with a dense weight."""
-    weight_shape, *conv = geometry(op, args)
-    if not conv:
-        return args[0].numel() // max(args[0].shape[-1], 1) * math.prod(weight_shape)
-    n, _, high, wide = conv2d_shape(_input_shape(op, args), weight_shape, *conv)
-    return n * high * wide * math.prod(weight_shape)
-
-
 def describe(op: str, args: tuple[Any, ...]) -> str:
-    """Return all that the time of an op depends on but the density, in words.
-
-    The rows of a linear layer's input count within 5 %: their number may change with every batch.
-    """
-    weight_shape, *conv = geometry(op, args)
-    first, second = args[:2]
-    words = [op, str(first.dtype).removeprefix("torch."), f"threads={torch.get_num_threads()}"]
-    words.append(f"weight={_times(weight_shape)}")
-    tile = tile_size(op, args)
-    if tile != (1, 1):
-        words.append(f"tiles={_times(tile)}")
-    if not conv:
-        rows = first.numel() // max(first.shape[-1], 1)
-        return " ".join([*words, f"rows=1.05^{density_step(rows)}"])
-    words.append(f"input={_times(_input_shape(op, args))}")
-    names = ("stride", "padding", "dilation")
-    words += [f"{name}={_times(sizes)}" for name, sizes in zip(names, conv, strict=False)]
-    words += [f"groups={conv[3]}", _layout(first)]
-    return " ".join([*words, _layout(second)] if op == "conv2d_wgrad" else words)
+    """Return all that the time of an op depends on but the density, in words."""
+    return kinds.describe(op, args, tile_size(op, args), f"threads={torch.get_num_threads()}")
 
 
 def tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
@@ -121,19 +87,3 @@ def tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
     """
     weight_shape, *conv = geometry(op, args)
     return cpp.tile_size(args[2], args[3], weight_shape, conv[3] if conv else 1)
-
-
-def _input_shape(op: str, args: tuple[Any, ...]) -> Sequence[int]:
-    if op == "conv2d_dgrad":
-        return args[4]
-    return args[1 if op == "conv2d_wgrad" else 0].shape
-
-
-def _layout(maps: Tensor) -> str:
-    if memory_format_of(maps) == torch.channels_last:
-        return "channels_last"
-    return "contiguous" if maps.is_contiguous() else "strided"
-
-
-def _times(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))

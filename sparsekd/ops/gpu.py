@@ -1,13 +1,12 @@
-"""What CUDA tensors get: Triton's kernels where a weight has structure for them, else CUDA's.
+"""What CUDA tensors get: the kernels of csrc/cuda or Triton's, whichever `gpu_choice` chooses.
 
-Tiles, and columns shared by groups of rows where there are tensor cores for their dtype, pay on
-Triton's; rows without structure on the gather kernels of csrc/cuda. Where only one backend can run
-it runs everything.
+Where only one of them can run it runs everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +16,17 @@ from sparsekd.ops import backends
 _found = {name: backends.load(name) for name in ("cuda", "triton")}
 if all(loaded is None for loaded, _ in _found.values()):
     raise ImportError("; ".join(reason for _, reason in _found.values()))
-_cuda, _triton = (_found[name][0] for name in ("cuda", "triton"))
+_modules = {name: loaded for name, (loaded, _) in _found.items() if loaded is not None}
+
+
+@cache
+def chooser() -> Any:
+    """Return what chooses in this process, None where there is no choice."""
+    if len(_modules) < len(_found):
+        return None
+    from sparsekd.ops import gpu_choice  # which needs Triton
+
+    return gpu_choice.chooser(_modules)
 
 
 def backend_of(op: str, args: tuple[Any, ...]) -> Any:
@@ -27,9 +36,16 @@ def backend_of(op: str, args: tuple[Any, ...]) -> Any:
         op: its name.
         args: those of its schema.
     """
-    if _cuda is None or _triton is None:
-        return _cuda or _triton
-    return _triton if _triton.suits(op, args) else _cuda
+    choice = chooser()
+    if choice is None:
+        return next(iter(_modules.values()))
+    return _modules[choice.choose(op, args)]
+
+
+def choices() -> dict[str, Any]:
+    """Return the path of the file of choices and how many are known; empty without a choice."""
+    choice = chooser()
+    return {} if choice is None else choice.store.info()
 
 
 def _product(op: str) -> Callable[..., Tensor]:
@@ -43,4 +59,4 @@ conv2d, conv2d_dgrad, conv2d_wgrad, linear, linear_dgrad, linear_wgrad = map(
     _product,
     ("conv2d", "conv2d_dgrad", "conv2d_wgrad", "linear", "linear_dgrad", "linear_wgrad"),
 )
-LargestK = (_cuda or _triton).LargestK
+LargestK = next(iter(_modules.values())).LargestK

@@ -9,7 +9,7 @@ waits for the device, except where a structure is seen for the first time, and g
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +20,7 @@ from sparsekd.ops import triton_launch as launch
 from sparsekd.ops.checks import conv2d_shape, geometry
 from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, conv_of, structure_of
 from sparsekd.ops.layout import memory_format_of, pixels
-from sparsekd.ops.runs import SMALLEST, find_runs
+from sparsekd.ops.runs import SMALLEST, Runs, find_runs
 from sparsekd.ops.shared import SharedPlan
 from sparsekd.ops.triton_growth import LargestK
 from sparsekd.ops.triton_tuning import info as tuning
@@ -33,7 +33,7 @@ __all__ = [
     "linear",
     "linear_dgrad",
     "linear_wgrad",
-    "suits",
+    "traits",
     "tuning",
 ]
 
@@ -141,25 +141,41 @@ def linear_wgrad(
         return _sample(pixels(grad), pixels(x), structure, conv, _linear_precision(x))
 
 
-def suits(op: str, args: tuple[Any, ...]) -> bool:
-    """Return whether a weight has structure that these kernels use: tiles, or shared columns.
+class Traits(NamedTuple):
+    """Hold what of a product, besides shapes, decides how fast these kernels are."""
 
-    Columns that lie anywhere are only worth the copies of the maps that they need where the
-    products run on tensor cores.
+    structure: Structure
+    conv: Conv
+    runs: Runs
+    arithmetic: str
+
+    @property
+    def suits(self) -> bool:
+        """Whether the weight has structure that these kernels use: tiles, or shared columns.
+
+        Columns that lie anywhere are only worth the copies of the maps that they need where the
+        products run on tensor cores.
+        """
+        if tiles.is_tiled(self.structure, self.conv):
+            return True
+        return self.arithmetic != "ieee" and 2 * self.runs.rows >= SMALLEST
+
+
+def traits(op: str, args: tuple[Any, ...]) -> Traits:
+    """Look at the operands of a product.
 
     Args:
-        op: the name of a product.
+        op: its name.
         args: those of its schema.
     """
     x, _, crow, col = args[:4]
     shape, *rest = geometry(op, args)
     conv = conv_of(shape, *rest) if rest else _pointwise(shape)
     structure = structure_of(x, crow, col, shape)
-    if tiles.is_tiled(structure, conv):
-        return True
-    precision = _conv_precision(x) if rest else _linear_precision(x)
-    on_tensor_cores = x.dtype != torch.float32 or precision == "tf32"
-    return on_tensor_cores and 2 * find_runs(structure, conv).rows >= SMALLEST
+    arithmetic = _conv_precision(x) if rest else _linear_precision(x)
+    if x.dtype != torch.float32:
+        arithmetic = "half"
+    return Traits(structure, conv, find_runs(structure, conv), arithmetic)
 
 
 # -- what the ops have in common ------------------------------------------------------------------

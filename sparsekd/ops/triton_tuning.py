@@ -131,19 +131,23 @@ def _measure(
 
 def _describe(work: Work, base: config.Config) -> str:
     chunk, sizes = "x".join(map(str, work.chunk)), "/".join(map(str, base))
-    return f"{work.kernel} {work.arithmetic} {chunk} from {sizes} on {_name(work.device)}"
+    return f"{work.kernel} {work.arithmetic} {chunk} from {sizes} on {name_of(work.device)}"
 
 
 @cache
-def _name(device: torch.device) -> str:
+def name_of(device: torch.device) -> str:
+    """Return what the GPU is called, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def gpu_clock(work: Work) -> Clock | None:
-    """Return Triton's clock where a launch may be timed, which waits for the device, else None."""
-    if work.device.type != "cuda" or work.positions < LEAST_POSITIONS or not enabled():
-        return None
-    if torch.cuda.is_current_stream_capturing():
+    """Return a clock where a launch may be timed, else None."""
+    return None if work.positions < LEAST_POSITIONS else clock_on(work.device)
+
+
+def clock_on(device: torch.device) -> Clock | None:
+    """Return Triton's clock where work on a device may be timed, which waits for it, else None."""
+    if device.type != "cuda" or not enabled() or torch.cuda.is_current_stream_capturing():
         return None
     return partial(triton.testing.do_bench, warmup=_WARMUP_MS, rep=_TIMED_MS, return_mode="median")
 
@@ -156,10 +160,14 @@ def enabled() -> bool:
 @cache
 def tuner() -> Tuner:
     """Return the tuner of this process."""
+    return Tuner(Store(path_of("tuning", surroundings()), Tuned.of), gpu_clock)
+
+
+def surroundings() -> dict[str, Any]:
+    """Return what the time of a launch depends on besides the work and the GPU."""
     sources = sorted(Path(config.__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    facts = {"torch": torch.__version__, "triton": triton.__version__, "kernels": digest}
-    return Tuner(Store(path_of("tuning", facts), Tuned.of), gpu_clock)
+    return {"torch": torch.__version__, "triton": triton.__version__, "kernels": digest}
 
 
 def info() -> dict[str, Any]:

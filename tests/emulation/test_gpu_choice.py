@@ -1,19 +1,31 @@
-"""On CUDA tensors the structure of a weight decides between the backends "cuda" and "triton"."""
+"""CUDA tensors get the faster one of "cuda" and "triton", or what structure suits."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+
+from triton.runtime.errors import OutOfResources
 from triton_backend import float32_products
 
 import sparsekd as skd
 from sparsekd import Topology
-from sparsekd.ops import backends
+from sparsekd.errors import BackendError
+from sparsekd.ops import backends, cuda_plans, gpu_choice
+from sparsekd.ops.choices import Store
+from sparsekd.ops.gpu_choice import Chooser, Measured
 
 
 @pytest.fixture
@@ -22,9 +34,47 @@ def on_gpu(on_cuda, on_triton, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     entry = dataclasses.replace(backends.BACKENDS["gpu"], device="cpu")
     monkeypatch.setitem(backends.BACKENDS, "gpu", entry)
     backends.load.cache_clear()
+    choose_with(monkeypatch, lambda device: None)
     with skd.backend("gpu"):
         yield
     del sys.modules["sparsekd.ops.gpu"]
+
+
+def choose_with(
+    patch: pytest.MonkeyPatch, clock_on: Callable[[torch.device], Any], path: Path | None = None
+) -> Chooser:
+    """Put a chooser with a clock in the place of the process's."""
+    gpu = backends.module("gpu")
+    made = Chooser(gpu._modules, Store(path, Measured.of), clock_on)
+    patch.setattr(gpu, "chooser", lambda: made)
+    return made
+
+
+class Stopwatch:
+    """Answer that a backend took a time, and count.
+
+    Attributes:
+        timed: what ran, in order.
+    """
+
+    def __init__(self, **milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+        self.timed: list[str] = []
+
+    def __call__(self, device: torch.device) -> Callable[[partial], float]:
+        return self.clock
+
+    def clock(self, run: partial) -> float:
+        run()
+        name = run.func.__module__.rpartition(".")[-1].removeprefix("emulated_")
+        self.timed.append(name)
+        return self.milliseconds[name]
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure products however small."""
+    monkeypatch.setattr(gpu_choice, "LEAST_PRODUCTS", 1)
 
 
 def operands(tile: tuple[int, int], dtype: torch.dtype) -> tuple[Topology, Tensor, Tensor]:
@@ -68,3 +118,98 @@ def test_equal_shapes_of_other_structure_run_elsewhere(on_gpu, on_triton) -> Non
         dense = torch.zeros(64, 64)
         dense[topology.mask()] = values
         torch.testing.assert_close(y, x @ dense.T, rtol=1e-5, atol=1e-4)
+
+
+def linear_args(tile: tuple[int, int] = (16, 16)) -> tuple[Any, ...]:
+    topology, values, x = operands(tile, torch.float16)
+    return x, values, topology.crow_indices, topology.col_indices, None, [64, 64]
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (1, 1)], ids=["tiles", "rows"])
+@pytest.mark.parametrize("faster, slower", [("cuda", "triton"), ("triton", "cuda")])
+def test_the_faster_one_runs_from_then_on(
+    on_gpu, any_size, monkeypatch, tmp_path: Path, faster: str, slower: str, tile
+) -> None:
+    watch, path = Stopwatch(**{faster: 1.25, slower: 2.5}), tmp_path / "gpu.jsonl"
+    choose_with(monkeypatch, watch, path)
+    args = linear_args(tile)
+    for _ in range(3):
+        assert backends.running("linear", args).endswith(faster)
+    assert watch.timed == ["cuda", "triton"]
+    row = json.loads(path.read_text())
+    assert (row["backend"], row[f"{faster}_ms"], row[f"{slower}_ms"]) == (faster, 1.25, 2.5)
+    assert "linear float16 half weight=64x64" in row["kind"]
+
+    watch.milliseconds[faster] = 5.0  # a process that comes later finds the file
+    assert choose_with(monkeypatch, watch, path).store.get(row["kind"], row["step"]) is not None
+    assert backends.running("linear", args).endswith(faster)
+    assert watch.timed == ["cuda", "triton"]
+
+
+def test_what_differs_in_time_is_measured_apart(on_gpu, any_size, monkeypatch) -> None:
+    watch = Stopwatch(cuda=1.0, triton=2.0)
+    chooser = choose_with(monkeypatch, watch)
+    x, values, *rest = linear_args()
+    backends.running("linear", (x, values, *rest))
+    backends.running("linear", (x, values + 1, *rest))
+    assert len(chooser.store) == 1
+    backends.running("linear", linear_args((1, 1)))
+    backends.running("linear", (x.float(), values.float(), *rest))
+    with float32_products("tf32"):
+        backends.running("linear", (x.float(), values.float(), *rest))
+    backends.running("linear", (x.repeat(2, 1), values, *rest))
+    backends.running("linear_wgrad", (x, x, *rest[:2], [64, 64]))
+    assert len(chooser.store) == 6
+    assert len(watch.timed) == 12
+
+
+def test_the_way_not_taken_leaves_no_plans(on_gpu, any_size, monkeypatch) -> None:
+    choose_with(monkeypatch, Stopwatch(cuda=1.0, triton=2.0))
+    cuda_plans._known.clear()
+    args = linear_args()
+    backends.running("linear", args)
+    (structure,) = [known for known, _ in cuda_plans._known.values()]
+    assert {key[0] for key in structure._plans} == {"structure", "whether there are tiles"}
+
+
+def test_small_products_are_not_measured(on_gpu, monkeypatch) -> None:
+    watch = Stopwatch(cuda=1.0, triton=2.0)
+    choose_with(monkeypatch, watch)
+    assert backends.running("linear", linear_args()) == "triton"
+    assert watch.timed == []
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), OutOfResources(2, 1, "shared"), BackendError("no")]
+)
+def test_structure_decides_where_one_does_not_run(
+    on_gpu, any_size, monkeypatch, caplog, error: Exception
+) -> None:
+    def clock(run: partial) -> float:
+        raise error
+
+    chooser = choose_with(monkeypatch, lambda device: clock)
+    for tile, expected in (((16, 16), "triton"), ((1, 1), "emulated_cuda")):
+        assert backends.running("linear", linear_args(tile)) == expected
+    assert len(chooser.store) == 0
+    assert "linear is not measured" in caplog.text
+
+
+def test_damaged_choices_are_skipped(on_gpu, any_size, monkeypatch, tmp_path: Path) -> None:
+    path, watch = tmp_path / "gpu.jsonl", Stopwatch(cuda=1.0, triton=2.0)
+    choose_with(monkeypatch, watch, path)
+    backends.running("linear", linear_args())
+    row = json.loads(path.read_text())
+    for damage in ({"backend": "dense"}, {"cuda_ms": None}, {"triton_ms": "fast"}):
+        path.write_text(json.dumps(row | damage) + "\n")
+        watch.timed.clear()
+        choose_with(monkeypatch, watch, path)
+        assert backends.running("linear", linear_args()) == "emulated_cuda"
+        assert watch.timed == ["cuda", "triton"]
+
+
+def test_info_names_the_file(on_gpu, any_size, monkeypatch, tmp_path: Path) -> None:
+    choose_with(monkeypatch, Stopwatch(cuda=1.0, triton=2.0), tmp_path / "gpu.jsonl")
+    backends.running("linear", linear_args())
+    info = skd.ops.info()["gpu_choices"]
+    assert info == {"path": str(tmp_path / "gpu.jsonl"), "known": 1}

@@ -97,6 +97,22 @@ def test_tuning_changes_no_bit(
         assert torch.equal(results[1][name], expected), name
 
 
+def test_the_faster_backend_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sparsekd.ops import backends
+
+    gpu = backends.module("gpu")
+    if gpu.chooser() is None:
+        pytest.skip("needs both GPU backends")
+    monkeypatch.setenv("SPARSEKD_CACHE", str(tmp_path))
+    gpu.chooser.cache_clear()
+    layer = skd.nn.SparseConv2d(64, 64, 3, padding=1, sparsity=0.8, seed=0, device=DEVICE)
+    x = torch.randn(32, 64, 32, 32, device=DEVICE, requires_grad=True)
+    for _ in range(2):
+        layer(x).sum().backward()
+        assert skd.ops.info()["gpu_choices"]["known"] == 3
+    gpu.chooser.cache_clear()
+
+
 def network(layout: str = "csr") -> nn.Module:
     torch.manual_seed(0)
     model = skd.models.resnet20(width=2.0)

@@ -16,7 +16,7 @@ from sparsekd import ops
 from sparsekd.nn import SparseConv2d, SparseLinear
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-from sparsekd.ops import cpp, dense, dispatch, observe, register
+from sparsekd.ops import cpp, dense, dispatch, kinds, observe, register
 from sparsekd.ops.choices import Choice, Choices
 
 BACKENDS = {"cpp": cpp, "dense": dense}
@@ -295,4 +295,4 @@ def test_the_choice_of_an_op_can_be_asked_for() -> None:
         topology.col_indices, None, [32, 32, 3, 3], *CONV,
     )  # fmt: skip
     assert dispatch.choose("conv2d", args) == Choice("cpp")
-    assert dispatch.products("conv2d", args) == 16 * 32 * 32 * 9
+    assert kinds.products("conv2d", args) == 16 * 32 * 32 * 9

@@ -1,0 +1,126 @@
+"""The choice between the two backends for CUDA tensors, by measurement or by structure.
+
+A product on operands of a kind never seen before runs on both; the faster one is used from then on,
+in this process and, through a file, in every later one. Where nothing may be measured the structure
+of the weight decides: tiles, and columns shared by groups of rows where there are tensor cores for
+their dtype, go to Triton's kernels, the others to those of csrc/cuda.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from triton.runtime.errors import TritonError
+
+from sparsekd import cuda_library
+from sparsekd.errors import BackendError
+from sparsekd.ops import kinds, triton_tuning
+from sparsekd.ops.choices import Store, path_of
+from sparsekd.ops.triton_tuning import Clock
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("cuda", "triton")
+LEAST_PRODUCTS = 1 << 26
+"""Multiplications of the dense op below which a GPU takes microseconds either way."""
+_MOST_KNOWN = 4096
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Hold which backend runs a product, and what each took in milliseconds."""
+
+    backend: str
+    cuda_ms: float
+    triton_ms: float
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Measured:
+        """Return what a line says; raises ValueError, KeyError or TypeError if it is damaged."""
+        if row["backend"] not in BACKENDS:
+            raise ValueError("backend")
+        return cls(row["backend"], float(row["cuda_ms"]), float(row["triton_ms"]))
+
+
+class Chooser:
+    """Choose between the two backends, by measurement where that is possible.
+
+    Args:
+        modules: both of them, by name.
+        store: what was measured before.
+        clock_on: what times work on a device, None where it must not be timed.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Any],
+        store: Store[Measured],
+        clock_on: Callable[[torch.device], Clock | None],
+    ) -> None:
+        self._modules = modules
+        self.store = store
+        self._clock_on = clock_on
+        self._best: dict[Any, str] = {}
+        self._lock = threading.RLock()
+
+    def choose(self, op: str, args: tuple[Any, ...]) -> str:
+        """Return the name of the backend for a product on operands like these.
+
+        Args:
+            op: its name.
+            args: those of its schema.
+        """
+        x, other, _, col = args[:4]
+        traits = self._modules["triton"].traits(op, args)
+        size, nnz = math.prod(traits.conv.weight_shape), col.shape[0]
+        step = kinds.density_step(nnz / size) if nnz else None
+        sizes = x.shape, x.stride(), other.shape, other.stride()
+        key = op, sizes, x.dtype, x.device, *traits[1:], traits.suits, step
+        best = self._best.get(key)
+        if best is not None:
+            return best
+        if len(self._best) >= _MOST_KNOWN:  # inputs of ever new shapes
+            self._best.clear()
+        by_structure = "triton" if traits.suits else "cuda"
+        if step is None or kinds.products(op, args) < LEAST_PRODUCTS:
+            return self._best.setdefault(key, by_structure)
+        with torch.cuda.device_of(x):
+            clock = self._clock_on(x.device)
+            if clock is None:
+                return by_structure
+            on = triton_tuning.name_of(x.device)
+            kind = f"{kinds.describe(op, args, traits.runs, traits.arithmetic)} on {on}"
+            with self._lock:  # measurements must not disturb each other
+                known = self.store.get(kind, step)
+                if known is None:
+                    with traits.structure.trial():
+                        known = self._measure(op, args, clock)
+                    if known is not None:
+                        known = self.store.add(kind, step, known)
+                        logger.info("%s at density %.3g: %s", kind, nnz / size, known)
+        return self._best.setdefault(key, by_structure if known is None else known.backend)
+
+    def _measure(self, op: str, args: tuple[Any, ...], clock: Clock) -> Measured | None:
+        """Time both, or return None where one does not run here, be it for want of memory."""
+        runs = {name: partial(getattr(self._modules[name], op), *args) for name in BACKENDS}
+        try:
+            cuda, triton = (clock(runs[name]) for name in BACKENDS)
+        except (TritonError, BackendError, torch.OutOfMemoryError) as error:
+            logger.warning("%s is not measured, its structure decides: %s", op, error)
+            return None
+        return Measured("cuda" if cuda < triton else "triton", cuda, triton)
+
+
+def chooser(modules: Mapping[str, Any]) -> Chooser:
+    """Return a chooser that measures on GPUs and keeps what it finds in the user's cache folder."""
+    library = hashlib.sha256(cuda_library.PATH.read_bytes()).hexdigest()
+    path = path_of("gpu", {**triton_tuning.surroundings(), "library": library})
+    return Chooser(modules, Store(path, Measured.of), triton_tuning.clock_on)
