@@ -35,9 +35,7 @@ def decided(times: list[list[float]]) -> bool:
 
 
 def race(
-    arms: Mapping[Name, Callable[[], Any]],
-    enough: Callable[[list[list[float]]], bool] = decided,
-    wait: Callable[[], Any] = lambda: None,
+    arms: Mapping[Name, Callable[[], Any]], enough: Callable[[list[list[float]]], bool] = decided
 ) -> dict[Name, float]:
     """Run the arms in turn until that is enough.
 
@@ -47,7 +45,6 @@ def race(
     Args:
         arms: what to run, by name.
         enough: called with the times of each arm so far, in milliseconds, before every turn.
-        wait: returns when the work that an arm has queued is done.
 
     Returns:
         The time of each arm in milliseconds.
@@ -59,12 +56,10 @@ def race(
     """
     for run in arms.values():
         run()
-    wait()
     times: dict[Name, list[float]] = {name: [] for name in arms}
     while not enough(list(times.values())):
         for name, run in arms.items():
             start = time.perf_counter()
             run()
-            wait()
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: min(taken) for name, taken in times.items()}
