@@ -42,7 +42,7 @@ LAYER = LayerCase(
     options={},
     tile=(32, 16),
 )
-MOST = 8  # candidates of a launch
+MOST = 8  # candidates that a launch can have
 ARITHMETIC = {"half": (torch.float16, "ieee"), "tf32": (torch.float32, "tf32")}
 ARITHMETIC |= {"ieee": (torch.float32, "ieee")}
 
@@ -144,7 +144,7 @@ def test_no_size_changes_a_bit_of_a_result(ptx, on_triton, tune, tile, arithmeti
             results.append(sparse_results(case))
         used |= {(launch.kernel, launch.grid, launch.warps) for launch in ptx.launches}
         tried = Counter(work for work, _ in watch.timed)
-    assert max(tried.values()) == MOST
+    assert 1 < max(tried.values()) <= MOST
     for work in tried:
         assert len([launch for launch in used if launch[0] == work.kernel]) > 1, work
     for result in results[1:]:
