@@ -32,9 +32,11 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'lib'}", f"-DSPARSEKD_CUDA={CUDA}",
         ]  # fmt: skip
-        # CMake refuses another generator in an existing build folder: choose only the first time.
-        if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():
-            configure += ["-G", "Ninja"]
+        # CMake refuses another generator in an existing build folder, and after an isolated build
+        # looks there for the ninja of an environment that is gone.
+        ninja, cache = shutil.which("ninja"), build / "CMakeCache.txt"
+        if ninja and (not cache.exists() or "CMAKE_GENERATOR:INTERNAL=Ninja" in cache.read_text()):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         subprocess.run(
