@@ -24,11 +24,17 @@ class Library:
 
     Args:
         path: of the shared library.
+
+    Raises:
+        OSError: it does not load, or the driver is older than the CUDA it was built with.
     """
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
         self._functions.sparsekd_cuda_error.restype = ctypes.c_char_p
+        code = self._functions.sparsekd_cuda_driver()
+        if code:
+            raise OSError(self._reason(code))
 
     def size(self, name: str, *args: Any) -> int:
         """Return what a function that only computes a size returns."""
@@ -45,8 +51,10 @@ class Library:
         function = self._functions[f"sparsekd_cuda_{name}"]
         code = self._queue(function, device, list(map(_argument, args)))
         if code:
-            reason = self._functions.sparsekd_cuda_error(code).decode()
-            raise BackendError(f"{name}: CUDA error {code}, {reason}")
+            raise BackendError(f"{name}: {self._reason(code)}")
+
+    def _reason(self, code: int) -> str:
+        return f"CUDA error {code}, {self._functions.sparsekd_cuda_error(code).decode()}"
 
     def _queue(self, function: Any, device: torch.device, args: list[Any]) -> int:
         with torch.cuda.device(device):
@@ -58,16 +66,22 @@ def load() -> Library:
     """Return the library of this installation.
 
     Raises:
-        ImportError: it was not built, does not load or has no GPU; the text says which.
+        ImportError: it was not built, does not load, or has no GPU or driver that it can use; the
+            text says which.
     """
     if not PATH.exists():
         raise ImportError("this build has no CUDA kernels: it found no nvcc, or nvcc failed")
     if not torch.cuda.is_available():
         raise ImportError("the CUDA kernels are built, but torch sees no CUDA device")
     try:
-        return _opened(PATH)
+        library = _opened(PATH)
     except OSError as error:
         raise ImportError(f"the CUDA kernels do not load: {error}") from error
+    newest = max(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    if newest < OLDEST:
+        wanted, found = (".".join(map(str, capability)) for capability in (OLDEST, newest))
+        raise ImportError(f"the CUDA kernels need compute capability {wanted}, the GPU has {found}")
+    return library
 
 
 @cache

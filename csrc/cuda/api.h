@@ -21,6 +21,9 @@ enum { SPARSEKD_FLOAT32 = 0, SPARSEKD_FLOAT16 = 1, SPARSEKD_BFLOAT16 = 2 };
 
 SPARSEKD_API const char* sparsekd_cuda_error(int code);
 
+// Fails where there is no driver, or one too old for the CUDA that this library was built with.
+SPARSEKD_API int sparsekd_cuda_driver();
+
 // How many lanes a batch gets: whole vectors of 16 bytes, except that a batch smaller than one has no
 // padding.
 SPARSEKD_API int64_t sparsekd_cuda_lanes(int64_t dtype, int64_t batch);

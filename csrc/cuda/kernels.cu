@@ -93,6 +93,11 @@ using namespace sparsekd_cuda;
 
 const char* sparsekd_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
+int sparsekd_cuda_driver() {
+  int devices;
+  return cudaGetDeviceCount(&devices);
+}
+
 int64_t sparsekd_cuda_lanes(int64_t dtype, int64_t batch) {
   const int64_t size = vector_size(dtype);
   return batch < size ? batch : ceil_div(batch, size) * size;

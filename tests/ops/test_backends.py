@@ -89,6 +89,48 @@ def test_without_cuda_kernels_the_reason_is_named(
         cuda_library.load()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
+@pytest.mark.skipif(not cuda_library.PATH.exists(), reason="this build has no CUDA kernels")
+def test_a_driver_too_old_for_the_cuda_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None at all is, to CUDA, one too old."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ImportError, match="CUDA driver version is insufficient"):
+        cuda_library.load()
+
+
+def test_a_gpu_too_old_for_the_cuda_kernels_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cuda_library, "PATH", tmp_path)
+    monkeypatch.setattr(cuda_library, "_opened", lambda path: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    capabilities = [(6, 1), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    with pytest.raises(ImportError, match=r"capability 8\.0, the GPU has 7\.5"):
+        cuda_library.load()
+    capabilities[0] = 8, 0  # the better of two counts
+    cuda_library.load()
+
+
+def test_a_triton_that_cannot_compile_its_launcher_is_no_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It compiles C at the first use, which fails without a compiler or Python's headers."""
+    driver = pytest.importorskip("triton", reason="needs Triton").runtime.driver
+
+    class NoHeaders:
+        def get_current_target(self) -> None:
+            raise subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(driver, "_active", NoHeaders())
+    monkeypatch.delitem(sys.modules, "sparsekd.ops.triton", raising=False)
+    loaded, reason = backends.load.__wrapped__("triton")
+    assert loaded is None
+    assert "gcc" in reason
+
+
 def test_topologies_use_the_library_on_devices_that_it_has_code_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
