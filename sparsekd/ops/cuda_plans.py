@@ -240,6 +240,7 @@ class Structure:
 
     def upload(self, indices: Tensor) -> Tensor:
         """Return indices as int32 on the device."""
+        _refuse_recording()
         if indices.numel() and int(indices.max()) >= _MOST_SITES:
             raise UnsupportedError(
                 f"x: backend 'cuda' supports fewer than {_MOST_SITES} pixels of all channels of an "
@@ -315,6 +316,15 @@ def _refusal(key: Any, new: Any) -> str:
     return f"its CUDA graphs may have recorded {what}, of which the new structure {has}"
 
 
+def _refuse_recording() -> None:
+    """Raise UnsupportedError while a CUDA graph is recorded, which a copy from the host ends."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "x, crow, col: the plans of a structure that is new, or new to inputs of this size, "
+            "cannot be made while a CUDA graph is recorded; run the same step before recording it"
+        )
+
+
 _known: dict[tuple[Any, ...], tuple[Structure, list[StorageWeakRef]]] = {}
 
 
@@ -326,6 +336,7 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
 
     Raises:
         TopologyError: they are no structure of this matrix.
+        UnsupportedError: they are new, or changed, and a CUDA graph is being recorded.
     """
     storages = [tensor.untyped_storage() for tensor in (crow, col)]
     key = (
@@ -333,13 +344,16 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
         crow.stride(), col.stride(), crow.storage_offset(), col.storage_offset(),
     )  # fmt: skip
     if key not in _known:
+        _refuse_recording()
         made = Structure(crow, col, rows, cols)
-        for gone in [k for k, (_, held) in _known.items() if any(ref.expired() for ref in held)]:
-            del _known[gone]
+        for known, (_, held) in list(_known.items()):  # other threads may come here meanwhile
+            if any(ref.expired() for ref in held):
+                _known.pop(known, None)
         # A weak reference keeps the address of a storage from being used again.
         _known[key] = made, [StorageWeakRef(storage) for storage in storages]
     structure, versions = _known[key][0], (crow._version, col._version)
     if structure.versions != versions:
+        _refuse_recording()
         structure.adopt(structure.changed(crow, col), versions)
     return structure
 

@@ -103,8 +103,11 @@ _kernels = SimpleNamespace(
     **{name: _Product(name) for name in SCHEMAS if name != "grow_topk"},
     grow_topk=kernel("grow_topk", growth.grow_topk),
 )
+# torch.compile records CUDA graphs by itself, and is to leave these ops out: the first call of a
+# structure makes plans and keeps them, neither of which may happen in the memory of a graph.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(_name + _schema, tags=_TAGS)
     library.impl(_name, getattr(_kernels, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsekd::{_name}", _fake(_name), lib=library)
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import is_cudagraph_unsafe_fx_node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekd as skd
+from sparsekd.errors import UnsupportedError
+from sparsekd.ops import cuda_plans
 
 
 def network() -> nn.Module:
@@ -39,6 +46,51 @@ def test_a_compiled_network_runs_the_same_kernels(on_cuda, x: Tensor) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for ours, same in zip(gradients(compiled, parameters, x), expected, strict=True):
         assert torch.equal(ours, same)
+
+
+def test_inductor_leaves_the_ops_out_of_its_cuda_graphs(on_cuda, x: Tensor) -> None:
+    torch._dynamo.reset()
+    seen: list[bool] = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        ours = [node for node in graph.graph.nodes if "sparsekd" in str(node.target)]
+        seen.extend(map(is_cudagraph_unsafe_fx_node, ours))
+        return make_boxed_func(graph.forward)
+
+    model = network()
+    torch.compile(model, backend=aot_autograd(fw_compiler=look), fullgraph=True)(x).sum().backward()
+    assert seen == [True] * 6  # forward, and two gradients, of two layers
+
+
+def test_plans_are_not_made_while_a_graph_is_recorded(on_cuda, x: Tensor, monkeypatch) -> None:
+    conv, smaller = network()[0], x[..., :6].detach()
+    expected = conv(x)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert torch.equal(conv(x), expected)
+    for new in (lambda: conv(smaller), lambda: network()[0](x)):
+        with pytest.raises(UnsupportedError, match="run the same step before recording it"):
+            new()
+
+
+def test_threads_meet_new_structures_at_once() -> None:
+    """As those of backward passes on several devices, and of nn.DataParallel, do."""
+
+    def structures(count: int) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for _ in range(count):
+            found.append((torch.tensor([0, 1]).int(), torch.tensor([0]).int()))
+            cuda_plans.find_structure(*found[-1], 1, 1)
+        return found
+
+    living, before = structures(300), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: len(structures(200)), range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(cuda_plans._known) >= len(living)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
