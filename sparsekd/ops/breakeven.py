@@ -86,7 +86,8 @@ def time_pass(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
         backend: which one runs it.
     """
     if backend not in ("cpp", "dense"):
-        ms = race({backend: _call(backend, op, args)}, _enough)[backend]
+        call = _until_done(_call(backend, op, args), args[0].device)
+        ms = race({backend: call}, _enough)[backend]
         return PassTimes(backend, ms, ms, None, ms, ms)
     shape = tuple(geometry(op, args)[0])
     size, nnz = math.prod(shape), args[3].shape[0]
@@ -106,6 +107,18 @@ def time_pass(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
 
 def _call(name: str, op: str, args: tuple[Any, ...]) -> Callable[[], Tensor]:
     return partial(getattr(module(name), op), *args)
+
+
+def _until_done(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Return a call that ends when the device has done what it has queued."""
+    if device.type != "cuda":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return run
 
 
 def _enough(times: list[list[float]]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sparsekd as skd
 from sparsekd.nn import sparse_modules
+from sparsekd.ops.direct import plain
 from sparsekd.testing import (
     LayerCase,
     assert_layer_matches_dense,
@@ -176,6 +177,13 @@ def test_work_is_queued_on_the_current_stream(on_gpu: str) -> None:
         y = model(late)
     stream.synchronize()
     torch.testing.assert_close(y, expected)
+
+
+def test_eager_calls_go_past_the_dispatcher() -> None:
+    x = torch.ones(2, 2, device=DEVICE)
+    assert plain((x, x))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert not plain((x, x))
 
 
 @pytest.mark.parametrize("layout", ["csr", "bcsr"])
