@@ -44,6 +44,13 @@ _DIFFERENT: dict[str, _Table] = {
         ("sample", "ieee"): {16: (32, 1, 3), 32: (32, 2, 3), 64: (32, 2, 3), 128: (32, 4, 2)},
     },
 }
+# Numbers on which no vector of a kernel depends. Of others Triton compiles variants: for 1, for
+# multiples of 16, and for the rest, each of which takes seconds to tune.
+PLAIN = (
+    "count", "entries", "nnz", "parts", "images", "pixels", "images_each", "blocks_each",
+    "image_parts", "high", "wide", "in_high", "in_wide", "stride_y", "stride_x", "in_row", "in_col",
+    "out_origin", "out_row", "out_col", "row", "rows", "col", "cols", "width",
+)  # fmt: skip
 SINGLE = 32  # positions of a block where every element has an address of its own
 SMALLEST = 16  # side of the smallest matrix product on tensor cores
 _GROUP, _ROWS = 4, 64  # warps and rows that one instruction of newer tensor cores takes

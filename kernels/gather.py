@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .config import PLAIN
+
 
 @triton.jit
 def _sites(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col):
@@ -32,7 +34,7 @@ def _sites(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col):
     return reads, writes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def shared_product(
     lists, outputs, offsets, weight, bias, x, y,
     count, positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col, out_plane,
@@ -63,7 +65,7 @@ def shared_product(
     tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & kept[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def shared_sample(
     owners, outputs, offsets, sites, grad, x, partial,
     entries, count, lanes, images_each, blocks_each, image_parts,
@@ -105,7 +107,7 @@ def shared_sample(
     tl.store(at + n[:, None] * BK + k[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def row_product(
     crow, offset, order, values, bias, x, y,
     positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col, out_plane,
@@ -130,7 +132,7 @@ def row_product(
     tl.store(at, acc.to(y.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def row_sample(
     nonzero_row, offset, sites, grad, x, partial,
     nnz, count, lanes, images_each, blocks_each, image_parts,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .config import PLAIN
+
 BLOCK = 512
 TAKEN = -(1 << 63)  # less than the key of any position
 NAN = 0x7FFFFFFF << 32  # keys of NaN are at least this, all others less
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def score_keys(
     scores, keys, size, row, col, cols, width, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -32,7 +34,7 @@ def score_keys(
     tl.store(keys + i, (rank << 32) | (0xFFFFFFFF - position), mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def exclude_taken(
     taken_row, taken_col, keys, nnz, row, rows, col, cols, TAKEN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

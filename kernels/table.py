@@ -22,7 +22,7 @@ _POINTERS = {"weight", "bias", "x", "y", "grad", "values", "packed", "result", "
 
 _OTHERS = {"partial": "*fp32", "keys": "*i64"}
 _STRIDES = {f"{maps}_{axis}" for maps in "xyg" for axis in ("image", "row", "pixel")} | {
-    "lanes", "out_plane", "positions", "images_each",
+    "lanes", "out_plane", "positions",
 }  # fmt: skip
 
 

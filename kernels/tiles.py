@@ -19,8 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .config import PLAIN
 
-@triton.jit
+
+@triton.jit(do_not_specialize=PLAIN)
 def tile_product(
     lists, outputs, chunks, weight, bias, x, y,
     count, positions, high, wide,
@@ -75,7 +77,7 @@ def tile_product(
     tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def tile_sample(
     owners, outputs, chunks, grad, x, partial,
     entries, images, pixels, wide, images_each, blocks_each, image_parts,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .config import PLAIN
+
 BLOCK = 512
 
 
@@ -16,7 +18,7 @@ def take_values(values, slots, packed, size, BLOCK: tl.constexpr):
     tl.store(packed + i, tl.load(values + slot, mask=slot >= 0, other=0.0), mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def add_parts(
     partial, places, result, nnz, size, parts, PLACED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

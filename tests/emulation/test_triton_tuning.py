@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
+import triton
 import triton_driver
 from triton_backend import float32_products
 
@@ -273,3 +274,24 @@ def test_candidates_cut_sums_alike(kind: str) -> None:
                 assert how.positions == base.positions
             else:
                 assert how.positions == base.positions or 64 <= how.positions <= 256
+
+
+def test_layers_of_other_sizes_run_the_same_code(on_triton, ptx, monkeypatch) -> None:
+    """What Triton compiles anew costs a second, and eight where it is tuned."""
+    variants: set[tuple[str, str]] = set()
+
+    def compile_nothing(**facts: Any) -> bool:
+        variants.add((facts["fn"].name.rpartition(".")[2], str(facts["compile"]["key"])))
+        return True
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", compile_nothing)
+    monkeypatch.setattr(ptx, "get_current_device", lambda: 1)  # for which nothing is compiled yet
+    for channels, size, stride, batch in ((32, 8, 1, 16), (512, 9, 1, 48), (64, 32, 2, 40)):
+        case = dataclasses.replace(
+            LAYER, in_features=channels, out_features=2 * channels, batch=(batch,),
+            kernel_size=(3, 3), map_size=(size, size), options={"padding": 1, "stride": stride},
+        )  # fmt: skip
+        sparse_results(case)
+    number = Counter(name for name, _ in variants)
+    # one product has a bias, that of the input gradient has none
+    assert number == {"tile_product": 2, "tile_sample": 1, "take_values": 1, "add_parts": 1}
