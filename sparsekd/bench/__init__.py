@@ -8,8 +8,8 @@ are made from rows alone.
 from __future__ import annotations
 
 from sparsekd.bench.machine import describe, keep_choices
-from sparsekd.bench.plan import LEVELS, Plan, on_device
+from sparsekd.bench.plan import LEVELS, Plan, is_ours, on_device
 from sparsekd.bench.results import Results
 from sparsekd.bench.runner import run
 
-__all__ = ["LEVELS", "Plan", "Results", "describe", "keep_choices", "on_device", "run"]
+__all__ = ["LEVELS", "Plan", "Results", "describe", "is_ours", "keep_choices", "on_device", "run"]

@@ -8,19 +8,21 @@ masks of its own, so each arm is held against dense torch on its own mask.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekd import flops, ops
+from sparsekd import cuda_library, flops, ops
 from sparsekd.bench import gate
 from sparsekd.bench.arms import RESULTS, WEIGHT_GRADIENT, laid_out
 from sparsekd.bench.cases import LINEAR_LAYERS, LayerCase, ModelCase, conv_layers, dense_ends
+from sparsekd.bench.gpu_arms import ARMS, CSR, EXACT, GpuArm
 from sparsekd.bench.race import Entry, Key, Ready, race
 from sparsekd.layouts import Layout
 from sparsekd.nn import SparseConv2d, SparseLinear, densify, sparsify
@@ -31,88 +33,6 @@ from sparsekd.train.timing import training_step
 LEVELS = ("gpu layer", "gpu step")
 SPARSITIES = (0.8, 0.9, 0.95)
 _SLOW = 0.5  # seconds
-_TF32 = torch.float16  # rounds as TF32 does, to eleven bits
-
-
-@dataclass(frozen=True)
-class GpuArm:
-    """Describe one competitor on a GPU.
-
-    Args:
-        name: in rows.
-        label: in tables and figures.
-        layout: of its masks; None for a dense arm.
-        dtype: of its operands.
-        tf32: whether float32 products may be rounded to TF32.
-        channels_last: memory layout of maps and dense weights.
-        storage: "weight" for torch's own layers and for ours, or what torch converts a masked
-            matrix to for inference: "bsr" or "2:4".
-    """
-
-    name: str
-    label: str
-    layout: Layout | None = None
-    dtype: torch.dtype = torch.float32
-    tf32: bool = False
-    channels_last: bool = True
-    storage: str = "weight"
-
-    @property
-    def sparse(self) -> bool:
-        """Whether its time depends on the sparsity."""
-        return self.layout is not None
-
-    @property
-    def precision(self) -> torch.dtype:
-        """The dtype to whose rounding its results are held."""
-        return _TF32 if self.tf32 else self.dtype
-
-    def missing(self, case: LayerCase, op: str, device: torch.device) -> str | None:
-        """Say why it cannot run a layer here, None if it can."""
-        if self.storage != "weight" and (case.kind != "linear" or op != "fprop"):
-            return f"torch has no training with {self.storage} weights"
-        if self.storage != "weight" and device.type != "cuda":
-            return f"{self.storage} weights are raced on GPUs"
-        if case.kind == "linear" and not self.channels_last:
-            return "a matrix has one layout"
-        if self.tf32 and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-            return "TF32 needs compute capability 8.0"
-        return None
-
-    def rules(self) -> AbstractContextManager[Any]:
-        """Let float32 products be rounded, or not, while the context lasts."""
-        return _rounding(self.tf32) if torch.cuda.is_available() else nullcontext()
-
-
-@contextmanager
-def _rounding(tf32: bool) -> Iterator[None]:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-_BF16 = torch.bfloat16
-_CSR, _BCSR, _FANIN = Layout("csr"), Layout("bcsr", block=32), Layout("fanin", group=32, block=16)
-ARMS = {
-    arm.name: arm
-    for arm in (
-        GpuArm("dense_fp32", "dense, float32, contiguous", channels_last=False),
-        GpuArm("dense_fp32_last", "dense, float32"),
-        GpuArm("dense_tf32", "dense, TF32", tf32=True),
-        GpuArm("dense_bf16", "dense, bfloat16", dtype=_BF16),
-        GpuArm("torch_bsr", "torch BSR 32, bfloat16", _BCSR, _BF16, storage="bsr"),
-        GpuArm("torch_24", "torch 2:4, bfloat16", Layout("nm"), _BF16, storage="2:4"),
-        GpuArm("csr_fp32", "sparsekd csr, float32", _CSR),
-        GpuArm("csr_bf16", "sparsekd csr, bfloat16", _CSR, _BF16),
-        GpuArm("bcsr_tf32", "sparsekd bcsr 32, TF32", _BCSR, tf32=True),
-        GpuArm("bcsr_bf16", "sparsekd bcsr 32, bfloat16", _BCSR, _BF16),
-        GpuArm("fanin_bf16", "sparsekd fanin 32x16, bfloat16", _FANIN, _BF16),
-    )
-}
 
 
 def _keys(arms: Mapping[str, GpuArm]) -> list[Key]:
@@ -191,9 +111,9 @@ class GpuLayerRace:
             yield Entry(row, missing, partial(self._ready, arm, sparsity or 0.0))
 
     def _ready(self, arm: GpuArm, sparsity: float) -> Ready:
-        layer = _layer(self.case, arm.layout or _CSR, sparsity, self.device)
+        layer = _layer(self.case, arm.layout or CSR, sparsity, self.device)
         maps = _maps(self.case, self.device)
-        expected = _call(densify(copy.deepcopy(layer)), maps, ARMS["dense_fp32"], self.op)()
+        expected = _call(densify(copy.deepcopy(layer)).double(), maps, EXACT, self.op)()
         mask = layer.topology.mask()
         call = _call(_stored(layer, arm), maps, arm, self.op)
         terms = (self.case.fan_in, self.case.outs * self.case.kernel**2, self.case.positions)
@@ -203,7 +123,7 @@ class GpuLayerRace:
         }
         names = RESULTS if self.op == "layer" else RESULTS[:1]
         right = dict(zip(names, expected, strict=True))
-        got = {name: t.float() for name, t in zip(names, call(), strict=True)}
+        got = dict(zip(names, call(), strict=True))
         if arm.sparse and self.op == "layer":
             right[WEIGHT_GRADIENT] = right[WEIGHT_GRADIENT][mask]
         errors = gate.compare(got, right)
@@ -328,7 +248,8 @@ class GpuStepRace:
         y = torch.randint(0, 10, (self.case.batch,), generator=generator).to(self.device)
         x = x.to(self.device)
         reference = densify(copy.deepcopy(model)).to(self.device)
-        expected = training_step(reference, CrossEntropy())(x, y)
+        with ARMS["dense_fp32"].rules():
+            expected = training_step(reference, CrossEntropy())(x, y)
         model = model.to(self.device)
         if arm.channels_last:
             x = x.to(memory_format=torch.channels_last)
@@ -381,8 +302,23 @@ def describe(device: torch.device) -> dict[str, Any]:
         "multiprocessors": facts.multi_processor_count,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "kernels": kernels_digest(),
         "backends": ", ".join(name for name, b in ops.info()["backends"].items() if b["available"]),
     }
+
+
+def kernels_digest() -> str:
+    """Return a digest of the GPU kernels, so that rows of others are never taken for theirs.
+
+    Example:
+        >>> len(kernels_digest())
+        8
+    """
+    sources = sorted((Path(ops.__file__).parents[1] / "kernels").glob("*.py"))
+    digest = hashlib.blake2b(digest_size=4)
+    for path in (cuda_library.PATH, *sources):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
 
 
 def arms_of(rows: Sequence[Row]) -> list[GpuArm]:

@@ -200,6 +200,16 @@ def on_device(plan: Plan, device: str) -> tuple[list[Session], dict[str, Any]]:
     return gpu.sessions(place, plan.rounds or 5), gpu.describe(place)
 
 
+def is_ours(arm: str) -> bool:
+    """Say whether an arm runs kernels of sparsekd, on whatever device.
+
+    Example:
+        >>> [is_ours(arm) for arm in ("sparsekd_contiguous", "csr_bf16", "dense_bf16", "torch_bsr")]
+        [True, True, False, False]
+    """
+    return arm.startswith("sparsekd") or (arm in gpu.ARMS and gpu.ARMS[arm].ours)
+
+
 def _check(name: str, chosen: Sequence[str], known: Sequence[str] | Mapping | set[str]) -> None:
     for word in chosen:
         if word not in known:

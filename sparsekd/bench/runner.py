@@ -63,7 +63,12 @@ def _measure(
     session: Session, log: MetricsLog, machine: dict[str, Any], console: Console, title: str
 ) -> None:
     start = time.time()
-    rows = session.measure()
+    try:
+        rows = session.measure()
+    except Exception as error:  # out of memory, perhaps: the sessions after it go on
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        keys = session.keys()
+        rows = [{"arm": arm, "sparsity": s, "ms": None, "failed": problem} for arm, s in keys]
     level, case, op = session.name
     stamp = f"{start:.3f}"
     for row in rows:

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from sparsekd import cuda_library
 from sparsekd.bench import Plan, Results, describe, gpu, on_device, report, run
+from sparsekd.cli import app
 from sparsekd.errors import UnsupportedError
 from sparsekd.train import MetricsLog
 
@@ -61,6 +64,26 @@ def test_wrong_results_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = [row for row in race.measure() if "skipped" not in row]
     assert refused
     assert all("refused" in row and row["ms"] is None for row in refused), refused
+
+
+def test_other_kernels_make_other_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuda_library, "PATH", tmp_path / "library.so")
+    before = gpu.kernels_digest()
+    cuda_library.PATH.write_bytes(b"built")
+    assert gpu.kernels_digest() != before
+
+
+def test_a_kernel_of_ours_that_fails_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One of another package, which may not take a shape, does not."""
+    rows = tmp_path / "rows.jsonl"
+    common = {"level": "gpu layer", "case": "c", "op": "layer", "sparsity": 0.9, "session": "1"}
+    for arm, code in (("torch_24", 0), ("csr_bf16", 1)):
+        row = {**common, "arm": arm, "ms": None, "failed": "no", "machine": {"id": "m"}}
+        MetricsLog(rows).append(row)
+        done = CliRunner().invoke(app, ["bench", "--draw", "--rows", str(rows)])
+        assert done.exit_code == code, done.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -80,3 +80,19 @@ def test_a_session_cut_short_leaves_no_row(tmp_path, console):
     with pytest.raises(KeyboardInterrupt):
         run([Counting("one"), Stopped("two")], log, {"id": "m"}, console)
     assert [row["case"] for row in log.rows()] == ["one"]
+
+
+def test_a_session_that_raises_has_failed_and_the_others_go_on(tmp_path, console):
+    class Lost(Counting):
+        def measure(self):
+            raise RuntimeError("out of memory\nwith a long story")
+
+    log = MetricsLog(tmp_path / "rows.jsonl")
+    assert run([Lost("one", arms=("a", "b")), Counting("two")], log, {"id": "m"}, console)
+    rows = [(row["case"], row["arm"], row["ms"], row.get("failed")) for row in log.rows()]
+    problem = "RuntimeError: out of memory"
+    assert rows == [
+        ("one", "a", None, problem),
+        ("one", "b", None, problem),
+        ("two", "a", 1.0, None),
+    ]

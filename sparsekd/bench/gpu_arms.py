@@ -1,0 +1,104 @@
+"""Who competes on a GPU: dense torch in every precision, its sparse storage, and our layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsekd.bench.cases import LayerCase
+from sparsekd.layouts import Layout
+
+_TF32 = torch.float16  # rounds as TF32 does, to eleven bits
+
+
+@dataclass(frozen=True)
+class GpuArm:
+    """Describe one competitor on a GPU.
+
+    Args:
+        name: in rows.
+        label: in tables and figures.
+        layout: of its masks; None for a dense arm.
+        dtype: of its operands.
+        tf32: whether float32 products may be rounded to TF32.
+        channels_last: memory layout of maps and dense weights.
+        storage: "weight" for torch's own layers and for ours, or what torch converts a masked
+            matrix to for inference: "bsr" or "2:4".
+    """
+
+    name: str
+    label: str
+    layout: Layout | None = None
+    dtype: torch.dtype = torch.float32
+    tf32: bool = False
+    channels_last: bool = True
+    storage: str = "weight"
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its time depends on the sparsity."""
+        return self.layout is not None
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype to whose rounding its results are held."""
+        # Of dense ones too: cuDNN may choose Winograd's algorithm, which rounds more than float32.
+        dense = not self.sparse and self.dtype == torch.float32
+        return _TF32 if self.tf32 or dense else self.dtype
+
+    @property
+    def ours(self) -> bool:
+        """Whether it runs kernels of sparsekd."""
+        return self.sparse and self.storage == "weight"
+
+    def missing(self, case: LayerCase, op: str, device: torch.device) -> str | None:
+        """Say why it cannot run a layer here, None if it can."""
+        if self.storage != "weight" and (case.kind != "linear" or op != "fprop"):
+            return f"torch has no training with {self.storage} weights"
+        if self.storage != "weight" and device.type != "cuda":
+            return f"{self.storage} weights are raced on GPUs"
+        if case.kind == "linear" and not self.channels_last:
+            return "a matrix has one layout"
+        if self.tf32 and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+            return "TF32 needs compute capability 8.0"
+        return None
+
+    def rules(self) -> AbstractContextManager[Any]:
+        """Let float32 products be rounded, or not, and cuDNN choose by measurement, for a while."""
+        return _rules(self.tf32) if torch.cuda.is_available() else nullcontext()
+
+
+@contextmanager
+def _rules(tf32: bool) -> Iterator[None]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, tf32, tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+EXACT = GpuArm("exact", "dense, float64", dtype=torch.float64, channels_last=False)
+_BF16 = torch.bfloat16
+CSR, _BCSR, _FANIN = Layout("csr"), Layout("bcsr", block=32), Layout("fanin", group=32, block=16)
+ARMS = {
+    arm.name: arm
+    for arm in (
+        GpuArm("dense_fp32", "dense, float32, contiguous", channels_last=False),
+        GpuArm("dense_fp32_last", "dense, float32"),
+        GpuArm("dense_tf32", "dense, TF32", tf32=True),
+        GpuArm("dense_bf16", "dense, bfloat16", dtype=_BF16),
+        GpuArm("torch_bsr", "torch BSR 32, bfloat16", _BCSR, _BF16, storage="bsr"),
+        GpuArm("torch_24", "torch 2:4, bfloat16", Layout("nm"), _BF16, storage="2:4"),
+        GpuArm("csr_fp32", "sparsekd csr, float32", CSR),
+        GpuArm("csr_bf16", "sparsekd csr, bfloat16", CSR, _BF16),
+        GpuArm("bcsr_tf32", "sparsekd bcsr 32, TF32", _BCSR, tf32=True),
+        GpuArm("bcsr_bf16", "sparsekd bcsr 32, bfloat16", _BCSR, _BF16),
+        GpuArm("fanin_bf16", "sparsekd fanin 32x16, bfloat16", _FANIN, _BF16),
+    )
+}
