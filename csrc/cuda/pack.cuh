@@ -20,38 +20,43 @@ struct Maps {
 };
 
 struct Site {
-  int64_t number;  // in the packed form
+  int32_t number;  // in the packed form
   int64_t offset;  // in the maps
   bool inside;
 };
 
-// The site at step q of the walk.
-__device__ inline Site site_at(const Maps& m, int64_t q) {
-  int64_t c, h, w;
+// The site at step q of the walk. There are fewer than 2^31 of them, and divisions of 64 bits would take
+// longer than the memory does.
+__device__ inline Site site_at(const Maps& m, uint32_t q) {
+  const uint32_t channels = m.channels, high = m.packed_height, wide = m.packed_width;
+  uint32_t c, h, w;
   if (m.channels_fast) {
-    c = q % m.channels;
-    w = q / m.channels % m.packed_width;
-    h = q / m.channels / m.packed_width;
+    c = q % channels;
+    w = q / channels % wide;
+    h = q / channels / wide;
   } else {
-    w = q % m.packed_width;
-    h = q / m.packed_width % m.packed_height;
-    c = q / m.packed_width / m.packed_height;
+    w = q % wide;
+    h = q / wide % high;
+    c = q / wide / high;
   }
-  const int64_t y = h - m.top, x = w - m.left;
+  const int64_t y = int64_t{h} - m.top, x = int64_t{w} - m.left;
   const bool inside = y >= 0 && y < m.height && x >= 0 && x < m.width;
-  return {(c * m.packed_height + h) * m.packed_width + w, c * m.stride_c + y * m.stride_h + x * m.stride_w,
+  return {static_cast<int32_t>((c * high + h) * wide + w), c * m.stride_c + y * m.stride_h + x * m.stride_w,
           inside};
 }
 
 __host__ __device__ inline int64_t lane_tiles(const Maps& m) { return ceil_div(m.lanes, kTile); }
 
+// A thread finds one site of the block's tile, and leaves its number to those that go along the lanes.
 template <class T>
 __global__ void __launch_bounds__(kTile* kTileRows) pack_kernel(Maps m, const T* maps, T* packed) {
   SPARSEKD_SHARED(T, tile, [kTile][kTile + 1]);
-  const int64_t q0 = blockIdx.x / lane_tiles(m) * kTile, n0 = blockIdx.x % lane_tiles(m) * kTile;
-  const int64_t q = q0 + threadIdx.x;
-  if (q < m.sites()) {
-    const Site from = site_at(m, q);
+  SPARSEKD_SHARED(int32_t, numbers, [kTile]);
+  const uint32_t across = lane_tiles(m), sites = m.sites();
+  const uint32_t q0 = blockIdx.x / across * kTile, n0 = blockIdx.x % across * kTile;
+  const Site from = site_at(m, q0 + threadIdx.x);
+  if (threadIdx.y == 0) numbers[threadIdx.x] = from.number;
+  if (q0 + threadIdx.x < sites) {
     for (int r = threadIdx.y; r < kTile; r += kTileRows) {
       const bool there = from.inside && n0 + r < m.batch;
       tile[r][threadIdx.x] = there ? maps[from.offset + (n0 + r) * m.stride_n] : from_float<T>(0.0f);
@@ -60,22 +65,25 @@ __global__ void __launch_bounds__(kTile* kTileRows) pack_kernel(Maps m, const T*
   __syncthreads();
   const int64_t n = n0 + threadIdx.x;
   if (n >= m.lanes) return;
-  for (int r = threadIdx.y; r < kTile && q0 + r < m.sites(); r += kTileRows)
-    packed[site_at(m, q0 + r).number * m.lanes + n] = tile[threadIdx.x][r];
+  for (int r = threadIdx.y; r < kTile && q0 + r < sites; r += kTileRows)
+    packed[numbers[r] * m.lanes + n] = tile[threadIdx.x][r];
 }
 
 template <class T>
 __global__ void __launch_bounds__(kTile* kTileRows) unpack_kernel(Maps m, T* maps, const T* packed) {
   SPARSEKD_SHARED(T, tile, [kTile][kTile + 1]);
-  const int64_t q0 = blockIdx.x / lane_tiles(m) * kTile, n0 = blockIdx.x % lane_tiles(m) * kTile;
+  SPARSEKD_SHARED(int32_t, numbers, [kTile]);
+  const uint32_t across = lane_tiles(m), sites = m.sites();
+  const uint32_t q0 = blockIdx.x / across * kTile, n0 = blockIdx.x % across * kTile;
+  const Site to = site_at(m, q0 + threadIdx.x);
+  if (threadIdx.y == 0) numbers[threadIdx.x] = to.number;
+  __syncthreads();
   const int64_t n = n0 + threadIdx.x;
   if (n < m.batch)
-    for (int r = threadIdx.y; r < kTile && q0 + r < m.sites(); r += kTileRows)
-      tile[r][threadIdx.x] = packed[site_at(m, q0 + r).number * m.lanes + n];
+    for (int r = threadIdx.y; r < kTile && q0 + r < sites; r += kTileRows)
+      tile[r][threadIdx.x] = packed[numbers[r] * m.lanes + n];
   __syncthreads();
-  const int64_t q = q0 + threadIdx.x;
-  if (q >= m.sites()) return;
-  const Site to = site_at(m, q);
+  if (q0 + threadIdx.x >= sites) return;
   for (int r = threadIdx.y; r < kTile && n0 + r < m.batch; r += kTileRows)
     maps[to.offset + (n0 + r) * m.stride_n] = tile[threadIdx.x][r];
 }

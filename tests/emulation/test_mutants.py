@@ -101,9 +101,8 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[], None], type[Exception]]] = 
     "the gradient of another row": (
         "sample.cuh", "if (j > 0 && row[j] != row[j - 1])", "if (false)", products, WRONG,
     ),
-    "no barrier in the packing": (
-        "pack.cuh", "  __syncthreads();\n  const int64_t n =", "  const int64_t n =",
-        products, WRONG,
+    "no barrier in the unpacking": (
+        "pack.cuh", "  __syncthreads();\n  if (q0 +", "  if (q0 +", products, WRONG,
     ),
     "padding that is not zero": (
         "pack.cuh", "from_float<T>(0.0f)", "from_float<T>(1.0f)", products, WRONG,
