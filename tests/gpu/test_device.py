@@ -96,6 +96,7 @@ def test_the_faster_backend_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     if gpu.chooser() is None:
         pytest.skip("needs both GPU backends")
     monkeypatch.setenv("SPARSEKD_CACHE", str(tmp_path))
+    monkeypatch.setenv("SPARSEKD_TUNE", "on")
     gpu.chooser.cache_clear()
     layer = skd.nn.SparseConv2d(64, 64, 3, padding=1, sparsity=0.8, seed=0, device=DEVICE)
     x = torch.randn(32, 64, 32, 32, device=DEVICE, requires_grad=True)
