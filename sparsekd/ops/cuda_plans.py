@@ -101,7 +101,7 @@ class Structure:
         _C.validate(*(tensor.numpy() for tensor in host), *self.size)
         self.crow, self.col = host
         self.row = row_indices(self.crow, self.col.shape[0])
-        self.versions = (crow._version, col._version)
+        self.versions = _versions(crow, col)
 
     def changed(self, crow: Tensor, col: Tensor) -> Structure:
         """Return what index tensors of the same shapes make of this structure, on the host.
@@ -120,7 +120,7 @@ class Structure:
                 fresh.once(key, make)
         return fresh
 
-    def adopt(self, changed: Structure, versions: tuple[int, int]) -> None:
+    def adopt(self, changed: Structure, versions: tuple[int, ...]) -> None:
         """Become what `changed` has returned; plans that keep their sizes keep their places."""
         self.crow, self.col, self.row = changed.crow, changed.col, changed.row
         for key, (make, plan) in changed._plans.items():
@@ -316,6 +316,11 @@ def _refusal(key: Any, new: Any) -> str:
     return f"its CUDA graphs may have recorded {what}, of which the new structure {has}"
 
 
+def _versions(crow: Tensor, col: Tensor) -> tuple[int, ...]:
+    """Return what changes with the tensors; nothing does for those of torch's inference mode."""
+    return tuple(0 if t.is_inference() else t._version for t in (crow, col))
+
+
 def _refuse_recording() -> None:
     """Raise UnsupportedError while a CUDA graph is recorded, which a copy from the host ends."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -351,7 +356,7 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
                 _known.pop(known, None)
         # A weak reference keeps the address of a storage from being used again.
         _known[key] = made, [StorageWeakRef(storage) for storage in storages]
-    structure, versions = _known[key][0], (crow._version, col._version)
+    structure, versions = _known[key][0], _versions(crow, col)
     if structure.versions != versions:
         _refuse_recording()
         structure.adopt(structure.changed(crow, col), versions)
@@ -392,6 +397,6 @@ def prepare_plans(
 
     def adopt() -> None:
         for structure, fresh in zip(known, changed, strict=True):
-            structure.adopt(fresh, (crow._version, col._version))
+            structure.adopt(fresh, _versions(crow, col))
 
     return adopt

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekd as skd
 from sparsekd.errors import UnsupportedError
+from sparsekd.nn import sparse_modules
 from sparsekd.ops import cuda_plans
 
 
@@ -71,6 +72,18 @@ def test_plans_are_not_made_while_a_graph_is_recorded(on_cuda, x: Tensor, monkey
     for new in (lambda: conv(smaller), lambda: network()[0](x)):
         with pytest.raises(UnsupportedError, match="run the same step before recording it"):
             new()
+
+
+def test_a_network_may_move_in_inference_mode(on_cuda, x: Tensor) -> None:
+    model = network()
+    expected = model(x).detach()
+    with torch.inference_mode():
+        for module in model.modules():  # as nn.Module.cuda does
+            module._buffers |= {name: made.clone() for name, made in module._buffers.items()}
+        assert torch.equal(model(x), expected)
+        made = network()
+        assert torch.equal(made(x), expected)
+        assert all(module.topology.version == 0 for _, module in sparse_modules(made))
 
 
 def test_threads_meet_new_structures_at_once() -> None:
