@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def kernels(table: str) -> set[str]:
-    return set(re.findall(r"^\| `(\w+_kernel[^`]*)` \|", table, re.MULTILINE))
+def kernels(table: str) -> dict[str, str]:
+    """Return what a table says of each kernel."""
+    return dict(re.findall(r"^\| `(\w+_kernel[^`]*)` (\|.*\|)$", table, re.MULTILINE))
 
 
 def test_every_kernel_compiles_for_every_gpu_without_spills_and_is_in_the_table() -> None:
@@ -29,8 +30,14 @@ def test_every_kernel_compiles_for_every_gpu_without_spills_and_is_in_the_table(
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = kernels(done.stdout)
-    assert {"gather_kernel<float, 4>", "sample_kernel<__half, 8>", "take_kernel"} <= found
-    assert kernels((ROOT / "docs" / "gpu.md").read_text()) == found, "the table is out of date"
+    assert {"gather_kernel<float, 4>", "sample_kernel<__half, 8>", "take_kernel"} <= found.keys()
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    listed = kernels(text)
+    assert listed.keys() == found.keys(), "the table is out of date"
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    (number,) = re.findall(r"\bV([\d.]+)", version.stdout)
+    if f"resources.py` with nvcc {number}; " in text:  # another one may count otherwise
+        assert listed == found, "the table is out of date"
 
 
 @pytest.fixture

@@ -110,6 +110,19 @@ def complaints(kernel: Any, dtype: str, target: str, used: Usage) -> list[str]:
     return [f"{kernel.name}, {dtype}, {target}: {what}" for what in wrong]
 
 
+def row(name: str, dtype: str, used: dict[str, Usage]) -> str:
+    """Return what the table says of a kernel that uses so much on each GPU."""
+    warps = [str(u.threads // TARGETS[target].warp_size) for target, u in used.items()]
+    cells = [
+        f"`{name}`",
+        dtype,
+        warps[0] if len(set(warps)) == 1 else " / ".join(warps),
+        " / ".join(str(u.shared) for u in used.values()),
+        *(str(u.registers) for u in used.values()),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> int:
     os.environ.update(SETTINGS)
     from sparsekd.kernels import instances
@@ -119,16 +132,12 @@ def main() -> int:
     print("|", " | ".join(heads), "|")
     print("|---|---|" + "---:|" * (len(heads) - 2))
     for name, kernel in instances("sm_80").items():
-        kernels = [instances(target)[name] for target in TARGETS]
+        kernels = {target: instances(target)[name] for target in TARGETS}
         for dtype in kernel.dtypes:
-            used = [usage(k, dtype, target) for k, target in zip(kernels, TARGETS, strict=True)]
-            warps = [str(k.num_warps) for k in kernels]
-            warps = warps[0] if len(set(warps)) == 1 else " / ".join(warps)
-            shared = " / ".join(str(u.shared) for u in used)
-            registers = " | ".join(str(u.registers) for u in used)
-            print(f"| `{name}` | {dtype} | {warps} | {shared} | {registers} |", flush=True)
-            for k, target, u in zip(kernels, TARGETS, used, strict=True):
-                wrong += complaints(k, dtype, target, u)
+            used = {target: usage(k, dtype, target) for target, k in kernels.items()}
+            print(row(name, dtype, used), flush=True)
+            for target, k in kernels.items():
+                wrong += complaints(k, dtype, target, used[target])
     print(*wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0
 
