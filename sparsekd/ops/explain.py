@@ -173,11 +173,12 @@ class _Watcher:
         name = observe.owner(self.layers, args[2])
         if name is None:
             return
-        alike = (op, *[_key(arg) for arg in args])
+        backend, tile = running(op, args), _tile_size(op, args)
+        self.tiles.setdefault(name, tile)
+        # Backend and tiles hang on the structure, of which the key has the sizes only.
+        alike = (op, backend, tile, *[_key(arg) for arg in args])
         if alike not in self._known:
-            self._known[alike] = time_pass(op, args, running(op, args))
-        if name not in self.tiles:
-            self.tiles[name] = _tile_size(op, args)
+            self._known[alike] = time_pass(op, args, backend)
         passes = self.found.setdefault(name, {})
         passes[PASSES[op]] = passes.get(PASSES[op], PassTimes.zero()) + self._known[alike]
         self._advance()

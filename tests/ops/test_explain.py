@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import sparsekd as skd
 from sparsekd.errors import ShapeError
 from sparsekd.nn import SparseConv2d, SparseLinear
 from sparsekd.ops import observe
-from sparsekd.ops.breakeven import PassTimes, _line, _until_done, _with_density
+from sparsekd.ops.breakeven import PassTimes, _line, _until_done, _with_density, time_pass
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,22 @@ def test_every_sparse_layer_has_its_passes() -> None:
         assert layer.ms == pytest.approx(sum(times.ms for times in layer.passes.values()))
         assert layer.break_even is None or 0 <= layer.break_even <= 1
     assert found.ms == pytest.approx(sum(layer.ms for layer in found.layers))
+
+
+def test_layers_of_one_shape_but_other_tiles_are_timed_apart(monkeypatch) -> None:
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    explaining, timed = sys.modules["sparsekd.ops.explain"], []
+
+    def spy(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
+        timed.append(op)
+        return time_pass(op, args, backend)
+
+    monkeypatch.setattr(explaining, "time_pass", spy)
+    tiled, other = (SparseLinear(64, 64, sparsity=0.75, layout="bcsr", seed=n) for n in (0, 1))
+    plain = SparseLinear(64, 64, sparsity=0.75)
+    found = skd.explain(nn.Sequential(nn.Linear(64, 64), tiled, other, plain), (4, 64))
+    assert [layer.tile for layer in found.layers] == [(16, 16), (16, 16), (1, 1)]
+    assert sorted(timed) == sorted(2 * ["linear", "linear_dgrad", "linear_wgrad"])
 
 
 def test_the_table_has_a_line_per_layer() -> None:
