@@ -28,7 +28,12 @@ def rows_cols(weight_shape: Sequence[int]) -> tuple[int, int]:
     return weight_shape[0], math.prod(weight_shape[1:])
 
 
-def pixels(matrix: Tensor) -> Tensor:
+def matrix(features: Tensor) -> Tensor:
+    """See rows of features, in any number of dimensions, as one matrix."""
+    rows = math.prod(features.shape[:-1])  # -1 is ambiguous where there are no features
+    return features.reshape(rows, features.shape[-1])
+
+
+def pixels(features: Tensor) -> Tensor:
     """See rows of features as images of one pixel: a linear layer is a 1x1 convolution of them."""
-    rows = math.prod(matrix.shape[:-1])
-    return matrix.reshape(rows, matrix.shape[-1])[:, :, None, None]
+    return matrix(features)[:, :, None, None]

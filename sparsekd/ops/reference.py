@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsekd.csr import flat_indices, validate
 from sparsekd.errors import ShapeError
-from sparsekd.ops.layout import memory_format_of, rows_cols
+from sparsekd.ops.layout import matrix, memory_format_of, rows_cols
 
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
@@ -128,9 +128,8 @@ def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
     positions = _positions(crow, col, weight_shape)
-    rows, cols = weight_shape
     dtype = _accumulation_dtype(x.dtype)
-    dweight = grad.to(dtype).reshape(-1, rows).T @ x.to(dtype).reshape(-1, cols)
+    dweight = matrix(grad.to(dtype)).T @ matrix(x.to(dtype))
     return dweight.reshape(-1)[positions].to(x.dtype)
 
 

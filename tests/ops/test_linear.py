@@ -72,6 +72,16 @@ def test_wide_layers(backend: str, batch: int, features: tuple[int, int]) -> Non
         assert_layer_matches_dense(case)
 
 
+@pytest.mark.parametrize("features", [(0, 5), (5, 0), (0, 0)])
+def test_layers_without_features(backend: str, features: tuple[int, int]) -> None:
+    for batch in (), (0,), (3,), (2, 3):
+        assert_layer_matches_dense(
+            dataclasses.replace(
+                CASE, in_features=features[0], out_features=features[1], batch=batch
+            )
+        )
+
+
 @pytest.mark.parametrize("features", [(5, 65536), (65536, 5)])
 def test_results_larger_than_a_cache(features: tuple[int, int]) -> None:
     pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
