@@ -105,9 +105,11 @@ def check_superposable(model: nn.Module) -> None:
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
-    """Copy a network without its gradients."""
+    """Copy a network without its gradients; the CUDA graphs of the network know nothing of it."""
     twin = copy.deepcopy(model)
     twin.zero_grad(set_to_none=True)
+    for _, module in sparse_modules(twin):
+        module.capturable = False
     return twin
 
 

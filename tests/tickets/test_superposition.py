@@ -12,7 +12,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekd.errors import ShapeError
-from sparsekd.nn import SparseConv2d, SparseLinear, densify, sparse_modules, sparsify
+from sparsekd.nn import (
+    SparseConv2d,
+    SparseLinear,
+    densify,
+    make_capturable,
+    sparse_modules,
+    sparsify,
+)
 from sparsekd.tickets import superpose
 from sparsekd.train import state_hash
 
@@ -148,6 +155,16 @@ def test_the_tickets_are_only_read():
     assert [state_hash(ticket.state_dict()) for ticket in tickets] == before
     assert all(parameter.grad is None for parameter in merged.parameters())
     assert all(parameter.grad is not None for parameter in tickets[0].parameters())
+
+
+def test_tickets_of_a_capturable_network_superpose():
+    """No CUDA graph has recorded the superposition, so its tensors may move."""
+    tickets = [network(seed) for seed in range(2)]
+    expected = state_hash(superpose(tickets, sparsity=0.7).state_dict())
+    merged = superpose([make_capturable(ticket) for ticket in tickets], sparsity=0.7)
+    assert state_hash(merged.state_dict()) == expected
+    assert not any(module.capturable for _, module in sparse_modules(merged))
+    assert all(module.capturable for ticket in tickets for _, module in sparse_modules(ticket))
 
 
 def test_a_module_used_twice_is_averaged_once():
