@@ -130,8 +130,9 @@ class Layout:
         return self.group or 1, self.block or 1
 
     def tiling(self, shape: Sequence[int]) -> Tiling:
-        """Cut a weight of this shape into tiles."""
-        return Tiling(torch.Size(shape), *self.tile)
+        """Cut a weight of this shape into tiles, none of them larger than the weight."""
+        rows, channels = (min(n, max(whole, 1)) for n, whole in zip(self.tile, shape, strict=False))
+        return Tiling(torch.Size(shape), rows, channels)
 
     def runs(self, shape: Sequence[int]) -> Tiling:
         """Cut a weight into the runs of "nm"."""

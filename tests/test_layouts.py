@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsekd import Layout
 from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.layouts import Tiling
-from sparsekd.nn import sparse_modules
+from sparsekd.nn import SparseConv2d, sparse_modules
 from sparsekd.sparsity import random_tiles, tile_counts
 
 SHAPES = st.one_of(
@@ -109,6 +109,14 @@ def test_rectangles_add_up_to_the_whole(data, rows, channels):
 def test_a_layout_reads_what_it_writes(layout):
     assert Layout.parse(str(layout)) == layout
     assert Layout.parse(layout) is layout
+
+
+@pytest.mark.parametrize("text", ["bcsr:1000000", "fanin:1000000x1000000"])
+def test_tiles_larger_than_a_layer_take_no_more_memory_than_it(text):
+    layer = SparseConv2d(6, 9, 3, sparsity=0.5, layout=text)
+    assert layer.topology.nnz in (4 * 54, 5 * 54)  # half of its taps, whole
+    assert layer.layout.fits(layer.topology.mask())
+    assert not layer.layout.fits(torch.rand(9, 6, 3, 3) < 0.5)
 
 
 def test_names_alone_take_the_usual_numbers():
