@@ -21,7 +21,7 @@ from sparsekd.sparsity import (
     snip,
     synflow,
 )
-from sparsekd.tickets.hosts import Dynamics, Superposition, attach
+from sparsekd.tickets.hosts import UPDATERS, Dynamics, Superposition, attach
 from sparsekd.tickets.kd import Distillation
 from sparsekd.tickets.methods import Method, make_ticket
 from sparsekd.tickets.pruning import Masks, prune, prune_further
@@ -141,8 +141,10 @@ class Pipeline:
             Module name -> bool mask; empty for a network that stays dense.
 
         Raises:
-            UnsupportedError: the method's masks do not have the layout.
+            UnsupportedError: the method's masks do not have the layout, or it cannot keep it.
         """
+        if method.moves != "none":
+            self._check_layout(method.name, UPDATERS[method.moves].layouts)
         match method.masks:
             case "pruned":
                 return self.one_shot_masks(sparsity, allow_collapse=True)
@@ -161,13 +163,16 @@ class Pipeline:
         return draw(shapes, nnz, seed=seed)
 
     def _scored_masks(self, criterion: str, sparsity: float) -> Masks:
-        check_layouts([("every convolution", self.layout)], ("csr",), f"method {criterion!r}")
+        self._check_layout(criterion, ("csr",))
         model = self.fresh()
         order = torch.Generator().manual_seed(derive_seed(self.seed, "masks"))
         batches = self.data.train.batches(self.training.batch_size, shuffle=True, generator=order)
         score: dict[str, Callable[..., Masks]] = {"snip": snip, "grasp": grasp, "synflow": synflow}
         linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         return score[criterion](model, next(iter(batches)), sparsity, skip=linear)
+
+    def _check_layout(self, method: str, known: tuple[str, ...]) -> None:
+        check_layouts([("every convolution", self.layout)], known, f"method {method!r}")
 
     def next_masks(
         self, previous: Path | None, rate: float, *, allow_collapse: bool = False

@@ -292,3 +292,11 @@ def test_every_start_has_the_layout(make_pipeline, method):
         layout.check(module.topology.mask())
     with pytest.raises(UnsupportedError, match="method 'snip' does not support layout 'bcsr:2'"):
         pipeline.masks(METHODS["snip"], 0.7)
+
+
+@pytest.mark.parametrize("method", ["gmp", "granet", "acdc", "topkast", "srigl"])
+def test_a_method_that_cannot_keep_the_layout_is_refused_by_name(make_pipeline, method):
+    """Some start with all weights, which "nm" cannot have: that is not what is to be said."""
+    pipeline = make_pipeline(layout=Layout.parse("nm"))
+    with pytest.raises(UnsupportedError, match=f"'{method}' does not support layout 'nm:2:4'"):
+        pipeline.masks(METHODS[method], 0.5)
