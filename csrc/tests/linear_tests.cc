@@ -40,9 +40,8 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 template <class T>
-void test_layer(int64_t batch, int64_t in, int64_t out, double density) {
+void test_layer(int64_t batch, int64_t in, int64_t out, const Csr& csr) {
   const double tolerance = std::is_same_v<T, float> ? 2e-5 : 1e-12;
-  const Csr csr = any_csr(out, in, 1, density);
   const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), out, in);
   std::vector<T> values(s.nnz), bias(out);
   for (auto* v : {&values, &bias})
@@ -65,8 +64,8 @@ void test_layer(int64_t batch, int64_t in, int64_t out, double density) {
       linear_dgrad<T>(s, grad.read(), values.data(), dx.view, threads);
       linear_wgrad<T>(s, grad.read(), x.read(), dv.data(), threads);
       const std::string what = std::string(isa_name(isa)) + " " + std::to_string(batch) + " x " +
-                               std::to_string(in) + " x " + std::to_string(out) + " density " +
-                               std::to_string(density) + " threads " + std::to_string(threads);
+                               std::to_string(in) + " x " + std::to_string(out) + " nnz " +
+                               std::to_string(s.nnz) + " threads " + std::to_string(threads);
       check(largest_difference(y.packed(), y0.packed()) <= tolerance, "linear fprop " + what);
       check(largest_difference(dx.packed(), dx0.packed()) <= tolerance, "linear dgrad " + what);
       check(largest_difference(dv, dv0) <= tolerance, "linear wgrad " + what);
@@ -76,6 +75,18 @@ void test_layer(int64_t batch, int64_t in, int64_t out, double density) {
     check(same_bits(results[0], results[1]), "linear results depend on the threads");
   }
   set_isa("auto");
+}
+
+template <class T>
+void test_layer(int64_t batch, int64_t in, int64_t out, double density) {
+  test_layer<T>(batch, in, out, any_csr(out, in, 1, density));
+}
+
+// Rows that share their columns, columns that do not: the input gradient goes by rows.
+template <class T>
+void test_shared_rows(int64_t batch, int64_t in, int64_t out, double density) {
+  const int64_t rows[] = {4, 8, 12, 16, 32}, channels[] = {1, 2, 3};
+  test_layer<T>(batch, in, out, random_tiles(out, in, 1, rows[pick(0, 4)], channels[pick(0, 2)], density));
 }
 
 // Every batch row lies in exactly one tile, and a tile never starts behind the batch.
@@ -134,6 +145,16 @@ void test_linear() {
   for (int64_t batch : {17, 33, 64, 65, 100, 128, 130, 300, 520}) {
     test_layer<float>(batch, 201, 150, 0.3);
     test_layer<double>(batch, 97, 203, 0.3);
+  }
+  for (int i = 0; i < 60; ++i) {
+    const int64_t batch = pick(1, i % 2 ? 70 : 600), in = pick(1, 100), out = pick(1, 100);
+    test_shared_rows<float>(batch, in, out, densities[pick(0, 3)]);
+    if (i % 2) test_shared_rows<double>(batch, in, out, densities[pick(0, 3)]);
+  }
+  for (int64_t batch : {33, 130, 520}) {
+    test_shared_rows<float>(batch, 4001, 48, 0.1);
+    test_shared_rows<float>(batch, 2008, 32, 0.02);
+    test_shared_rows<double>(batch, 1501, 50, 0.1);
   }
   // Wide enough for several blocks, and for several groups of tiles in the weight gradient.
   test_layer<float>(70, 4000, 40, 0.05);

@@ -31,6 +31,10 @@ struct SddmmCall {
 struct LinearEngine {
   void (*spmm_f32)(const SpmmCall<float>&);
   void (*spmm_f64)(const SpmmCall<double>&);
+  // Multiply with the transpose, given the blocks of the matrix itself and no bias:
+  // out[n, c] = sum over the nonzeros k of column c of values[k] * in[n, row of k].
+  void (*spmm_transposed_f32)(const SpmmCall<float>&);
+  void (*spmm_transposed_f64)(const SpmmCall<double>&);
   void (*sddmm_f32)(const SddmmCall<float>&);
   void (*sddmm_f64)(const SddmmCall<double>&);
 };

@@ -67,10 +67,11 @@ inline int64_t tile_offset(const Tiles& tiles, int64_t tile) {
 
 #include "core/linear/sddmm.inl"
 #include "core/linear/spmm.inl"
+#include "core/linear/spmm_transposed.inl"
 
 }  // namespace
 
-extern const LinearEngine SPARSEKD_ENGINE_NAME(linear_engine_) = {spmm<float>, spmm<double>, sddmm<float>,
-                                                                  sddmm<double>};
+extern const LinearEngine SPARSEKD_ENGINE_NAME(linear_engine_) = {
+    spmm<float>, spmm<double>, spmm_transposed<float>, spmm_transposed<double>, sddmm<float>, sddmm<double>};
 
 }  // namespace sparsekd

@@ -25,7 +25,10 @@ void run_spmm(const LinearEngine& e, const SpmmCall<double>& call) { e.spmm_f64(
 void run_sddmm(const LinearEngine& e, const SddmmCall<float>& call) { e.sddmm_f32(call); }
 void run_sddmm(const LinearEngine& e, const SddmmCall<double>& call) { e.sddmm_f64(call); }
 
-enum class Plan : int64_t { kLinearRows = 100, kLinearTranspose };
+void run_transposed(const LinearEngine& e, const SpmmCall<float>& call) { e.spmm_transposed_f32(call); }
+void run_transposed(const LinearEngine& e, const SpmmCall<double>& call) { e.spmm_transposed_f64(call); }
+
+enum class Plan : int64_t { kLinearRows = 100, kLinearTranspose, kLinearWay };
 std::vector<int64_t> plan_key(Plan plan, int64_t block) { return {static_cast<int64_t>(plan), block}; }
 
 // Inputs to a block: they come from L1 or close to it, but longer lists hide more of what a list costs.
@@ -37,6 +40,20 @@ int64_t block_size(const Structure& s, bool transposed) {
 std::shared_ptr<const Blocks> rows_plan(const Structure& s) {
   const int64_t block = block_size(s, false);
   return s.plan<Blocks>(plan_key(Plan::kLinearRows, block), [&] { return row_blocks(s, block); });
+}
+
+// How to multiply with the transpose: by rows of the matrix where these come in panels and its columns do
+// not, so that the rows of the transpose would share no loads.
+struct Way {
+  bool by_rows;
+  int64_t bytes() const { return sizeof(Way); }
+};
+
+std::shared_ptr<const Way> way_plan(const Structure& s) {
+  return s.plan<Way>({static_cast<int64_t>(Plan::kLinearWay)}, [&] {
+    const TileSize tile = tile_size(s, 1, 1);
+    return std::make_shared<Way>(Way{tile.rows % kPanelRows == 0 && tile.channels % kPanelRows != 0});
+  });
 }
 
 // A call too small to be worth waking other threads runs on one.
@@ -88,10 +105,14 @@ void linear_dgrad(const Structure& s, View2<const T> grad, const T* values, View
   if (dx.rows == 0 || dx.cols == 0) return;
   const LinearEngine* const engine = find_engine(current_isa());
   if (!engine) return scalar::linear_dgrad(s, grad, values, dx);
+  threads = useful_threads(grad.rows, s.nnz, threads);
+  if (way_plan(s)->by_rows) {
+    const auto blocks = rows_plan(s);
+    return run_transposed(*engine, SpmmCall<T>{grad, dx, blocks.get(), values, nullptr, threads});
+  }
   const int64_t block = block_size(s, true);
   const auto plan =
       s.plan<Transpose>(plan_key(Plan::kLinearTranspose, block), [&] { return transpose(s, block); });
-  threads = useful_threads(grad.rows, s.nnz, threads);
   T* const ordered = static_cast<T*>(scratch(Scratch::kValues, s.nnz * sizeof(T)));
   const int32_t* const slot = plan->slot.data();
   auto order = [&](int part) {

@@ -5,15 +5,15 @@
 namespace sparsekd {
 namespace {
 
-void cut(Blocks& blocks, int64_t block) {
+void cut(Blocks& blocks) {
   blocks.panel_rows = find_panels(blocks.crow, blocks.col, blocks.rows);
-  blocks.count = std::max<int64_t>(1, (blocks.cols + block - 1) / block);
+  blocks.count = std::max<int64_t>(1, (blocks.cols + blocks.width - 1) / blocks.width);
   blocks.cuts.resize((blocks.count - 1) * blocks.rows);
   for (int64_t r = 0; r < blocks.rows; ++r) {
     const int32_t* at = blocks.col + blocks.crow[r];
     const int32_t* const last = blocks.col + blocks.crow[r + 1];
     for (int64_t b = 1; b < blocks.count; ++b) {
-      while (at < last && *at < b * block) ++at;
+      while (at < last && *at < blocks.first_col(b)) ++at;
       blocks.cuts[(b - 1) * blocks.rows + r] = static_cast<int32_t>(at - blocks.col);
     }
   }
@@ -29,8 +29,9 @@ int64_t block_columns(const Structure& s, bool transposed, int64_t cache_bytes, 
 }
 
 std::shared_ptr<const Blocks> row_blocks(const Structure& s, int64_t block) {
-  auto blocks = std::make_shared<Blocks>(Blocks{s.rows, s.cols, 1, s.crow.data(), s.col.data(), {}, {}});
-  cut(*blocks, block);
+  auto blocks =
+      std::make_shared<Blocks>(Blocks{s.rows, s.cols, 1, block, s.crow.data(), s.col.data(), {}, {}});
+  cut(*blocks);
   return blocks;
 }
 
@@ -48,8 +49,8 @@ std::shared_ptr<const Transpose> transpose(const Structure& s, int64_t block) {
       t->col[to] = static_cast<int32_t>(r);
       t->slot[to] = k;
     }
-  t->blocks = Blocks{s.cols, s.rows, 1, t->crow.data(), t->col.data(), {}, {}};
-  cut(t->blocks, block);
+  t->blocks = Blocks{s.cols, s.rows, 1, block, t->crow.data(), t->col.data(), {}, {}};
+  cut(t->blocks);
   return t;
 }
 

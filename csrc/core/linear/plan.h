@@ -11,9 +11,9 @@
 namespace sparsekd {
 
 // Rows of column indices, cut into blocks of columns so that the inputs of one block stay in a cache. Row r
-// of block b is [begin(b)[r], end(b)[r]).
+// of block b is [begin(b)[r], end(b)[r]); the block's columns are [first_col(b), first_col(b + 1)).
 struct Blocks {
-  int64_t rows, cols, count;
+  int64_t rows, cols, count, width;
   const int32_t *crow, *col;        // of the structure or the transpose that this belongs to
   std::vector<int32_t> cuts;        // where a row crosses into block 1, 2, ... : [count - 1][rows]
   std::vector<uint8_t> panel_rows;  // see find_panels
@@ -22,6 +22,7 @@ struct Blocks {
   const int32_t* end(int64_t block) const {
     return block + 1 < count ? cuts.data() + block * rows : crow + 1;
   }
+  int64_t first_col(int64_t block) const { return block < count ? block * width : cols; }
   int64_t bytes() const { return static_cast<int64_t>(cuts.size() * sizeof(int32_t) + panel_rows.size()); }
 };
 

@@ -88,40 +88,48 @@ void spmm_tile(const SpmmCall<T>& call, int64_t first, int64_t begin, int64_t en
   if (stream) finish_streams();
 }
 
-template <class T>
-void spmm(const SpmmCall<T>& call) {
+// Packs the inputs and calls run(Width, first batch row, part, parts, packed inputs) for all parts of the
+// outputs of every tile.
+template <class T, class F>
+void for_each_tile(const SpmmCall<T>& call, F run) {
   const Tiles tiles = cut_batch(call.in.rows, sizeof(T));
   const int64_t count = tiles.count(), inputs = call.in.cols;
   if (count % call.threads == 0 || count >= 4 * call.threads) {
-    auto run = [&](int64_t slot) {
+    auto whole = [&](int64_t slot) {
       with_tile<T>(tiles, slot, [&](auto width, int64_t first) {
         constexpr int bytes = decltype(width)::bytes, L = bytes / static_cast<int>(sizeof(T));
         T* const x = static_cast<T*>(scratch(Scratch::kWindow, inputs * bytes));
         pack<T, L>(call.in, first, 0, inputs, x);
-        spmm_tile<T, bytes>(call, first, 0, call.out.cols, x);
+        run(width, first, 0, 1, x);
       });
     };
-    return share(call.threads, count, run);
+    return share(call.threads, count, whole);
   }
   // Too few tiles to share them out: all threads work on each, so they pack the inputs first.
   char* const packed = static_cast<char*>(scratch(Scratch::kWindow, inputs * tile_offset(tiles, count)));
   const int64_t parts = call.threads;
+  const auto at = [&](int64_t tile) {
+    return reinterpret_cast<T*>(packed + inputs * tile_offset(tiles, tile));
+  };
   auto fill = [&](int64_t slot) {
     const int64_t tile = slot / parts, part = slot % parts;
     with_tile<T>(tiles, tile, [&](auto width, int64_t first) {
       constexpr int L = decltype(width)::bytes / static_cast<int>(sizeof(T));
-      pack<T, L>(call.in, first, inputs * part / parts, inputs * (part + 1) / parts,
-                 reinterpret_cast<T*>(packed + inputs * tile_offset(tiles, tile)));
+      pack<T, L>(call.in, first, inputs * part / parts, inputs * (part + 1) / parts, at(tile));
     });
   };
   share(call.threads, count * parts, fill);
-  auto run = [&](int64_t slot) {
+  auto piece = [&](int64_t slot) {
     const int64_t tile = slot / parts, part = slot % parts;
-    with_tile<T>(tiles, tile, [&](auto width, int64_t first) {
-      spmm_tile<T, decltype(width)::bytes>(
-          call, first, part_begin(*call.blocks, part, parts), part_begin(*call.blocks, part + 1, parts),
-          reinterpret_cast<const T*>(packed + inputs * tile_offset(tiles, tile)));
-    });
+    with_tile<T>(tiles, tile, [&](auto width, int64_t first) { run(width, first, part, parts, at(tile)); });
   };
-  share(call.threads, count * parts, run);
+  share(call.threads, count * parts, piece);
+}
+
+template <class T>
+void spmm(const SpmmCall<T>& call) {
+  for_each_tile(call, [&](auto width, int64_t first, int64_t part, int64_t parts, const T* x) {
+    const int64_t begin = part_begin(*call.blocks, part, parts);
+    spmm_tile<T, decltype(width)::bytes>(call, first, begin, part_begin(*call.blocks, part + 1, parts), x);
+  });
 }
