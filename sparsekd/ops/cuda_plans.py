@@ -8,6 +8,7 @@ new plans are made on the host, and written into the old ones once all are known
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -331,6 +332,7 @@ def _refuse_recording() -> None:
 
 
 _known: dict[tuple[Any, ...], tuple[Structure, list[StorageWeakRef]]] = {}
+_lock = threading.Lock()  # backward passes of several devices come here at once
 
 
 def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure:
@@ -351,11 +353,11 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
     if key not in _known:
         _refuse_recording()
         made = Structure(crow, col, rows, cols)
-        for known, (_, held) in list(_known.items()):  # other threads may come here meanwhile
-            if any(ref.expired() for ref in held):
-                _known.pop(known, None)
-        # A weak reference keeps the address of a storage from being used again.
-        _known[key] = made, [StorageWeakRef(storage) for storage in storages]
+        with _lock:
+            for gone in [k for k, (_, held) in _known.items() if any(r.expired() for r in held)]:
+                del _known[gone]
+            # A weak reference keeps the address of a storage from being used again.
+            _known[key] = made, [StorageWeakRef(storage) for storage in storages]
     structure, versions = _known[key][0], _versions(crow, col)
     if structure.versions != versions:
         _refuse_recording()
@@ -390,7 +392,8 @@ def prepare_plans(
         UnsupportedError: a plan would not keep its place.
     """
     wanted = tuple(tensor.untyped_storage()._cdata for tensor in (crow, col))
-    known = [structure for key, (structure, _) in _known.items() if key[:2] == wanted]
+    with _lock:
+        known = [structure for key, (structure, _) in _known.items() if key[:2] == wanted]
     changed = [structure.changed(new_crow, new_col) for structure in known]
     for structure, fresh in zip(known, changed, strict=True):
         structure.require_places(fresh)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.data import Dataset, Split
-from sparsekd.layouts import Layout, check_layouts
+from sparsekd.errors import UnsupportedError
+from sparsekd.layouts import Layout
 from sparsekd.sparsity import (
     allocate,
     fan_in_masks,
@@ -172,7 +173,11 @@ class Pipeline:
         return score[criterion](model, next(iter(batches)), sparsity, skip=linear)
 
     def _check_layout(self, method: str, known: tuple[str, ...]) -> None:
-        check_layouts([("every convolution", self.layout)], known, f"method {method!r}")
+        if self.layout.name not in known:
+            raise UnsupportedError(
+                f"method {method!r} does not support layout {str(self.layout)!r}; "
+                f"it supports {', '.join(known)}"
+            )
 
     def next_masks(
         self, previous: Path | None, rate: float, *, allow_collapse: bool = False
