@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -96,10 +97,26 @@ def _tool(name: str, cubin: bytes, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+# Kernels that may spill some bytes: (name, tensors, GPU) and why.
+SPILLS = {
+    # Single elements, each with an address: only for channels that fill no vector.
+    ("tile_sample_half_64_ragged", "fp16", "gfx942"): 16,
+    ("tile_sample_half_64_ragged", "bf16", "gfx942"): 16,
+}
+if Version(triton.__version__) < Version("3.9"):
+    # A few addresses, put aside outside of the inner loop.
+    SPILLS |= {
+        ("tile_sample_half_64", "fp16", "sm_80"): 16,
+        ("tile_sample_half_64", "bf16", "sm_80"): 16,
+        ("tile_sample_ieee_64", "fp32", "sm_90"): 16,
+        ("tile_sample_ieee_128", "fp32", "sm_100"): 16,
+    }
+
+
 def complaints(kernel: Any, dtype: str, target: str, used: Usage) -> list[str]:
     """Return what is wrong with a compiled kernel."""
     wrong = []
-    if used.spilled:
+    if used.spilled > SPILLS.get((kernel.name, dtype, target), 0):
         wrong.append(f"spills {used.spilled}")
     if used.shared > SHARED[target]:
         wrong.append(f"{used.shared} bytes of shared memory, more than {SHARED[target]}")
