@@ -65,7 +65,7 @@ class LayerReport:
 
     @property
     def break_even(self) -> float | None:
-        """Sparsity from which on the sparse kernels are faster in sum, None if they never are."""
+        """Sparsity from which on the sparse kernels are faster in sum, None if never or unknown."""
         return sum(self.passes.values(), start=PassTimes.zero()).break_even
 
 
@@ -107,7 +107,7 @@ class Explanation:
                     "none" if layer.tile == (1, 1) else "x".join(map(str, layer.tile)),
                     *cells,
                     f"{layer.ms:.3g} / {layer.dense_ms:.3g}",
-                    "never" if layer.break_even is None else f"{layer.break_even:.0%}",
+                    _break_even(layer),
                 )
             )
         rows.append(("total", "", "", "", "", "", "", f"{self.ms:.3g} / {self.dense_ms:.3g}", ""))
@@ -145,6 +145,12 @@ class Explanation:
         for row in rows:
             table.add_row(*row)
         return table
+
+
+def _break_even(layer: LayerReport) -> str:
+    if any(times.sparse_ms is None for times in layer.passes.values()):
+        return "-"
+    return "never" if layer.break_even is None else f"{layer.break_even:.0%}"
 
 
 def _pair(times: PassTimes | None) -> str:

@@ -101,6 +101,7 @@ def test_without_sparse_kernels_there_is_nothing_to_compare() -> None:
         assert {times.backend for times in layer.passes.values()} == {"reference"}
         assert {times.sparse_ms for times in layer.passes.values()} == {None}
     assert "reference" in str(found)
+    assert {row[-1] for row in found.rows()[1:-1]} == {"-"}
 
 
 def test_a_pass_on_a_gpu_ends_when_the_gpu_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
