@@ -45,7 +45,8 @@ def _require_device() -> None:
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:  # whatever its search for libcuda, or its C compiler, ends with
-        raise ImportError(f"Triton is installed, but has no GPU to run on: {error}") from error
+        reason = str(error).rstrip(".")
+        raise ImportError(f"Triton is installed, but has no GPU to run on: {reason}") from error
 
 
 _require_device()
