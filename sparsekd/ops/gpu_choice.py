@@ -21,7 +21,7 @@ import torch
 from triton.runtime.errors import TritonError
 
 from sparsekd import cuda_library
-from sparsekd.errors import BackendError
+from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops import kinds, triton_tuning
 from sparsekd.ops.choices import Store, path_of
 from sparsekd.ops.triton_tuning import Clock
@@ -83,7 +83,7 @@ class Chooser:
         size, nnz = math.prod(traits.conv.weight_shape), col.shape[0]
         step = kinds.density_step(nnz / size) if nnz else None
         sizes = x.shape, x.stride(), other.shape, other.stride()
-        key = op, sizes, x.dtype, x.device, *traits[1:], traits.suits, step
+        key = op, sizes, x.dtype, x.device, *traits[1:], step
         best = self._best.get(key)
         if best is not None:
             return best
@@ -113,7 +113,7 @@ class Chooser:
         runs = {name: partial(getattr(self._modules[name], op), *args) for name in BACKENDS}
         try:
             cuda, triton = (clock(runs[name]) for name in BACKENDS)
-        except (TritonError, BackendError, torch.OutOfMemoryError) as error:
+        except (TritonError, BackendError, UnsupportedError, torch.OutOfMemoryError) as error:
             logger.warning("%s is not measured, its structure decides: %s", op, error)
             return None
         return Measured("cuda" if cuda < triton else "triton", cuda, triton)

@@ -22,7 +22,7 @@ from triton_backend import float32_products
 
 import sparsekd as skd
 from sparsekd import Topology
-from sparsekd.errors import BackendError
+from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops import backends, cuda_plans, gpu_choice
 from sparsekd.ops.choices import Store
 from sparsekd.ops.gpu_choice import Chooser, Measured
@@ -180,7 +180,13 @@ def test_small_products_are_not_measured(on_gpu, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("full"), OutOfResources(2, 1, "shared"), BackendError("no")]
+    "error",
+    [
+        torch.OutOfMemoryError("full"),
+        OutOfResources(2, 1, "shared"),
+        BackendError("no"),
+        UnsupportedError("too many pixels"),
+    ],
 )
 def test_structure_decides_where_one_does_not_run(
     on_gpu, any_size, monkeypatch, caplog, error: Exception
