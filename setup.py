@@ -12,7 +12,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CUDA = os.environ.get("SPARSEKD_CUDA", "auto")
+CUDA = os.environ.get("SPARSEKD_CUDA") or "auto"
 CUDA_LIBRARY = "libsparsekd_cuda.so"
 
 

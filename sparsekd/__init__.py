@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from sparsekd import data, dst, errors, flops, functional, models, nn, ops, optim, sparsity, tickets
+from sparsekd import (
+    data,
+    dst,
+    errors,
+    flops,
+    functional,
+    models,
+    nn,
+    ops,
+    optim,
+    settings,
+    sparsity,
+    tickets,
+)
 from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify
 from sparsekd.ops import backend, explain
 from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
+
+settings.apply()
 
 try:
     __version__ = version("sparsekd")

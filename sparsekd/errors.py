@@ -23,6 +23,10 @@ class BackendError(SparsekdError, RuntimeError):
     """Report a backend that cannot run here; the text says how to get it."""
 
 
+class SettingError(BackendError, ValueError):
+    """An environment variable with a value that it does not take; the text names the choices."""
+
+
 class OptimizerStateError(SparsekdError, RuntimeError):
     """Report optimizer state that cannot follow its weights."""
 

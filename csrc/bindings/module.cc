@@ -2,8 +2,6 @@
 // Arrays are views of the caller's tensors; outputs are written in place.
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-
 #include "bindings/arrays.h"
 #include "core/conv/conv.h"
 #include "core/cpu.h"
@@ -187,8 +185,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("info", &info);
   m.def("set_isa", &set_isa);
   bind_peak(m);
-  // For comparing instruction sets without touching code; a wrong name fails the import and says so.
-  if (const char* wanted = std::getenv("SPARSEKD_ISA")) set_isa(wanted);
 }
 
 }  // namespace sparsekd

@@ -62,7 +62,8 @@ def keep_choices(folder: Path) -> None:
     Args:
         folder: made when the first choice is.
     """
-    os.environ.setdefault("SPARSEKD_CACHE", str(folder.absolute()))
+    if not os.environ.get("SPARSEKD_CACHE"):
+        os.environ["SPARSEKD_CACHE"] = str(folder.absolute())
 
 
 def _digest(file: str | None) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sparsekd import settings
 from sparsekd.errors import BackendError, UnsupportedError
 
 VARIABLE = "SPARSEKD_BACKEND"
@@ -149,25 +150,27 @@ def choose(op: str, x: torch.Tensor) -> Callable[..., Any]:
 
 
 def choose_measured(op: str, args: tuple[Any, ...]) -> Any:
-    """Return the module whose function of this name runs a product on operands like these.
+    """Return what has a function of this name that runs a product on operands like these.
 
     Args:
         op: one of `dispatch.OPS`.
         args: those of its schema.
     """
     chosen = module(_backend_for(args[0]).name)
-    return module(chosen.choose(op, args).backend) if hasattr(chosen, "choose") else chosen
+    return chosen.runner(op, args) if hasattr(chosen, "runner") else chosen
 
 
 def running(op: str, args: tuple[Any, ...]) -> str:
     """Return the name of the backend whose kernels run a product on operands like these."""
-    chosen = choose_measured(op, args)
+    chosen = module(_backend_for(args[0]).name)
     chosen = chosen.backend_of(op, args) if hasattr(chosen, "backend_of") else chosen
     return chosen.__name__.rpartition(".")[-1]
 
 
 def _backend_for(x: torch.Tensor) -> Backend:
     name = forced() or _automatic(x.device.type)
+    if name not in BACKENDS:
+        settings.get(VARIABLE)  # which names the variable, where it is the one that is wrong
     chosen = _get(name)
     if chosen.device is not None and x.device.type != chosen.device:
         raise BackendError(
@@ -207,14 +210,19 @@ def info() -> dict[str, Any]:
         A dict of plain values: `torch`, `python`, `machine`, `threads`, `forced` (the backend
         asked for, or None), `default` (what CPU tensors get), `backends` (name to `available` and
         `detail`), `cpp`, what the compiled module says of itself, and `choices`, the file of
-        measured choices and how many of them this process knows (both empty without the module),
+        measured choices, how many of them this process knows and how many were too close to tell
+        apart (empty without the module),
         and of a GPU `gpu_choices`, the same of choices between "cuda" and "triton", and `tuning`,
         of the sizes that Triton's kernels run with (both empty without one).
+
+    Raises:
+        SettingError: an environment variable of sparsekd has a value that it does not take.
 
     Example:
         >>> info()["backends"]["reference"]["available"]
         True
     """
+    settings.check()
     table = {}
     for name, entry in BACKENDS.items():
         loaded, reason = load(name)

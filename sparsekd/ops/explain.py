@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekd.errors import BackendError, ShapeError
 from sparsekd.modes import in_mode
-from sparsekd.ops import observe
+from sparsekd.ops import kinds, observe
 from sparsekd.ops.backends import module, running
 from sparsekd.ops.breakeven import PassTimes, time_pass
 
@@ -181,8 +181,8 @@ class _Watcher:
             return
         backend, tile = running(op, args), _tile_size(op, args)
         self.tiles.setdefault(name, tile)
-        # Backend and tiles hang on the structure, of which the key has the sizes only.
-        alike = (op, backend, tile, *[_key(arg) for arg in args])
+        # Backend and tiles hang on the structure, of which these are the sizes only.
+        alike = op, backend, tile, kinds.sizes_of(args)
         if alike not in self._known:
             self._known[alike] = time_pass(op, args, backend)
         passes = self.found.setdefault(name, {})
@@ -196,12 +196,6 @@ def _tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
     except BackendError:  # no compiled module, and so no kernels that use tiles
         return 1, 1
     return dispatch.tile_size(op, (*args[:2], args[2].cpu(), args[3].cpu(), *args[4:]))
-
-
-def _key(arg: Any) -> Any:
-    if isinstance(arg, Tensor):
-        return arg.shape, arg.stride(), arg.dtype
-    return tuple(arg) if isinstance(arg, list) else arg
 
 
 def explain(

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from triton.runtime.errors import TritonError
 from sparsekd import cuda_library
 from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops import kinds, triton_tuning
-from sparsekd.ops.choices import Store, path_of
+from sparsekd.ops.kinds import Key
+from sparsekd.ops.store import Store, path_of
 from sparsekd.ops.triton_tuning import Clock
 
 logger = logging.getLogger(__name__)
@@ -32,15 +33,22 @@ BACKENDS = ("cuda", "triton")
 LEAST_PRODUCTS = 1 << 26
 """Multiplications of the dense op below which a GPU takes microseconds either way."""
 _MOST_KNOWN = 4096
+_CLOSE, _CLEAR = 1.05, 1.5  # less than medians vary by, and by far more
+_NEAR_DENSITY, _NEAR_SIZES = 8, 6  # steps: half as many nonzeros again, eight times the size
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold which backend runs a product, and what each took in milliseconds."""
+    """Which backend runs a product, and what each took in milliseconds."""
 
     backend: str
     cuda_ms: float
     triton_ms: float
+
+    @property
+    def lead(self) -> float:
+        """How many times longer the slower one takes."""
+        return max(self.cuda_ms, self.triton_ms) / max(min(self.cuda_ms, self.triton_ms), 1e-6)
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Measured:
@@ -83,40 +91,57 @@ class Chooser:
         size, nnz = math.prod(traits.conv.weight_shape), col.shape[0]
         step = kinds.density_step(nnz / size) if nnz else None
         sizes = x.shape, x.stride(), other.shape, other.stride()
-        key = op, sizes, x.dtype, x.device, *traits[1:], step
-        best = self._best.get(key)
+        facts = op, sizes, x.dtype, x.device, *traits[1:], step
+        best = self._best.get(facts)
         if best is not None:
             return best
         if len(self._best) >= _MOST_KNOWN:  # inputs of ever new shapes
             self._best.clear()
         by_structure = "triton" if traits.suits else "cuda"
         if step is None or kinds.products(op, args) < LEAST_PRODUCTS:
-            return self._best.setdefault(key, by_structure)
+            return self._best.setdefault(facts, by_structure)
         with torch.cuda.device_of(x):
             clock = self._clock_on(x.device)
             if clock is None:
                 return by_structure
             on = triton_tuning.name_of(x.device)
-            kind = f"{kinds.describe(op, args, traits.runs, traits.arithmetic)} on {on}"
+            key = kinds.key(op, args, traits.runs, traits.arithmetic)
+            key = key._replace(kind=f"{key.kind} on {on}")
             with self._lock:  # measurements must not disturb each other
-                known = self.store.get(kind, step)
+                known = self.store.get(*key) or self._like(key)
                 if known is None:
                     with traits.structure.trial():
-                        known = self._measure(op, args, clock)
+                        known = self._measure(op, args, clock, by_structure)
                     if known is not None:
-                        known = self.store.add(kind, step, known)
-                        logger.info("%s at density %.3g: %s", kind, nnz / size, known)
-        return self._best.setdefault(key, by_structure if known is None else known.backend)
+                        known = self.store.add(*key, known)
+                        logger.info("%s at density %.3g: %s", key.kind, nnz / size, known)
+        return self._best.setdefault(facts, by_structure if known is None else known.backend)
 
-    def _measure(self, op: str, args: tuple[Any, ...], clock: Clock) -> Measured | None:
-        """Time both, or return None where one does not run here, be it for want of memory."""
+    def _like(self, key: Key) -> Measured | None:
+        """Return a clear result of nearly the same sizes and density, None if there is none."""
+        near = []
+        for step, measured in self.store.of_kind(key.kind):
+            density, sizes = kinds.steps_apart(key.step, step)
+            close = abs(density) <= _NEAR_DENSITY and sizes <= _NEAR_SIZES
+            if close and measured.lead > _CLEAR:
+                near.append((sizes + abs(density) / 2, measured))
+        return min(near, key=lambda found: found[0], default=(0.0, None))[1]
+
+    def _measure(
+        self, op: str, args: tuple[Any, ...], clock: Clock, otherwise: str
+    ) -> Measured | None:
+        """Time both, or return None where one does not run here, be it for want of memory.
+
+        Where they are too close to tell apart the backend is `otherwise`.
+        """
         runs = {name: partial(getattr(self._modules[name], op), *args) for name in BACKENDS}
         try:
             cuda, triton = (clock(runs[name]) for name in BACKENDS)
         except (TritonError, BackendError, UnsupportedError, torch.OutOfMemoryError) as error:
             logger.warning("%s is not measured, its structure decides: %s", op, error)
             return None
-        return Measured("cuda" if cuda < triton else "triton", cuda, triton)
+        measured = Measured("cuda" if cuda < triton else "triton", cuda, triton)
+        return measured if measured.lead > _CLOSE else replace(measured, backend=otherwise)
 
 
 def chooser(modules: Mapping[str, Any]) -> Chooser:

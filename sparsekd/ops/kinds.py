@@ -1,10 +1,16 @@
-"""Kinds of work: operands that take an op equally long, so that one measurement serves them all."""
+"""Kinds of work: operands that take an op about equally long, so one measurement serves them all.
+
+This is the one place that says what a choice depends on: the kernels, `explain`, `info` and the
+files of measurements all look it up by `key`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +18,36 @@ from torch import Tensor
 from sparsekd.ops.checks import conv2d_shape, geometry
 from sparsekd.ops.layout import memory_format_of
 
+DENSITY_STEP = 1.05
+
+
+class Key(NamedTuple):
+    """What a measurement is looked up by.
+
+    Args:
+        kind: all that must be equal, in words.
+        step: what may be close: the density in steps of 5 %, then sizes in steps of the square root
+            of two, of rows, or of images and the two sides of their maps.
+    """
+
+    kind: str
+    step: tuple[int, ...]
+
 
 def density_step(density: float) -> int:
     """Return a number that densities within 5 % of each other share."""
-    return round(math.log(density) / math.log(1.05))
+    return round(math.log(density) / math.log(DENSITY_STEP))
+
+
+def size_step(size: int) -> int:
+    """Return a number that sizes within 41 % of each other share."""
+    return round(2 * math.log2(max(size, 1)))
+
+
+def steps_apart(step: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
+    """Return by how many steps the density is higher, and how many the sizes differ, all summed."""
+    density, *sizes = (a - b for a, b in zip(step, other, strict=True))
+    return density, sum(map(abs, sizes))
 
 
 def products(op: str, args: tuple[Any, ...]) -> int:
@@ -27,14 +59,15 @@ def products(op: str, args: tuple[Any, ...]) -> int:
     return n * high * wide * math.prod(weight_shape)
 
 
-def describe(op: str, args: tuple[Any, ...], tile: tuple[int, int], *facts: str) -> str:
-    """Return all that the time of an op depends on but the density, in words.
+def key(op: str, args: tuple[Any, ...], tile: tuple[int, int], *facts: str) -> Key:
+    """Return what the time of an op on these operands is looked up by.
 
-    The rows of a linear layer's input count within 5 %: their number may change with every batch.
+    Sizes that change from batch to batch count roughly: the rows of a linear layer's input, the
+    images of a convolution's and the sides of its maps.
 
     Args:
         op: its name.
-        args: those of its schema.
+        args: those of its schema; the weight must have a nonzero.
         tile: output times input channels of the tiles that the weight consists of.
         facts: what else its time depends on.
     """
@@ -43,14 +76,54 @@ def describe(op: str, args: tuple[Any, ...], tile: tuple[int, int], *facts: str)
     words = [op, str(first.dtype).removeprefix("torch."), *facts, f"weight={_times(weight_shape)}"]
     if tile != (1, 1):
         words.append(f"tiles={_times(tile)}")
-    if not conv:
-        rows = first.numel() // max(first.shape[-1], 1)
-        return " ".join([*words, f"rows=1.05^{density_step(rows)}"])
-    words.append(f"input={_times(_input_shape(op, args))}")
-    names = ("stride", "padding", "dilation")
-    words += [f"{name}={_times(sizes)}" for name, sizes in zip(names, conv, strict=False)]
-    words += [f"groups={conv[3]}", _layout(first)]
-    return " ".join([*words, _layout(second)] if op == "conv2d_wgrad" else words)
+    if conv:
+        batch, _, *sides = _input_shape(op, args)
+        sizes = [batch, *sides]
+        names = ("stride", "padding", "dilation")
+        words += [f"{name}={_times(size)}" for name, size in zip(names, conv, strict=False)]
+        words += [f"groups={conv[3]}", _layout(first)]
+        words += [_layout(second)] if op == "conv2d_wgrad" else []
+    else:
+        sizes = [first.numel() // max(first.shape[-1], 1)]
+    density = density_step(args[3].shape[0] / math.prod(weight_shape))
+    return Key(" ".join(words), (density, *map(size_step, sizes)))
+
+
+def sizes_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return exactly what operands are like but for the numbers in them, and so their tiles."""
+    first, second, crow, col, *rest = args
+    return (
+        first.shape, first.stride(), first.dtype, first.is_cpu or first.device,
+        second.shape, second.stride(), second.dtype, second.is_cpu or second.device,
+        crow.shape, crow.dtype, col.shape, col.dtype,
+        *[tuple(a) if isinstance(a, list) else (a.shape, a.dtype, a.device)
+          if isinstance(a, Tensor) else a for a in rest],
+    )  # fmt: skip
+
+
+_serials: dict[tuple[int, int], tuple[int, int]] = {}  # addresses to version and number
+_count = itertools.count()
+
+
+def serial(crow: Tensor, col: Tensor) -> int:
+    """Return a number that index tensors have while they live and nobody writes into them.
+
+    To find their tiles every index must be looked at, too much for every call; the number stands
+    for them at the price of two addresses. It is given up with the tensor, whose memory may come to
+    hold another structure.
+    """
+    where = crow.data_ptr(), col.data_ptr()
+    try:
+        version = col._version
+    except RuntimeError:  # an inference tensor does not count what is written into it
+        version = -1
+    known = _serials.get(where)
+    if known is not None and known[0] == version:
+        return known[1]
+    if known is None:
+        weakref.finalize(col, _serials.pop, where, None).atexit = False
+    _serials[where] = version, next(_count)
+    return _serials[where][1]
 
 
 def _input_shape(op: str, args: tuple[Any, ...]) -> Sequence[int]:

@@ -18,12 +18,13 @@ from torch.utils.flop_counter import register_flop_formula
 from sparsekd.ops import checks, growth, observe
 from sparsekd.ops.backends import choose, choose_measured, forced
 from sparsekd.ops.direct import intercepted, plain
+from sparsekd.ops.kinds import serial, sizes_of
 from sparsekd.ops.layout import memory_format_of
 from sparsekd.ops.schemas import SCHEMAS
 
 library = torch.library.Library("sparsekd", "DEF")
 _MAPS = ("conv2d", "conv2d_dgrad")
-_MOST_KNOWN = 1 << 16
+_MOST_KNOWN = 1 << 12
 
 
 def kernel(name: str, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -64,7 +65,7 @@ class _Product:
 
     def backend(self, args: tuple[Any, ...]) -> Any:
         """Return the module that runs these operands."""
-        facts = _facts(args)
+        facts = forced(), torch.get_num_threads(), serial(args[2], args[3]), sizes_of(args)
         backend = self._known.get(facts)
         if backend is None:
             self._check(*args)
@@ -72,19 +73,6 @@ class _Product:
                 self._known.clear()
             backend = self._known[facts] = choose_measured(self.name, args)
         return backend
-
-
-def _facts(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return all that checks and choice depend on."""
-    first, second, crow, col, *rest = args
-    return (
-        forced(), torch.get_num_threads(),
-        first.shape, first.stride(), first.dtype, first.is_cpu or first.device,
-        second.shape, second.stride(), second.dtype, second.is_cpu or second.device,
-        crow.shape, crow.dtype, col.shape, col.dtype,
-        *[tuple(a) if isinstance(a, list) else (a.shape, a.dtype, a.device)
-          if isinstance(a, Tensor) else a for a in rest],
-    )  # fmt: skip
 
 
 def _fake(name: str) -> Callable[..., Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -22,8 +21,9 @@ import torch
 import triton
 from triton.runtime.errors import TritonError
 
+from sparsekd import settings
 from sparsekd.kernels import config
-from sparsekd.ops.choices import Store, path_of
+from sparsekd.ops.store import Store, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +153,8 @@ def clock_on(device: torch.device) -> Clock | None:
 
 
 def enabled() -> bool:
-    """Return whether launches on a GPU are tuned."""
-    return os.environ.get(VARIABLE) != "off"
+    """Return whether launches on a GPU are tuned; raises SettingError if SPARSEKD_TUNE is wrong."""
+    return settings.get(VARIABLE) != "off"
 
 
 @cache

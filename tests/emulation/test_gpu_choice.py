@@ -24,8 +24,8 @@ import sparsekd as skd
 from sparsekd import Topology
 from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops import backends, cuda_plans, gpu_choice
-from sparsekd.ops.choices import Store
 from sparsekd.ops.gpu_choice import Chooser, Measured
+from sparsekd.ops.store import Store
 
 
 @pytest.fixture
@@ -141,7 +141,9 @@ def test_the_faster_one_runs_from_then_on(
     assert "linear float16 half weight=64x64" in row["kind"]
 
     watch.milliseconds[faster] = 5.0  # a process that comes later finds the file
-    assert choose_with(monkeypatch, watch, path).store.get(row["kind"], row["step"]) is not None
+    assert (
+        choose_with(monkeypatch, watch, path).store.get(row["kind"], tuple(row["step"])) is not None
+    )
     assert backends.running("linear", args).endswith(faster)
     assert watch.timed == ["cuda", "triton"]
 
@@ -157,10 +159,27 @@ def test_what_differs_in_time_is_measured_apart(on_gpu, any_size, monkeypatch) -
     backends.running("linear", (x.float(), values.float(), *rest))
     with float32_products("tf32"):
         backends.running("linear", (x.float(), values.float(), *rest))
-    backends.running("linear", (x.repeat(2, 1), values, *rest))
+    backends.running("linear", (x.repeat(20, 1), values, *rest))
     backends.running("linear_wgrad", (x, x, *rest[:2], [64, 64]))
     assert len(chooser.store) == 6
     assert len(watch.timed) == 12
+
+
+def test_a_clear_result_serves_inputs_of_like_size(on_gpu, any_size, monkeypatch) -> None:
+    watch = Stopwatch(cuda=1.0, triton=2.0)
+    choose_with(monkeypatch, watch)
+    x, *rest = linear_args()
+    for rows in range(5, 40):
+        assert backends.running("linear", (x[:1].repeat(rows, 1), *rest)) == "emulated_cuda"
+    assert watch.timed == ["cuda", "triton"]
+
+
+def test_structure_decides_between_equals(on_gpu, any_size, monkeypatch) -> None:
+    for watch in (Stopwatch(cuda=1.0, triton=1.04), Stopwatch(cuda=1.04, triton=1.0)):
+        choose_with(monkeypatch, watch)
+        assert backends.running("linear", linear_args((16, 16))) == "triton"
+        assert backends.running("linear", linear_args((1, 1))) == "emulated_cuda"
+        assert watch.timed == ["cuda", "triton"] * 2
 
 
 def test_the_way_not_taken_leaves_no_plans(on_gpu, any_size, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from sparsekd import functional
 from sparsekd.kernels import config
 from sparsekd.kernels.config import Config
 from sparsekd.ops import triton_launch, triton_tuning
-from sparsekd.ops.choices import Store
+from sparsekd.ops.store import Store
 from sparsekd.ops.triton_tuning import Clock, Tuned, Tuner, Work
 from sparsekd.testing import LayerCase, sparse_results
 

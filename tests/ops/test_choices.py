@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ import pytest
 import sparsekd
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+from sparsekd.ops import store
 from sparsekd.ops.choices import Choice, Choices, default_path, surroundings
+from sparsekd.ops.kinds import Key
 
-SPARSE, DENSE = Choice("cpp", 1.0, 2.0), Choice("dense", 3.0, 1.0)
+SPARSE = Choice("cpp", 1.0, 2.0, 0.1, 100, when=1.0)
+DENSE = Choice("dense", 3.0, 1.0, 0.1, 100, when=2.0)
+GOOD = {"cpp_ms": 1, "dense_ms": 1, "spread": 0, "products": 1, "when": 1}
 
 
 def test_another_process_knows_what_was_chosen(tmp_path: Path) -> None:
@@ -45,7 +50,7 @@ import sys
 from pathlib import Path
 from sparsekd.ops.choices import Choice, Choices
 choices = Choices(Path(sys.argv[1]))
-mine = Choice("cpp", float(sys.argv[2]), 0.0)
+mine = Choice("cpp", 1 + float(sys.argv[2]), 1.0, 0.0, 1, 1.0)
 print([choices.add(f"op {i}", i % 7, mine).cpp_ms for i in range(300)])
 """
 
@@ -73,11 +78,26 @@ def test_processes_that_write_at_once_agree(tmp_path: Path) -> None:
         b"{",
         b"[]",
         b"7",
-        b'{"kind": "op", "step": 0, "backend": "rm", "cpp_ms": 1, "dense_ms": 1}',
-        b'{"kind": "op", "step": "0", "backend": "cpp", "cpp_ms": 1, "dense_ms": 1}',
-        b'{"kind": [], "step": 0, "backend": "cpp", "cpp_ms": 1, "dense_ms": 1}',
-        b'{"kind": "op", "step": 0, "backend": "cpp", "cpp_ms": "x", "dense_ms": 1}',
         b'{"kind": "op", "step": 0, "backend": "cpp"}',
+        b'{"kind": "op", "step": 0, "backend": "cpp", "cpp_ms": 1, "dense_ms": 2}',  # of old
+        *(
+            json.dumps({"kind": "op", "step": 0, "backend": "cpp", **GOOD, **damage}).encode()
+            for damage in (
+                {"backend": "rm"},
+                {"step": "0"},
+                {"step": [0, "1"]},
+                {"step": 0.5},
+                {"kind": []},
+                {"cpp_ms": "x"},
+                {"cpp_ms": 0},
+                {"dense_ms": float("nan")},
+                {"spread": -1},
+                {"products": 0},
+                {"products": 1.5},
+                {"when": None},
+                {"round": "2"},
+            )
+        ),
     ],
 )
 def test_damaged_lines_cost_no_more_than_themselves(tmp_path: Path, damage: bytes) -> None:
@@ -94,7 +114,7 @@ def test_damaged_lines_cost_no_more_than_themselves(tmp_path: Path, damage: byte
 
 def test_a_line_that_is_being_written_is_read_once_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "choices.jsonl"
-    line = json.dumps({"kind": "op", "step": 0, "backend": "cpp", "cpp_ms": 1.0, "dense_ms": 2.0})
+    line = json.dumps({"kind": "op", "step": 0, **asdict(SPARSE)})
     path.write_text(line)
     choices = Choices(path)
     assert choices.get("op", 0) is None
@@ -115,23 +135,85 @@ def test_a_file_that_cannot_be_written_costs_a_warning(
     assert (choices.get("op", 0), choices.get("op", -1)) == (SPARSE, DENSE)
 
 
+def test_a_later_round_counts_for_all(tmp_path: Path) -> None:
+    path = tmp_path / "choices.jsonl"
+    first, second = Choices(path), Choices(path)
+    first.add("op", (0, 1), SPARSE)
+    assert second.get("op", (0, 1)) == SPARSE
+    assert second.add("op", (0, 1), DENSE, again=True) == DENSE
+    assert first.add("op", (0, 1), SPARSE) == DENSE  # it had measured for the first time
+    assert first.add("op", (0, 1), SPARSE, again=True) == SPARSE
+    assert Choices(path).get("op", (0, 1)) == SPARSE
+    assert len(first) == len(second) == 1
+
+
+def test_the_file_stays_short_and_others_go_on_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(store, "MOST_ENTRIES", 20)
+    path = tmp_path / "choices.jsonl"
+    first, second = Choices(path), Choices(path)
+    for n in range(200):
+        first.add("op", (0, n), SPARSE)
+        second.add(f"op {n}", (0, 0), DENSE)
+        assert len(first) <= 20
+        assert second.get("op", (0, n)) == SPARSE
+        assert path.stat().st_size < 11_000
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert Choices(path).get("op", (0, 199)) == SPARSE
+
+
+def key(density: int, *sizes: int) -> Key:
+    return Key("op", (density, *sizes))
+
+
 def test_clear_measurements_imply_choices_at_other_densities() -> None:
     choices = Choices(None)
-    choices.add("op", -10, Choice("cpp", 1.0, 2.0))
-    choices.add("op", -4, Choice("dense", 2.0, 1.0))
-    assert choices.follows("op", -11) == "cpp"
-    assert choices.follows("op", -3) == "dense"
-    assert choices.follows("op", -7) is None
-    assert choices.follows("another", -11) is None
-    choices.add("op", -20, Choice("dense", 9.0, 1.0))  # contradicts the first
-    assert choices.follows("op", -11) is None
+    choices.add(*key(-40), SPARSE)
+    choices.add(*key(-20), DENSE)
+
+    def implied(density: int) -> str | None:
+        found = choices.estimate(key(density), 100)
+        return found and found.backend
+
+    assert implied(-50) == "cpp"
+    assert implied(-10) == "dense"
+    assert implied(-30) is None
+    assert choices.estimate(Key("another", (-50,)), 100) is None
+    choices.add(*key(-60), DENSE)  # contradicts the first
+    assert implied(-50) is None
 
 
-@pytest.mark.parametrize("vague", [Choice("cpp", 1.0, 1.2), Choice("cpp")])
-def test_vague_or_implied_choices_imply_nothing(vague: Choice) -> None:
+@pytest.mark.parametrize(
+    "vague",
+    [Choice("cpp", 1.0, 1.2, 0.0, 100, 1.0), Choice("cpp", 1.0, 2.0, 1.0, 100, 1.0), Choice("cpp")],
+)
+def test_vague_or_estimated_choices_imply_nothing_far_away(vague: Choice) -> None:
     choices = Choices(None)
-    choices.add("op", 0, vague)
-    assert choices.follows("op", -5) is None
+    choices.add(*key(0), vague)
+    assert choices.estimate(key(-20), 100) is None
+
+
+def test_like_work_tells_the_times() -> None:
+    choices = Choices(None)
+    choices.add(*key(0, 10, 10), Choice("cpp", 1.0, 1.2, 0.0, 100, 1.0))
+    found = choices.estimate(key(0, 11, 12), 300)
+    assert found is not None
+    assert (found.backend, found.cpp_ms, found.dense_ms) == pytest.approx(("cpp", 3.0, 3.6))
+    assert not found.measured
+    assert found.vague
+    more = choices.estimate(key(6, 10, 10), 100)  # a third more nonzeros
+    assert more is not None
+    assert (more.backend, more.cpp_ms) == ("dense", pytest.approx(1.05**6))
+    assert choices.estimate(key(0, 14, 13), 500) is None
+    assert choices.estimate(key(9, 10, 10), 100) is None
+
+
+def test_a_choice_whose_spread_is_as_large_as_its_gain_is_not_decided() -> None:
+    assert Choice("cpp", 1.0, 1.2, 0.1, 100, 1.0).decided
+    assert not Choice("cpp", 1.0, 1.2, 0.2, 100, 1.0).decided
+    assert not Choice("cpp", 1.0, 9.0, 0.0, 100).decided  # an estimate
 
 
 def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""When what was chosen by measurement is measured, and measured again.
+
+A race costs ten runs of an op or so, and must pay for itself: it is held once the op has run for a
+multiple of that time, and each one that is made again waits twice as long. It is due early where
+nothing but an estimate was there, where the times of the last race lay as far apart as the two
+backends, and where what runs takes another time than it did: slower than before, or so much faster
+than in the race that the machine must have been busy then.
+"""
+
+from __future__ import annotations
+
+import math
+
+from sparsekd.ops.choices import Choice
+
+WINDOW = 16  # runs, of which the fastest counts: what disturbs a run only makes it slower
+SOON, LATE = 16, 64  # times as long as a race takes
+_RUNS = 8  # of both backends, that an average race has
+_LEAST_RACE_MS = 20.0
+_OFF = 1.5  # by far more than timings vary
+_COLD = 4 / 3  # a training step finds less in the caches than a race does
+
+
+class Watch:
+    """Times of a kind of work as it runs.
+
+    Args:
+        choice: which backend runs it, and what is known of its time.
+        race_ms: what the race took; None where there was none in this process.
+    """
+
+    def __init__(self, choice: Choice, race_ms: float | None = None) -> None:
+        self.choice = choice
+        self._soon, self._late = SOON, LATE
+        if race_ms is None:
+            race_ms = _RUNS * ((choice.cpp_ms or 0.0) + (choice.dense_ms or 0.0))
+        self._race_ms = max(race_ms, _LEAST_RACE_MS)
+        self._begin(0.0)
+
+    def _begin(self, usual: float) -> None:
+        """Begin to watch the choice, whose backend was seen to take so many ms a product."""
+        ms, products = self.choice.ms, self.choice.products
+        self._in_race = ms / products if ms and self.choice.measured else None
+        self._usual = math.inf if self._in_race is None else max(usual, self._in_race * _COLD)
+        self._spent, self._runs, self._fastest, self._rate = 0.0, 0, math.inf, 0.0
+        self._off, self.due = False, False
+
+    def ran(self, ms: float, products: int) -> None:
+        """Take note of a run.
+
+        Args:
+            ms: that it took.
+            products: multiplications of the dense op.
+        """
+        self._spent += ms
+        self._runs += 1
+        self._fastest = min(self._fastest, ms / products)
+        if self._runs >= WINDOW:
+            self._judge()
+
+    def _judge(self) -> None:
+        rate, self._runs, self._fastest = self._fastest, 0, math.inf
+        self._rate, self._off = rate, self._is_off(rate)
+        patience = self._soon if self._off or self.choice.vague else self._late
+        self.due = self._spent >= self._race_ms * patience
+        if not self._off:
+            self._usual = min(self._usual, rate)
+
+    def _is_off(self, rate: float) -> bool:
+        """Return whether what runs takes another time than it did."""
+        too_fast = self._in_race is not None and rate * _OFF < self._in_race
+        return too_fast or rate > _OFF * self._usual
+
+    def takes(self, choice: Choice) -> bool:
+        """Return whether the outcome of a race says more than what is known."""
+        return choice.decided or self._off or not self.choice.decided
+
+    def measured(self, choice: Choice, race_ms: float) -> None:
+        """Go on after a race; the next one is further away.
+
+        Args:
+            choice: that counts from now on.
+            race_ms: what the race took.
+        """
+        routine = self.choice.decided and not self._off
+        self._soon, self._late = SOON if routine else 2 * self._soon, 2 * self._late
+        self._race_ms = max(race_ms, _LEAST_RACE_MS)
+        usual = self._rate if choice.backend == self.choice.backend else 0.0
+        self.choice = choice
+        self._begin(usual)

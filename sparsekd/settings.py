@@ -1,0 +1,138 @@
+"""The environment variables of sparsekd: one table, and one place that refuses a wrong value.
+
+A value that nothing understands must not run as if it were not there: a misspelt instruction set
+would train at a quarter of the speed. So all of them are checked when sparsekd is imported, and
+again where each is used and by `ops.info`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from sparsekd.errors import SettingError
+
+PREFIX = "SPARSEKD_"
+
+
+class Setting(NamedTuple):
+    """An environment variable.
+
+    Args:
+        choices: the values that it takes.
+        folder: whether it takes the path of a folder as well.
+    """
+
+    choices: tuple[str, ...]
+    folder: bool = False
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        words = [*self.choices, *(["the path of a folder"] if self.folder else [])]
+        return " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
+
+
+TABLE: Mapping[str, Setting] = {
+    "SPARSEKD_BACKEND": Setting(("auto", "cpp", "dense", "reference", "triton", "cuda", "gpu")),
+    "SPARSEKD_ISA": Setting(("auto", "scalar", "generic", "avx2", "avx512")),
+    "SPARSEKD_CACHE": Setting(("off",), folder=True),
+    "SPARSEKD_TUNE": Setting(("on", "off")),
+    "SPARSEKD_CUDA": Setting(("auto", "on", "off")),  # of the build
+    "SPARSEKD_EMULATION_SANITIZED": Setting(("1", "thread")),  # of the tests
+}
+"""Every variable by name. The docs list them, see docs/dispatch.md."""
+
+_SWITCHES = frozenset(("on", "off", "yes", "no", "true", "false", "none", "auto", "0", "1"))
+
+
+def get(name: str) -> str | None:
+    """Return the value of a variable, None where it is not set or empty.
+
+    Args:
+        name: of the variable, one of `TABLE`.
+
+    Raises:
+        SettingError: it has a value that the variable does not take.
+
+    Example:
+        >>> get("SPARSEKD_TUNE") in (None, "on", "off")
+        True
+    """
+    value = os.environ.get(name)
+    if not value:
+        return None
+    setting = TABLE[name]
+    if value not in setting.choices and not (setting.folder and _may_be_folder(value)):
+        raise SettingError(f"{name}: expected {setting.expected}, got {value!r}")
+    return value
+
+
+def _may_be_folder(value: str) -> bool:
+    """Tell a path, of a folder or of nothing yet, from a misspelt switch."""
+    path = Path(value)
+    return value.lower() not in _SWITCHES and (path.is_dir() or not path.exists())
+
+
+def check() -> None:
+    """Refuse a wrong value of any variable.
+
+    Raises:
+        SettingError: a variable has a value that it does not take; the text names both and the
+            values that it takes.
+
+    Example:
+        >>> check()
+    """
+    for name in TABLE:
+        get(name)
+
+
+def warn_of_unknown(names: Iterable[str]) -> None:
+    """Warn of names that start like a variable of sparsekd and are none.
+
+    Args:
+        names: of environment variables.
+
+    Example:
+        >>> warn_of_unknown(["PATH", "SPARSEKD_BACKEND"])
+    """
+    known = [name.removeprefix(PREFIX) for name in TABLE]
+    for name in names:
+        if not name.startswith(PREFIX) or name in TABLE:
+            continue
+        close = difflib.get_close_matches(name.removeprefix(PREFIX), known)
+        meant = [PREFIX + word for word in close]
+        hint = f"did you mean {' or '.join(meant)}?" if meant else f"it has {', '.join(TABLE)}"
+        warnings.warn(f"{name} is set, but sparsekd has no such variable; {hint}", stacklevel=2)
+
+
+def apply() -> None:
+    """Check every variable and hand the compiled module the one that it needs, at import.
+
+    Raises:
+        SettingError: a variable has a value that it does not take, or SPARSEKD_ISA names an
+            instruction set that this processor or this build does not have.
+    """
+    check()
+    warn_of_unknown(os.environ)
+    isa = get("SPARSEKD_ISA")
+    if isa is None:
+        return
+    try:
+        import torch  # noqa: F401  (first: the compiled module shares its OpenMP runtime)
+
+        from sparsekd._C import info, set_isa
+    except ImportError:  # there are no kernels, and so nothing to choose
+        return
+    available = info()["isas"]
+    if isa != "auto" and isa not in available:
+        raise SettingError(
+            f"SPARSEKD_ISA: expected one of auto, {', '.join(available)}, which this processor "
+            f"has, got {isa!r}"
+        )
+    set_isa(isa)
