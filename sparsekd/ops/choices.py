@@ -105,9 +105,7 @@ class Choices(Store[Choice]):
 
     def info(self) -> dict[str, Any]:
         """Return the path of the file, the number of choices and how many are not decided."""
-        undecided = sum(
-            not entry.made.decided for steps in self._known.values() for entry in steps.values()
-        )
+        undecided = sum(not choice.decided for choice in self.all())
         return {**super().info(), "undecided": undecided}
 
     def estimate(self, key: Key, products: int) -> Choice | None:

@@ -122,8 +122,9 @@ def serial(crow: Tensor, col: Tensor) -> int:
         return known[1]
     if known is None:
         weakref.finalize(col, _serials.pop, where, None).atexit = False
-    _serials[where] = version, next(_count)
-    return _serials[where][1]
+    number = next(_count)
+    _serials[where] = version, number
+    return number
 
 
 def _input_shape(op: str, args: tuple[Any, ...]) -> Sequence[int]:

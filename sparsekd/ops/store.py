@@ -79,6 +79,11 @@ class Store(Generic[Kept]):
             entries = list(self._known.get(kind, {}).items())
         return ((step, entry.made) for step, entry in entries)
 
+    def all(self) -> list[Kept]:
+        """Return the known entries of every kind."""
+        with self._lock:
+            return [entry.made for steps in self._known.values() for entry in steps.values()]
+
     def add(self, kind: str, step: Step, made: Kept, *, again: bool = False) -> Kept:
         """Record an entry; return the one that counts, which another process may have made.
 

@@ -2,9 +2,9 @@
 
 A race costs ten runs of an op or so, and must pay for itself: it is held once the op has run for a
 multiple of that time, and each one that is made again waits twice as long. It is due early where
-nothing but an estimate was there, where the times of the last race lay as far apart as the two
-backends, and where what runs takes another time than it did: slower than before, or so much faster
-than in the race that the machine must have been busy then.
+nothing but an estimate was there and where the times of the last race lay as far apart as the two
+backends; and earlier still where what runs takes another time than it did: slower than before, or
+so much faster than in the race that the machine must have been busy then.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sparsekd.ops.choices import Choice
 
 WINDOW = 16  # runs, of which the fastest counts: what disturbs a run only makes it slower
 SOON, LATE = 16, 64  # times as long as a race takes
+SUSPICION = 4  # sooner by that where something has changed
 _RUNS = 8  # of both backends, that an average race has
 _LEAST_RACE_MS = 20.0
 _OFF = 1.5  # by far more than timings vary
@@ -61,10 +62,17 @@ class Watch:
     def _judge(self) -> None:
         rate, self._runs, self._fastest = self._fastest, 0, math.inf
         self._rate, self._off = rate, self._is_off(rate)
-        patience = self._soon if self._off or self.choice.vague else self._late
-        self.due = self._spent >= self._race_ms * patience
         if not self._off:
             self._usual = min(self._usual, rate)
+        self.due = self._spent >= self._patience() * self._race_ms
+
+    def _patience(self) -> float:
+        """Return how many times as long as a race the work must have run before the next."""
+        if not self._off:
+            return self._soon if self.choice.vague else self._late
+        # a race on a machine that was busier took longer than the next one will
+        faster = 1.0 if self._in_race is None else min(self._rate / self._in_race, 1.0)
+        return self._soon * faster / SUSPICION
 
     def _is_off(self, rate: float) -> bool:
         """Return whether what runs takes another time than it did."""

@@ -79,8 +79,8 @@ def test_a_choice_made_on_a_busy_machine_is_corrected(machine: Machine) -> None:
     machine.ms = {"cpp": 20.0, "dense": 10.0}
     assert work.run() == "dense"
     machine.ms = {"cpp": 1.0, "dense": 2.0}
-    assert work.run(2000) == "cpp"
-    assert machine.runs.count("dense") < 1500
+    assert work.run(300) == "cpp"
+    assert machine.runs.count("dense") < 200
     machine.start_process()  # a later process knows it too
     machine.runs.clear()
     assert work.run(10) == "cpp"
@@ -91,9 +91,8 @@ def test_what_runs_slower_than_it_did_is_measured_again(machine: Machine) -> Non
     work = Work(machine)
     assert work.run(100) == "cpp"
     machine.ms["cpp"] = 4.0
-    assert work.run(500) == "dense"
-    races = machine.runs.count("cpp")
-    assert races < 400
+    assert work.run(200) == "dense"
+    assert machine.runs.count("cpp") < 200
 
 
 def test_a_choice_of_an_earlier_process_is_measured_again_where_it_runs_slower(
