@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 from sparsekd import (
@@ -22,10 +23,13 @@ from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify
 from sparsekd.ops import backend, explain
+from sparsekd.ops.processor import select_isa
 from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
 
-settings.apply()
+settings.check()
+settings.warn_of_unknown(os.environ)
+select_isa()
 
 try:
     __version__ = version("sparsekd")

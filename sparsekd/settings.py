@@ -109,30 +109,3 @@ def warn_of_unknown(names: Iterable[str]) -> None:
         meant = [PREFIX + word for word in close]
         hint = f"did you mean {' or '.join(meant)}?" if meant else f"it has {', '.join(TABLE)}"
         warnings.warn(f"{name} is set, but sparsekd has no such variable; {hint}", stacklevel=2)
-
-
-def apply() -> None:
-    """Check every variable and hand the compiled module the one that it needs, at import.
-
-    Raises:
-        SettingError: a variable has a value that it does not take, or SPARSEKD_ISA names an
-            instruction set that this processor or this build does not have.
-    """
-    check()
-    warn_of_unknown(os.environ)
-    isa = get("SPARSEKD_ISA")
-    if isa is None:
-        return
-    try:
-        import torch  # noqa: F401  (first: the compiled module shares its OpenMP runtime)
-
-        from sparsekd._C import info, set_isa
-    except ImportError:  # there are no kernels, and so nothing to choose
-        return
-    available = info()["isas"]
-    if isa != "auto" and isa not in available:
-        raise SettingError(
-            f"SPARSEKD_ISA: expected one of auto, {', '.join(available)}, which this processor "
-            f"has, got {isa!r}"
-        )
-    set_isa(isa)

@@ -15,6 +15,7 @@ import sparsekd as skd
 from sparsekd import settings
 from sparsekd.errors import BackendError, SettingError
 from sparsekd.ops import backends
+from sparsekd.ops.processor import select_isa
 
 ROOT = Path(__file__).parents[1]
 WRONG = [
@@ -39,7 +40,7 @@ def test_a_wrong_value_is_an_error_that_names_the_choices(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    for call in (settings.check, settings.apply, skd.ops.info):
+    for call in (settings.check, skd.ops.info):
         with pytest.raises(SettingError) as caught:
             call()
         assert f"{name}: expected" in str(caught.value)
@@ -91,7 +92,7 @@ def test_an_instruction_set_that_the_processor_lacks_is_named(
     monkeypatch.setattr(compiled, "info", lambda: real | {"isas": ["scalar", "generic"]})
     monkeypatch.setenv("SPARSEKD_ISA", "avx512")
     with pytest.raises(SettingError, match=r"auto, scalar, generic.*this processor.*'avx512'"):
-        settings.apply()
+        select_isa()
 
 
 def test_the_instruction_set_is_used() -> None:

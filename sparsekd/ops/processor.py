@@ -1,9 +1,12 @@
-"""Which processor this is."""
+"""Which processor this is, and which of its instruction sets the kernels use."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
+
+from sparsekd import settings
+from sparsekd.errors import SettingError
 
 
 def cpu_name() -> str:
@@ -25,3 +28,31 @@ def cpu_name() -> str:
         family = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
         return f"{fields['model name']} ({family})"
     return platform.processor() or platform.machine()
+
+
+def select_isa() -> None:
+    """Have the compiled kernels use the instruction set that SPARSEKD_ISA names.
+
+    The compiled module does not read the variable itself: an import that fails for a wrong value
+    would look like a module that is missing, and the slow reference would run.
+
+    Raises:
+        SettingError: this processor, or this build, does not have it.
+
+    Example:
+        >>> select_isa()
+    """
+    wanted = settings.get("SPARSEKD_ISA")
+    if wanted is None:
+        return
+    try:
+        import sparsekd._C as _C
+    except ImportError:  # there are no kernels, and so nothing to choose
+        return
+    available = _C.info()["isas"]
+    if wanted not in ("auto", *available):
+        raise SettingError(
+            f"SPARSEKD_ISA: expected one of auto, {', '.join(available)}, which this processor "
+            f"has, got {wanted!r}"
+        )
+    _C.set_isa(wanted)
