@@ -148,11 +148,6 @@ class Runner:
         self._products = kinds.products(op, args)
         setattr(self, op, self._run)
 
-    @property
-    def backend(self) -> Any:
-        """The module that runs it."""
-        return _BACKENDS[self._watch.choice.backend]
-
     def _run(self, *args: Any) -> Tensor:
         watch = self._watch
         if watch.due:

@@ -177,7 +177,7 @@ class Store(Generic[Kept]):
             row = json.loads(line)
             kind, step = row["kind"], row["step"]
             entry = _Entry(row.get("round", 1), self._of(row))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             return None
         numbers = [entry.round, *(step if isinstance(step, list) else [step])]
         if not isinstance(kind, str) or not all(type(number) is int for number in numbers):

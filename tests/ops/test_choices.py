@@ -90,6 +90,7 @@ def test_processes_that_write_at_once_agree(tmp_path: Path) -> None:
                 {"kind": []},
                 {"cpp_ms": "x"},
                 {"cpp_ms": 0},
+                {"cpp_ms": 10**400},
                 {"dense_ms": float("nan")},
                 {"spread": -1},
                 {"products": 0},
