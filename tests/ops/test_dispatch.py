@@ -396,7 +396,7 @@ def test_serial_numbers_of_structures_do_not_pile_up() -> None:
         col.zero_()
         assert kinds.serial(crow, col) != first
     del col
-    assert len(kinds._serials) == before
+    assert len(kinds._serials) <= before
     with torch.inference_mode():
         col = torch.tensor([0], dtype=torch.int32)
     assert kinds.serial(crow, col) == kinds.serial(crow, col)
