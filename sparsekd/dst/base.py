@@ -406,5 +406,7 @@ class Updater:
 
 
 def _finite(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided:  # the gradient of an embedding: what it stores
+        tensor = (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
     # A finite sum has finite terms and is found faster; an infinite one may have overflowed.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
