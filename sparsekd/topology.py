@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.csr import compress, flat_indices, transpose, validate
+from sparsekd.csr import checksum, compress, flat_indices, transpose, validate
 from sparsekd.errors import ShapeError, TopologyError
 
 try:  # torch comes first: the compiled module shares its OpenMP runtime
@@ -59,6 +59,7 @@ class Topology:
 
     __slots__ = (
         "__weakref__",
+        "_checksum",
         "_col",
         "_counters",
         "_crow",
@@ -86,6 +87,7 @@ class Topology:
     def _own(self, crow: Tensor, col: Tensor, size: torch.Size, version: int) -> None:
         self._crow, self._col, self._shape, self._version = crow, col, size, int(version)
         self._counters = (crow._version, col._version)
+        self._checksum = checksum(crow, col)
         self._hash: int | None = None
         self._transpose: TransposedCSR | None = None
         if _release_plan is not None and crow.device.type == "cpu":
@@ -240,12 +242,7 @@ class Topology:
             raise ShapeError(f"mask: expected shape {tuple(self._shape)}, got {tuple(mask.shape)}")
         mask = mask.detach().to(self.device)
         new = Topology.from_mask(mask, version=self._version + 1)
-        flat, before, after = mask.reshape(-1), self.flat_indices(), new.flat_indices()
-        # Survivors come in the same order in both.
-        source = torch.full_like(after, -1)
-        survivors = flat[before].nonzero().squeeze(1)
-        source.masked_scatter_(self.mask().view(-1)[after], survivors)
-        return new, TopologyDelta(self, new, source)
+        return new, TopologyDelta(self, new, _sources(self, new, mask))
 
     def to(self, device: torch.device | str) -> Topology:
         """Return the topology with its index tensors on `device` (itself if they are there)."""
@@ -267,8 +264,25 @@ class Topology:
             and (self._crow._version, self._col._version) == self._counters
         )
 
+    @property
+    def written(self) -> bool:
+        """Whether something has written into the index tensors, be it the same numbers."""
+        return (self._crow._version, self._col._version) != self._counters
+
+    def accept_if_equal(self) -> bool:
+        """Take what was written into the index tensors for nothing if it changed no position.
+
+        A broadcast of buffers and a copy of an equal model write what is there already.
+
+        Returns:
+            Whether the positions are the ones this topology was built with.
+        """
+        if self.written and bool(checksum(self._crow, self._col) == self._checksum):
+            self._counters = (self._crow._version, self._col._version)
+        return not self.written
+
     def _check_unmodified(self) -> None:
-        if not self.owns(self._crow, self._col):
+        if not self.accept_if_equal():
             raise TopologyError(
                 "crow_indices / col_indices of this Topology were modified in place; "
                 "a Topology is immutable: build another, or use rewire(mask)"
@@ -325,6 +339,31 @@ class TopologyDelta:
     new: Topology
     source: Tensor
 
+    @classmethod
+    def between(cls, old: Topology, new: Topology) -> TopologyDelta:
+        """Return the way from one topology of a weight to another, whatever led there.
+
+        Args:
+            old: where the nonzeros were.
+            new: where they are.
+
+        Returns:
+            The delta, on the device of `old`.
+
+        Raises:
+            ShapeError: they are not of one weight.
+
+        Example:
+            >>> old = Topology.from_mask(torch.tensor([[True, False], [True, True]]))
+            >>> new = Topology.from_mask(torch.tensor([[True, True], [False, True]]))
+            >>> TopologyDelta.between(old, new).source.tolist()
+            [0, -1, 2]
+        """
+        if old.shape != new.shape:
+            raise ShapeError(f"new: expected shape {tuple(old.shape)}, got {tuple(new.shape)}")
+        moved = new.to(old.device)
+        return cls(old, new, _sources(old, moved, moved.mask()))
+
     @property
     def grown(self) -> Tensor:
         """bool `[new.nnz]`: True for the weights that the old topology did not have."""
@@ -368,6 +407,15 @@ class TopologyDelta:
         carried = tensor[source.clamp(min=0)]
         carried[source < 0] = fill
         return carried
+
+
+def _sources(old: Topology, new: Topology, mask: Tensor) -> Tensor:
+    """Return the old slot of each weight of `new`, whose mask is `mask`, or -1."""
+    before, after = old.flat_indices(), new.flat_indices()
+    source = torch.full_like(after, -1)
+    # Survivors come in the same order in both.
+    survivors = mask.reshape(-1)[before].nonzero().squeeze(1)
+    return source.masked_scatter_(old.mask().view(-1)[after], survivors)
 
 
 def _checked_shape(shape: Sequence[int]) -> torch.Size:

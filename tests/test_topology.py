@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekd import Topology, TopologyDelta
+from sparsekd import Topology, TopologyDelta, csr
 from sparsekd.errors import ShapeError, TopologyError
 
 SHAPES = st.one_of(
@@ -296,3 +297,46 @@ def test_moves_between_devices() -> None:
     topology = Topology.from_mask(torch.eye(3, dtype=torch.bool))
     assert topology.to("cpu") is topology
     assert topology.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("change", ["rounded", "swapped", "moved", "shifted"])
+def test_checksums_tell_changed_indices(change):
+    """The one of the CPU, and that of devices, computed here on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    topology = Topology.from_mask(torch.rand(30, 40, generator=generator) < 0.1)
+    crow, col = topology.crow_indices.clone(), topology.col_indices.clone()
+    if change == "rounded":
+        col[int(col.argmax())] -= 1
+    elif change == "swapped":
+        col[:2] = col[:2].flip(0)
+    elif change == "moved":
+        crow[5] += 1
+    else:
+        col.copy_(col.roll(1))
+    for checksum in (csr.checksum, lambda crow, col: csr._mixed(crow) * 3 + csr._mixed(col)):
+        before = checksum(topology.crow_indices, topology.col_indices)
+        assert before == checksum(topology.crow_indices.clone(), topology.col_indices.clone())
+        assert before != checksum(crow, col)
+
+
+def test_between_any_two_topologies():
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(5, 3, 2, generator=generator) < p for p in (0, 0.3, 0.6, 1)]
+    for before, after in itertools.product(masks, masks):
+        old = Topology.from_mask(before)
+        expected = old.rewire(after)[1]
+        delta = TopologyDelta.between(old, Topology.from_mask(after, version=7))
+        assert torch.equal(delta.source, expected.source)
+        assert (delta.old is old, delta.new.version) == (True, 7)
+    with pytest.raises(ShapeError, match=r"new: expected shape \(5, 3, 2\)"):
+        TopologyDelta.between(old, Topology.from_mask(masks[0][:4]))
+
+
+def test_writing_what_is_there_already_is_no_modification():
+    topology = Topology.from_mask(torch.eye(3, dtype=torch.bool))
+    topology.col_indices.copy_(topology.col_indices.clone())
+    assert topology.written
+    assert topology.mask().equal(torch.eye(3, dtype=torch.bool))
+    assert not topology.written
+    topology.col_indices[0] = 1
+    assert not topology.accept_if_equal()

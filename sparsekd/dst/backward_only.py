@@ -14,6 +14,7 @@ from sparsekd.dst import replicas
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn import SparseModule
 from sparsekd.ops import observe
+from sparsekd.optim.fresh import fresh_state
 from sparsekd.topology import Topology
 
 Pair = tuple[Tensor, Tensor]
@@ -89,7 +90,8 @@ class BackwardOnly:
 
         Returns:
             What does so. Values, gradients and optimizer state move along, weights that come from
-            rest get state 0; it says whether the number of weights computed with has changed.
+            rest get the state of a new parameter; it says whether the number of weights computed
+            with has changed.
 
         Raises:
             UnsupportedError: the layer is capturable, so its tensors must stay where they are.
@@ -109,8 +111,9 @@ class BackwardOnly:
         weights = self.resting[name].view(-1)
         grads = _move((module.values.grad, parameter.grad), old, new, weights)
         states = [self.optimizer.state.get(p, {}) for p in (module.values, parameter)]
+        fresh = fresh_state(self.optimizer, module.values) if states[0] else {}
         moved = {
-            key: _move((value, states[1].get(key)), old, new, weights)
+            key: _move((value, states[1].get(key)), old, new, weights, fresh.get(key, 0))
             for key, value in states[0].items()
             if isinstance(value, Tensor) and value.shape == module.values.shape
         }
@@ -148,11 +151,13 @@ class BackwardOnly:
         return next(params for params in groups if any(held is values for held in params))
 
 
-def _move(pair: tuple[Tensor | None, Tensor | None], old: Pair, new: Pair, like: Tensor) -> Any:
-    """Carry one number per weight from the old sets to the new; weights from neither get 0."""
+def _move(
+    pair: tuple[Tensor | None, Tensor | None], old: Pair, new: Pair, like: Tensor, fill: float = 0
+) -> Any:
+    """Carry one number per weight from the old sets to the new; weights from neither get `fill`."""
     if pair[0] is None and pair[1] is None:
         return None, None
-    flat = torch.zeros_like(like)
+    flat = torch.full_like(like, fill)
     for tensor, positions in zip(pair, old, strict=True):
         if tensor is not None:
             flat[positions] = tensor.to(flat.dtype)

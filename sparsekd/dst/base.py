@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,8 @@ from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn import SparseModule, sparse_modules
 from sparsekd.ops.growth import Block
 from sparsekd.optim import check_remappable, remap_
+from sparsekd.optim.following import Followed
+from sparsekd.optim.groups import warn_if_undecayed
 from sparsekd.topology import Topology
 
 
@@ -58,7 +60,10 @@ class Updater:
     see the layer's `grid`, a weight of one number a tile, and drop scores are pooled over each.
 
     Survivors keep their value, optimizer state and gradient, and so does a weight that is dropped
-    and grown again in one update. A weight that was not there before starts at 0 with state 0.
+    and grown again in one update. A weight that was not there before starts at 0, with the
+    optimizer state of a new parameter. Layers that something else has rewired since the last step
+    (a checkpoint of another topology, `rewire` by hand) keep their optimizer state in the same
+    way, unless the optimizer has loaded a state too, which is taken to belong to them as they are.
     With a GradScaler, `scaler.step(opt)` and `scaler.update()` both belong under the `if`.
 
     Under `torch.distributed` every rank builds the same updater on the module that
@@ -123,6 +128,8 @@ class Updater:
         self._grids: dict[str, Grid] = {}
         for name in self.layers():
             check_remappable(optimizer, self.modules[name].values, name=f"{name}.values")
+        warn_if_undecayed(optimizer, [module.values for module in self.layers().values()])
+        self._followed = Followed(self.modules, optimizer)
         self.skip_sgd_on_update = skip_sgd_on_update
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration = 0
@@ -159,10 +166,12 @@ class Updater:
         Raises:
             RuntimeError: the update needs gradients and there was no backward pass.
             ValueError: a weight is NaN.
-            OptimizerStateError: the optimizer has state that cannot follow its weights.
+            OptimizerStateError: the optimizer has state that cannot follow its weights, those of an
+                update or of a layer that something else has changed; the text names the layer.
             TopologyError: the ranks of a distributed run hold different topologies.
             UnsupportedError: a capturable layer cannot take its mask; no layer has changed then.
         """
+        self._follow()
         if not self._compared:
             self._compare_ranks()
         self.iteration += 1
@@ -180,6 +189,7 @@ class Updater:
         Returns:
             Whether there was anything to rewire.
         """
+        self._follow()
         self.last_update = {}
         self._grids.clear()
         if self.needs_gradient and not any(map(self.has_gradient, self.modules)):
@@ -205,6 +215,7 @@ class Updater:
             check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
         prepared = [self._prepare(name, mask) for name, mask in plan.items()]
         resized = [rewire() for rewire in prepared]
+        self._followed.settle()
         self._compare_ranks()
         if any(resized) and replicas.several():
             replicas.rebuild_buckets(self.model)
@@ -218,6 +229,12 @@ class Updater:
             for name, (drop, grow) in counts.items()
             if drop or grow
         }
+
+    def catch_up(self, changed: Sequence[str]) -> None:
+        """Carry optimizer state of layers that something else than `update` has rewired."""
+        for name in changed:
+            self._followed.carry(name)
+        self._compared = False
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
         """Return by layer how many weights, or tiles, it loses and gains; here `fraction`."""
@@ -372,6 +389,10 @@ class Updater:
             setattr(self, name, copy.deepcopy(state[name]))
         self.last_update, self._compared = {}, False
         self._prepare_next()
+
+    def _follow(self) -> None:
+        if changed := self._followed.changed():
+            self.catch_up(changed)
 
     def _prepare_next(self) -> None:
         self._capture.switch(on=self._collects(self.iteration + 1))

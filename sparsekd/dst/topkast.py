@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sparsekd.dst import replicas, scores
 from sparsekd.dst.backward_only import BackwardOnly
 from sparsekd.dst.base import Updater
 from sparsekd.dst.schedules import Periodic, check_fraction
+from sparsekd.errors import OptimizerStateError
 from sparsekd.sparsity import Constant, allocate, topk_mask
 
 
@@ -86,10 +87,12 @@ class TopKAST(Updater):
         outer = allocate(shapes, backward_sparsity, distribution)
         # one weight a layer may be rounded the other way round
         self._sizes = {name: (inner[name], max(inner[name], outer[name])) for name in shapes}
+        self._loaded = False
         self._outside = BackwardOnly(self.layers(), optimizer)
         with torch.no_grad():
             for name, mask in self.plan(0.0).items():
                 self._prepare(name, mask)()
+        self._followed.settle()
         if replicas.several():
             replicas.rebuild_buckets(model)
 
@@ -108,7 +111,20 @@ class TopKAST(Updater):
             for weights, factor in ((module.values, 1.0), (self.extra[name], 1 - self.sparsity)):
                 if weights.grad is not None and factor:
                     weights.grad.add_(weights.sign(), alpha=self.penalty / factor)
-        return super().step()
+        rewired = super().step()
+        self._loaded = False
+        return rewired
+
+    def catch_up(self, changed: Sequence[str]) -> None:
+        """Refuse, unless there is no optimizer state yet and the weights at rest are loaded."""
+        stateful = [n for n in changed if self.optimizer.state.get(self.modules[n].values)]
+        if stateful or not self._loaded:
+            raise OptimizerStateError(
+                f"{(stateful or changed)[0]}: something else than TopKAST has changed its "
+                "topology, but not the weights in training and at rest beside it; load the states "
+                "of model, optimizer and method together"
+            )
+        self._followed.settle()
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
         """Return the mask of A for every layer: its largest weights, those at rest included."""
@@ -126,6 +142,7 @@ class TopKAST(Updater):
         """Continue where `state_dict()` was taken; load model and optimizer as well."""
         super().load_state_dict(state)
         self._outside.load_state_dict(state)
+        self._loaded = True
 
     def _largest(self, name: str, nnz: int) -> Tensor:
         return topk_mask(scores.magnitude(self.weights(name)), nnz)

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparsekd.data import Split
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import optimize
+from sparsekd.optim import param_groups
 from sparsekd.train import distributed
 from sparsekd.train.batchnorm import synchronize
 from sparsekd.train.checkpoint import load_training, save_training
@@ -93,20 +94,12 @@ def make_optimizer(model: nn.Module, config: Training) -> torch.optim.SGD:
     Example:
         >>> optimizer = make_optimizer(nn.Linear(2, 2), Training(epochs=1))
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            is_weight = name in ("weight", "values") and not isinstance(
-                module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-            )
-            exempt = not (is_weight or config.decay_norm_and_bias)
-            (plain if exempt else decayed).append(parameter)
-    groups = [{"params": list(dict.fromkeys(decayed)), "weight_decay": config.weight_decay}]
-    if plain:
-        groups.append({"params": list(dict.fromkeys(plain)), "weight_decay": 0.0})
+    decay = config.weight_decay
+    if config.decay_norm_and_bias:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": trained, "weight_decay": decay}]
+    else:
+        groups = param_groups(model, decay)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 

@@ -27,6 +27,16 @@ OPTIMIZERS: dict[str, Callable] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.001),
     "rmsprop-centered": lambda p: torch.optim.RMSprop(p, lr=0.001, centered=True, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "adagrad-initial": lambda p: torch.optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.3),
+    "adagrad-fused": lambda p: torch.optim.Adagrad(
+        p, lr=0.05, initial_accumulator_value=0.3, fused=True
+    ),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.1),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.001),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.001),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.003),
+    "rprop-groups": lambda p: torch.optim.Rprop([{"params": list(p), "lr": 0.003}], lr=0.1),
+    "adam-tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.001)),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.001),
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.05),
 }
@@ -41,7 +51,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class MaskedOracle:
-    """A dense model with masks: masked weights and state are zeroed after every step (P6, P7)."""
+    """A dense model with masks: at each rewire, weights outside are 0 and their state is new."""
 
     def __init__(self, model: nn.Module, make: Callable) -> None:
         self.model = densify(copy.deepcopy(model))
@@ -59,9 +69,11 @@ class MaskedOracle:
         self.masks[name] = mask
         weight = self.model.get_submodule(name).weight
         weight.data.mul_(mask)  # what was inactive is 0 already
-        for state in self.optimizer.state[weight].values():
+        group = self.optimizer.param_groups[0]
+        fresh = {"step_size": group["lr"], "sum": group.get("initial_accumulator_value", 0)}
+        for key, state in self.optimizer.state[weight].items():
             if state is not None and state.shape == mask.shape:
-                state.mul_(mask)
+                state.masked_fill_(~mask, fresh.get(key, 0))
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -126,6 +138,56 @@ def test_no_weight_carries_the_momentum_of_another():
     assert 0 < delta.grown.sum() < layer.topology.nnz
     assert torch.equal(momentum, at_position[layer.topology.flat_indices()])
     assert torch.equal(momentum == 0, ~before.view(-1)[layer.topology.flat_indices()])
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_a_delta_that_skips_a_rewire_is_refused(resize):
+    layer = SparseLinear(8, 8, sparsity=0.5, seed=0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    first = layer.topology
+    remap_(optimizer, layer.values, layer.rewire(~first.mask()))
+    layer.rewire(torch.rand(8, 8) < 0.2 if resize else first.mask().roll(1, dims=0))
+    delta = layer.rewire(first.mask())
+    with pytest.raises(OptimizerStateError, match="state"):
+        remap_(optimizer, layer.values, delta)
+
+
+def test_state_of_grown_weights_where_it_cannot_be_told_is_0_and_warns():
+    class Needy(torch.optim.SGD):
+        def __init__(self, params, *, secret):
+            super().__init__(params, lr=0.1, momentum=0.9)
+
+    layer = SparseLinear(9, 5, sparsity=0.4, seed=0)
+    optimizer = Needy(layer.parameters(), secret=1)
+    layer(torch.randn(2, 9)).sum().backward()
+    optimizer.step()
+    delta = layer.rewire(~layer.topology.mask())
+    with pytest.warns(RuntimeWarning, match="Needy: cannot tell.*secret"):
+        remap_(optimizer, layer.values, delta)
+    momentum = optimizer.state[layer.values]["momentum_buffer"]
+    assert torch.equal(momentum[delta.grown], torch.zeros(int(delta.grown.sum())))
+
+
+def test_asking_what_a_new_weight_gets_changes_nothing_else():
+    class Noisy(torch.optim.SGD):
+        def step(self, closure=None):
+            torch.rand(3)
+            return super().step(closure)
+
+    layer = SparseLinear(9, 5, sparsity=0.4, seed=0)
+    optimizer = Noisy(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(2, 9)).sum().backward()
+    optimizer.step()
+    before, state = layer.values.detach().clone(), torch.get_rng_state()
+    delta = layer.rewire(~layer.topology.mask())
+    groups = copy.deepcopy(optimizer.param_groups)
+    remap_(optimizer, layer.values, delta)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(layer.values.detach(), delta.carry(before))
+    assert len(optimizer.state) == 2
+    assert groups[0].keys() == optimizer.param_groups[0].keys()
 
 
 def test_step_counters_and_other_parameters_stay():

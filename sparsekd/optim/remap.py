@@ -11,7 +11,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sparsekd.errors import OptimizerStateError, ShapeError
-from sparsekd.topology import TopologyDelta
+from sparsekd.optim.fresh import fresh_state
+from sparsekd.optim.placement import placement
+from sparsekd.topology import Topology, TopologyDelta
 
 
 @torch.no_grad()
@@ -19,8 +21,10 @@ def remap_(optimizer: Optimizer, param: Parameter, delta: TopologyDelta) -> None
     """Move the optimizer state of `param` along `delta`, in place.
 
     Every state tensor that has one entry per weight (momentum, second moment, ...) is carried:
-    survivors keep their entry, grown weights start at 0. Step counters stay as they are, and so
-    does everything about other parameters. Nothing is changed if anything cannot follow.
+    survivors keep their entry, grown weights get the one a new parameter starts from: 0 for
+    momenta, the learning rate for Rprop's step sizes, `initial_accumulator_value` for Adagrad's
+    sums. Step counters stay as they are, and so does everything about other parameters. Nothing is
+    changed if anything cannot follow.
 
     Args:
         optimizer: any optimizer whose state tensors have the shape of their parameter.
@@ -34,7 +38,8 @@ def remap_(optimizer: Optimizer, param: Parameter, delta: TopologyDelta) -> None
     Raises:
         ShapeError: `param` does not have one entry per nonzero of the new topology.
         OptimizerStateError: `optimizer` does not hold `param`, or a piece of state has another
-            shape (factored or quantised moments, L-BFGS histories).
+            shape (factored or quantised moments, L-BFGS histories), or it is known to belong to
+            another topology than `delta.old`, as after a rewire without `remap_`.
 
     Source: Rigging the Lottery (arXiv 1911.11134), released code: momentum of new weights is zero.
 
@@ -53,15 +58,19 @@ def remap_(optimizer: Optimizer, param: Parameter, delta: TopologyDelta) -> None
             f"param: expected shape [{delta.new.nnz}], one entry per nonzero of the new topology, "
             f"got {list(param.shape)}; rewire the module before its optimizer state"
         )
-    _check_held(optimizer, param, "param")
+    check_held(optimizer, param, "param")
+    state = dict(_per_weight(optimizer, param, delta.old.nnz))
+    if state:
+        _check_placed(optimizer, param, delta.old)
+    fresh = fresh_state(optimizer, param) if state and bool(delta.grown.any()) else {}
     # Built completely before the first assignment: an error leaves the state as it was.
     carried = {
-        key: (tensor, delta.carry(tensor))
-        for key, tensor in _per_weight(optimizer, param, delta.old.nnz)
+        key: (tensor, delta.carry(tensor, fill=fresh.get(key, 0))) for key, tensor in state.items()
     }
     for key, (tensor, new) in carried.items():
         # The same tensor where it fits: a recorded CUDA graph knows it by its address.
         optimizer.state[param][key] = tensor.copy_(new) if tensor.shape == new.shape else new
+    placement(optimizer).put(param, delta.new)
 
 
 def check_remappable(optimizer: Optimizer, param: Parameter, name: str = "param") -> None:
@@ -75,16 +84,40 @@ def check_remappable(optimizer: Optimizer, param: Parameter, name: str = "param"
     Raises:
         OptimizerStateError: as `remap_`.
     """
-    _check_held(optimizer, param, name)
+    check_held(optimizer, param, name)
     for _ in _per_weight(optimizer, param, param.numel()):
         pass
 
 
-def _check_held(optimizer: Optimizer, param: Parameter, name: str) -> None:
-    if not any(param is held for group in optimizer.param_groups for held in group["params"]):
+def holds(optimizer: Optimizer, param: Parameter) -> bool:
+    """Return whether `param` is in one of the groups of `optimizer`."""
+    return any(param is held for group in optimizer.param_groups for held in group["params"])
+
+
+def check_held(optimizer: Optimizer, param: Parameter, name: str) -> None:
+    """Check that `optimizer` holds `param`.
+
+    Raises:
+        OptimizerStateError: it does not.
+    """
+    if not holds(optimizer, param):
         raise OptimizerStateError(
             f"{name}: expected a parameter of this {type(optimizer).__name__}, "
             f"got one of shape {list(param.shape)} that it does not hold"
+        )
+
+
+def _check_placed(optimizer: Optimizer, param: Parameter, old: Topology) -> None:
+    known = placement(optimizer).get(param)
+    if known is None or known is old:
+        return
+    # What a capturable module had before is overwritten by what it has.
+    told = known.accept_if_equal() and old.accept_if_equal()
+    if told and known != old:
+        raise OptimizerStateError(
+            f"delta: expected one from the topology that the state of param belongs to, {known}, "
+            f"got one from {old}, which has other positions; call remap_ after every rewire, or "
+            "put them into `with skd.optim.follow(...)`"
         )
 
 

@@ -1,0 +1,16 @@
+"""Whatever follows a weight through changes of topology: optimizer state, decay."""
+
+from __future__ import annotations
+
+from sparsekd.optim.following import follow
+from sparsekd.optim.groups import param_groups
+from sparsekd.optim.norms import unitwise_norm
+from sparsekd.optim.remap import check_remappable, remap_
+
+__all__ = [
+    "check_remappable",
+    "follow",
+    "param_groups",
+    "remap_",
+    "unitwise_norm",
+]
