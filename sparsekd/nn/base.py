@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from sparsekd.errors import TopologyError
 from sparsekd.layouts import Layout
+from sparsekd.nn import copies
 from sparsekd.nn.in_place import prepare_in_place
 from sparsekd.nn.init import kaiming_
 from sparsekd.topology import Topology, TopologyDelta
@@ -26,9 +29,9 @@ class SparseModule(nn.Module):
     The buffers `crow_indices` and `col_indices` are what a checkpoint stores and what the forward
     pass reads; `topology` is the validated structure made of these very tensors.
 
-    An averaged model (`torch.optim.swa_utils.AveragedModel`) takes over the structure with its
-    default `use_buffers=False`; averaging the buffers as well would round indices, and raises
-    TopologyError where it did.
+    Average models whose topology moves with `sparsekd.optim.AveragedModel`: an average that knows
+    no positions mixes different weights. Where a copy of a module was averaged so, or something
+    wrote other positions into its buffers, it warns when it is used.
 
     Args:
         mask: where the weight's nonzeros are; bool tensor of the weight's shape.
@@ -47,6 +50,11 @@ class SparseModule(nn.Module):
     capturable = False
     """Whether a rewire writes into the tensors at hand, as a recorded CUDA graph needs it; see
     `sparsekd.make_capturable`."""
+
+    # See `sparsekd.nn.copies`.
+    _copies: weakref.WeakSet[SparseModule] | None = None
+    _is_copy = False
+    _left_at: Tensor | None = None
 
     def __init__(
         self,
@@ -79,9 +87,20 @@ class SparseModule(nn.Module):
         known, crow, col = self._topology, self.crow_indices, self.col_indices
         if known.owns(crow, col) or crow.is_meta:
             return known
-        # A device move, a copy or an averaged model has replaced or overwritten the buffers.
-        found = Topology(crow, col, self.weight_shape, version=known.version + 1)
-        return self._adopt(self._recognise(found), crow.device)
+        overwritten = known.written and crow is known.crow_indices and col is known.col_indices
+        if overwritten and known.accept_if_equal():
+            return known
+        # Something has replaced or overwritten the buffers.
+        try:
+            found = Topology(crow, col, self.weight_shape, version=known.version + 1)
+        except TopologyError as error:
+            hint = f". {copies.ADVICE}" if overwritten else ""
+            raise TopologyError(f"{error}{hint}") from None
+        topology = self._adopt(self._recognise(found), crow.device)
+        if overwritten:
+            copies.moved(self)
+            copies.warn_overwritten(self)
+        return topology
 
     @property
     def layout(self) -> Layout:
@@ -198,6 +217,7 @@ class SparseModule(nn.Module):
         self._store(delta.carry(self.values.detach()))
         self.values.grad = grad
         self._adopt(delta.new, self.crow_indices.device)
+        copies.moved(self)
 
     def _store(self, new: Tensor) -> None:
         """Make `new`, of any length, the contents of the Parameter `values`; drop its gradient.
@@ -234,18 +254,44 @@ class SparseModule(nn.Module):
             bound = 1 / math.sqrt(max(self.topology.cols, 1))
             noise = torch.empty(self.bias.shape, dtype=torch.float64, device="cpu")
             self.bias.copy_(noise.uniform_(-bound, bound, generator=generator))
+        copies.in_step(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A topology whose tensors were overwritten could be neither copied nor pickled: renew it.
         _ = self.topology
-        return self.__dict__.copy()
+        copies.check(self)
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_copies", "_left_at")}
+        return state | {"_is_copy": copies.Source(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        source = state.get("_is_copy")
+        super().__setstate__(state | {"_is_copy": False})
+        if isinstance(source, copies.Source):
+            source.link(self)
+
+    def _watch(self) -> None:
+        """Warn before a forward pass if the tensors at hand were averaged; cheap if not."""
+        if not is_compiling() and (self._is_copy or self._topology.written):
+            copies.check(self, in_forward=True)
+
+    def train(self: _Sparse, mode: bool = True) -> _Sparse:
+        """Set the mode; a compiled model notices here what an eager one does in its forward."""
+        copies.check(self)
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseModule:
-        was_meta = self.crow_indices.is_meta
-        super()._apply(fn, recurse)
-        if was_meta and not self.crow_indices.is_meta:
-            self._adopt(self._topology, self.crow_indices.device)  # to_empty left them undefined
+        known, before = self._topology, self.crow_indices
+        with copies.converting(self):
+            super()._apply(fn, recurse)
+        crow = self.crow_indices
+        # Undefined after to_empty, and the topology is to own what it describes.
+        if crow is not before and not crow.is_meta and (before.is_meta or not known.written):
+            self._adopt(known, crow.device)
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        copies.check(self)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
         self,
@@ -278,8 +324,11 @@ class SparseModule(nn.Module):
         if topology is not None:
             assign = local_metadata.get("assign_to_params_buffers", False)
             where = rest[prefix + "values"] if assign else self.values
-            if topology is not self._topology:
+            if topology is self._topology:
+                copies.in_step(self)
+            else:
                 self._store(self.values.detach().new_empty(topology.nnz))
+                copies.moved(self)
             self._adopt(topology, where.device)
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

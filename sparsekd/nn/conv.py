@@ -116,6 +116,7 @@ class SparseConv2d(SparseModule):
         """Return the convolution of `x` with the weight, plus the bias."""
         if x.ndim == 3:
             return self.forward(x[None])[0]
+        self._watch()
         if self.channels_last and x.stride(1) != 1:
             x = x.clone(memory_format=torch.channels_last)
         sides = self._sides

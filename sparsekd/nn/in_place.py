@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sparsekd import ops
 from sparsekd.errors import UnsupportedError
+from sparsekd.nn import copies
 from sparsekd.topology import TopologyDelta
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def prepare_in_place(module: SparseModule, delta: TopologyDelta) -> Callable[[],
         if values.grad is not None:
             values.grad.copy_(delta.carry(values.grad))
         module._topology = new._moved(crow, col)
+        copies.moved(module)
 
     return write
 

@@ -73,6 +73,7 @@ class SparseLinear(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias`."""
+        self._watch()
         return ops.call_linear(
             x, self.values, self.crow_indices, self.col_indices, self.bias, self.weight_shape
         )

@@ -1,13 +1,15 @@
-"""Whatever follows a weight through changes of topology: optimizer state, decay."""
+"""Whatever follows a weight through changes of topology: optimizer state, averages, decay."""
 
 from __future__ import annotations
 
+from sparsekd.optim.averages import AveragedModel
 from sparsekd.optim.following import follow
 from sparsekd.optim.groups import param_groups
 from sparsekd.optim.norms import unitwise_norm
 from sparsekd.optim.remap import check_remappable, remap_
 
 __all__ = [
+    "AveragedModel",
     "check_remappable",
     "follow",
     "param_groups",

@@ -1,0 +1,112 @@
+"""Notice where the copy of a module was averaged by something that knows no topology.
+
+An average over parameters mixes entry `i` of the copy with entry `i` of the model, which is another
+weight once the model has moved its nonzeros. A module therefore knows its living copies and tells
+them when it moves. A copy whose values change after that, though it neither trains nor loads nor
+follows, has been averaged; and so has one whose index buffers are suddenly others.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsekd.nn.base import SparseModule
+
+ADVICE = (
+    "Averages over parameters and buffers (torch.optim.swa_utils.AveragedModel, timm's ModelEma, a "
+    "loop) mix different weights once the nonzeros move, and averaged indices are rounded: use "
+    "skd.optim.AveragedModel"
+)
+
+
+class Source:
+    """The module that a copy is made of, on its way to the copy; a pickle forgets it."""
+
+    def __init__(self, module: SparseModule) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bool, ()
+
+    def link(self, twin: SparseModule) -> None:
+        """Make `twin` a copy that its source tells when it moves."""
+        if twin.values is not self.module.values:
+            twin._is_copy = True
+            self.module._copies = self.module._copies or weakref.WeakSet()
+            self.module._copies.add(twin)
+
+
+def moved(module: SparseModule) -> None:
+    """Tell the copies of a module that its nonzeros have moved, and that itself is up to date."""
+    in_step(module)
+    for twin in module._copies or ():
+        if twin._is_copy and twin._left_at is None:
+            twin._left_at = _state(twin)
+
+
+def in_step(module: SparseModule) -> None:
+    """Note that the values of a module belong to its topology, whatever its source does."""
+    module._left_at = None
+
+
+def check(module: SparseModule, *, in_forward: bool = False) -> None:
+    """Warn if a module's values were written, or its indices replaced, behind its back.
+
+    Args:
+        module: about to be used.
+        in_forward: whether it is about to compute, which in training makes it a model of its own.
+    """
+    training = module.training and torch.is_grad_enabled()
+    if module._topology.written and not (training and _ranks() > 1):
+        _ = module.topology  # warns; the ranks of a run broadcast buffers, and compare topologies
+    if module._left_at is not None and not torch.equal(module._left_at, _state(module)):
+        in_step(module)
+        _warn(
+            f"{module} is a copy of a layer that has moved its nonzeros since, and its values were "
+            f"changed after that. {ADVICE}"
+        )
+    elif in_forward and training and module.values.requires_grad:
+        module._is_copy = False
+
+
+@contextmanager
+def converting(module: SparseModule) -> Iterator[None]:
+    """Let the values of a module change dtype or device."""
+    check(module)
+    yield
+    if module._left_at is not None:
+        module._left_at = _state(module)
+
+
+def warn_overwritten(module: SparseModule) -> None:
+    """Warn that the index buffers of a module were overwritten with other positions."""
+    _warn(
+        f"{module}: something wrote other positions into its index buffers. {ADVICE}. If all "
+        "tensors were copied from one model, values included, the numbers are right; "
+        "load_state_dict does that without this warning"
+    )
+
+
+def _state(module: SparseModule) -> Tensor:
+    # Not a version counter, which misses what is written through `.data`.
+    return module.values.detach().sum(dtype=torch.float64).nan_to_num(nan=0.5)
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
