@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsekd import ops
 from sparsekd.errors import ShapeError, UnsupportedError
-from sparsekd.ops.layout import memory_format_of
+from sparsekd.ops.layout import in_format_of
 from sparsekd.topology import Topology
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -216,7 +216,7 @@ def pad_input(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
         return x
     top, bottom, left, right = padding
     padded = F.pad(x, (left, right, top, bottom), mode=mode)
-    return padded.contiguous(memory_format=memory_format_of(x))  # circular would lose it
+    return in_format_of(x, padded)  # circular would lose it
 
 
 def _linear(topology: Topology, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd import ops
+from sparsekd._torch import transformed
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.functional import PADDING_MODES, pad_input, resolve_padding
 from sparsekd.layouts import Layout
@@ -117,7 +118,7 @@ class SparseConv2d(SparseModule):
         if x.ndim == 3:
             return self.forward(x[None])[0]
         self._watch()
-        if self.channels_last and x.stride(1) != 1:
+        if self.channels_last and x.stride(1) != 1 and not transformed(x):
             x = x.clone(memory_format=torch.channels_last)
         sides = self._sides
         if self.padding_mode != "zeros":

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 
+from sparsekd._torch import in_forward_ad, in_transform
+
 _PLAIN = (Tensor, nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _autocast = torch.is_autocast_enabled
 
@@ -37,7 +38,8 @@ def plain(args: tuple[Any, ...]) -> bool:
         and (first.is_cpu or first.is_cuda)
         and not _autocast("cpu" if first.is_cpu else "cuda")
         and not intercepted()
-        and _transforms() is None
+        and not in_transform()
+        and not in_forward_ad()
         and _tracing() is None
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsekd._torch import transformed
+
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the memory format that the result of an op on the maps `x` takes.
@@ -17,10 +19,21 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if (
         x.stride(1) == 1
         and x.shape[2] * x.shape[3] > 1
+        and not transformed(x)  # torch cannot tell there
         and x.is_contiguous(memory_format=torch.channels_last)
     ):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def in_format_of(x: Tensor, result: Tensor) -> Tensor:
+    """Return `result` in the memory format of the maps `x`, as it is inside a transform of torch.
+
+    There is no other format than torch's default inside of a batch.
+    """
+    if transformed(result):
+        return result
+    return result.contiguous(memory_format=memory_format_of(x))
 
 
 def rows_cols(weight_shape: Sequence[int]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekd._torch import transformed
 from sparsekd.ops import checks, reference
 from sparsekd.ops.layout import memory_format_of
 from sparsekd.ops.register import kernel, library, register_autograd
@@ -77,8 +78,9 @@ def _norm_act_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
 
 
 def _norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # The formula in plain torch is what a second derivative goes through.
-    run: Any = reference.norm_act_backward if torch.is_grad_enabled() else norm_act_backward
+    # The formula in plain torch is what a second derivative goes through, and a batch of first ones.
+    plain = torch.is_grad_enabled() or transformed(grad)
+    run: Any = reference.norm_act_backward if plain else norm_act_backward
     needs = ctx.needs_input_grad
     params = not ctx.frozen or needs[2] or needs[3]
     dx, dresidual, dweight, dbias = run(grad, *ctx.saved_tensors, *ctx.rest, params)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsekd.csr import flat_indices, validate
 from sparsekd.errors import ShapeError
-from sparsekd.ops.layout import matrix, memory_format_of, rows_cols
+from sparsekd.ops.layout import in_format_of, matrix, memory_format_of, rows_cols
 
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
@@ -259,10 +259,9 @@ def norm_act_backward(
     if not frozen:
         along = (upper * normal).mean(_PER_CHANNEL, keepdim=True)
         dx = dx - upper.mean(_PER_CHANNEL, keepdim=True) - normal * along
-    dx = (dx * rstd).contiguous(memory_format=memory_format_of(x))
     return (
-        dx,
-        x.new_empty(0) if y is None else grad.contiguous(memory_format=memory_format_of(x)),
+        in_format_of(x, dx * rstd),
+        x.new_empty(0) if y is None else in_format_of(x, grad),
         (grad * normal).sum(_PER_CHANNEL) if param_grads else x.new_empty(0),
         grad.sum(_PER_CHANNEL) if param_grads else x.new_empty(0),
     )

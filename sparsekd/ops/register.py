@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsekd.ops import checks, growth, observe
+from sparsekd._torch import (
+    apply_at_this_level,
+    derivatives_of_outer_levels,
+    in_forward_ad,
+    in_transform,
+    transformed,
+    without_tangent,
+)
+from sparsekd.errors import UnsupportedError
+from sparsekd.ops import checks, growth, observe, transforms
 from sparsekd.ops.backends import choose, choose_measured, forced
 from sparsekd.ops.direct import intercepted, plain
 from sparsekd.ops.kinds import serial, sizes_of
@@ -121,7 +130,7 @@ def _save(ctx: Any, inputs: list[Any], first_rest: int) -> None:
 def _calls(ctx: Any, grad: Tensor) -> SimpleNamespace:
     """Return what a backward pass calls: kernels where its forward could, see `direct`."""
     direct = ctx.direct and type(grad) is Tensor and not torch.is_grad_enabled()
-    return _kernels if direct and not intercepted() else _overloads
+    return _kernels if direct and not (intercepted() or transformed(grad)) else _overloads
 
 
 # -- conv2d ---------------------------------------------------------------------------------------
@@ -227,12 +236,17 @@ def _linear_wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
 
 
 def register_autograd(
-    op: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]
+    op: torch._ops.OpOverload,
+    backward: Callable[..., Any],
+    setup: Callable[..., None],
+    jvp: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Do what torch.library.register_autograd does, without its reading the schema on every call.
 
-    That reading took longer than a whole small layer. Returned is what now runs under autograd; it
-    takes the dispatcher's key set, None to go past the dispatcher, and the operands.
+    That reading took longer than a whole small layer. Forward-mode differentiation and transforms
+    of torch.func, which torch's function does not know, work as well, see `transforms`. Returned is
+    what now runs under autograd; it takes the dispatcher's key set, None to go past the dispatcher,
+    and the operands.
     """
     name = op._opname
 
@@ -246,21 +260,39 @@ def register_autograd(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             *inputs, keyset = args  # last, so that needs_input_grad counts as the op does
-            result = below(keyset, *inputs)
+            if keyset is not None and in_transform():
+                with derivatives_of_outer_levels():
+                    result = below(keyset, *inputs)
+            else:
+                result = below(keyset, *inputs)
             ctx.direct = keyset is None
             setup(ctx, inputs, result)
+            if in_forward_ad():
+                ctx.save_for_forward(*inputs[:4])
+                ctx.others = inputs[4:]
             return result
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
             return *backward(ctx, *grads), None
 
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            if jvp is None:
+                raise UnsupportedError(f"{name}: has no forward-mode derivative")
+            with derivatives_of_outer_levels():
+                primals = map(without_tangent, (*ctx.saved_tensors, *ctx.others))
+                return jvp(list(primals), tangents[:-1])
+
     Node.__name__ = Node.__qualname__ = f"Sparsekd_{name}"
 
     def run(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        if in_forward_ad() or (
+            torch.is_grad_enabled()
+            and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         ):
+            if in_transform():
+                return apply_at_this_level(Node, *args, keyset)
             return Node.apply(*args, keyset)
         return below(keyset, *args)
 
@@ -268,22 +300,31 @@ def register_autograd(
     return run
 
 
+def _product(
+    name: str, backward: Callable[..., Any], setup: Callable[..., None]
+) -> Callable[..., Any]:
+    """Register the derivatives of a product and its batching rule."""
+    op = getattr(_overloads, name)
+    torch.library.register_vmap(f"sparsekd::{name}", transforms.vmap(name, op), lib=library)
+    return register_autograd(op, backward, setup, transforms.jvp(name, op))
+
+
 def _eager(
-    op: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]
+    name: str, backward: Callable[..., Any], setup: Callable[..., None]
 ) -> Callable[..., Tensor]:
-    """Register the derivative; return a function like `op` that takes short cuts where it can.
+    """Register a product; return a function like its op that takes short cuts where it can.
 
     They lead past the dispatcher, see `direct`, and to torch's own layer, derivative included,
     where a backend has a function for weights without zeros.
     """
-    run = register_autograd(op, backward, setup)
-    product = getattr(_kernels, op._opname)
+    run = _product(name, backward, setup)
+    op, product, whole_name = getattr(_overloads, name), getattr(_kernels, name), f"whole_{name}"
 
     def call(*args: Any) -> Tensor:
         if not plain(args):
             return op(*args)
         if args[3].shape[0] == math.prod(args[5]) and not observe.listeners:
-            whole = getattr(product.backend(args), f"whole_{op._opname}", None)
+            whole = getattr(product.backend(args), whole_name, None)
             if whole is not None:
                 return whole(*args)
         return run(None, *args)
@@ -291,12 +332,12 @@ def _eager(
     return call
 
 
-call_conv2d = _eager(conv2d, _conv2d_backward, _conv2d_setup)
-register_autograd(conv2d_dgrad, _conv2d_dgrad_backward, _conv2d_dgrad_setup)
-register_autograd(conv2d_wgrad, _conv2d_wgrad_backward, _conv2d_wgrad_setup)
-call_linear = _eager(linear, _linear_backward, _linear_setup)
-register_autograd(linear_dgrad, _linear_dgrad_backward, _linear_dgrad_setup)
-register_autograd(linear_wgrad, _linear_wgrad_backward, _linear_wgrad_setup)
+call_conv2d = _eager("conv2d", _conv2d_backward, _conv2d_setup)
+_product("conv2d_dgrad", _conv2d_dgrad_backward, _conv2d_dgrad_setup)
+_product("conv2d_wgrad", _conv2d_wgrad_backward, _conv2d_wgrad_setup)
+call_linear = _eager("linear", _linear_backward, _linear_setup)
+_product("linear_dgrad", _linear_dgrad_backward, _linear_dgrad_setup)
+_product("linear_wgrad", _linear_wgrad_backward, _linear_wgrad_setup)
 
 
 # -- autocast: the factors and the bias take the autocast dtype; kernels accumulate in float32 ----
