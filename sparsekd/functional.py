@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd import ops
+from sparsekd._torch import transformed
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.ops.layout import in_format_of
 from sparsekd.topology import Topology
@@ -154,12 +157,57 @@ def conv2d(
         raise ShapeError(f"topology: expected a 4-D weight, got {list(topology.shape)}")
     step, dilate = _pair("stride", stride), _pair("dilation", dilation)
     sides = resolve_padding(padding, topology.shape[2:], step, dilate)
-    if x.ndim == 3:
-        batched = _conv2d(
-            topology, values, x[None], bias, step, sides, dilate, groups, padding_mode
-        )
-        return batched[0]
-    return _conv2d(topology, values, x, bias, step, sides, dilate, groups, padding_mode)
+    crow, col, shape = topology.crow_indices, topology.col_indices, list(topology.shape)
+    geometry = step, sides, dilate, groups
+    return convolve(x, values, crow, col, bias, shape, *geometry, padding_mode=padding_mode)
+
+
+@torch.fx.wrap
+def convolve(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    padding_mode: str = "zeros",
+    channels_last: bool = False,
+) -> Tensor:
+    """Return what the op conv2d does, of one image as well and in any padding mode.
+
+    A graph of torch.fx holds this as one call, as it cannot look at the shape of `x`.
+
+    Args:
+        x: the input, batched or not.
+        values, crow, col, bias, weight_shape, stride, padding, dilation, groups: those of the op.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        channels_last: whether the result is to be in that memory format.
+
+    Shape:
+        - x: `[N, C_in, H, W]` or `[C_in, H, W]`
+        - result: `[N, C_out, H_out, W_out]` or `[C_out, H_out, W_out]`
+
+    Example:
+        >>> topology = Topology.from_mask(torch.ones(4, 3, 1, 1, dtype=torch.bool))
+        >>> crow, col = topology.crow_indices, topology.col_indices
+        >>> geometry = [4, 3, 1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1
+        >>> convolve(torch.ones(3, 8, 8), torch.ones(12), crow, col, None, *geometry).shape
+        torch.Size([4, 8, 8])
+    """
+    maps = x[None] if x.ndim == 3 else x
+    if channels_last and maps.stride(1) != 1 and not transformed(maps):
+        maps = maps.clone(memory_format=torch.channels_last)
+    if padding_mode != "zeros":
+        maps, padding = pad_input(maps, padding, padding_mode), [0, 0, 0, 0]
+    y = ops.call_conv2d(
+        maps, values, crow, col, bias, weight_shape, stride, padding, dilation, groups
+    )
+    return y[0] if x.ndim == 3 else y
 
 
 def resolve_padding(
@@ -222,24 +270,6 @@ def pad_input(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
 def _linear(topology: Topology, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     shape = [topology.rows, topology.cols]
     return ops.call_linear(x, values, topology.crow_indices, topology.col_indices, bias, shape)
-
-
-def _conv2d(
-    topology: Topology,
-    values: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    padding_mode: str,
-) -> Tensor:
-    if padding_mode != "zeros":
-        x, padding = pad_input(x, padding, padding_mode), [0, 0, 0, 0]
-    crow, col = topology.crow_indices, topology.col_indices
-    shape = list(topology.shape)
-    return ops.call_conv2d(x, values, crow, col, bias, shape, stride, padding, dilation, groups)
 
 
 def _pair(name: str, value: int | Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from sparsekd.errors import TopologyError
+from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn import copies
 from sparsekd.nn.in_place import prepare_in_place
@@ -278,6 +278,14 @@ class SparseModule(nn.Module):
         """Set the mode; a compiled model notices here what an eager one does in its forward."""
         copies.check(self)
         return super().train(mode)
+
+    def __prepare_scriptable__(self) -> SparseModule:
+        # What torch.jit.script calls on every module that it is to compile.
+        raise UnsupportedError(
+            f"torch.jit.script: TorchScript cannot compile a {type(self).__name__}; script the dense "
+            "model, torch.jit.script(skd.densify(model)), or keep it sparse with torch.jit.trace or "
+            "torch.export"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseModule:
         known, before = self._topology, self.crow_indices

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from sparsekd import ops
-from sparsekd._torch import transformed
+from sparsekd import functional
 from sparsekd.errors import ShapeError, UnsupportedError
-from sparsekd.functional import PADDING_MODES, pad_input, resolve_padding
+from sparsekd.functional import PADDING_MODES, resolve_padding
 from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, copy_dense_
 from sparsekd.nn.masks import dense_mask, initial_mask
+from sparsekd.nn.tracing import call_module, stays_whole
 from sparsekd.ops.layout import memory_format_of
 
 _Size = int | Sequence[int]
@@ -115,15 +116,10 @@ class SparseConv2d(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x` with the weight, plus the bias."""
-        if x.ndim == 3:
-            return self.forward(x[None])[0]
+        if isinstance(x, Proxy) and stays_whole(self, SparseConv2d.forward, x):
+            return call_module(self, x)
         self._watch()
-        if self.channels_last and x.stride(1) != 1 and not transformed(x):
-            x = x.clone(memory_format=torch.channels_last)
-        sides = self._sides
-        if self.padding_mode != "zeros":
-            x, sides = pad_input(x, sides, self.padding_mode), [0, 0, 0, 0]
-        return ops.call_conv2d(
+        return functional.convolve(
             x,
             self.values,
             self.crow_indices,
@@ -131,9 +127,11 @@ class SparseConv2d(SparseModule):
             self.bias,
             self.weight_shape,
             self.stride,
-            sides,
+            self._sides,
             self.dilation,
             self.groups,
+            padding_mode=self.padding_mode,
+            channels_last=self.channels_last,
         )
 
     @classmethod
@@ -229,6 +227,10 @@ class SparseConv2d(SparseModule):
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join([*parts, self._describe_topology()])
+
+
+# torch.fx writes the annotations of what it traces into a graph, and cannot pickle strings there.
+SparseConv2d.forward.__annotations__ = {"x": Tensor, "return": Tensor}
 
 
 def _pair(name: str, size: _Size, least: int = 1) -> tuple[int, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sparsekd import ops
 from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, copy_dense_
 from sparsekd.nn.masks import dense_mask, initial_mask
+from sparsekd.nn.tracing import call_module, stays_whole
 
 
 class SparseLinear(SparseModule):
@@ -73,6 +75,8 @@ class SparseLinear(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias`."""
+        if isinstance(x, Proxy) and stays_whole(self, SparseLinear.forward, x):
+            return call_module(self, x)
         self._watch()
         return ops.call_linear(
             x, self.values, self.crow_indices, self.col_indices, self.bias, self.weight_shape
@@ -142,3 +146,7 @@ class SparseLinear(SparseModule):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._describe_topology()}"
         )
+
+
+# torch.fx writes the annotations of what it traces into a graph, and cannot pickle strings there.
+SparseLinear.forward.__annotations__ = {"x": Tensor, "return": Tensor}

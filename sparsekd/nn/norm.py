@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparsekd import ops
+from sparsekd._torch import transformed
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
@@ -54,7 +54,7 @@ def norm_act(
     return y if act is None else act(y)
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether calling the module is no more than its class's forward."""
     return not (
         module._forward_pre_hooks
@@ -68,7 +68,7 @@ def _is_bare(module: nn.Module) -> bool:
 
 def _is_relu(act: Callable[[Tensor], Tensor] | None) -> bool:
     if isinstance(act, nn.Module):
-        return type(act) is nn.ReLU and _is_bare(act)
+        return type(act) is nn.ReLU and is_bare(act)
     return act is None or is_relu_function(act)
 
 
@@ -79,8 +79,10 @@ def is_relu_function(act: Any) -> bool:
 
 def _fits(norm: nn.BatchNorm2d, x: Tensor, residual: Any) -> bool:
     """Whether the fused op takes these tensors, and errors and exotic modes are not at stake."""
-    if not _is_bare(norm) or not _is_plain_tensor(x):
+    if not is_bare(norm) or not _is_plain_tensor(x):
         return False
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False  # a graph that is to leave this process holds torch's own ops
     if x.ndim != 4 or x.shape[1] != norm.num_features or not x.numel():
         return False
     if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
@@ -98,7 +100,7 @@ def _fits(norm: nn.BatchNorm2d, x: Tensor, residual: Any) -> bool:
     # A single value has no variance: torch's own error says so.
     if _uses_batch(norm) and x.numel() == x.shape[1]:
         return False
-    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+    return not transformed(x)
 
 
 def _is_plain_tensor(x: Any) -> bool:

@@ -1,0 +1,35 @@
+"""What a graph of torch.fx holds of a sparse module: the module itself, as it does of torch's own.
+
+So the graph follows a rewire, and what looks for sparse modules finds them in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from sparsekd.nn.norm import is_bare
+
+
+def stays_whole(module: nn.Module, forward: Callable[..., Tensor], x: Proxy) -> bool:
+    """Return whether a call of `module` can be one node of the graph.
+
+    It cannot where more is being traced than its forward pass, which would then run twice: hooks,
+    or the forward of a subclass that calls this one. Nor where the module is all of the graph.
+
+    Args:
+        module: the one called.
+        forward: the function that is running.
+        x: what it was called with.
+    """
+    root = getattr(x.tracer, "root", module)
+    return type(module).forward is forward and is_bare(module) and module is not root
+
+
+def call_module(module: nn.Module, x: Proxy) -> Any:
+    """Record a call of `module`; return the proxy of its result."""
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
