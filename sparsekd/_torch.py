@@ -36,9 +36,7 @@ def transformed(tensor: torch.Tensor) -> bool:
     Batches are made by torch.func.vmap and, another kind, by `is_grads_batched` and
     `vectorize=True` of torch.autograd.
     """
-    return (
-        in_transform() or in_forward_ad() or (not _is_compiling() and _is_legacy_batched(tensor))
-    )
+    return in_transform() or in_forward_ad() or (not _is_compiling() and _is_legacy_batched(tensor))
 
 
 def apply_at_this_level(node: type[torch.autograd.Function], *args: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn import copies
+from sparsekd.nn.dynamic import expect_other_lengths
 from sparsekd.nn.in_place import prepare_in_place
 from sparsekd.nn.init import kaiming_
 from sparsekd.topology import Topology, TopologyDelta
@@ -227,6 +228,7 @@ class SparseModule(nn.Module):
         values = self.values
         values.grad = None
         if values.shape != new.shape:
+            expect_other_lengths()
             # The node that accumulates this parameter's gradient remembers its shape while any
             # graph of an earlier forward pass lives; only a change of dtype makes torch forget it.
             other = torch.float32 if values.dtype != torch.float32 else torch.float64
@@ -282,9 +284,9 @@ class SparseModule(nn.Module):
     def __prepare_scriptable__(self) -> SparseModule:
         # What torch.jit.script calls on every module that it is to compile.
         raise UnsupportedError(
-            f"torch.jit.script: TorchScript cannot compile a {type(self).__name__}; script the dense "
-            "model, torch.jit.script(skd.densify(model)), or keep it sparse with torch.jit.trace or "
-            "torch.export"
+            f"torch.jit.script: TorchScript cannot compile a {type(self).__name__}; script the "
+            "dense model, torch.jit.script(skd.densify(model)), or keep it sparse with "
+            "torch.jit.trace or torch.export"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseModule:

@@ -204,6 +204,15 @@ def conv2d_shape(
     return [input_shape[0], rows, (high - 1) // stride[0] + 1, (wide - 1) // stride[1] + 1]
 
 
+def refuse_onnx() -> None:
+    """Raise UnsupportedError where torch.onnx is exporting: it has no operator for ours."""
+    if torch.onnx.is_in_onnx_export():
+        raise UnsupportedError(
+            "torch.onnx: ONNX has no operators for sparse weights; export the dense model, "
+            "torch.onnx.export(skd.densify(model), ...)"
+        )
+
+
 def _structure(crow: Tensor, col: Tensor, rows: int) -> None:
     if crow.dtype != torch.int32 or col.dtype != torch.int32:
         raise TopologyError(f"crow, col: expected dtype int32, got {crow.dtype} and {col.dtype}")

@@ -78,7 +78,7 @@ def _norm_act_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
 
 
 def _norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # The formula in plain torch is what a second derivative goes through, and a batch of first ones.
+    # The formula in plain torch is what second derivatives go through, and a batch of first ones.
     plain = torch.is_grad_enabled() or transformed(grad)
     run: Any = reference.norm_act_backward if plain else norm_act_backward
     needs = ctx.needs_input_grad

@@ -84,21 +84,12 @@ class _Product:
         return backend
 
 
-def refuse_onnx() -> None:
-    """Raise UnsupportedError where torch.onnx is exporting: it has no operator for ours."""
-    if torch.onnx.is_in_onnx_export():
-        raise UnsupportedError(
-            "torch.onnx: ONNX has no operators for sparse weights; export the dense model, "
-            "torch.onnx.export(skd.densify(model), ...)"
-        )
-
-
 def _fake(name: str) -> Callable[..., Tensor]:
     check = getattr(checks, name)
     dtype = torch.int64 if name == "grow_topk" else None
 
     def fake(*args: Any) -> Tensor:
-        refuse_onnx()
+        checks.refuse_onnx()
         layout = memory_format_of(args[0]) if name in _MAPS else torch.contiguous_format
         result = args[0].new_empty(check(*args), dtype=dtype)
         return result.contiguous(memory_format=layout)
@@ -333,7 +324,7 @@ def _eager(
     def call(*args: Any) -> Tensor:
         if not plain(args):
             if torch.jit.is_tracing():
-                refuse_onnx()
+                checks.refuse_onnx()
             return op(*args)
         if args[3].shape[0] == math.prod(args[5]) and not observe.listeners:
             whole = getattr(product.backend(args), whole_name, None)

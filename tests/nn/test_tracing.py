@@ -237,9 +237,7 @@ def test_a_densified_model_exports_to_onnx(dynamo: bool) -> None:
     if dynamo:
         pytest.importorskip("onnxscript", reason="torch's exporter is built on onnxscript")
     file, model = io.BytesIO(), skd.densify(skd.optimize(network()))
-    torch.onnx.export(
-        model, (torch.randn(2, 2, 6, 6),), file, dynamo=dynamo, verbose=False
-    )
+    torch.onnx.export(model, (torch.randn(2, 2, 6, 6),), file, dynamo=dynamo, verbose=False)
     file.seek(0)
     assert "Conv" in {node.op_type for node in onnx.load(file).graph.node}
 

@@ -102,9 +102,7 @@ def scalar(f: Function) -> Function:
 
 
 def ones_like(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        None if a is None else double(*a.shape, seed=7 + i) for i, a in enumerate(args)
-    )
+    return tuple(None if a is None else double(*a.shape, seed=7 + i) for i, a in enumerate(args))
 
 
 def present(f: Function, case: Case) -> tuple[Function, tuple[Tensor, ...]]:
