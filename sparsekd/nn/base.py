@@ -17,6 +17,7 @@ from sparsekd.nn import copies
 from sparsekd.nn.dynamic import expect_other_lengths
 from sparsekd.nn.in_place import prepare_in_place
 from sparsekd.nn.init import kaiming_
+from sparsekd.nn.weight import label, scatter_dense, weight_of
 from sparsekd.topology import Topology, TopologyDelta
 
 _Sparse = TypeVar("_Sparse", bound="SparseModule")
@@ -47,6 +48,9 @@ class SparseModule(nn.Module):
     crow_indices: Tensor
     col_indices: Tensor
     _layout = Layout()
+
+    known_as = ""
+    """Name that `sparsify` found the layer under; messages use it."""
 
     capturable = False
     """Whether a rewire writes into the tensors at hand, as a recorded CUDA graph needs it; see
@@ -146,8 +150,26 @@ class SparseModule(nn.Module):
             torch.Size([2, 4])
         """
         topology = self.topology
-        flat = self.values.new_zeros(topology.numel)
-        return flat.scatter(0, topology.flat_indices(), self.values).view(topology.shape)
+        return scatter_dense(self.values, topology.flat_indices(), topology.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that expects one; differentiable with respect to `values`.
+
+        Reading `dtype`, `device`, `shape` and the like costs nothing. Whatever computes with it
+        makes the dense weight anew, and the first time a warning says so. What would write into
+        it raises UnsupportedError.
+
+        Shape:
+            the weight's, `topology.shape`
+
+        Example:
+            >>> import sparsekd as skd
+            >>> layer = skd.nn.SparseLinear(4, 2, sparsity=0.5)
+            >>> layer.weight.shape, layer.weight.dtype
+            (torch.Size([2, 4]), torch.float32)
+        """
+        return weight_of(self)
 
     @torch.no_grad()
     def rewire(self, mask: Tensor) -> TopologyDelta:
@@ -374,14 +396,14 @@ class SparseModule(nn.Module):
             dense.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return dense.train(self.training)
 
-    def __getattr__(self, name: str) -> Any:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise AttributeError(
-                f"{type(self).__name__} has no dense 'weight': it stores the nonzeros as 'values' "
-                "(dense_weight() builds the tensor). If other code must read the weight, keep "
-                "this layer dense: sparsify(..., skip=<its name>)"
+            raise UnsupportedError(
+                f"weight of {label(self)}: a sparse layer stores no dense weight that could be "
+                "replaced or shared. Write to `values`, load_state_dict({'weight': tensor, ...}), "
+                "or keep the layer dense: sparsify(..., skip=<its name>)"
             )
-        return super().__getattr__(name)
+        super().__setattr__(name, value)
 
     def _describe_topology(self) -> str:
         layout = "" if self.layout.name == "csr" else f", layout={str(self.layout)!r}"

@@ -128,6 +128,7 @@ def sparsify(
     for name, mask in chosen.items():
         layout.check(mask, f"masks[{name!r}]")
         sparse = _sparse_twin(layers[name], mask, layout)
+        sparse.known_as = name
         if init == "sparse":
             generator = generator_for(seed, f"{name}.values")
             kaiming_(sparse.values, sparse.topology, generator=generator)
