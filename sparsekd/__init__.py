@@ -19,6 +19,7 @@ from sparsekd import (
     sparsity,
     tickets,
 )
+from sparsekd.coverage import coverage
 from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify
@@ -42,6 +43,7 @@ __all__ = [
     "TopologyDelta",
     "__version__",
     "backend",
+    "coverage",
     "data",
     "densify",
     "dst",

@@ -23,6 +23,7 @@ from sparsekd.ops.growth import Block
 from sparsekd.optim import check_remappable, remap_
 from sparsekd.optim.following import Followed
 from sparsekd.optim.groups import warn_if_undecayed
+from sparsekd.sparsity import warn_of_dead
 from sparsekd.topology import Topology
 
 
@@ -104,6 +105,9 @@ class Updater:
     layouts: ClassVar[tuple[str, ...]] = ("csr", "bcsr")
     """Layouts that the method keeps; "fanin" and "nm" ask it for `ranking`."""
 
+    ablates: ClassVar[bool] = False
+    """Whether it is the method's way to take all weights of an output channel."""
+
     saved: ClassVar[tuple[str, ...]] = ()
     """Attributes that `state_dict` holds besides the iteration and the generator."""
 
@@ -135,6 +139,7 @@ class Updater:
         self.iteration = 0
         self.last_update: dict[str, LayerUpdate] = {}
         self._compared = False
+        self._known_dead: set[str] = set()
         self._capture = GradientCapture(self.modules)
         self.schedule = schedule
 
@@ -214,8 +219,10 @@ class Updater:
         for name in plan:
             check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
         prepared = [self._prepare(name, mask) for name, mask in plan.items()]
+        before = {name: self.modules[name].topology.nnz for name in plan}
         resized = [rewire() for rewire in prepared]
         self._followed.settle()
+        self._warn_of_dead(before)
         self._compare_ranks()
         if any(resized) and replicas.several():
             replicas.rebuild_buckets(self.model)
@@ -409,6 +416,16 @@ class Updater:
     def _compare_ranks(self) -> None:
         replicas.check_topologies({name: m.topology for name, m in self.modules.items()})
         self._compared = True
+
+    def _warn_of_dead(self, before: Mapping[str, int]) -> None:
+        """Name layers and output channels that an update has left without a weight, each once.
+
+        Where as many weights come as go, channels empty and fill all the time.
+        """
+        topologies = {name: self.modules[name].topology for name in before}
+        alive = {n: t.crow_indices.diff() > 0 for n, t in topologies.items() if t.nnz < before[n]}
+        if alive and not self.ablates:
+            warn_of_dead(alive, self._known_dead, stacklevel=5)
 
     def _prepare(self, name: str, mask: Tensor) -> Callable[[], bool]:
         """Return what rewires one layer and says whether its number of weights has changed."""

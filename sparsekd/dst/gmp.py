@@ -85,6 +85,8 @@ class GMP(Updater):
                 f"sparsity: expected at least the model's, {self.initial_sparsity:.4g}, "
                 f"got {sparsity!r}"
             )
+        for module in self.layers().values():
+            module.asked_sparsity = self.sparsity
         self.target(0)  # refuses begin and until out of order
         self.schedule = self._due
 

@@ -53,6 +53,7 @@ class SRigL(RigL):
     """
 
     layouts: ClassVar[tuple[str, ...]] = ("csr", "bcsr", "fanin")
+    ablates = True
     saved = ("targets",)
 
     def __init__(

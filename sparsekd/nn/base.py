@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +17,12 @@ from sparsekd.nn import copies
 from sparsekd.nn.dynamic import expect_other_lengths
 from sparsekd.nn.in_place import prepare_in_place
 from sparsekd.nn.init import kaiming_
+from sparsekd.nn.state import INDICES, mismatch, note_shape, size_problems
 from sparsekd.nn.weight import label, scatter_dense, weight_of
 from sparsekd.topology import Topology, TopologyDelta
 
 _Sparse = TypeVar("_Sparse", bound="SparseModule")
 _Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
-_INDICES = ("crow_indices", "col_indices")
 
 
 class SparseModule(nn.Module):
@@ -51,6 +51,9 @@ class SparseModule(nn.Module):
 
     known_as = ""
     """Name that `sparsify` found the layer under; messages use it."""
+
+    asked_sparsity: float | None = None
+    """Sparsity over all layers that `sparsify` or a pruning method was asked for, if one was."""
 
     capturable = False
     """Whether a rewire writes into the tensors at hand, as a recorded CUDA graph needs it; see
@@ -131,7 +134,7 @@ class SparseModule(nn.Module):
         if device.type != "meta":
             topology = topology.to(device)
         self._topology = topology
-        for name in _INDICES:
+        for name in INDICES:
             self.register_buffer(name, getattr(topology, name).to(device))
         return topology
 
@@ -336,22 +339,27 @@ class SparseModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load values of any topology, or a dense `weight`; all of this module's state or none."""
-        own = {name: state_dict.get(prefix + name) for name in ("values", "bias", *_INDICES)}
-        rest = {k: v for k, v in state_dict.items() if k not in {prefix + n for n in _INDICES}}
+        own = {name: state_dict.get(prefix + name) for name in ("values", "bias", *INDICES)}
+        rest = {k: v for k, v in state_dict.items() if k not in {prefix + n for n in INDICES}}
         topology: Topology | None = None
-        if own["values"] is not None and all(own[name] is not None for name in _INDICES):
-            topology = self._stored_topology(prefix, own)
-        elif own["values"] is None and prefix + "weight" in rest:
+        problems = size_problems(self, prefix, own, local_metadata)
+        if own["values"] is None and prefix + "weight" in rest:
             weight = rest.pop(prefix + "weight")
             if tuple(weight.shape) != self.weight_shape:
-                error_msgs.append(_mismatch(prefix + "weight", weight.shape, self.weight_shape))
-                return
-            topology = self.topology
-            flat = topology.flat_indices().to(weight.device)
-            rest[prefix + "values"] = weight.detach().reshape(-1)[flat]
-        bias = own["bias"]
-        if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
-            error_msgs.append(_mismatch(prefix + "bias", bias.shape, self.bias.shape))
+                problems.append(mismatch(prefix + "weight", weight.shape, self.weight_shape))
+            elif not problems:
+                topology = self.topology
+                flat = topology.flat_indices().to(weight.device)
+                rest[prefix + "values"] = weight.detach().reshape(-1)[flat]
+        elif not problems and all(own[name] is not None for name in ("values", *INDICES)):
+            topology = self._stored_topology(prefix, own)
+        if problems:
+            error_msgs.extend(problems)
+            if strict and own["values"] is not None:
+                absent = (
+                    name for name in own if own[name] is None and getattr(self, name) is not None
+                )
+                missing_keys.extend(prefix + name for name in absent)
             return
         if topology is not None:
             assign = local_metadata.get("assign_to_params_buffers", False)
@@ -366,7 +374,13 @@ class SparseModule(nn.Module):
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if topology is not None:
-            missing_keys[:] = [k for k in missing_keys if k not in {prefix + n for n in _INDICES}]
+            missing_keys[:] = [k for k in missing_keys if k not in {prefix + n for n in INDICES}]
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_shape(self, destination, prefix)
 
     def _stored_topology(self, prefix: str, own: dict[str, Any]) -> Topology:
         """Check a checkpoint's structure; the current one is kept if the positions are the same."""
@@ -408,10 +422,6 @@ class SparseModule(nn.Module):
     def _describe_topology(self) -> str:
         layout = "" if self.layout.name == "csr" else f", layout={str(self.layout)!r}"
         return f"density={self._topology.density:.4g}, nnz={self._topology.nnz}{layout}"
-
-
-def _mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
-    return f"size mismatch for {key}: expected shape {list(expected)}, got {list(got)}"
 
 
 @torch.no_grad()

@@ -8,23 +8,29 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsekd.coverage import NAMED_FROM
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
+from sparsekd.nn.held import replace_held
 from sparsekd.nn.init import kaiming_
 from sparsekd.nn.linear import SparseLinear
 from sparsekd.nn.parallel import keep_indices_local
 from sparsekd.sparsity import (
     Survey,
     allocate,
+    dense_parameters,
     generator_for,
     layers_to_prune,
     layout_masks,
+    living_rows,
     magnitude_masks,
     random_masks,
+    refuse_wrappers,
     skipped_layers,
     survey,
+    warn_of_dead,
 )
 
 CRITERIA = ("random", "magnitude")
@@ -65,17 +71,24 @@ def sparsify(
     objects; build the optimizer after this call, since the weights are new parameters.
 
     Layers of another class than exactly nn.Linear or nn.Conv2d, parametrised, lazy or weight-tied
-    ones are left alone and named in a warning; `survey` lists them, `skip` silences it.
+    ones are left alone and named in a warning, and so is every other parameter of two or more
+    dimensions with 1 % or more of the model: of embeddings, attention, recurrent layers. `survey`
+    lists them, `skip` silences it, and `sparsekd.coverage` says how sparse the whole model is.
+
+    Lists, dicts, tuples and other objects that attributes of the model reach get the new layers as
+    well; where one cannot be given it, a warning says which. References elsewhere, as in local
+    variables, keep the dense layer. Layers and output channels that end up without a weight are
+    named in a RuntimeWarning.
 
     Args:
-        model: any module; an nn.Linear or nn.Conv2d itself is fine.
+        model: any module without a wrapper; an nn.Linear or nn.Conv2d itself is fine.
         sparsity: fraction of zeros over all replaced layers together.
         distribution: "uniform" (the same in every layer; RigL's variant with a dense first layer
             is this plus `skip=<its name>`), "er" or "erk".
         criterion: "random" places the nonzeros at random, "magnitude" at the largest weights of
             each layer, or its tiles of largest mean magnitude.
         skip: names of layers that stay dense, of modules whose layers all do, or fnmatch patterns
-            of such names.
+            of such names; also those of parameters that are not converted, and of their modules.
         layout: structure that the masks have and keep: "csr" (any), "bcsr" (blocks of 16 x 16),
             "fanin" (the same number in every row), "nm" (2 of 4 input channels in every layer,
             with `sparsity=0.5`), or a `sparsekd.Layout` with other numbers.
@@ -96,7 +109,8 @@ def sparsify(
             convert.
         ShapeError, TopologyError: if a mask does not fit its layer.
         UnsupportedError: if a word is not among those above; the text lists them. Or if a mask
-            does not fit the layout; the text names the layer.
+            does not fit the layout; the text names the layer. Or if the model is, or holds, a
+            wrapper (DistributedDataParallel, FSDP, a compiled module, AveragedModel).
 
     Source: Evci et al., Rigging the Lottery, section 3 (1), for the distributions.
 
@@ -110,6 +124,7 @@ def sparsify(
     layout = Layout.parse(layout)
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("init", init, INITS)
+    refuse_wrappers(model, "sparsify")
     skip = [skip] if isinstance(skip, str) else list(skip)
     found = survey(model)
     skipped = skipped_layers(found, skip)
@@ -119,21 +134,20 @@ def sparsify(
     else:
         drawn = layers_to_prune(model, skip)
         chosen = _drawn_masks(drawn, sparsity, distribution, criterion, seed, layout)
-    left = {name: why for name, why in found.left_alone.items() if name not in skipped}
-    if left and masks is None:
-        lines = "".join(f"\n  {name or 'the model itself'}: {why}" for name, why in left.items())
-        warnings.warn(f"sparsify leaves these layers dense:{lines}", stacklevel=3)
     # Every replacement exists before the first one takes its place: an error changes nothing.
     replacements: dict[nn.Module, nn.Module] = {}
     for name, mask in chosen.items():
         layout.check(mask, f"masks[{name!r}]")
         sparse = _sparse_twin(layers[name], mask, layout)
         sparse.known_as = name
+        sparse.asked_sparsity = None if masks is not None else float(sparsity)
         if init == "sparse":
             generator = generator_for(seed, f"{name}.values")
             kaiming_(sparse.values, sparse.topology, generator=generator)
         replacements[layers[name]] = sparse
-    return keep_indices_local(_replace(model, replacements))
+    _warn_of_dense(found, chosen, skip, given=masks is not None)
+    warn_of_dead({name: living_rows(mask) for name, mask in chosen.items()}, stacklevel=3)
+    return keep_indices_local(_replace(model, replacements, "sparsify"))
 
 
 @torch.no_grad()
@@ -145,7 +159,10 @@ def densify(model: nn.Module) -> nn.Module:
 
     Returns:
         The model, with nn.Linear and nn.Conv2d that store the zeros; if it is itself a sparse
-        module, the dense one in its place.
+        module, the dense one in its place. Other references to the layers follow, as in `sparsify`.
+
+    Raises:
+        UnsupportedError: if the model is, or holds, a wrapper.
 
     Example:
         >>> import torch, sparsekd as skd
@@ -154,6 +171,7 @@ def densify(model: nn.Module) -> nn.Module:
           (0): Linear(in_features=4, out_features=2, bias=True)
         )
     """
+    refuse_wrappers(model, "densify")
     replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, SparseLinear | SparseConv2d):
@@ -161,7 +179,7 @@ def densify(model: nn.Module) -> nn.Module:
             dense.register_parameter("bias", module.bias)
             _take_hooks(dense, module)
             replacements[module] = dense
-    return _replace(model, replacements)
+    return _replace(model, replacements, "densify")
 
 
 def _sparse_twin(layer: _DenseLayer, mask: Tensor, layout: Layout) -> SparseModule:
@@ -181,11 +199,47 @@ def _take_hooks(new: nn.Module, old: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
 
 
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def _warn_of_dense(
+    found: Survey, chosen: Mapping[str, Tensor], skip: list[str], *, given: bool
+) -> None:
+    """Name what stays dense: layers that are not understood, and all that weighs something.
+
+    With given masks it is for the caller which layers are small enough to be left out.
+    """
+    skipped = skipped_layers(found, skip)
+    named: dict[str, tuple[str, float]] = {}
+    for name in found.aliases:
+        why = found.left_alone.get(name, "no mask was given for it")
+        share = sum(part.share for part in found.weights.get(name, []))
+        if name not in chosen and name not in skipped and (share >= NAMED_FROM or not given):
+            named[name] = why, share
+    for name, why, share in dense_parameters(found, skip):
+        if share >= NAMED_FROM:
+            named[name] = why, share
+    if named:
+        lines = "".join(
+            f"\n  {name or 'the model itself'}: {why} ({share:.1%})"
+            for name, (why, share) in named.items()
+        )
+        warnings.warn(
+            "sparsify leaves these layers dense, in brackets their share of all parameters (skip "
+            f"silences this, sparsekd.coverage(model) sums up):{lines}",
+            stacklevel=4,
+        )
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], call: str) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+    if left := replace_held(model, replacements):
+        warnings.warn(
+            f"{call} cannot give every holder of a layer the new one. These keep the old layer, "
+            "which is not trained any more; let them look it up in the model when they need it:"
+            + "".join(f"\n  {where}" for where in left),
+            stacklevel=4,
+        )
     _leave_fast_path(model)
     return replacements.get(model, model)
 

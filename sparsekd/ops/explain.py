@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsekd.coverage import Coverage, coverage
 from sparsekd.errors import BackendError, ShapeError
 from sparsekd.modes import in_mode
 from sparsekd.ops import kinds, observe
@@ -76,10 +77,12 @@ class Explanation:
     Args:
         layers: in the order of their first call.
         threads: of torch, when it was measured.
+        coverage: how much of the network is sparse.
     """
 
     layers: tuple[LayerReport, ...]
     threads: int
+    coverage: Coverage
 
     @property
     def ms(self) -> float:
@@ -115,8 +118,9 @@ class Explanation:
 
     @property
     def caption(self) -> str:
-        """How to read the table."""
+        """How to read the table, and how much of the network it is about."""
         return (
+            f"{self.coverage}\n"
             "Passes: ms sparse / dense, * is what runs. All passes: ms as they run / dense. "
             "Tiles: output x input channels that are there together. "
             "Break-even: the sparsity from which on the sparse kernels are faster. "
@@ -244,6 +248,7 @@ def explain(
             for name, passes in watcher.found.items()
         ),
         torch.get_num_threads(),
+        coverage(model),
     )
 
 

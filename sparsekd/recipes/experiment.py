@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparsekd import data, flops, models
+from sparsekd.coverage import coverage
 from sparsekd.errors import DataError
 from sparsekd.layouts import Layout
 from sparsekd.nn import sparse_modules
@@ -311,6 +312,7 @@ class Experiment:
             "seconds": round(sum(row["seconds"] for row in rows), 1),
             "nnz": sum(layer.nnz for layer in pruned),
             "numel": sum(math.prod(layer.shape) for layer in pruned),
+            "sparsity_whole": coverage(model).whole,
             "flops_train": cost.train,
             "flops_train_dense": cost.train_dense,
             "flops_run": sum(row["flops"] for row in rows)

@@ -59,6 +59,7 @@ def table(rows: Sequence[Row]) -> Table:
         "sparsity",
         "test\naccuracy",
         "nnz of\nconvs",
+        "whole\nsparsity",
         "image\nMFLOPs",
         "run\nTFLOPs",
         "run\ns",
@@ -109,6 +110,7 @@ def _line(group: Sequence[Row], timing: Row | None) -> list[str]:
         f"{first['sparsity']:.4g}",
         accuracy,
         f"{first['nnz']:,}",
+        f"{first['sparsity_whole']:.4g}" if "sparsity_whole" in first else "-",
         f"{first['flops_train'] / 1e6:,.2f}",
         _mean(group, "flops_run", 1e12),
         _mean(group, "seconds", 1.0),
@@ -137,7 +139,8 @@ def _caption(rows: Sequence[Row]) -> str:
     seeds = len({row["seed"] for row in rows if row["kind"] == "result"})
     spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
     text = (
-        f"Accuracy on the test split after the last epoch, {spread}. FLOPs: of training on an\n"
+        f"Accuracy on the test split after the last epoch, {spread}. Sparsity as asked for, whole\n"
+        "sparsity over all parameters of the network. FLOPs: of training on an\n"
         "image at the end, and of the whole run with its teacher and the gradients that growth\n"
         "reads; methods that start from a dense run need that besides."
     )

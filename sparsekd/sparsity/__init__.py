@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsekd.sparsity.at_init import grasp, snip, synflow
+from sparsekd.sparsity.dead import living_rows, warn_of_dead
 from sparsekd.sparsity.distributions import DISTRIBUTIONS, ErdosRenyi, allocate, erdos_renyi
 from sparsekd.sparsity.masks import (
     generator_for,
@@ -16,7 +17,13 @@ from sparsekd.sparsity.masks import (
 )
 from sparsekd.sparsity.rounding import apportion, check_sparsity, nearest_prefix, target_nnz
 from sparsekd.sparsity.schedules import Constant, Cosine, Polynomial, Schedule
-from sparsekd.sparsity.survey import Survey, layers_to_prune, skipped_layers, survey
+from sparsekd.sparsity.survey import (
+    Survey,
+    dense_parameters,
+    layers_to_prune,
+    skipped_layers,
+    survey,
+)
 from sparsekd.sparsity.tiles import (
     best_tiles,
     check_fixed_density,
@@ -27,6 +34,7 @@ from sparsekd.sparsity.tiles import (
     random_tiles,
     tile_counts,
 )
+from sparsekd.sparsity.wrappers import refuse_wrappers
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -41,6 +49,7 @@ __all__ = [
     "best_tiles",
     "check_fixed_density",
     "check_sparsity",
+    "dense_parameters",
     "erdos_renyi",
     "fan_in_masks",
     "generator_for",
@@ -49,6 +58,7 @@ __all__ = [
     "grasp",
     "layers_to_prune",
     "layout_masks",
+    "living_rows",
     "magnitude_mask",
     "magnitude_masks",
     "magnitude_tiles",
@@ -56,6 +66,7 @@ __all__ = [
     "random_mask",
     "random_masks",
     "random_tiles",
+    "refuse_wrappers",
     "skipped_layers",
     "snip",
     "survey",
@@ -64,4 +75,5 @@ __all__ = [
     "tile_counts",
     "topk_indices",
     "topk_mask",
+    "warn_of_dead",
 ]

@@ -6,7 +6,6 @@ masks to `sparsify(model, masks=...)`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparsekd.modes import in_mode
+from sparsekd.sparsity.dead import living_rows, warn_of_dead
 from sparsekd.sparsity.distributions import allocate
 from sparsekd.sparsity.masks import global_masks, topk_mask
 from sparsekd.sparsity.rounding import check_sparsity, target_nnz
@@ -260,8 +260,7 @@ def _keep(scores: _Scores, sparsity: float, distribution: str) -> Masks:
 
 
 def _warn_of_empty(masks: Masks) -> Masks:
-    empty = [name for name, mask in masks.items() if not mask.any()]
-    if empty:
-        text = f"no weight is left in {', '.join(empty)}: nothing passes through"
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    # Only of whole layers: that few channels of a layer carry everything is what scores are like.
+    empty = {name: living_rows(mask) for name, mask in masks.items() if not mask.any()}
+    warn_of_dead(empty, stacklevel=3)
     return masks

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsekd.coverage import DensePart, dense_parts
+from sparsekd.sparsity.wrappers import refuse_wrappers
+
 DenseLayer = nn.Linear | nn.Conv2d
 
 
@@ -18,12 +21,15 @@ class Survey(NamedTuple):
 
     `convertible` maps the name of each layer it understands to the layer; `left_alone` maps the
     name of each nn.Linear or nn.Conv2d it does not understand to the reason; `aliases` maps each of
-    these names to all names of the same module.
+    these names to all names of the same module. `weights` maps them to the parameters of two or
+    more dimensions that the layer has, and `others` lists those of all other modules.
     """
 
     convertible: dict[str, DenseLayer]
     left_alone: dict[str, str]
     aliases: dict[str, list[str]]
+    weights: dict[str, list[DensePart]]
+    others: list[DensePart]
 
 
 def survey(model: nn.Module) -> Survey:
@@ -49,7 +55,7 @@ def survey(model: nn.Module) -> Survey:
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders[parameter].add(module)
-    found = Survey({}, {}, {})
+    found = Survey({}, {}, {}, defaultdict(list), [])
     for module, aliases in names.items():
         found.aliases[aliases[0]] = aliases
         reason = _reason_to_leave(module, holders)
@@ -57,6 +63,11 @@ def survey(model: nn.Module) -> Survey:
             found.left_alone[aliases[0]] = reason
         elif isinstance(module, nn.Linear | nn.Conv2d):
             found.convertible[aliases[0]] = module
+    first = {alias: name for name, aliases in found.aliases.items() for alias in aliases}
+    for part in dense_parts(model):
+        paths = (path for name in part.names for path in _around(name))
+        owner = next((first[path] for path in paths if path in first), None)
+        (found.others if owner is None else found.weights[owner]).append(part)
     return found
 
 
@@ -86,11 +97,13 @@ def layers_to_prune(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[st
 
     Raises:
         ValueError: there are none, or a pattern of `skip` matches no layer.
+        UnsupportedError: the model is, or holds, a wrapper.
 
     Example:
         >>> list(layers_to_prune(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "0"))
         ['2']
     """
+    refuse_wrappers(model, "this")
     found = survey(model)
     skipped = skipped_layers(found, skip)
     layers = {name: layer for name, layer in found.convertible.items() if name not in skipped}
@@ -104,10 +117,11 @@ def skipped_layers(found: Survey, skip: str | Iterable[str]) -> set[str]:
 
     Args:
         found: what `survey` said of the model.
-        skip: names or fnmatch patterns, of layers or of modules around them.
+        skip: names or fnmatch patterns, of layers or of modules around them. They may also be of
+            parameters that `sparsify` does not convert, or of their modules.
 
     Raises:
-        ValueError: a pattern matches no layer.
+        ValueError: a pattern matches neither a layer nor such a parameter.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2)))
@@ -116,12 +130,8 @@ def skipped_layers(found: Survey, skip: str | Iterable[str]) -> set[str]:
     """
     aliases, skipped = found.aliases, set[str]()
     for pattern in [skip] if isinstance(skip, str) else skip:
-        matched = {
-            name
-            for name, others in aliases.items()
-            if any(fnmatchcase(path, pattern) for other in others for path in _paths(other))
-        }
-        if not matched:
+        matched = {name for name in aliases if _matches(_names(found, name), pattern)}
+        if not matched and not any(_matches(part.names, pattern) for part in found.others):
             raise ValueError(
                 f"skip: {pattern!r} matches no layer; the layers are {', '.join(aliases)}"
             )
@@ -129,11 +139,46 @@ def skipped_layers(found: Survey, skip: str | Iterable[str]) -> set[str]:
     return skipped
 
 
+def dense_parameters(found: Survey, skip: str | Iterable[str]) -> Iterator[tuple[str, str, float]]:
+    """Yield what no layer holds that `sparsify` understands: name, reason, share of the model.
+
+    Args:
+        found: what `survey` said of the model.
+        skip: as in `skipped_layers`; what matches is left out.
+
+    Example:
+        >>> list(dense_parameters(survey(nn.Embedding(4, 2)), ()))
+        [('weight', 'an Embedding is not converted', 1.0)]
+    """
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    for part in found.others:
+        if not any(_matches(part.names, pattern) for pattern in patterns):
+            kind = type(part.holder).__name__
+            article = "an" if kind[0] in "AEIOU" else "a"
+            yield part.name, f"{article} {kind} is not converted", part.share
+
+
+def _names(found: Survey, layer: str) -> list[str]:
+    """Return the names that a pattern may give a layer: those of a weight it only shares too."""
+    weights = found.weights.get(layer, []) if layer in found.left_alone else []
+    return found.aliases[layer] + [name for part in weights for name in part.names]
+
+
+def _matches(names: Iterable[str], pattern: str) -> bool:
+    return any(fnmatchcase(path, pattern) for name in names for path in _paths(name))
+
+
 def _paths(name: str) -> Iterator[str]:
     """Yield a module's name and those of the modules around it."""
     while name:
         yield name
         name = name.rpartition(".")[0]
+
+
+def _around(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a parameter, the innermost first, the model last."""
+    yield from _paths(name.rpartition(".")[0])
+    yield ""
 
 
 def _why(found: Survey) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sparsekd.layouts import Layout
-from sparsekd.nn import sparsify
+from sparsekd.nn import sparsify, survey
 
 Source = Literal["init", "reinit", "rewind", "final"]
 Start = Literal["pruned", "random", "fan-in", "full", "half", "snip", "grasp", "synflow", "none"]
@@ -163,4 +164,8 @@ def make_ticket(
     ticket = copy.deepcopy(model)
     if state is not None:
         ticket.load_state_dict(dict(state), strict=True)
-    return sparsify(ticket, masks=dict(masks), layout=layout)
+    found = survey(ticket)
+    # That layers without a mask stay dense was asked for here.
+    unmasked = [name for name, names in found.aliases.items() if not masks.keys() & set(names)]
+    skip = [glob.escape(name) for name in unmasked if name]
+    return sparsify(ticket, masks=dict(masks), layout=layout, skip=skip)

@@ -23,6 +23,7 @@ from sparsekd.tickets.superposition import (
     check_superposable,
     fold_,
     prune_back_,
+    warn_of_dead_layers,
 )
 
 
@@ -216,6 +217,7 @@ class SupTickets:
         self._collect()
         merged = blank_copy(self.model if self._merged is None else self._merged)
         prune_back_(merged, _nnz(self.model))
+        warn_of_dead_layers(merged)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             update_bn(loader, merged, device=_device(merged))
         return merged.train(self.model.training)

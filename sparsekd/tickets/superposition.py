@@ -14,7 +14,7 @@ from sparsekd.dst.grid import Grid, smallest_overall
 from sparsekd.errors import ShapeError
 from sparsekd.layouts import check_layouts
 from sparsekd.nn import SparseModule, sparse_modules
-from sparsekd.sparsity import target_nnz, topk_indices
+from sparsekd.sparsity import target_nnz, topk_indices, warn_of_dead
 
 Average = Literal["caa", "cima"]
 
@@ -71,7 +71,18 @@ def superpose(
     if sparsity is not None:
         numel = sum(module.topology.numel for _, module in sparse_modules(merged))
         prune_back_(merged, target_nnz(numel, sparsity))
+        warn_of_dead_layers(merged)
     return merged
+
+
+def warn_of_dead_layers(model: nn.Module) -> None:
+    """Name the layers and output channels of a superposed network that have no weight left.
+
+    Args:
+        model: pruned back.
+    """
+    alive = {name: m.topology.crow_indices.diff() > 0 for name, m in sparse_modules(model)}
+    warn_of_dead(alive, stacklevel=3)
 
 
 def check_average(average: str, beta: float = 0.5) -> None:

@@ -182,6 +182,95 @@ def test_shapes_that_do_not_fit_load_nothing(state, strict):
     assert_same(target, before)
 
 
+def plain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state as safetensors gives it back: without metadata."""
+    return dict(state)
+
+
+def saved(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("keep", [plain, saved])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("layout", ["csr", "bcsr"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_another_number_of_classes_is_torchs_size_mismatch(kind, layout, assign, strict, keep):
+    def build(rows: int) -> nn.Module:
+        if kind == "linear":
+            head: nn.Module = SparseLinear(32, rows, sparsity=0.5, layout=layout)
+        else:
+            head = SparseConv2d(32, rows, 3, sparsity=0.5, layout=layout)
+        return nn.ModuleDict({"fc": head, "norm": nn.BatchNorm1d(3)})
+
+    target, source = build(32), build(48)
+    source["norm"].weight.data.fill_(7)
+    before = snapshot(target["fc"])
+    with pytest.raises(RuntimeError, match=r"mismatch for fc\.values: copying") as found:
+        target.load_state_dict(keep(source.state_dict()), strict=strict, assign=assign)
+    assert type(found.value) is RuntimeError
+    text = str(found.value)
+    assert (
+        "size mismatch for fc.bias: copying a param with shape torch.Size([48]) from checkpoint, "
+        "the shape in current model is torch.Size([32])." in text
+    )
+    assert "size mismatch for fc.crow_indices" in text
+    assert ("size mismatch for fc.weight" in text) is (keep is saved)
+    assert "Missing" not in text
+    assert "Unexpected" not in text
+    assert_same(target["fc"], before)
+    assert bool((target["norm"].weight == 7).all())  # as torch: what fits is loaded
+
+
+@pytest.mark.parametrize("columns", [6, 12])
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_number_of_inputs_is_a_size_mismatch_where_the_checkpoint_tells(columns, strict):
+    target, source = SparseLinear(8, 4, sparsity=0.5), SparseLinear(columns, 4, sparsity=0.5)
+    before = snapshot(target)
+    text = rf"size mismatch for weight: .*\[4, {columns}\].*\[4, 8\]"
+    with pytest.raises(RuntimeError, match=text):
+        target.load_state_dict(saved(source.state_dict()), strict=strict)
+    assert_same(target, before)
+
+
+def test_a_kernel_of_another_form_with_as_many_weights_is_a_size_mismatch():
+    source, target = SparseConv2d(4, 6, (1, 3), sparsity=0.5), SparseConv2d(4, 6, (3, 1))
+    with pytest.raises(
+        RuntimeError, match=r"mismatch for weight: .*\[6, 4, 1, 3\].*\[6, 4, 3, 1\]"
+    ):
+        target.load_state_dict(source.state_dict())
+
+
+def test_damaged_metadata_changes_nothing():
+    source, target = conv(seed=1), conv(seed=2)
+    for shape in ("x", [None], 3, None):
+        state = source.state_dict()
+        state._metadata[""]["weight_shape"] = shape
+        target.load_state_dict(state)
+        assert target.topology == source.topology
+
+
+@pytest.mark.parametrize("gone", ["crow_indices", "col_indices"])
+def test_values_with_half_of_their_indices_are_not_loaded(gone):
+    state, target = conv(seed=1).state_dict(), conv(seed=2)
+    del state[gone]
+    before = snapshot(target)
+    with pytest.raises(RuntimeError, match=f"values: cannot be placed, as {gone} is missing"):
+        target.load_state_dict(state, strict=False)
+    assert_same(target, before)
+
+
+def test_damaged_indices_of_another_size_are_no_size_mismatch():
+    state, target = snapshot(conv(seed=1)), SparseConv2d(4, 8, 3, groups=2)
+    state["col_indices"][1] = state["col_indices"][0]
+    with pytest.raises(TopologyError, match="crow_indices: expected length"):
+        target.load_state_dict(state)
+
+
 @pytest.mark.parametrize("gone", KEYS)
 def test_missing_keys_are_named(gone):
     state = conv(seed=1).state_dict()
