@@ -163,3 +163,9 @@ def test_explain_shows_coverage():
     assert found.coverage.whole == skd.coverage(model).whole
     assert f"{found.coverage.whole:.4g} over the whole model" in str(found)
     assert "2.weight" in str(found)
+
+
+def test_a_model_without_convertible_layers_says_what_it_has():
+    model = nn.Sequential(Conv1D(16, 8), nn.ReLU(), Conv1D(8, 16))
+    with pytest.raises(ValueError, match=r"found none; 0\.weight: a Conv1D is not converted"):
+        skd.sparsify(model)

@@ -17,8 +17,9 @@ from sparsekd.nn import copies
 from sparsekd.nn.dynamic import expect_other_lengths
 from sparsekd.nn.in_place import prepare_in_place
 from sparsekd.nn.init import kaiming_
+from sparsekd.nn.scatter import scatter_dense
 from sparsekd.nn.state import INDICES, mismatch, note_shape, size_problems
-from sparsekd.nn.weight import label, scatter_dense, weight_of
+from sparsekd.nn.weight import label, weight_of
 from sparsekd.topology import Topology, TopologyDelta
 
 _Sparse = TypeVar("_Sparse", bound="SparseModule")
@@ -324,10 +325,6 @@ class SparseModule(nn.Module):
             self._adopt(known, crow.device)
         return self
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        copies.check(self)
-        super()._save_to_state_dict(*args, **kwargs)
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -379,6 +376,7 @@ class SparseModule(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        copies.check(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         note_shape(self, destination, prefix)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _OPAQUE = (str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, range)
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)  # fail by themselves when used
 _LIMIT = 1_000_000  # objects looked at, for a model that holds its data set
 _DEPTH = 60
 
@@ -77,7 +78,7 @@ class _Search:
 
     def value(self, value: Any, path: str) -> Any:
         """Return what belongs in the place of a value: mostly itself, once it was searched."""
-        if isinstance(value, _OPAQUE):
+        if type(value) in _PROXIES or isinstance(value, _OPAQUE):
             return value
         if isinstance(value, nn.Module):
             if value in self.new:

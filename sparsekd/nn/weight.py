@@ -13,7 +13,7 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsekd.csr import flat_indices
 from sparsekd.errors import UnsupportedError
+from sparsekd.nn.scatter import scatter_dense
 
 if TYPE_CHECKING:
     from sparsekd.nn.base import SparseModule
@@ -31,11 +32,13 @@ _FREE_ATTRIBUTES = (
     *("shape", "dtype", "device", "requires_grad", "ndim", "layout", "itemsize", "nbytes"),
     *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_sparse_csr"),
     *("is_nested", "is_quantized", "is_mkldnn", "is_leaf", "grad_fn", "output_nr"),
+    *("retains_grad", "_base", "_backward_hooks"),
 )
 _FREE_METHODS = (
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "__len__"),
     *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "get_device", "is_tensor"),
     *("storage_offset", "has_names", "is_inference", "is_conj", "is_neg", "__hash__", "type"),
+    "_is_view",
 )
 _FREE: frozenset[Any] = frozenset(
     # What C calls for an attribute; two of them for one attribute are equal.
@@ -74,6 +77,7 @@ class DenseView(Tensor):
             requires_grad=inner.requires_grad,
         )
         view._inner, view._label = inner, label
+        _refuse_gradients(view)
         return view
 
     def _refuse(self, func: Any, name: str) -> None:
@@ -152,6 +156,7 @@ class LazyWeight(DenseView):
         weight._layer = weakref.ref(layer)
         weight._tables = layer._parameters, layer._buffers
         weight._label = label(layer)
+        _refuse_gradients(weight)
         return weight
 
     def _refuse(self, func: Any, name: str) -> None:
@@ -216,6 +221,25 @@ class LazyWeight(DenseView):
         return NotImplemented
 
 
+@torch.fx.wrap
+def dense_from_csr(values: Tensor, crow: Tensor, col: Tensor, shape: list[int]) -> Tensor:
+    """Return the dense weight of parts that are known to be a structure.
+
+    Args:
+        values: one entry per nonzero.
+        crow: start of each row.
+        col: column of each nonzero.
+        shape: of the weight.
+
+    Example:
+        >>> crow, col = torch.tensor([0, 0, 1]), torch.tensor([1])
+        >>> dense_from_csr(torch.ones(1), crow, col, [2, 2])
+        tensor([[0., 0.],
+                [0., 1.]])
+    """
+    return scatter_dense(values, flat_indices(crow, col, math.prod(shape[1:])), shape)
+
+
 _weights: weakref.WeakKeyDictionary[Any, LazyWeight] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -245,44 +269,6 @@ def weight_of(layer: SparseModule) -> Tensor:
     if weight is None or not weight._fits(values):
         weight = _weights[layer] = LazyWeight.of_layer(layer)
     return weight
-
-
-def scatter_dense(values: Tensor, flat: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return values at flat positions of a dense tensor that is zero elsewhere.
-
-    Args:
-        values: one entry per nonzero.
-        flat: int64 positions in the flat tensor.
-        shape: of the result.
-
-    Returns:
-        A new tensor, differentiable with respect to `values`.
-
-    Example:
-        >>> scatter_dense(torch.ones(1), torch.tensor([2]), (2, 2))
-        tensor([[0., 0.],
-                [1., 0.]])
-    """
-    return values.new_zeros(math.prod(shape)).scatter(0, flat, values).view(*shape)
-
-
-@torch.fx.wrap
-def dense_from_csr(values: Tensor, crow: Tensor, col: Tensor, shape: list[int]) -> Tensor:
-    """Return the dense weight of parts that are known to be a structure.
-
-    Args:
-        values: one entry per nonzero.
-        crow: start of each row.
-        col: column of each nonzero.
-        shape: of the weight.
-
-    Example:
-        >>> crow, col = torch.tensor([0, 0, 1]), torch.tensor([1])
-        >>> dense_from_csr(torch.ones(1), crow, col, [2, 2])
-        tensor([[0., 0.],
-                [0., 1.]])
-    """
-    return scatter_dense(values, flat_indices(crow, col, math.prod(shape[1:])), shape)
 
 
 def label(layer: SparseModule) -> str:
@@ -342,6 +328,24 @@ def _lost(label: str, what: str) -> UnsupportedError:
         "Write to the layer's `values` (one entry per nonzero, in row-major order), or call "
         "reset_parameters(), load_state_dict({'weight': tensor, ...}) or sparsekd.densify"
     )
+
+
+def _refuse_gradients(tensor: DenseView) -> None:
+    """Let a gradient that arrives at the tensor itself raise.
+
+    It does only where an autograd.Function was given the tensor as it is: nothing computed the
+    dense weight from `values` there.
+    """
+
+    def refuse(gradient: Tensor, label: str = tensor._label) -> None:
+        raise UnsupportedError(
+            f"weight of {label}: its gradient cannot reach the layer's `values` through an "
+            "autograd.Function; hand the function dense_weight() of the layer"
+        )
+
+    with torch._C.DisableTorchFunctionSubclass():
+        if tensor.requires_grad:
+            tensor.register_hook(refuse)
 
 
 def _refuse_as_leaf(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def warn_of_dead(
         warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
     if partly:
         text = (
-            "no weight is left in some output channels, which give nothing but their bias: "
+            "no weight is left in some output channels, which give only their bias, if any: "
             f"{_some(list(partly.values()))}"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)

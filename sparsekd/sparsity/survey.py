@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekd.coverage import DensePart, dense_parts
+from sparsekd.coverage import NAMED_FROM, DensePart, dense_parts
 from sparsekd.sparsity.wrappers import refuse_wrappers
 
+_OTHERS = 4  # parameters of other modules that an error names
 DenseLayer = nn.Linear | nn.Conv2d
 
 
@@ -182,7 +183,7 @@ def _around(name: str) -> Iterator[str]:
 
 
 def _why(found: Survey) -> str:
-    if not found.aliases:
-        return "found none"
+    others = sorted(dense_parameters(found, ()), key=lambda other: -other[2])[:_OTHERS]
     reasons = [f"{name}: {why}" for name, why in found.left_alone.items()]
-    return "; ".join(["all are skipped or left alone", *reasons])
+    reasons += [f"{name}: {why}" for name, why, share in others if share >= NAMED_FROM]
+    return "; ".join(["all are skipped or left alone" if found.aliases else "found none", *reasons])

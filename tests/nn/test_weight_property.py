@@ -258,3 +258,50 @@ def test_copies_and_pickles_of_a_layer_have_a_weight_of_their_own():
     assert loaded["layer"].weight.equal(twin.dense_weight())
     assert loaded["weight"].equal(twin.dense_weight())
     assert "weight" not in twin.state_dict()
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.view(4, 6)], ids=["itself", "view"])
+def test_an_autograd_function_gets_the_numbers_and_its_gradient_is_not_lost(view):
+    layer = SparseLinear(6, 4, sparsity=0.5)
+    x = torch.randn(3, 6)
+    y = Product.apply(x, view(layer.weight))
+    torch.testing.assert_close(y, x @ layer.dense_weight().T)
+    with pytest.raises(UnsupportedError, match=r"autograd\.Function; hand .* dense_weight\(\)"):
+        y.sum().backward()
+    Product.apply(x, layer.dense_weight()).sum().backward()
+    expected = torch.ones(3, 4).T @ x
+    torch.testing.assert_close(layer.values.grad, expected[layer.topology.mask()])
+
+
+def test_a_model_that_keeps_a_weight_as_an_attribute_is_copied_whole():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = SparseLinear(6, 6, sparsity=0.5)
+            self.tied = self.fc.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) @ self.tied
+
+    model = Tied()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.fc.values.zero_()
+        twin.fc.values.mul_(2)
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(twin(x), twin.fc(x) @ twin.fc.dense_weight())
+    assert list(twin.state_dict()) == [
+        *("fc.values", "fc.bias", "fc.crow_indices", "fc.col_indices"),
+    ]
