@@ -28,7 +28,7 @@ class Split:
 
     Args:
         images: raw images ``[N, C, H, W]``, usually uint8.
-        labels: int64 ``[N]``.
+        labels: int64 ``[N]``, or a probability of each class, floating-point ``[N, C]``.
         mean: per channel, in units of raw pixels.
         std: per channel, in units of raw pixels.
         augmentation: what `batches(augment=True)` applies to raw images.
@@ -93,8 +93,8 @@ class Split:
                 borrows images from the start of the epoch.
 
         Shape:
-            Yields x ``[B, C, H, W]`` float32, normalised, and y ``[B]`` int64, with B the size of
-            a share.
+            Yields x ``[B, C, H, W]`` float32, normalised, and y ``[B]`` int64 or the labels'
+            ``[B, C]``, with B the size of a share.
 
         Returns:
             An iterable with a length.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsekd.errors import ShapeError
+from sparsekd.errors import ShapeError, UnsupportedError
 
 Reduction = Literal["batchmean", "mean"]
 
@@ -31,22 +31,24 @@ def kd_loss(
     Args:
         student_logits: logits that receive the gradient.
         teacher_logits: logits of the teacher for the same batch; always treated as constants.
-        target: class indices.
+        target: class indices, or a probability of each class, as mixup and CutMix make them.
         temperature: T > 0.
         alpha: weight of the KL term in [0, 1]; 0 is exactly cross entropy.
         reduction: of the KL term: "batchmean" divides by N, "mean" by N * C as the published
             CIFAR code does.
-        label_smoothing: of the cross entropy.
+        label_smoothing: of the cross entropy, in [0, 1]; the target becomes
+            ``(1 - label_smoothing) * target + label_smoothing / C``.
 
     Shape:
-        ``student_logits`` and ``teacher_logits`` ``[N, C]``, ``target`` ``[N]``.
+        ``student_logits`` and ``teacher_logits`` ``[N, C]``, ``target`` ``[N]`` or ``[N, C]``.
 
     Returns:
         A scalar.
 
     Raises:
         ShapeError: the shapes do not fit together.
-        ValueError: temperature, alpha or reduction is out of range.
+        UnsupportedError: class indices are not int64, or probabilities not floating-point numbers.
+        ValueError: temperature, alpha, reduction or label_smoothing is out of range.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2; weights
         as in the code of the KD ticket (arXiv 2101.03255).
@@ -54,9 +56,11 @@ def kd_loss(
     Example:
         >>> student, teacher = torch.randn(8, 10), torch.randn(8, 10)
         >>> loss = kd_loss(student, teacher, torch.arange(8), temperature=4.0, alpha=0.9)
+        >>> mixed = 0.7 * torch.eye(10)[:8] + 0.3 * torch.eye(10)[2:]
+        >>> loss = kd_loss(student, teacher, mixed, label_smoothing=0.1)
     """
     _check(student_logits, teacher_logits, target)
-    check_hyperparameters(temperature, alpha, reduction)
+    check_hyperparameters(temperature, alpha, reduction, label_smoothing)
     ce = F.cross_entropy(student_logits, target, label_smoothing=label_smoothing)
     if alpha == 0:
         return ce  # not 0 * KL + CE: an infinite KL would make that NaN
@@ -67,13 +71,16 @@ def kd_loss(
     return alpha * temperature**2 * kl + (1 - alpha) * ce
 
 
-def check_hyperparameters(temperature: float, alpha: float, reduction: str) -> None:
+def check_hyperparameters(
+    temperature: float, alpha: float, reduction: str, label_smoothing: float = 0.0
+) -> None:
     """Check the hyper-parameters of `kd_loss`.
 
     Args:
         temperature: as in `kd_loss`.
         alpha: as in `kd_loss`.
         reduction: as in `kd_loss`.
+        label_smoothing: as in `kd_loss`.
 
     Raises:
         ValueError: one of them is out of range.
@@ -88,6 +95,8 @@ def check_hyperparameters(temperature: float, alpha: float, reduction: str) -> N
     if reduction not in get_args(Reduction):
         known = " or ".join(map(repr, get_args(Reduction)))
         raise ValueError(f"reduction: expected {known}, got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
@@ -99,9 +108,22 @@ def _check(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> No
             f"teacher_logits: expected the student's shape {tuple(student_logits.shape)}, "
             f"got {tuple(teacher_logits.shape)}"
         )
-    if target.shape != student_logits.shape[:1]:
+    number, classes = student_logits.shape
+    if target.shape == (number,):
+        if target.dtype != torch.int64:
+            raise UnsupportedError(
+                f"target: expected class indices of dtype int64, got {target.dtype}; probabilities "
+                f"have shape [{number}, {classes}]"
+            )
+    elif target.shape != (number, classes):
         raise ShapeError(
-            f"target: expected shape [{student_logits.shape[0]}], got {tuple(target.shape)}"
+            f"target: expected shape [{number}] (class indices) or [{number}, {classes}] "
+            f"(probabilities), got {tuple(target.shape)}"
+        )
+    elif not target.is_floating_point():
+        raise UnsupportedError(
+            f"target: expected probabilities of a floating-point dtype, got {target.dtype}; "
+            f"class indices have shape [{number}]"
         )
 
 
@@ -120,7 +142,7 @@ class Distillation:
         label_smoothing: as in `kd_loss`.
 
     Raises:
-        ValueError: temperature, alpha or reduction is out of range.
+        ValueError: temperature, alpha, reduction or label_smoothing is out of range.
 
     Source: arXiv 2101.03255, "KD ticket"; `until` is early-stopped distillation (its ImageNet
         recipe).
@@ -141,7 +163,7 @@ class Distillation:
         until: int | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
-        check_hyperparameters(temperature, alpha, reduction)
+        check_hyperparameters(temperature, alpha, reduction, label_smoothing)
         self.teacher = teacher.eval()
         self.temperature = temperature
         self.alpha = alpha

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekd.data import Split
@@ -40,8 +40,29 @@ def evaluate(model: nn.Module, data: Split, batch_size: int = 500) -> Evaluation
         for x, y in data.batches(batch_size):
             logits = model(x)
             loss += F.cross_entropy(logits, y, reduction="sum").item()
-            correct += int((logits.argmax(1) == y).sum())
+            correct += correct_predictions(logits, y)
             seen += len(y)
     if seen == 0:
         raise ValueError("data: expected at least one image, got an empty split")
     return Evaluation(loss / seen, correct / seen)
+
+
+def correct_predictions(logits: Tensor, target: Tensor) -> int:
+    """Count the inputs whose largest logit is that of their class.
+
+    Args:
+        logits: of a batch.
+        target: class indices, or a probability of each class; its largest is the class then.
+
+    Shape:
+        ``logits`` ``[N, C]``, ``target`` ``[N]`` or ``[N, C]``.
+
+    Example:
+        >>> logits = torch.eye(3)
+        >>> correct_predictions(logits, torch.tensor([0, 1, 1]))
+        2
+        >>> correct_predictions(logits, 0.6 * torch.eye(3) + 0.4 * torch.eye(3)[[2, 1, 0]])
+        3
+    """
+    labels = target.argmax(1) if target.ndim == logits.ndim else target
+    return int((logits.argmax(1) == labels).sum())

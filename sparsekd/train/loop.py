@@ -25,7 +25,7 @@ from sparsekd.train.batchnorm import synchronize
 from sparsekd.train.checkpoint import load_training, save_training
 from sparsekd.train.config import Training
 from sparsekd.train.cost import StepCost
-from sparsekd.train.evaluation import evaluate
+from sparsekd.train.evaluation import correct_predictions, evaluate
 from sparsekd.train.interrupt import StopRequest
 from sparsekd.train.metrics import Row
 from sparsekd.train.progress import Reporter
@@ -348,7 +348,7 @@ class Trainer:
                     )
                 (loss * (len(labels) / len(y))).backward()
             self._sums["loss"] += value * len(labels)
-            self._sums["correct"] += int((logits.argmax(1) == labels).sum())
+            self._sums["correct"] += correct_predictions(logits, labels)
             self._sums["seen"] += len(labels)
         if self.dst is not None and self.dst.step():
             self._sums["updates"] += 1

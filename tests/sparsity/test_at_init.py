@@ -57,6 +57,14 @@ def test_snip_scores_the_loss_s_sensitivity_to_each_connection():
     assert torch.equal(flat(masks), topk_mask(scores, round(0.2 * len(scores))))
 
 
+@pytest.mark.parametrize("method", [snip, grasp])
+def test_targets_may_be_probabilities(method):
+    model, (x, y) = network(), batch()
+    soft = torch.eye(5, dtype=torch.float64)[y]
+    hard, mixed = method(model, (x, y), sparsity=0.5), method(model, (x, soft), sparsity=0.5)
+    assert torch.equal(flat(hard), flat(mixed))
+
+
 def test_grasp_removes_the_largest_scores_of_its_definition():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()

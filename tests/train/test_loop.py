@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,19 @@ def test_training_learns_and_reports_it(build, images):
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert rows[-1]["val_accuracy"] > 0.5  # a quarter by chance
     assert all(row["images_per_second"] > 0 for row in rows)
+
+
+def test_labels_may_be_probabilities(build, images):
+    """One-hot probabilities train and score like the classes they name."""
+
+    def soft(split):
+        return replace(split, labels=torch.eye(4)[split.labels])
+
+    hard = Trainer(build(), images.train, CONFIG, validation=images.val, seed=1)
+    mixed = Trainer(build(), soft(images.train), CONFIG, validation=soft(images.val), seed=1)
+    for one, other in zip(hard.fit(), mixed.fit(), strict=True):
+        for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert one[key] == pytest.approx(other[key], rel=1e-3), key
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 7, 12])  # five steps an epoch
