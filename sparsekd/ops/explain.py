@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsekd.coverage import Coverage, coverage
 from sparsekd.errors import BackendError, ShapeError
+from sparsekd.inputs import example_inputs, tensors_in
 from sparsekd.modes import in_mode
 from sparsekd.ops import kinds, observe
 from sparsekd.ops.backends import module, running
@@ -204,26 +205,29 @@ def _tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
 
 def explain(
     model: nn.Module,
-    input_shape: Sequence[int],
-    *,
+    *args: Any,
     memory_format: torch.memory_format = torch.channels_last,
+    **kwargs: Any,
 ) -> Explanation:
     """Time each pass of each sparse layer, sparse and dense, and say what runs and why.
 
-    The network runs forward and backward once on random numbers, in evaluation mode; its
-    parameters, gradients, statistics and training flags stay as they were. What was never measured
-    on this machine is, and the choices are kept as in training.
+    The network runs forward and backward once, backward from all its outputs, in evaluation mode;
+    its parameters, gradients, statistics and training flags stay as they were. What was never
+    measured on this machine is, and the choices are kept as in training.
 
     Args:
         model: any network with sparse layers.
-        input_shape: shape of its input, the batch included.
-        memory_format: of an input of four dimensions.
+        *args: its inputs, the batch included. A tuple or list of integers stands for random
+            numbers in this shape.
+        memory_format: of an input of four dimensions that is given as a shape.
+        **kwargs: inputs by name. `args=` and `kwargs=` alone may hold all of them, as a tuple and
+            a dictionary.
 
     Returns:
         One row per layer, and totals; printing it gives a table.
 
     Raises:
-        ShapeError: the network has no output that depends on a sparse layer.
+        ShapeError: the network has no output that depends on a trainable parameter.
 
     Example:
         >>> import sparsekd as skd
@@ -231,11 +235,13 @@ def explain(
         >>> sorted(found.layers[0].passes)
         ['fprop', 'wgrad']
     """
+    make = partial(_random, memory_format=memory_format)
+    inputs, named = example_inputs(model, args, kwargs, make)
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "crow_indices")}
     with _progress(len(layers)) as advance:
         watcher = _Watcher(layers, advance)
         with _alone(watcher), in_mode(model, training=False), torch.enable_grad():
-            _run(model, _input_like(model, input_shape, memory_format))
+            _run(model, inputs, named)
     return Explanation(
         tuple(
             LayerReport(
@@ -252,23 +258,23 @@ def explain(
     )
 
 
-def _run(model: nn.Module, x: Tensor) -> None:
-    output = model(x)
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, dict) else output))
+def _run(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    outputs = [t for t in tensors_in(model(*inputs, **named)) if t.requires_grad]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not output.requires_grad or not parameters:
+    if not outputs or not parameters:
         raise ShapeError("model: expected an output that depends on trainable parameters")
-    torch.autograd.grad(output, parameters, torch.ones_like(output), allow_unused=True)
+    ones = [torch.ones_like(output) for output in outputs]
+    torch.autograd.grad(outputs, parameters, ones, allow_unused=True)
 
 
-def _input_like(
-    model: nn.Module, shape: Sequence[int], memory_format: torch.memory_format
+def _random(
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
 ) -> Tensor:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tuple(shape), generator=generator).to(device, dtype)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
     return x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
 
 

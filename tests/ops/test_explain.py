@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -56,6 +57,41 @@ def test_every_sparse_layer_has_its_passes() -> None:
         assert layer.ms == pytest.approx(sum(times.ms for times in layer.passes.values()))
         assert layer.break_even is None or 0 <= layer.break_even <= 1
     assert found.ms == pytest.approx(sum(layer.ms for layer in found.layers))
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    pooled: torch.Tensor
+    cache: Any = None
+
+
+class Reader(nn.Module):
+    """Take ids and a mask; return several outputs, each of a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.proj = SparseLinear(16, 16, sparsity=0.5, seed=0)
+        self.head = SparseLinear(16, 20, sparsity=0.5, seed=1)
+        self.pool = SparseLinear(16, 4, sparsity=0.5, seed=2)
+
+    def forward(self, ids: torch.Tensor, *, mask: torch.Tensor, plain: bool = False) -> Any:
+        x = self.proj(self.embedding(ids)) * mask[..., None]
+        found = Output(self.head(x), self.pool(x[:, 0]), cache=("nothing", None))
+        return {"a": [found.logits], "b": found.pooled, "ids": ids} if plain else found
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_token_ids_by_name_and_outputs_of_any_kind(plain: bool) -> None:
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    ids, mask = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5)
+    found = skd.explain(Reader(), ids, mask=mask, plain=plain)
+    assert [layer.name for layer in found.layers] == ["proj", "head", "pool"]
+    every = {"fprop", "dgrad", "wgrad"}
+    assert all(set(layer.passes) == every for layer in found.layers)
+    again = skd.explain(Reader(), args=(ids,), kwargs={"mask": mask, "plain": plain})
+    assert [layer.name for layer in again.layers] == ["proj", "head", "pool"]
 
 
 def test_layers_of_one_shape_but_other_tiles_are_timed_apart(monkeypatch) -> None:
