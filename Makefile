@@ -54,7 +54,7 @@ else
 endif
 
 # What the tests choose on a busy machine is not for keeps, hence no cache.
-test-python: $(VENV)/.built
+test-python: $(VENV)/.built $(VENV)/.models
 	SPARSEKD_CACHE=off $(RUN) -m pytest --doctest-modules tests sparsekd
 
 lint: $(VENV)/.built
@@ -106,6 +106,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(RUN)
 	  print(*p["build-system"]["requires"], *p["project"]["dependencies"], \
 	  *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
+	touch $@
+
+# Popular models for tests/thirdparty. Without what torchvision and timm depend on, which would bring
+# another torch; and optional: where they cannot be installed, their tests are skipped. To try again,
+# remove the file.
+$(VENV)/.models: $(VENV)/.installed
+	$(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*p["project"]["optional-dependencies"]["models"], sep="\n")' > $(VENV)/models.txt
+	$(PIP) --no-deps -r $(VENV)/models.txt && $(PIP) transformers pillow \
+	  || echo "going on without popular models: the tests of those that are missing are skipped"
 	touch $@
 
 $(RUN):

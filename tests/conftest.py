@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from sparsekd.train import StopRequest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class StopAt(StopRequest):
@@ -24,3 +33,62 @@ class StopAt(StopRequest):
 @pytest.fixture
 def stop_at() -> type[StopAt]:
     return StopAt
+
+
+def _torchvision() -> ModuleType:
+    """Import torchvision, also where its compiled ops do not load.
+
+    They do not where it was built for another build of torch, as the wheel for CUDA beside torch
+    for the CPU. Its import then fails while it describes two ops that no model uses and that are
+    not there. Here they are declared, without anything that could compute them.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    for op in ("nms", "qnms"):
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define(f"torchvision::{op}", schema)
+    return importlib.import_module("torchvision")
+
+
+def _transformers() -> ModuleType:
+    """Import transformers, which must not take the folder `kernels` for a package that it knows."""
+    with suppress(ImportError):
+        _torchvision()  # which it imports where there is one
+    path = list(sys.path)
+    sys.path[:] = [entry for entry in path if Path(entry).resolve() != ROOT]
+    try:
+        found = importlib.import_module("transformers")
+        importlib.import_module("transformers.utils").is_kernels_available()  # remembers the answer
+    finally:
+        sys.path[:] = path
+    return found
+
+
+def _timm() -> ModuleType:
+    _torchvision()
+    return importlib.import_module("timm")
+
+
+def _or_skip(load: Callable[[], ModuleType]) -> ModuleType:
+    try:
+        return load()
+    except ImportError as error:
+        pytest.skip(f"{load.__name__[1:]} cannot be imported: {error}")
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    return _or_skip(_torchvision)
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    return _or_skip(_timm)
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    return _or_skip(_transformers)

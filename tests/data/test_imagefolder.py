@@ -24,12 +24,8 @@ def test_without_torchvision_the_error_says_how(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def root(tmp_path) -> Path:
+def root(tmp_path, torchvision) -> Path:
     """Write 8 training and 4 test images of two classes; class b is the bright one."""
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision cannot be imported: {error}")
     image = pytest.importorskip("PIL.Image")
     random = np.random.default_rng(0)
     for part, count in (("train", 4), ("val", 2)):
