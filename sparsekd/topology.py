@@ -91,7 +91,7 @@ class Topology:
         self._hash: int | None = None
         self._transpose: TransposedCSR | None = None
         if _release_plan is not None and crow.device.type == "cpu":
-            weakref.finalize(self, _release_plan, crow.numpy(), col.numpy()).atexit = False
+            weakref.finalize(self, _release_plan, crow, col).atexit = False
 
     @classmethod
     def _adopt(cls, crow: Tensor, col: Tensor, shape: Sequence[int], version: int) -> Topology:

@@ -1,6 +1,5 @@
-// What every file of bindings needs: checks of numpy arrays, and views of them.
+// What every file of bindings needs: checks of tensors, and views of them.
 #pragma once
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -9,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bindings/array.h"
 #include "core/conv/conv.h"
 #include "core/error.h"
 #include "core/linear/linear.h"
@@ -17,82 +17,80 @@
 
 namespace sparsekd {
 
-namespace py = pybind11;
-
 using Pair = std::array<int64_t, 2>;
 using Quad = std::array<int64_t, 4>;
-using Indices = py::array;
+using Indices = Array;
 
-inline std::string shape_text(const py::array& a) {
+inline std::string shape_text(const Array& a) {
   std::string text = "[";
-  for (py::ssize_t i = 0; i < a.ndim(); ++i) text += (i ? ", " : "") + std::to_string(a.shape(i));
+  for (int i = 0; i < a.ndim(); ++i) text += (i ? ", " : "") + std::to_string(a.shape(i));
   return text + "]";
 }
 
-inline void check_dims(const char* name, const py::array& a, int dims) {
+inline void check_dims(const char* name, const Array& a, int dims) {
   if (a.ndim() != dims)
     throw ShapeError(std::string(name) + ": expected " + std::to_string(dims) + " dimensions, got shape " +
                      shape_text(a));
 }
 
+// int16_t stands for half precision, which is only moved here.
 template <class T>
-void check_type(const char* name, const py::array& a) {
-  if (!py::isinstance<py::array_t<T>>(a))
-    throw UnsupportedError(std::string(name) + ": expected dtype " +
-                           std::string(py::str(py::dtype::of<T>())) + ", got " +
-                           std::string(py::str(a.dtype())));
-}
-
-// Strides in elements. numpy keeps an array's bytes aligned to its elements unless asked otherwise.
-inline int64_t stride(const char* name, const py::array& a, int dim) {
-  if (a.strides(dim) % a.itemsize()) throw ShapeError(std::string(name) + ": strides must be whole elements");
-  return a.strides(dim) / a.itemsize();
+constexpr const char* type_text() {
+  if constexpr (std::is_same_v<T, int16_t>) return "bfloat16 or float16";
+  if constexpr (std::is_same_v<T, int32_t>) return "int32";
+  return std::is_same_v<T, double> ? "float64" : "float32";
 }
 
 template <class T>
-T* data_of(const char* name, const py::array& a) {
-  check_type<std::remove_const_t<T>>(name, a);
-  if constexpr (std::is_const_v<T>)
-    return static_cast<T*>(a.data());
-  else
-    return static_cast<T*>(const_cast<py::array&>(a).mutable_data());  // throws when read-only
+bool holds(const Array& a) {
+  if constexpr (std::is_same_v<T, int16_t>) return a.type() == Type::kBfloat16 || a.type() == Type::kFloat16;
+  if constexpr (std::is_same_v<T, int32_t>) return a.type() == Type::kInt32;
+  return a.type() == (std::is_same_v<T, double> ? Type::kFloat64 : Type::kFloat32);
 }
 
 template <class T>
-View4<T> view4(const char* name, const py::array& a) {
+T* data_of(const char* name, const Array& a) {
+  using Element = std::remove_const_t<T>;
+  if (!holds<Element>(a))
+    throw UnsupportedError(std::string(name) + ": expected dtype " + type_text<Element>() + ", got " +
+                           a.dtype_text());
+  return static_cast<T*>(a.data());
+}
+
+template <class T>
+View4<T> view4(const char* name, const Array& a) {
   check_dims(name, a, 4);
-  return {data_of<T>(name, a), a.shape(0),         a.shape(1),         a.shape(2),        a.shape(3),
-          stride(name, a, 0),  stride(name, a, 1), stride(name, a, 2), stride(name, a, 3)};
+  return {data_of<T>(name, a), a.shape(0),  a.shape(1),  a.shape(2), a.shape(3),
+          a.stride(0),         a.stride(1), a.stride(2), a.stride(3)};
 }
 
 template <class T>
-View2<T> view2(const char* name, const py::array& a) {
+View2<T> view2(const char* name, const Array& a) {
   check_dims(name, a, 2);
-  return {data_of<T>(name, a), a.shape(0), a.shape(1), stride(name, a, 0), stride(name, a, 1)};
+  return {data_of<T>(name, a), a.shape(0), a.shape(1), a.stride(0), a.stride(1)};
 }
 
 // A one-dimensional contiguous array of `length` elements.
 template <class T>
-T* vector_of(const char* name, const py::array& a, int64_t length) {
+T* vector_of(const char* name, const Array& a, int64_t length) {
   check_dims(name, a, 1);
   if (a.shape(0) != length)
     throw ShapeError(std::string(name) + ": expected " + std::to_string(length) + " elements, got " +
                      std::to_string(a.shape(0)));
-  if (length > 1 && stride(name, a, 0) != 1)
-    throw ShapeError(std::string(name) + ": expected a contiguous array");
+  if (length > 1 && a.stride(0) != 1) throw ShapeError(std::string(name) + ": expected a contiguous array");
   return data_of<T>(name, a);
 }
 
 // A contiguous matrix; its shape has been checked.
 template <class T>
-T* rows_of(const char* name, const py::array& a) {
+T* rows_of(const char* name, const Array& a) {
   const View2<T> m = view2<T>(name, a);
   if (m.rows * m.cols > 0 && ((m.cols > 1 && m.stride_col != 1) || (m.rows > 1 && m.stride_row != m.cols)))
     throw ShapeError(std::string(name) + ": expected a contiguous matrix");
   return m.data;
 }
 
-inline void expect_shape(const char* name, const py::array& a, const std::vector<int64_t>& expected) {
+inline void expect_shape(const char* name, const Array& a, const std::vector<int64_t>& expected) {
   check_dims(name, a, static_cast<int>(expected.size()));
   for (size_t i = 0; i < expected.size(); ++i)
     if (a.shape(i) != expected[i]) {
@@ -126,7 +124,7 @@ inline std::shared_ptr<const Structure> structure(const Indices& crow, const Ind
   return find_structure(r.crow, r.crow_length, r.col, r.nnz, rows, cols);
 }
 
-inline ConvGeometry conv_geometry(const py::array& input, const Quad& weight_shape, const Pair& stride,
+inline ConvGeometry conv_geometry(const Array& input, const Quad& weight_shape, const Pair& stride,
                                   const Quad& padding, const Pair& dilation, int64_t groups) {
   check_dims("x", input, 4);
   ConvGeometry g{};
@@ -155,16 +153,15 @@ inline ConvGeometry conv_geometry(const py::array& input, const Quad& weight_sha
 
 template <class T>
 const T* optional_bias(const py::object& bias, int64_t channels) {
-  return bias.is_none() ? nullptr : vector_of<const T>("bias", bias.cast<py::array>(), channels);
+  return bias.is_none() ? nullptr : vector_of<const T>("bias", bias.cast<Array>(), channels);
 }
 
 // Calls run(float{}) or run(double{}) by the type of `a`.
 template <class F>
-void by_type(const char* name, const py::array& a, F run) {
-  if (py::isinstance<py::array_t<float>>(a)) return run(float{});
-  if (py::isinstance<py::array_t<double>>(a)) return run(double{});
-  throw UnsupportedError(std::string(name) + ": expected float32 or float64, got " +
-                         std::string(py::str(a.dtype())));
+void by_type(const char* name, const Array& a, F run) {
+  if (a.type() == Type::kFloat32) return run(float{});
+  if (a.type() == Type::kFloat64) return run(double{});
+  throw UnsupportedError(std::string(name) + ": expected float32 or float64, got " + a.dtype_text());
 }
 
 }  // namespace sparsekd

@@ -6,19 +6,21 @@
 namespace sparsekd {
 namespace {
 
-// Calls run(T{}) for the type of `a`; half precision comes as int16.
+// Calls run(T{}) for a type of the size of the elements, which both tensors hold.
 template <class F>
-void by_size(const char* name, const py::array& a, F run) {
-  if (py::isinstance<py::array_t<int16_t>>(a)) return run(int16_t{});
-  by_type(name, a, run);
+void by_size(const Array& values, const Array& dense, F run) {
+  if (values.dtype() != dense.dtype())
+    throw UnsupportedError("dense: expected dtype " + values.dtype_text() + ", got " + dense.dtype_text());
+  if (holds<int16_t>(values)) return run(int16_t{});
+  by_type("values", values, run);
 }
 
-void scatter(const py::array& values, const Indices& crow, const Indices& col, const py::array& dense,
-             int64_t taps, int threads) {
+void scatter(const Array& values, const Indices& crow, const Indices& col, const Array& dense, int64_t taps,
+             int threads) {
   check_dims("dense", dense, 2);
   const auto weight = structure(crow, col, dense.shape(0), dense.shape(1));
   check_threads(threads);
-  by_size("values", values, [&](auto type) {
+  by_size(values, dense, [&](auto type) {
     using T = decltype(type);
     const T* from = vector_of<const T>("values", values, weight->nnz);
     T* to = rows_of<T>("dense", dense);
@@ -27,12 +29,12 @@ void scatter(const py::array& values, const Indices& crow, const Indices& col, c
   });
 }
 
-void gather(const py::array& dense, const Indices& crow, const Indices& col, const py::array& values,
-            int64_t taps, int threads) {
+void gather(const Array& dense, const Indices& crow, const Indices& col, const Array& values, int64_t taps,
+            int threads) {
   check_dims("dense", dense, 2);
   const auto weight = structure(crow, col, dense.shape(0), dense.shape(1));
   check_threads(threads);
-  by_size("dense", dense, [&](auto type) {
+  by_size(values, dense, [&](auto type) {
     using T = decltype(type);
     const T* from = rows_of<const T>("dense", dense);
     T* to = vector_of<T>("values", values, weight->nnz);

@@ -1,5 +1,6 @@
 // What dynamic sparse training needs to grow weights: dense weight gradients by tiles, and the best
 // positions.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <variant>
@@ -12,7 +13,7 @@ namespace sparsekd {
 
 namespace {
 
-void conv2d_wgrad_tile(const py::array& grad, const py::array& x, const Quad& tile, const py::array& out,
+void conv2d_wgrad_tile(const Array& grad, const Array& x, const Quad& tile, const Array& out,
                        const Quad& weight_shape, const Pair& stride, const Quad& padding,
                        const Pair& dilation, int64_t groups, int threads) {
   const ConvGeometry g = conv_geometry(x, weight_shape, stride, padding, dilation, groups);
@@ -37,7 +38,7 @@ class Largest {
           int threads)
       : best_(make(structure(crow, col, rows, cols), k, wide, check_threads(threads))) {}
 
-  void offer(const py::array& values, int64_t row, int64_t col, bool magnitude) {
+  void offer(const Array& values, int64_t row, int64_t col, bool magnitude) {
     check_dims("values", values, 2);
     std::visit(
         [&](auto& best) {

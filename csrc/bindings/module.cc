@@ -1,5 +1,5 @@
 // The Python module sparsekd._C: checks types, shapes and lengths, then calls core without the GIL.
-// Arrays are views of the caller's tensors; outputs are written in place.
+// Tensors are the caller's, who holds them; outputs are written in place.
 #include <pybind11/stl.h>
 
 #include "bindings/arrays.h"
@@ -23,17 +23,16 @@ struct Convolution {
   std::shared_ptr<const Structure> weight;
 };
 
-Convolution convolution(const py::array& input, const Indices& crow, const Indices& col,
-                        const Quad& weight_shape, const Pair& stride, const Quad& padding,
-                        const Pair& dilation, int64_t groups) {
+Convolution convolution(const Array& input, const Indices& crow, const Indices& col, const Quad& weight_shape,
+                        const Pair& stride, const Quad& padding, const Pair& dilation, int64_t groups) {
   const ConvGeometry g = conv_geometry(input, weight_shape, stride, padding, dilation, groups);
   auto weight = structure(crow, col, g.out_channels, weight_shape[1] * weight_shape[2] * weight_shape[3]);
   check_weight(g, *weight);
   return {g, weight};
 }
 
-void conv2d(const py::array& x, const py::array& values, const Indices& crow, const Indices& col,
-            const py::object& bias, const py::array& y, const Quad& weight_shape, const Pair& stride,
+void conv2d(const Array& x, const Array& values, const Indices& crow, const Indices& col,
+            const py::object& bias, const Array& y, const Quad& weight_shape, const Pair& stride,
             const Quad& padding, const Pair& dilation, int64_t groups, int threads) {
   const auto [g, weight] = convolution(x, crow, col, weight_shape, stride, padding, dilation, groups);
   expect_shape("y", y, {g.batch, g.out_channels, g.out_h, g.out_w});
@@ -49,8 +48,8 @@ void conv2d(const py::array& x, const py::array& values, const Indices& crow, co
   });
 }
 
-void conv2d_dgrad(const py::array& grad, const py::array& values, const Indices& crow, const Indices& col,
-                  const py::array& dx, const Quad& weight_shape, const Pair& stride, const Quad& padding,
+void conv2d_dgrad(const Array& grad, const Array& values, const Indices& crow, const Indices& col,
+                  const Array& dx, const Quad& weight_shape, const Pair& stride, const Quad& padding,
                   const Pair& dilation, int64_t groups, int threads) {
   const auto [g, weight] = convolution(dx, crow, col, weight_shape, stride, padding, dilation, groups);
   expect_shape("grad", grad, {g.batch, g.out_channels, g.out_h, g.out_w});
@@ -65,8 +64,8 @@ void conv2d_dgrad(const py::array& grad, const py::array& values, const Indices&
   });
 }
 
-void conv2d_wgrad(const py::array& grad, const py::array& x, const Indices& crow, const Indices& col,
-                  const py::array& dvalues, const Quad& weight_shape, const Pair& stride, const Quad& padding,
+void conv2d_wgrad(const Array& grad, const Array& x, const Indices& crow, const Indices& col,
+                  const Array& dvalues, const Quad& weight_shape, const Pair& stride, const Quad& padding,
                   const Pair& dilation, int64_t groups, int threads) {
   const auto [g, weight] = convolution(x, crow, col, weight_shape, stride, padding, dilation, groups);
   expect_shape("grad", grad, {g.batch, g.out_channels, g.out_h, g.out_w});
@@ -81,8 +80,8 @@ void conv2d_wgrad(const py::array& grad, const py::array& x, const Indices& crow
   });
 }
 
-void linear(const py::array& x, const py::array& values, const Indices& crow, const Indices& col,
-            const py::object& bias, const py::array& y, int threads) {
+void linear(const Array& x, const Array& values, const Indices& crow, const Indices& col,
+            const py::object& bias, const Array& y, int threads) {
   check_dims("x", x, 2);
   check_dims("y", y, 2);
   const auto weight = structure(crow, col, y.shape(1), x.shape(1));
@@ -99,8 +98,8 @@ void linear(const py::array& x, const py::array& values, const Indices& crow, co
   });
 }
 
-void linear_dgrad_(const py::array& grad, const py::array& values, const Indices& crow, const Indices& col,
-                   const py::array& dx, int threads) {
+void linear_dgrad_(const Array& grad, const Array& values, const Indices& crow, const Indices& col,
+                   const Array& dx, int threads) {
   check_dims("grad", grad, 2);
   check_dims("dx", dx, 2);
   const auto weight = structure(crow, col, grad.shape(1), dx.shape(1));
@@ -116,8 +115,8 @@ void linear_dgrad_(const py::array& grad, const py::array& values, const Indices
   });
 }
 
-void linear_wgrad_(const py::array& grad, const py::array& x, const Indices& crow, const Indices& col,
-                   const py::array& dvalues, int threads) {
+void linear_wgrad_(const Array& grad, const Array& x, const Indices& crow, const Indices& col,
+                   const Array& dvalues, int threads) {
   check_dims("grad", grad, 2);
   check_dims("x", x, 2);
   const auto weight = structure(crow, col, grad.shape(1), x.shape(1));
@@ -172,6 +171,7 @@ void translate(std::exception_ptr pending) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of sparsekd; use sparsekd.functional, which calls them.";
   py::register_local_exception_translator(translate);
+  TorchNames::load();
   m.def("conv2d", &conv2d);
   m.def("conv2d_dgrad", &conv2d_dgrad);
   m.def("conv2d_wgrad", &conv2d_wgrad);

@@ -6,24 +6,24 @@
 namespace sparsekd {
 namespace {
 
-bool dense(const py::array& a, const Quad& strides) {
+bool dense(const Array& a, const Quad& strides) {
   for (int d = 0; d < 4; ++d)
-    if (a.shape(d) > 1 && stride("x", a, d) != strides[d]) return false;
+    if (a.shape(d) > 1 && a.stride(d) != strides[static_cast<size_t>(d)]) return false;
   return true;
 }
 
-bool is_channels_last(const py::array& a) {
+bool is_channels_last(const Array& a) {
   const int64_t c = a.shape(1), h = a.shape(2), w = a.shape(3);
   return dense(a, {c * h * w, 1, w * c, c});
 }
 
-bool is_contiguous(const py::array& a) {
+bool is_contiguous(const Array& a) {
   const int64_t c = a.shape(1), h = a.shape(2), w = a.shape(3);
   return dense(a, {c * h * w, h * w, w, 1});
 }
 
 // One channel is one long plane, one pixel one row of channels.
-Maps maps_of(const py::array& x) {
+Maps maps_of(const Array& x) {
   check_dims("x", x, 4);
   const int64_t pixels = x.shape(2) * x.shape(3);
   const bool contiguous = is_contiguous(x), last = is_channels_last(x);
@@ -33,7 +33,7 @@ Maps maps_of(const py::array& x) {
 }
 
 template <class T>
-T* maps_like(const char* name, const py::array& a, const py::array& x) {
+T* maps_like(const char* name, const Array& a, const Array& x) {
   expect_shape(name, a, {x.shape(0), x.shape(1), x.shape(2), x.shape(3)});
   if (a.size() > 0 &&
       !((is_contiguous(x) && is_contiguous(a)) || (is_channels_last(x) && is_channels_last(a))))
@@ -42,17 +42,17 @@ T* maps_like(const char* name, const py::array& a, const py::array& x) {
 }
 
 template <class T>
-T* optional_maps(const char* name, const py::object& a, const py::array& x) {
-  return a.is_none() ? nullptr : maps_like<T>(name, a.cast<py::array>(), x);
+T* optional_maps(const char* name, const py::object& a, const Array& x) {
+  return a.is_none() ? nullptr : maps_like<T>(name, a.cast<Array>(), x);
 }
 
 template <class T>
 T* optional_vector(const char* name, const py::object& a, int64_t length) {
-  return a.is_none() ? nullptr : vector_of<T>(name, a.cast<py::array>(), length);
+  return a.is_none() ? nullptr : vector_of<T>(name, a.cast<Array>(), length);
 }
 
 template <class T>
-Norm<T> norm_of(const Maps& maps, const py::array& mean, const py::array& var, const py::object& weight,
+Norm<T> norm_of(const Maps& maps, const Array& mean, const Array& var, const py::object& weight,
                 const py::object& bias, double eps, bool relu) {
   return {maps,
           vector_of<const T>("mean", mean, maps.channels),
@@ -63,7 +63,7 @@ Norm<T> norm_of(const Maps& maps, const py::array& mean, const py::array& var, c
           relu};
 }
 
-void moments(const py::array& x, const py::array& mean, const py::array& var, int threads) {
+void moments(const Array& x, const Array& mean, const Array& var, int threads) {
   const Maps maps = maps_of(x);
   check_threads(threads);
   by_type("x", x, [&](auto type) {
@@ -76,9 +76,8 @@ void moments(const py::array& x, const py::array& mean, const py::array& var, in
   });
 }
 
-void forward(const py::array& x, const py::object& residual, const py::object& weight, const py::object& bias,
-             const py::array& mean, const py::array& var, double eps, bool relu, const py::array& y,
-             int threads) {
+void forward(const Array& x, const py::object& residual, const py::object& weight, const py::object& bias,
+             const Array& mean, const Array& var, double eps, bool relu, const Array& y, int threads) {
   const Maps maps = maps_of(x);
   check_threads(threads);
   by_type("x", x, [&](auto type) {
@@ -92,9 +91,9 @@ void forward(const py::array& x, const py::object& residual, const py::object& w
   });
 }
 
-void backward(const py::array& grad, const py::array& x, const py::object& y, const py::object& weight,
-              const py::object& bias, const py::array& mean, const py::array& var, double eps, bool relu,
-              bool frozen, const py::array& dx, const py::object& dresidual, const py::object& dweight,
+void backward(const Array& grad, const Array& x, const py::object& y, const py::object& weight,
+              const py::object& bias, const Array& mean, const Array& var, double eps, bool relu, bool frozen,
+              const Array& dx, const py::object& dresidual, const py::object& dweight,
               const py::object& dbias, int threads) {
   const Maps maps = maps_of(x);
   check_threads(threads);

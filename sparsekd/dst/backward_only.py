@@ -85,13 +85,12 @@ class BackwardOnly:
             if parameter.grad is not None:
                 replicas.mean_(parameter.grad)
 
-    def prepare_rewire(self, name: str, inner: Tensor, outer: Tensor) -> Callable[[], bool]:
+    def prepare_rewire(self, name: str, inner: Tensor, outer: Tensor) -> Callable[[], None]:
         """Check that a layer can compute with mask `inner` and train `outer` too, the rest resting.
 
         Returns:
             What does so. Values, gradients and optimizer state move along, weights that come from
-            rest get the state of a new parameter; it says whether the number of weights computed
-            with has changed.
+            rest get the state of a new parameter.
 
         Raises:
             UnsupportedError: the layer is capturable, so its tensors must stay where they are.
@@ -103,7 +102,7 @@ class BackwardOnly:
             )
         return partial(self._rewire, name, inner, outer)
 
-    def _rewire(self, name: str, inner: Tensor, outer: Tensor) -> bool:
+    def _rewire(self, name: str, inner: Tensor, outer: Tensor) -> None:
         module, parameter = self.layers[name], self.parameters[name]
         self.resting[name] = self.weights(name)
         old = (module.topology.flat_indices(), self.topologies[name].flat_indices())
@@ -117,7 +116,7 @@ class BackwardOnly:
             for key, value in states[0].items()
             if isinstance(value, Tensor) and value.shape == module.values.shape
         }
-        delta = module.rewire(inner)
+        module.rewire(inner)
         module.values.copy_(weights[new[0]])
         parameter.data = weights[new[1]]
         module.values.grad, parameter.grad = grads
@@ -126,7 +125,6 @@ class BackwardOnly:
                 if key in state:
                     state[key] = tensor
         self._place(name, outer)
-        return delta.old.nnz != delta.new.nnz
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return these weights and where they are; the optimizer's state is its own."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparsekd.dst import growers, replicas, scores
@@ -19,6 +21,7 @@ from sparsekd.dst.grid import Grid, check_method
 from sparsekd.dst.schedules import UpdateSchedule
 from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn import SparseModule, sparse_modules
+from sparsekd.nn.sharded import check_own
 from sparsekd.ops.growth import Block
 from sparsekd.optim import check_remappable, remap_
 from sparsekd.optim.following import Followed
@@ -67,13 +70,14 @@ class Updater:
     way, unless the optimizer has loaded a state too, which is taken to belong to them as they are.
     With a GradScaler, `scaler.step(opt)` and `scaler.update()` both belong under the `if`.
 
-    Under `torch.distributed` every rank builds the same updater on the module that
-    DistributedDataParallel wraps. Dense gradients are averaged over the ranks before they are
-    ranked, and topologies are compared at the first step and after each update.
+    Under `torch.distributed` every rank builds the same updater on its DistributedDataParallel
+    wrapper. Dense gradients are averaged over the ranks before they are ranked, and topologies are
+    compared at the first step and after each update.
 
     Args:
         model: holds the sparse modules. Those with frozen values are never rewired, nor those
-            that store every weight.
+            that store every weight. Of a DistributedDataParallel wrapper it is the module inside,
+            and the wrapper follows where layers change size; see `attach`.
         optimizer: holds the values of these modules.
         schedule: iteration (from 1) -> drop fraction, or None where there is no update.
         seed: of the generator that random growth draws from.
@@ -83,7 +87,8 @@ class Updater:
 
     Raises:
         ValueError: `model` has no sparse module.
-        UnsupportedError: the method cannot keep the layout of a trainable sparse module.
+        UnsupportedError: the method cannot keep the layout of a trainable sparse module, or FSDP
+            shards the model.
         OptimizerStateError: `optimizer` does not hold the values of a trainable sparse module.
 
     Source: Rigging the Lottery (arXiv 1911.11134), algorithm 1.
@@ -120,13 +125,18 @@ class Updater:
         seed: int = 0,
         skip_sgd_on_update: bool = True,
     ) -> None:
-        self.model = model
-        self.modules = dict(sparse_modules(model))
+        self.model = replicas.unwrap(model)
+        self._wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
+        if wrappers := replicas.wrappers_in(model):
+            self.attach(*wrappers)
+        self.modules = dict(sparse_modules(self.model))
         if not self.modules:
             raise ValueError(
                 f"model: expected a model with sparse modules, got a {type(model).__name__} "
                 "without any; call skd.sparsify(model, sparsity=...) first"
             )
+        for name, module in self.modules.items():
+            check_own(module, f"dst.{type(self).__name__}", name)
         check_method(type(self), {name: m.layout for name, m in self.layers().items()})
         self.optimizer = optimizer
         self._grids: dict[str, Grid] = {}
@@ -153,6 +163,24 @@ class Updater:
         self._schedule = schedule
         self._prepare_next()
 
+    def attach(self, *wrappers: DistributedDataParallel) -> None:
+        """Name the DistributedDataParallel wrappers of the model that were not given as `model`.
+
+        A wrapper lays out its gradient buckets when it is made; where layers change size (GMP,
+        GraNet, AC/DC, redistribution) each is told to do so again. Call this when a wrapper is made
+        after the updater, or anew; with no arguments where gradients are averaged without one.
+
+        Args:
+            wrappers: of the model, of a part of it, or of what it is a part of; all of them, in the
+                place of those named before.
+
+        Raises:
+            ValueError: one is no DistributedDataParallel, or of another model.
+        """
+        for wrapper in wrappers:
+            replicas.check_wraps(wrapper, self.model)
+        self._wrappers = [weakref.ref(wrapper) for wrapper in wrappers]
+
     @property
     def due(self) -> bool:
         """Whether the next `step` is to update the topology."""
@@ -174,7 +202,8 @@ class Updater:
             OptimizerStateError: the optimizer has state that cannot follow its weights, those of an
                 update or of a layer that something else has changed; the text names the layer.
             TopologyError: the ranks of a distributed run hold different topologies.
-            UnsupportedError: a capturable layer cannot take its mask; no layer has changed then.
+            UnsupportedError: a capturable layer cannot take its mask, or layers would change size
+                under `torch.distributed` with no wrapper known; no layer has changed then.
         """
         self._follow()
         if not self._compared:
@@ -220,12 +249,13 @@ class Updater:
             check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
         prepared = [self._prepare(name, mask) for name, mask in plan.items()]
         before = {name: self.modules[name].topology.nnz for name in plan}
-        resized = [rewire() for rewire in prepared]
+        wrappers = self._wrappers_to_fit(plan)
+        for rewire in prepared:
+            rewire()
         self._followed.settle()
         self._warn_of_dead(before)
         self._compare_ranks()
-        if any(resized) and replicas.several():
-            replicas.rebuild_buckets(self.model)
+        replicas.rebuild_buckets(wrappers)
         return bool(plan)
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
@@ -427,18 +457,32 @@ class Updater:
         if alive and not self.ablates:
             warn_of_dead(alive, self._known_dead, stacklevel=5)
 
-    def _prepare(self, name: str, mask: Tensor) -> Callable[[], bool]:
-        """Return what rewires one layer and says whether its number of weights has changed."""
+    def _wrappers_to_fit(self, plan: Mapping[str, Tensor]) -> list[DistributedDataParallel]:
+        """Return the wrappers whose buckets will not fit once layers have these masks."""
+        if not replicas.several() or all(
+            int(mask.sum()) == self.modules[name].topology.nnz for name, mask in plan.items()
+        ):
+            return []
+        known = [wrapper for ref in self._wrappers or () if (wrapper := ref()) is not None]
+        if not known and self._wrappers != []:
+            raise UnsupportedError(
+                f"{type(self).__name__} changes the number of nonzeros, which the gradient buckets "
+                "of DistributedDataParallel must follow, but knows no wrapper of the model; give "
+                f"the wrapper instead of the model, as in {type(self).__name__}(network, ...), or "
+                "call attach(network) once there is one; attach() says that there is none"
+            )
+        return known
+
+    def _prepare(self, name: str, mask: Tensor) -> Callable[[], None]:
+        """Return what rewires one layer."""
         module = self.modules[name]
         try:
             rewire_module = module.prepare_rewire(mask)
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error}") from None
 
-        def rewire() -> bool:
-            delta = rewire_module()
-            remap_(self.optimizer, module.values, delta)
-            return delta.old.nnz != delta.new.nnz
+        def rewire() -> None:
+            remap_(self.optimizer, module.values, rewire_module())
 
         return rewire
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import growers
+from sparsekd.dst import growers, replicas
 from sparsekd.dst.set import SET
 from sparsekd.nn import sparse_modules
 from sparsekd.ops.growth import Block
@@ -38,7 +38,7 @@ class Exploration:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = dict(sparse_modules(model))
+        self._modules = dict(sparse_modules(replicas.unwrap(model)))
         self._seen = {name: module.topology for name, module in self._modules.items()}
         self.fired = {name: topology.mask() for name, topology in self._seen.items()}
 

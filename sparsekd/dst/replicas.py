@@ -5,9 +5,8 @@ Every function is a collective where `torch.distributed` is initialised, and fre
 
 from __future__ import annotations
 
-import gc
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -105,28 +104,47 @@ def fingerprint(topology: Topology) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def rebuild_buckets(model: nn.Module) -> None:
-    """Fit the DistributedDataParallel around a model to the sizes its parameters have now.
+def wrappers_in(model: nn.Module) -> list[DistributedDataParallel]:
+    """Return the DistributedDataParallel wrappers among a model and its modules."""
+    return [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
 
-    It lays out gradient buckets once, when it is made; a method that changes the number of nonzeros
-    makes that layout wrong. The parameters stay the same objects and nothing is sent.
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return what a DistributedDataParallel wrapper wraps, any other module as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def check_wraps(wrapper: object, model: nn.Module) -> None:
+    """Raise ValueError unless `wrapper` is a DistributedDataParallel with parameters of `model`."""
+    if not isinstance(wrapper, DistributedDataParallel):
+        raise ValueError(
+            f"wrappers: expected DistributedDataParallel modules, got a {type(wrapper).__name__}"
+        )
+    if set(model.parameters()).isdisjoint(wrapper.parameters()):
+        raise ValueError("wrappers: expected one around the updater's model, got one of another")
+
+
+def rebuild_buckets(wrappers: Iterable[DistributedDataParallel]) -> None:
+    """Fit DistributedDataParallel wrappers to the sizes their parameters have now.
+
+    A wrapper lays out gradient buckets once, when it is made; a method that changes the number of
+    nonzeros makes that layout wrong. The parameters stay the same objects and nothing is sent.
 
     Args:
-        model: whose parameters have changed in size; all wrappers of any of them are found.
+        wrappers: of models whose parameters have changed in size.
     """
-    parameters = set(model.parameters())
-    for wrapper in _wrappers():
-        if not parameters.isdisjoint(wrapper.parameters()):
-            # What unpickling does, but with the process group the wrapper has.
-            wanted, sparse = wrapper._build_params_for_reducer()
-            names = wrapper._build_debug_param_to_name_mapping(wanted)
-            wrapper._ddp_init_helper(wanted, sparse, names, wrapper.static_graph)
-            for hook, state in wrapper._comm_hooks:
-                dist._register_comm_hook(wrapper.reducer, state, hook)
+    for wrapper in wrappers:
+        _lay_out_again(wrapper)
 
 
-def _wrappers() -> Iterator[DistributedDataParallel]:
-    # A wrapper knows its model, not the other way round, and updaters are given the model.
-    for thing in gc.get_objects():
-        if issubclass(type(thing), DistributedDataParallel):
-            yield thing
+def _lay_out_again(wrapper: DistributedDataParallel) -> None:
+    """Do what unpickling a wrapper does, with the process group and the comm hooks it has.
+
+    This alone uses what torch keeps private of its wrapper. The public way is a new wrapper, which
+    the caller, who holds the old one, would have to make at every change of size.
+    """
+    wanted, sparse = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(wanted)
+    wrapper._ddp_init_helper(wanted, sparse, names, wrapper.static_graph)
+    for hook, state in wrapper._comm_hooks:
+        dist._register_comm_hook(wrapper.reducer, state, hook)

@@ -30,7 +30,8 @@ class TopKAST(Updater):
     parameter of each layer, `extra[name]`, and joins the parameter group of the layer's values.
 
     Args:
-        model: holds sparse modules; those with trained values are rewired at once.
+        model: holds sparse modules; those with trained values are rewired at once. Of a model in a
+            DistributedDataParallel wrapper give the wrapper, or wrap the model after this.
         optimizer: holds their values; it must not have stepped yet.
         sparsity: of A, over all layers.
         backward_sparsity: of B; at most `sparsity`.
@@ -89,12 +90,13 @@ class TopKAST(Updater):
         self._sizes = {name: (inner[name], max(inner[name], outer[name])) for name in shapes}
         self._loaded = False
         self._outside = BackwardOnly(self.layers(), optimizer)
+        plan = self.plan(0.0)
+        wrappers = [] if self._wrappers is None else self._wrappers_to_fit(plan)
         with torch.no_grad():
-            for name, mask in self.plan(0.0).items():
+            for name, mask in plan.items():
                 self._prepare(name, mask)()
         self._followed.settle()
-        if replicas.several():
-            replicas.rebuild_buckets(model)
+        replicas.rebuild_buckets(wrappers)
 
     @property
     def extra(self) -> dict[str, nn.Parameter]:
@@ -147,6 +149,6 @@ class TopKAST(Updater):
     def _largest(self, name: str, nnz: int) -> Tensor:
         return topk_mask(scores.magnitude(self.weights(name)), nnz)
 
-    def _prepare(self, name: str, mask: Tensor) -> Callable[[], bool]:
+    def _prepare(self, name: str, mask: Tensor) -> Callable[[], None]:
         outer = self._largest(name, self._sizes[name][1]) & ~mask
         return self._outside.prepare_rewire(name, mask, outer)

@@ -18,6 +18,7 @@ from sparsekd.nn.dynamic import expect_other_lengths
 from sparsekd.nn.in_place import prepare_in_place
 from sparsekd.nn.init import kaiming_
 from sparsekd.nn.scatter import scatter_dense
+from sparsekd.nn.sharded import check_own, check_whole
 from sparsekd.nn.state import INDICES, mismatch, note_shape, size_problems
 from sparsekd.nn.weight import label, weight_of
 from sparsekd.topology import Topology, TopologyDelta
@@ -154,6 +155,7 @@ class SparseModule(nn.Module):
             torch.Size([2, 4])
         """
         topology = self.topology
+        check_whole(self, topology.nnz, "dense_weight()")
         return scatter_dense(self.values, topology.flat_indices(), topology.shape)
 
     @property
@@ -192,7 +194,8 @@ class SparseModule(nn.Module):
             ShapeError: if `mask` does not have the weight's shape.
             TopologyError: if `mask` is not bool.
             UnsupportedError: if `mask` does not fit the module's layout, or is one that a
-                capturable module cannot take in place; nothing has changed then.
+                capturable module cannot take in place, or if FSDP shards the module; nothing has
+                changed then.
 
         Source: Evci et al., Rigging the Lottery, section 3 (grown weights start at zero).
 
@@ -225,6 +228,7 @@ class SparseModule(nn.Module):
             >>> layer.topology.version, rewire().new.version
             (0, 1)
         """
+        check_own(self, "rewire()")
         _, delta = self.topology.rewire(mask)
         self.layout.check(mask)
         in_place = prepare_in_place(self, delta) if self.capturable else None
@@ -364,6 +368,7 @@ class SparseModule(nn.Module):
             if topology is self._topology:
                 copies.in_step(self)
             else:
+                check_own(self, "loading another topology", prefix[:-1])
                 self._store(self.values.detach().new_empty(topology.nnz))
                 copies.moved(self)
             self._adopt(topology, where.device)

@@ -1,4 +1,4 @@
-"""The compiled CPU backend: allocate the result, lend the buffers to `sparsekd._C`.
+"""The compiled CPU backend: allocate the result, lend the tensors to `sparsekd._C`.
 
 Kernels compute in float32 and float64; half precision is computed in float32 and rounded once.
 """
@@ -18,8 +18,6 @@ from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.layout import memory_format_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from sparsekd.ops.growth import Tile
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -43,7 +41,7 @@ def read_bandwidth(bytes_each: int, threads: int, seconds: float) -> float:
 
 def forget(crow: Tensor, col: Tensor) -> None:
     """Drop the plans that the kernels have made for a structure; they are made anew when needed."""
-    _C.release(crow.numpy(), col.numpy())
+    _C.release(crow, col)
 
 
 def tile_size(
@@ -58,21 +56,20 @@ def tile_size(
     return _C.tile_size(_vector(crow), _vector(col), rows, channels * taps, taps, groups)
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype in _HALF else tensor).numpy()
+def _array(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
-def _vector(tensor: Tensor) -> np.ndarray:
+def _vector(tensor: Tensor) -> Tensor:
     """Return a vector without gaps: only maps and matrices may have strides in the kernels."""
     return _array(tensor.contiguous())
 
 
-def _optional(tensor: Tensor | None) -> np.ndarray | None:
+def _optional(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else _vector(tensor)
 
 
-def _matrix(tensor: Tensor) -> np.ndarray:
+def _matrix(tensor: Tensor) -> Tensor:
     """Return the rows of `tensor` as a matrix; a view whenever its strides allow one."""
     if tensor.ndim != 2:
         tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
@@ -99,7 +96,7 @@ def conv2d(
     shape = conv2d_shape(x.shape, weight_shape, stride, padding, dilation, groups)
     y = _empty(shape, x, memory_format_of(x))
     _C.conv2d(
-        _array(x), _vector(values), _vector(crow), _vector(col), _optional(bias), y.numpy(),
+        _array(x), _vector(values), _vector(crow), _vector(col), _optional(bias), y,
         weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
     )  # fmt: skip
     return y.to(x.dtype)
@@ -123,7 +120,7 @@ def conv2d_dgrad(
     made_in = torch.channels_last if max(stride) > 1 else layout
     dx = _empty(input_shape, grad, made_in)
     _C.conv2d_dgrad(
-        _array(grad), _vector(values), _vector(crow), _vector(col), dx.numpy(),
+        _array(grad), _vector(values), _vector(crow), _vector(col), dx,
         weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
     )  # fmt: skip
     return dx.to(grad.dtype).contiguous(memory_format=layout)
@@ -142,7 +139,7 @@ def conv2d_wgrad(
 ) -> Tensor:
     dvalues = _empty([col.shape[0]], x, torch.contiguous_format)
     _C.conv2d_wgrad(
-        _array(grad), _array(x), _vector(crow), _vector(col), dvalues.numpy(),
+        _array(grad), _array(x), _vector(crow), _vector(col), dvalues,
         weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
     )  # fmt: skip
     return dvalues.to(x.dtype)
@@ -181,7 +178,7 @@ def linear_wgrad(
     dvalues = _empty([col.shape[0]], x, torch.contiguous_format)
     _C.linear_wgrad(
         _matrix(grad), _matrix(x), _vector(crow), _vector(col),
-        dvalues.numpy(), torch.get_num_threads(),
+        dvalues, torch.get_num_threads(),
     )  # fmt: skip
     return dvalues.to(x.dtype)
 
@@ -202,7 +199,7 @@ def conv2d_wgrad_tile(
         reference.conv2d_wgrad_tile(grad, x, out, tile, *geometry)
         return
     _C.conv2d_wgrad_tile(
-        _array(grad), _array(x), tile, out.numpy(),
+        _array(grad), _array(x), tile, out,
         weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -232,18 +229,18 @@ class LargestK:
         return torch.from_numpy(self._best.positions())
 
 
-def _maps(x: Tensor, layout: torch.memory_format) -> np.ndarray:
-    return x.detach().contiguous(memory_format=layout).numpy()
+def _maps(x: Tensor, layout: torch.memory_format) -> Tensor:
+    return x.contiguous(memory_format=layout)
 
 
-def _optional_maps(x: Tensor | None, layout: torch.memory_format) -> np.ndarray | None:
+def _optional_maps(x: Tensor | None, layout: torch.memory_format) -> Tensor | None:
     return None if x is None else _maps(x, layout)
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
     maps = _maps(x, memory_format_of(x))
-    _C.norm_moments(maps, mean.numpy(), var.numpy(), torch.get_num_threads())
+    _C.norm_moments(maps, mean, var, torch.get_num_threads())
     return mean, var
 
 
@@ -262,7 +259,7 @@ def norm_act(
     y = _empty(list(x.shape), x, layout)
     _C.norm_forward(
         _maps(x, layout), _optional_maps(residual, layout), _optional(weight), _optional(bias),
-        _vector(mean), _vector(var), eps, relu, y.numpy(), torch.get_num_threads(),
+        _vector(mean), _vector(var), eps, relu, y, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -287,8 +284,8 @@ def norm_act_backward(
     dweight, dbias = (x.new_empty(x.shape[1] if param_grads else 0) for _ in range(2))
     _C.norm_backward(
         _maps(grad, layout), _maps(x, layout), _optional_maps(y, layout), _optional(weight),
-        _optional(bias), _vector(mean), _vector(var), eps, relu, frozen, dx.numpy(),
-        None if y is None else dresidual.numpy(), dweight.numpy() if param_grads else None,
-        dbias.numpy() if param_grads else None, torch.get_num_threads(),
+        _optional(bias), _vector(mean), _vector(var), eps, relu, frozen, dx,
+        None if y is None else dresidual, dweight if param_grads else None,
+        dbias if param_grads else None, torch.get_num_threads(),
     )  # fmt: skip
     return dx, dresidual, dweight, dbias

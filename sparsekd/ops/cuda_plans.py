@@ -99,7 +99,7 @@ class Structure:
         self._earlier: dict[Hashable, Any] = {}
         # copied first and validated after, so nothing changes between the check and the use
         host = [tensor.detach().to("cpu", copy=True) for tensor in (crow, col)]
-        _C.validate(*(tensor.numpy() for tensor in host), *self.size)
+        _C.validate(*host, *self.size)
         self.crow, self.col = host
         self.row = row_indices(self.crow, self.col.shape[0])
         self.versions = _versions(crow, col)

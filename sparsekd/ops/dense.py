@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,6 @@ from torch import Tensor
 
 import sparsekd._C as _C
 from sparsekd.ops.layout import memory_format_of, rows_cols
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _BELOW_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _NONE = [0, 0]
@@ -51,11 +47,6 @@ def _widening(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.view(torch.int16) if tensor.itemsize == 2 else tensor).numpy()
-
-
 def _densify(
     values: Tensor,
     crow: Tensor,
@@ -70,10 +61,7 @@ def _densify(
         return values.reshape(weight_shape)
     weight = torch.empty(weight_shape, dtype=values.dtype, memory_format=layout)
     matrix, taps = _as_matrix(weight)
-    _C.scatter(
-        _array(values.contiguous()), crow.numpy(), col.numpy(), _array(matrix), taps,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _C.scatter(values.contiguous(), crow, col, matrix, taps, torch.get_num_threads())
     return weight
 
 
@@ -84,9 +72,7 @@ def _gather(dweight: Tensor, crow: Tensor, col: Tensor) -> Tensor:
         return dweight.reshape(nnz)
     matrix, taps = _as_matrix(dweight)
     dvalues = dweight.new_empty(nnz)
-    _C.gather(
-        _array(matrix), crow.numpy(), col.numpy(), _array(dvalues), taps, torch.get_num_threads()
-    )
+    _C.gather(matrix, crow, col, dvalues, taps, torch.get_num_threads())
     return dvalues
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,8 +39,8 @@ def remap_(optimizer: Optimizer, param: Parameter, delta: TopologyDelta) -> None
     Raises:
         ShapeError: `param` does not have one entry per nonzero of the new topology.
         OptimizerStateError: `optimizer` does not hold `param`, or a piece of state has another
-            shape (factored or quantised moments, L-BFGS histories), or it is known to belong to
-            another topology than `delta.old`, as after a rewire without `remap_`.
+            shape (factored or quantised moments, L-BFGS histories) or place (ZeRO), or it is known
+            to belong to another topology than `delta.old`, as after a rewire without `remap_`.
 
     Source: Rigging the Lottery (arXiv 1911.11134), released code: momentum of new weights is zero.
 
@@ -128,6 +129,11 @@ def _per_weight(optimizer: Optimizer, param: Parameter, nnz: int) -> Iterator[tu
             "LBFGS keeps one history over all parameters, which cannot follow single weights; "
             "use an optimizer whose state tensors have the shape of their parameter"
         )
+    if _is_zero(optimizer):
+        raise OptimizerStateError(
+            "ZeroRedundancyOptimizer keeps the state of a parameter on one rank, where it cannot "
+            "follow single weights; a static topology may have it, others need the optimizer itself"
+        )
     for key, value in optimizer.state.get(param, {}).items():
         if isinstance(value, Tensor) and value.shape == (nnz,):
             yield key, value
@@ -136,6 +142,11 @@ def _per_weight(optimizer: Optimizer, param: Parameter, nnz: int) -> Iterator[tu
                 f"{type(optimizer).__name__}.state[{key!r}]: expected a tensor of shape [{nnz}] "
                 f"like its parameter or a counter, got {_describe(value)}"
             )
+
+
+def _is_zero(optimizer: Optimizer) -> bool:
+    zero = sys.modules.get("torch.distributed.optim")  # none has been made where it is not loaded
+    return zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer)
 
 
 def _is_shared(value: Any) -> bool:

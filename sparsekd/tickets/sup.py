@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from sparsekd.dst import Updater
+from sparsekd.dst import Updater, replicas
 from sparsekd.dst.schedules import UpdateSchedule, check_fraction, check_positive
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import sparse_modules
@@ -166,6 +167,7 @@ class SupTickets:
         prune_each: bool = False,
         beta: float = 0.5,
     ) -> None:
+        model = replicas.unwrap(model)
         if dst.model is not model or dst.optimizer is not opt:
             raise ValueError("dst: expected a method of this model and this optimizer")
         check_fraction(drop_fraction=drop_fraction)
@@ -177,6 +179,10 @@ class SupTickets:
         dst.schedule = _in_cycles(dst.schedule, self.cycles, drop_fraction)
         self._merged: nn.Module | None = None
         self._folded = 0
+
+    def attach(self, *wrappers: DistributedDataParallel) -> None:
+        """Name the DistributedDataParallel wrappers of the model, as `Updater.attach` does."""
+        self.dst.attach(*wrappers)
 
     def step(self) -> bool:
         """Count one iteration, which `dst` does, and set its learning rate within the cycles.

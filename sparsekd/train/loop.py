@@ -38,7 +38,11 @@ class Objective(Protocol):
 
 
 class DynamicTopology(Protocol):
-    """Be a `sparsekd.dst` method: `step` is True where it rewired instead of letting SGD step."""
+    """Be a `sparsekd.dst` method: `step` is True where it rewired instead of letting SGD step.
+
+    One with `attach`, as those of `sparsekd.dst` have it, is told the DistributedDataParallel
+    wrapper that trains the model.
+    """
 
     def step(self) -> bool: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -220,6 +224,9 @@ class Trainer:
             FloatingPointError: the loss is no longer finite.
         """
         self._called = distributed.replicate(self.model)
+        attach = getattr(self.dst, "attach", None)
+        if attach is not None and isinstance(self._called, DistributedDataParallel):
+            attach(self._called)
         while self.epoch < self.config.epochs:
             self._train_epoch()
             row = self._close_epoch()

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsekd import dst, sparsify
 from sparsekd.dst import replicas
-from sparsekd.errors import TopologyError
+from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.nn import SparseLinear, densify, sparse_modules
 
 BATCH = 8
@@ -70,7 +70,7 @@ def train(method: str, steps: int, rank: int, world: int, passes: int = 1) -> di
     model = network(0.0 if method in DENSE_AT_FIRST else 0.7, layout=LAYOUTS.get(method, "csr"))
     wrapped = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    updater = METHODS[method](model, optimizer)
+    updater = METHODS[method](wrapped, optimizer)
     identities = [id(p) for p in model.parameters()]
     known = set(identities)
     rewired = 0
@@ -114,7 +114,7 @@ def dense_gradient(rank: int, world: int) -> dict[str, Tensor]:
     model = network()
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    updater = dst.RigL(model, optimizer, every=1, until=9)
+    updater = dst.RigL(wrapped, optimizer, every=1, until=9)
     with wrapped.no_sync():
         wrapped(batch(0, rank, world)).square().mean().backward()
     wrapped(batch(1, rank, world)).square().mean().backward()
@@ -176,7 +176,7 @@ def bytes_on_the_wire(rank: int, world: int) -> dict[str, Any]:
 
     wrapped.register_comm_hook(None, count)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    updater = dst.GMP(model, optimizer, sparsity=0.9, every=2, until=2)
+    updater = dst.GMP(wrapped, optimizer, sparsity=0.9, every=2, until=2)
     result = []
     for step in range(4):
         sent[0] = 0
@@ -187,6 +187,71 @@ def bytes_on_the_wire(rank: int, world: int) -> dict[str, Any]:
         if not updater.step():
             optimizer.step()
     return {"sent": result, "buffers": sorted(wrapped.named_module_buffers)}
+
+
+def gmp(model: nn.Module, optimizer: torch.optim.Optimizer) -> dst.GMP:
+    return dst.GMP(model, optimizer, sparsity=0.7, every=2, until=4)
+
+
+def prune(model: nn.Module, called: nn.Module, updater: dst.Updater, rank: int, world: int) -> Any:
+    for step in range(6):
+        updater.optimizer.zero_grad()
+        called(batch(step, rank, world)).square().mean().backward()
+        if not updater.step():
+            updater.optimizer.step()
+    return model.state_dict()
+
+
+def handed_over(rank: int, world: int) -> dict[str, Any]:
+    """Prune under wrappers that come to the updater in every way, and of every kind."""
+    states = {}
+    for how in ("alone", "as the model", "attached", "static graph", "views", "outer", "inner"):
+        model = network(0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        if how == "alone":
+            updater = gmp(model, optimizer)
+            updater.attach()
+            states[how] = prune(model, model, updater, 0, 1)
+            continue
+        if how == "attached":
+            updater = gmp(model, optimizer)
+            called = DistributedDataParallel(model)
+            updater.attach(called)
+        elif how == "outer":
+            called = DistributedDataParallel(nn.Sequential(model, nn.Tanh(), nn.Identity()))
+            updater = gmp(model, optimizer)
+            updater.attach(called)
+            called.module[1] = nn.Identity()
+        elif how == "inner":  # one wrapper for each half of the model
+            halves = nn.Sequential(model[:3], model[3:])
+            called = nn.Sequential(*map(DistributedDataParallel, halves))
+            updater = gmp(called, optimizer)
+        else:
+            options = {"static_graph": how == "static graph"}
+            options |= {"gradient_as_bucket_view": how == "views"}
+            called = DistributedDataParallel(model, **options)
+            updater = gmp(called, optimizer)
+        states[how] = prune(model, called, updater, rank, world)
+    return states
+
+
+def no_wrapper_known(rank: int, world: int) -> dict[str, Any]:
+    """Prune under a wrapper that nobody named; then say that there is none."""
+    model = network(0.0)
+    wrapped = DistributedDataParallel(model)
+    updater = gmp(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    found = {"message": ""}
+    try:
+        prune(model, wrapped, updater, rank, world)
+    except UnsupportedError as error:
+        found["message"] = str(error)
+    found["unchanged"] = versions(model) == [0, 0, 0]
+    model = network(0.0)
+    updater = gmp(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    updater.attach()
+    prune(model, model, updater, 0, 1)  # whole batches everywhere: no gradients to exchange
+    found["density"] = sum(m.topology.nnz for _, m in sparse_modules(model)) / updater.numel()
+    return found
 
 
 def main() -> None:
@@ -203,6 +268,8 @@ def main() -> None:
             mismatch_at_the_start,
             skipped_layer,
             bytes_on_the_wire,
+            handed_over,
+            no_wrapper_known,
         )
     }
     results["fingerprint"] = replicas.fingerprint(network()[0].topology)

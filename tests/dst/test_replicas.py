@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,40 @@ def test_only_stored_weights_go_over_the_wire(ranks):
         assert all(found == expected for found, expected in sent)
         assert sent[-1][0] < 0.2 * sent[0][0]  # GMP went to a tenth; biases stay
         assert rank["bytes_on_the_wire"]["buffers"] == []
+
+
+@pytest.mark.parametrize(
+    "how", ["as the model", "attached", "static graph", "views", "outer", "inner"]
+)
+def test_wrappers_that_were_handed_over_follow_a_change_of_size(ranks, how):
+    alone = ranks[0]["handed_over"]["alone"]
+    for rank in ranks:
+        found = rank["handed_over"][how]
+        assert found.keys() == alone.keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_a_change_of_size_without_a_known_wrapper_is_refused(ranks):
+    for rank in ranks:
+        found = rank["no_wrapper_known"]
+        assert re.search(
+            r"GMP changes the number of nonzeros.*GMP\(network, .*attach", found["message"]
+        )
+        assert found["unchanged"]
+        assert found["density"] == pytest.approx(0.3, abs=0.01)
+
+
+def test_an_updater_takes_no_wrapper_of_another_model():
+    model = worker.network()
+    updater = worker.METHODS["gmp"](model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="wrappers: expected DistributedDataParallel"):
+        updater.attach(model)
+
+
+def test_nothing_searches_the_memory_of_the_process():
+    package = Path(sparsekd.__file__).parent
+    assert not [p for p in package.rglob("*.py") if "gc.get_objects" in p.read_text()]
 
 
 def test_a_fingerprint_means_the_same_in_every_process(ranks):
