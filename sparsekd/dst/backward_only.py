@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import replicas
+from sparsekd.dst.passes import Passes
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn import SparseModule
 from sparsekd.ops import observe
@@ -42,17 +43,21 @@ class BackwardOnly:
         self.parameters: dict[str, nn.Parameter] = {}
         self.topologies: dict[str, Topology] = {}
         self.resting: dict[str, Tensor] = {}
-        self._pass: dict[str, int] = {}  # the backward pass that each layer last took part in
+        self._passes: dict[str, Passes[Tensor]] = {}
+        self._left: dict[str, Tensor] = {}  # what the passes have left in each parameter's gradient
         for name, module in self.layers.items():
             self.resting[name] = module.dense_weight().detach().clone()
             self._place(name, torch.zeros_like(self.resting[name], dtype=torch.bool))
             self.parameters[name] = nn.Parameter(module.values.detach().new_empty(0))
             self._group(module.values).append(self.parameters[name])
+            self._passes[name] = Passes(module.values, partial(self._add, name))
         observe.listeners.add(self)
 
     def stop(self) -> None:
         """Form no more gradients."""
         observe.listeners.discard(self)
+        for passes in self._passes.values():
+            passes.close()
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -65,19 +70,40 @@ class BackwardOnly:
         return all_weights
 
     def saw(self, op: str, args: tuple[Any, ...]) -> None:
-        """Compute the gradient of a layer's parameter beside that of its values."""
+        """Compute the gradient of a layer's parameter beside that of its values.
+
+        It counts once the backward pass has written that of the values; see `Passes`.
+        """
         seen = observe.weight_gradient(self.layers, op, args)
         if seen is None:
             return
         name, current, grad, x, geometry = seen
-        topology, parameter = self.topologies[name], self.parameters[name]
-        if self.layers[name].values.grad is None and current != self._pass.get(name):
-            parameter.grad = None  # gradients were zeroed: start afresh
-        self._pass[name] = current
-        kernel = getattr(torch.ops.sparsekd, op)
-        indices = topology.crow_indices, topology.col_indices
-        part = kernel(grad, x, *indices, *geometry).to(parameter.dtype)
-        parameter.grad = part if parameter.grad is None else parameter.grad + part
+        topology, passes = self.topologies[name], self._passes[name]
+        if not passes.known(current):
+            self._follow(name)
+        if x is None:
+            part = grad.detach().reshape(-1)[topology.flat_indices()]
+        else:
+            kernel = getattr(torch.ops.sparsekd, op)
+            indices = topology.crow_indices, topology.col_indices
+            part = kernel(grad.detach(), x.detach(), *indices, *geometry)
+        passes.add(current, part.to(self.parameters[name].dtype))
+
+    def settle(self) -> list[str]:
+        """Forget gradients where those of the values were zeroed since the last backward pass.
+
+        Returns:
+            The layers whose values have a gradient that no backward pass has written.
+        """
+        for name in self.layers:
+            self._follow(name)
+        return [name for name, passes in self._passes.items() if passes.foreign]
+
+    def renew(self) -> None:
+        """Take the gradients of all values as they are now for what backward passes have left."""
+        for name, passes in self._passes.items():
+            passes.renew()
+            self._note(name)
 
     def reduce_gradients(self) -> None:
         """Average gradients over all ranks: DistributedDataParallel does not know them."""
@@ -140,6 +166,28 @@ class BackwardOnly:
             self.resting[name].copy_(state["resting"][name])
             parameter.data = state["extra"][name].to(parameter.device, parameter.dtype, copy=True)
             self._place(name, state["outer"][name])
+
+    def _add(self, name: str, parts: list[Tensor]) -> None:
+        parameter = self.parameters[name]
+        for part in parts:
+            parameter.grad = part if parameter.grad is None else parameter.grad + part
+        self._note(name)
+
+    def _note(self, name: str) -> None:
+        grad = self.parameters[name].grad
+        if grad is not None:
+            self._left[name] = grad.detach().clone()
+
+    def _follow(self, name: str) -> None:
+        """Do to the gradient of a parameter what was done to that of the values."""
+        parameter, factor = self.parameters[name], self._passes[name].follow()
+        if factor == 0.0:
+            parameter.grad = None  # gradients were zeroed: start afresh
+        elif factor != 1.0 and parameter.grad is not None:
+            # What scales all gradients of the optimizer has scaled this one as well.
+            if torch.equal(parameter.grad, self._left[name]):
+                parameter.grad = parameter.grad * factor
+            self._note(name)
 
     def _place(self, name: str, mask: Tensor) -> None:
         self.topologies[name] = Topology.from_mask(mask)

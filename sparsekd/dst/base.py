@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from sparsekd.dst import growers, replicas, scores
 from sparsekd.dst.capture import GradientCapture
+from sparsekd.dst.entries import Entries
 from sparsekd.dst.grid import Grid, check_method
 from sparsekd.dst.schedules import UpdateSchedule
 from sparsekd.errors import CheckpointError, UnsupportedError
@@ -151,6 +152,7 @@ class Updater:
         self._compared = False
         self._known_dead: set[str] = set()
         self._capture = GradientCapture(self.modules)
+        self._foreign: dict[str, None] = {}
         self.schedule = schedule
 
     @property
@@ -189,7 +191,9 @@ class Updater:
     def step(self) -> bool:
         """Count one iteration, and update the topology if it is due.
 
-        Call it after `backward` and before gradients are unscaled or clipped. A gradient that is
+        Call it after `backward` and before gradients are unscaled or clipped. Growth by gradient
+        ranks the dense gradient whose entries at the nonzeros are `values.grad`; a RuntimeWarning
+        names the layers where `.grad` holds what no backward pass has written. A gradient that is
         not finite skips the update with a RuntimeWarning that names the parameter, and False comes
         back: whether the optimizer steps is then for the caller or the GradScaler to decide.
 
@@ -210,8 +214,10 @@ class Updater:
             self._compare_ranks()
         self.iteration += 1
         fraction = self.schedule(self.iteration)
+        self._settle()
         try:
             rewired = fraction is not None and self.update(fraction)
+            self._warn_of_foreign()
         finally:
             self._prepare_next()
         return rewired and self.skip_sgd_on_update
@@ -228,8 +234,9 @@ class Updater:
         self._grids.clear()
         if self.needs_gradient and not any(map(self.has_gradient, self.modules)):
             raise RuntimeError(
-                f"{type(self).__name__} grows by gradient, but no sparse module has seen a "
-                f"backward pass in iteration {self.iteration}; call loss.backward() before step()"
+                f"{type(self).__name__} grows by gradient, but no backward pass has written .grad "
+                f"of a sparse module in iteration {self.iteration}; call loss.backward() before "
+                "step()"
             )
         if self.needs_gradient and replicas.several():
             seen = {name: int(self.has_gradient(name)) for name in self.modules}
@@ -356,10 +363,12 @@ class Updater:
         raise NotImplementedError(f"{type(self).__name__} ranks nothing")
 
     def gradient(self, name: str) -> Tensor:
-        """Return the dense gradient of layer `name`, the mean over all ranks, once an update."""
-        gradient = replicas.mean_(self._capture.take(name))
-        if not _finite(gradient):
-            raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
+        """Return the dense gradient of layer `name`, the mean over all ranks, once an update.
+
+        Its entries at the nonzeros are those of `values.grad`.
+        """
+        gradient, entries = self._capture.take(name)
+        self._complete(name, (0, 0, gradient), entries)
         return gradient
 
     def gradient_blocks(self, name: str) -> Iterator[Block]:
@@ -377,10 +386,35 @@ class Updater:
         )
 
     def _finite_blocks(self, name: str) -> Iterator[Block]:
-        for row, col, block in self._capture.blocks(name):
-            if not _finite(replicas.mean_(block)):
-                raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
-            yield row, col, block
+        blocks, entries = self._capture.blocks(name)
+        for block in blocks:
+            self._complete(name, block, entries)
+            yield block
+
+    def _complete(self, name: str, block: Block, entries: Entries) -> None:
+        """Average a rectangle of the gradient over all ranks, and put in what `.grad` holds."""
+        row, col, numbers = block
+        if not _finite(replicas.mean_(numbers)) or not _finite(entries.values):
+            raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
+        entries.write_into(row, col, numbers)
+        if entries.foreign:
+            self._foreign[name] = None
+
+    def _settle(self) -> None:
+        """Let what was captured follow `.grad` to what the loop has made of it."""
+        self._foreign |= dict.fromkeys(n for n in self._capture.settle() if n in self.layers())
+
+    def _warn_of_foreign(self) -> None:
+        if self._foreign:
+            names = ", ".join(f"{name}.values" for name in self._foreign)
+            message = (
+                f"{type(self).__name__}: .grad of {names} is not what the backward passes since it "
+                "was last zeroed add up to, nor a multiple of it; where nothing is stored only "
+                "their sum is known, and growth goes by that. Combine losses instead of "
+                "gradients, or let backward() write .grad last"
+            )
+            self._foreign.clear()
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def layers(self) -> dict[str, SparseModule]:
         """Return the sparse modules that take part: those whose values are trained."""
@@ -395,7 +429,7 @@ class Updater:
         return sum(module.topology.numel for module in self.layers().values())
 
     def has_gradient(self, name: str) -> bool:
-        """Say whether layer `name` took part in the backward pass."""
+        """Return whether layer `name` took part in the backward passes that `.grad` adds up."""
         return name in self._capture
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sparsekd.dst.entries import Entries
+from sparsekd.dst.passes import Passes
 from sparsekd.nn import SparseModule
 from sparsekd.ops import growth, observe
+from sparsekd.topology import Topology
 
 
 @dataclass(frozen=True)
 class _Held:
-    """Hold a tensor that must not change; a copy where it might."""
+    """A tensor that must not change; a copy where it might."""
 
     tensor: Tensor
     version: int
@@ -34,35 +38,88 @@ class _Held:
         return self.tensor
 
 
-@dataclass
-class _Record:
-    """Hold what one layer's gradient is made of."""
+_Operands = tuple[_Held, _Held, list[Any]]
 
-    operands: list[tuple[_Held, _Held, list[Any]]] = field(default_factory=list)
-    earlier: Tensor | None = None
-    backward_pass: int = -1
+
+class _Record:
+    """What one layer's gradient is made of: that of the passes which `values.grad` adds up."""
+
+    def __init__(self, module: SparseModule) -> None:
+        self.rows, self.numel = module.weight_shape[0], math.prod(module.weight_shape)
+        self.passes: Passes[_Operands | Tensor] = Passes(module.values, self._commit)
+        self.operands: list[_Operands] = []
+        self.earlier: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self.operands and self.earlier is None
 
     @property
     def size(self) -> int:
         return sum(grad.tensor.numel() + x.tensor.numel() for grad, x, _ in self.operands)
 
+    def begin(self, backward_pass: int) -> None:
+        """Make ready for the first operands of a pass, if these are."""
+        if not self.passes.known(backward_pass):
+            self.follow()
+            if self.size > self.numel:
+                self.fold()  # gradient accumulation: the sum is smaller than its parts
+
+    def follow(self) -> None:
+        """Do to what has been added up what was done to `values.grad`."""
+        factor = self.passes.follow()
+        if factor == 0.0:
+            self.operands.clear()
+            self.earlier = None
+        elif factor != 1.0 and not self.empty:
+            self.fold()
+            assert self.earlier is not None
+            self.earlier.mul_(factor)
+
     def blocks(self) -> Iterator[growth.Block]:
+        if not self.operands:
+            if self.earlier is not None:
+                yield 0, 0, self.earlier
+            return
         operands = [(g.unchanged(), x.unchanged(), geometry) for g, x, geometry in self.operands]
-        return growth.gradient(operands, self.earlier)
+        yield from growth.gradient(operands, self.earlier)
 
     def dense(self) -> Tensor:
-        rows, *inner = self.operands[0][2][0]
+        if not self.operands and self.earlier is not None:
+            return self.earlier
         dense: Tensor | None = None
         for row, col, block in self.blocks():
             if dense is None:
-                dense = block.new_empty(rows, math.prod(inner))
+                dense = block.new_empty(self.rows, self.numel // max(self.rows, 1))
             dense[row : row + block.shape[0], col : col + block.shape[1]] = block
-        return self.operands[0][0].tensor.new_empty(rows, 0) if dense is None else dense
+        return self.operands[0][0].tensor.new_empty(self.rows, 0) if dense is None else dense
+
+    def entries(self, topology: Topology) -> Tensor:
+        """Return the entries of the gradient at the nonzeros."""
+        crow, col = topology.crow_indices, topology.col_indices
+        kind = torch.promote_types(self.passes.values.dtype, torch.float32)
+        sums = torch.zeros(topology.nnz, dtype=kind, device=col.device)
+        if self.earlier is not None:
+            sums += self.earlier.reshape(-1)[topology.flat_indices()]
+        for grad, x, geometry in self.operands:
+            op = "conv2d_wgrad" if geometry[1:] else "linear_wgrad"
+            operands = grad.unchanged(), x.unchanged()
+            sums += getattr(torch.ops.sparsekd, op)(*operands, crow, col, *geometry)
+        return sums
 
     def fold(self) -> None:
         """Replace the operands by the gradient they make."""
         self.earlier = self.dense()
         self.operands.clear()
+
+    def _commit(self, parts: list[_Operands | Tensor]) -> None:
+        for part in parts:
+            if isinstance(part, tuple):
+                self.operands.append(part)
+                continue
+            dense = part.reshape(self.rows, -1)
+            dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
+            self.earlier = dense.clone() if self.earlier is None else self.earlier + dense
 
 
 class GradientCapture:
@@ -75,9 +132,10 @@ class GradientCapture:
     it frees on the way are as large. Compiled code reuses its buffers, so there copies are held,
     and also of tensors that no operation made, such as the model's input.
 
-    The gradient comes tile by tile, each the sum over all calls of the layer. Only where several
-    backward passes add up (gradient accumulation) and their operands together would be larger than
-    a dense gradient is one stored: that of all passes but the last.
+    A pass counts once it has accumulated into `values.grad`, and until that is zeroed; see
+    `Passes`. The gradient comes tile by tile, each the sum over all calls of the layer. Only where
+    several backward passes add up (gradient accumulation) and their operands together would be
+    larger than a dense gradient is one stored: that of all passes but the last.
 
     Args:
         modules: the sparse modules to watch, by name.
@@ -86,25 +144,53 @@ class GradientCapture:
     def __init__(self, modules: Mapping[str, SparseModule]) -> None:
         self._modules = modules
         self._records: dict[str, _Record] = {}
+        self._taken: set[str] = set()
+        self._on = False
 
     def switch(self, on: bool) -> None:
         """Forget everything and start, or stop, collecting."""
+        for record in self._records.values():
+            record.passes.close()
         self._records.clear()
+        self._taken.clear()
+        self._on = on
         (observe.listeners.add if on else observe.listeners.discard)(self)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._records
+        return name in self._records and not self._records[name].empty
 
     def __len__(self) -> int:
-        return len(self._records)
+        return sum(name in self for name in self._records)
 
-    def take(self, name: str) -> Tensor:
-        """Return the dense gradient of layer `name`, `[rows, cols]`, and forget its operands."""
-        return self._records.pop(name).dense()
+    def settle(self) -> list[str]:
+        """Follow what the loop has done to `.grad` since the last backward pass.
 
-    def blocks(self, name: str) -> Iterator[growth.Block]:
-        """Yield that gradient in rectangles, each overwritten by the next; forget its operands."""
-        return self._records.pop(name).blocks()
+        Returns:
+            The layers whose `.grad` is not what backward passes have added up in this iteration,
+            times one number.
+        """
+        for record in self._records.values():
+            record.passes.close()
+            record.follow()
+        if not self._on:
+            return []
+        return [name for name, module in self._modules.items() if self._is_foreign(name, module)]
+
+    def take(self, name: str) -> tuple[Tensor, Entries]:
+        """Return the dense gradient of layer `name`, `[rows, cols]`, and forget its operands.
+
+        Under `torch.distributed` it is that of this process; the entries, which are to be written
+        into it, are averaged.
+        """
+        record = self._pop(name)
+        record.fold()
+        assert record.earlier is not None
+        return record.earlier, self._entries(name, record)
+
+    def blocks(self, name: str) -> tuple[Iterator[growth.Block], Entries]:
+        """Return that gradient in rectangles, each overwritten by the next, and its entries."""
+        record = self._pop(name)
+        return record.blocks(), self._entries(name, record)
 
     def saw(self, op: str, args: tuple[Any, ...]) -> None:
         """Hold the operands of a weight gradient, if it is that of a watched layer."""
@@ -112,13 +198,36 @@ class GradientCapture:
         if seen is None:
             return
         name, current, grad, x, geometry = seen
-        record = self._records.setdefault(name, _Record())
-        if record.backward_pass != current:
-            if self._modules[name].values.grad is None:
-                record = self._records[name] = _Record()  # gradients were zeroed: start afresh
-            elif record.size > math.prod(geometry[0]):
-                record.fold()  # gradient accumulation: the sum is smaller than its parts
-            record.backward_pass = current
+        record = self._records.get(name)
+        if record is None:
+            record = self._records[name] = _Record(self._modules[name])
+        record.begin(current)
+        if x is None:
+            record.passes.add(current, grad.detach().clone())
+            return
         lasting = observe.lasting()
         made = x.grad_fn is not None  # or else it may be a buffer that its owner fills anew
-        record.operands.append((_Held.of(grad, lasting), _Held.of(x, lasting and made), geometry))
+        part = _Held.of(grad, lasting), _Held.of(x, lasting and made), geometry
+        record.passes.add(current, part)
+
+    def _is_foreign(self, name: str, module: SparseModule) -> bool:
+        record, grad = self._records.get(name), module.values.grad
+        if record is not None:
+            return record.passes.foreign
+        return grad is not None and name not in self._taken and bool(grad.any())
+
+    def _pop(self, name: str) -> _Record:
+        record = self._records.pop(name)
+        record.passes.close()
+        record.follow()
+        if record.empty:
+            raise KeyError(name)
+        self._taken.add(name)
+        return record
+
+    def _entries(self, name: str, record: _Record) -> Entries:
+        module = self._modules[name]
+        grad, left = module.values.grad, record.passes.left
+        assert grad is not None  # or else the record would be empty
+        assert left is not None
+        return Entries(module.topology, grad, left, record.entries(module.topology))

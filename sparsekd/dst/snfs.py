@@ -74,6 +74,7 @@ class SNFS(SET):
 
     def step(self) -> bool:
         """Average this iteration's gradients, then do as `Updater.step`."""
+        self._settle()
         for name in self.layers():
             if super().has_gradient(name):
                 self._average(name)

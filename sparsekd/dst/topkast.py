@@ -106,7 +106,9 @@ class TopKAST(Updater):
     @torch.no_grad()
     def step(self) -> bool:
         """Add the penalty to the gradients and choose anew if it is due; always False."""
-        if self.iteration + 1 >= self.until:
+        if self.iteration + 1 < self.until:
+            self._foreign |= dict.fromkeys(self._outside.settle())
+        else:
             self._outside.stop()
         self._outside.reduce_gradients()
         for name, module in self.layers().items():
@@ -114,6 +116,7 @@ class TopKAST(Updater):
                 if weights.grad is not None and factor:
                     weights.grad.add_(weights.sign(), alpha=self.penalty / factor)
         rewired = super().step()
+        self._outside.renew()
         self._loaded = False
         return rewired
 

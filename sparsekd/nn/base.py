@@ -21,6 +21,7 @@ from sparsekd.nn.scatter import scatter_dense
 from sparsekd.nn.sharded import check_own, check_whole
 from sparsekd.nn.state import INDICES, mismatch, note_shape, size_problems
 from sparsekd.nn.weight import label, weight_of
+from sparsekd.ops import observe
 from sparsekd.topology import Topology, TopologyDelta
 
 _Sparse = TypeVar("_Sparse", bound="SparseModule")
@@ -156,7 +157,9 @@ class SparseModule(nn.Module):
         """
         topology = self.topology
         check_whole(self, topology.nnz, "dense_weight()")
-        return scatter_dense(self.values, topology.flat_indices(), topology.shape)
+        weight = scatter_dense(self.values, topology.flat_indices(), topology.shape)
+        observe.show_gradient(weight, topology.crow_indices)
+        return weight
 
     @property
     def weight(self) -> Tensor:

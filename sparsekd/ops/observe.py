@@ -2,13 +2,14 @@
 
 A weight-gradient op is the one place that holds a layer's output gradient together with its input,
 after padding and casts. Methods that need the gradient of weights that are not there (RigL) collect
-the operands here on the iterations that ask for it; nothing is stored otherwise.
+the operands here on the iterations that ask for it; nothing is stored otherwise. Where the dense
+weight of a layer is asked for and computed with, its own gradient is shown instead.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,13 +43,25 @@ def owner(modules: Mapping[str, Any], crow: Tensor) -> str | None:
     return next((n for n, m in modules.items() if m.crow_indices.data_ptr() == address), None)
 
 
+def show_gradient(weight: Tensor, crow: Tensor) -> None:
+    """Show the listeners the gradient of a dense weight when it forms, as the op `dense_wgrad`.
+
+    Args:
+        weight: that was made from the values of a sparse module.
+        crow: of its structure.
+    """
+    if listeners and weight.requires_grad:
+        weight.register_hook(lambda grad: tell("dense_wgrad", (grad, crow)))
+
+
 class WeightGradient(NamedTuple):
-    """Hold a call of a weight-gradient op: whose it is, in which backward pass, on what."""
+    """A call of a weight-gradient op: whose it is, in which backward pass, on what."""
 
     name: str
     backward_pass: int
     grad: Tensor
-    x: Tensor
+    x: Tensor | None
+    """The input; None where `grad` is the dense gradient itself."""
     geometry: list[Any]
 
 
@@ -62,13 +75,26 @@ def weight_gradient(
         op: that was called; calls outside any backward pass do not count.
         args: those of its schema.
     """
-    if op not in ("conv2d_wgrad", "linear_wgrad"):
+    if op in ("conv2d_wgrad", "linear_wgrad"):
+        grad, x, crow, _, *geometry = args
+    elif op == "dense_wgrad":
+        (grad, crow), x, geometry = args, None, []
+    else:
         return None
-    grad, x, crow, _, *geometry = args
-    name, current = owner(modules, crow), torch._C._current_graph_task_id()
+    name, current = owner(modules, crow), current_pass()
     if name is None or current == -1:  # -1: outside any backward pass
         return None
     return WeightGradient(name, current, grad, x, geometry)
+
+
+def current_pass() -> int:
+    """Return the number of the backward pass that is running, -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def at_end_of_pass(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass that is running has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def lasting() -> bool:
