@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparsekd.dst import growers, replicas, scores
-from sparsekd.dst.capture import GradientCapture
+from sparsekd.dst.capture import GradientCapture, describe_foreign
 from sparsekd.dst.entries import Entries
 from sparsekd.dst.grid import Grid, check_method
 from sparsekd.dst.schedules import UpdateSchedule
@@ -127,9 +126,7 @@ class Updater:
         skip_sgd_on_update: bool = True,
     ) -> None:
         self.model = replicas.unwrap(model)
-        self._wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
-        if wrappers := replicas.wrappers_in(model):
-            self.attach(*wrappers)
+        self._wrappers = replicas.Wrappers(model)
         self.modules = dict(sparse_modules(self.model))
         if not self.modules:
             raise ValueError(
@@ -179,9 +176,7 @@ class Updater:
         Raises:
             ValueError: one is no DistributedDataParallel, or of another model.
         """
-        for wrapper in wrappers:
-            replicas.check_wraps(wrapper, self.model)
-        self._wrappers = [weakref.ref(wrapper) for wrapper in wrappers]
+        self._wrappers.name(*wrappers)
 
     @property
     def due(self) -> bool:
@@ -406,13 +401,7 @@ class Updater:
 
     def _warn_of_foreign(self) -> None:
         if self._foreign:
-            names = ", ".join(f"{name}.values" for name in self._foreign)
-            message = (
-                f"{type(self).__name__}: .grad of {names} is not what the backward passes since it "
-                "was last zeroed add up to, nor a multiple of it; where nothing is stored only "
-                "their sum is known, and growth goes by that. Combine losses instead of "
-                "gradients, or let backward() write .grad last"
-            )
+            message = describe_foreign(type(self).__name__, self._foreign)
             self._foreign.clear()
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
@@ -497,15 +486,7 @@ class Updater:
             int(mask.sum()) == self.modules[name].topology.nnz for name, mask in plan.items()
         ):
             return []
-        known = [wrapper for ref in self._wrappers or () if (wrapper := ref()) is not None]
-        if not known and self._wrappers != []:
-            raise UnsupportedError(
-                f"{type(self).__name__} changes the number of nonzeros, which the gradient buckets "
-                "of DistributedDataParallel must follow, but knows no wrapper of the model; give "
-                f"the wrapper instead of the model, as in {type(self).__name__}(network, ...), or "
-                "call attach(network) once there is one; attach() says that there is none"
-            )
-        return known
+        return self._wrappers.for_change(type(self).__name__)
 
     def _prepare(self, name: str, mask: Tensor) -> Callable[[], None]:
         """Return what rewires one layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,16 @@ class _Held:
                 "growth by gradient needs it until step() returns"
             )
         return self.tensor
+
+
+def describe_foreign(who: str, layers: Iterable[str]) -> str:
+    """Return what to tell about layers whose `.grad` something else than backward has written."""
+    names = ", ".join(f"{name}.values" if name else "values" for name in layers)
+    return (
+        f"{who}: .grad of {names} is not what the backward passes since it was last zeroed add up "
+        "to, nor a multiple of it; where nothing is stored only their sum is known, and growth "
+        "goes by that. Combine losses instead of gradients, or let backward() write .grad last"
+    )
 
 
 _Operands = tuple[_Held, _Held, list[Any]]

@@ -6,6 +6,7 @@ Every function is a collective where `torch.distributed` is initialised, and fre
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsekd.errors import TopologyError
+from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.topology import Topology
 
 
@@ -104,24 +105,59 @@ def fingerprint(topology: Topology) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def wrappers_in(model: nn.Module) -> list[DistributedDataParallel]:
-    """Return the DistributedDataParallel wrappers among a model and its modules."""
-    return [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """Return what a DistributedDataParallel wrapper wraps, any other module as it is."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def check_wraps(wrapper: object, model: nn.Module) -> None:
-    """Raise ValueError unless `wrapper` is a DistributedDataParallel with parameters of `model`."""
-    if not isinstance(wrapper, DistributedDataParallel):
-        raise ValueError(
-            f"wrappers: expected DistributedDataParallel modules, got a {type(wrapper).__name__}"
-        )
-    if set(model.parameters()).isdisjoint(wrapper.parameters()):
-        raise ValueError("wrappers: expected one around the updater's model, got one of another")
+class Wrappers:
+    """The DistributedDataParallel wrappers of a model, as far as anybody has named them.
+
+    Args:
+        model: a wrapper, or a module that may hold some.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap(model)
+        self._known: list[weakref.ref[DistributedDataParallel]] | None = None
+        found = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        if found:
+            self.name(*found)
+
+    @property
+    def named(self) -> bool:
+        """Whether the wrappers, or that there are none, have been named."""
+        return self._known is not None
+
+    def name(self, *wrappers: DistributedDataParallel) -> None:
+        """Say which wrappers there are.
+
+        Raises:
+            ValueError: one is no DistributedDataParallel, or of another model.
+        """
+        for wrapper in wrappers:
+            if not isinstance(wrapper, DistributedDataParallel):
+                kind = type(wrapper).__name__
+                raise ValueError(f"wrappers: expected DistributedDataParallel, got a {kind}")
+            if set(self._model.parameters()).isdisjoint(wrapper.parameters()):
+                raise ValueError("wrappers: expected those of the updater's model, got another's")
+        self._known = [weakref.ref(wrapper) for wrapper in wrappers]
+
+    def for_change(self, who: str) -> list[DistributedDataParallel]:
+        """Return the wrappers to fit once `who` has changed the size of parameters.
+
+        Raises:
+            UnsupportedError: none is known, nor that there is none.
+        """
+        known = [wrapper for ref in self._known or () if (wrapper := ref()) is not None]
+        if not known and self._known != []:
+            raise UnsupportedError(
+                f"{who} changes the number of nonzeros, which the gradient buckets of "
+                "DistributedDataParallel must follow, but knows no wrapper of the model; give the "
+                f"wrapper instead of the model, as in {who}(network, ...), or call "
+                "attach(network) once there is one; attach() says that there is none"
+            )
+        return known
 
 
 def rebuild_buckets(wrappers: Iterable[DistributedDataParallel]) -> None:

@@ -91,7 +91,7 @@ class TopKAST(Updater):
         self._loaded = False
         self._outside = BackwardOnly(self.layers(), optimizer)
         plan = self.plan(0.0)
-        wrappers = [] if self._wrappers is None else self._wrappers_to_fit(plan)
+        wrappers = self._wrappers_to_fit(plan) if self._wrappers.named else []
         with torch.no_grad():
             for name, mask in plan.items():
                 self._prepare(name, mask)()

@@ -52,7 +52,7 @@ def check_whole(module: nn.Module, nnz: int, what: str) -> None:
     found = sharding(module)
     if found is None:
         return
-    values = module.values
+    values: Any = module.values
     freed = nnz and found != "fully_shard" and not values.untyped_storage().size()
     if found == "fully_shard" or freed or values.shape != (nnz,):
         raise UnsupportedError(

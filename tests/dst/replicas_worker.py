@@ -126,6 +126,40 @@ def dense_gradient(rank: int, world: int) -> dict[str, Tensor]:
     return {name: (found[name] - expected[name]).abs().max() for name in found}
 
 
+def followed_gradient(rank: int, world: int) -> dict[str, tuple[float, list[str]]]:
+    """Compare the dense gradient after loops that do more than one backward; what was reported."""
+    result = {}
+    loops = ("zeroed in place", "synchronised twice", "clipped", "hooked", "noisy")
+    for how in loops:
+        model = network()
+        twin = densify(copy.deepcopy(model))
+        called = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        updater = dst.RigL(called, optimizer, every=1, until=9)
+        if how == "hooked":
+            for _, module in sparse_modules(model):
+                module.values.register_hook(lambda grad: 3 * grad)
+        factor = {"clipped": 0.25, "hooked": 3.0}.get(how, 1.0)
+        for step in (0, 1):
+            if how == "zeroed in place":
+                optimizer.zero_grad(set_to_none=False)
+                twin.zero_grad()
+            called(batch(step, rank, world)).square().mean().backward()
+            (factor * twin(batch(step, 0, 1)).square().mean()).backward()
+        for parameter in model.parameters():
+            if how == "clipped":
+                parameter.grad *= factor
+            if how == "noisy":
+                parameter.grad += 0.01 * torch.arange(len(parameter.flatten())).view_as(parameter)
+        updater._settle()
+        differences = [0.0]
+        for name in updater.modules:
+            expected = twin.get_submodule(name).weight.grad.flatten(1)
+            differences.append((updater.gradient(name) - expected).abs().max().item())
+        result[how] = max(differences), list(updater._foreign)
+    return result
+
+
 def mismatch_after_growth(rank: int, world: int) -> str:
     """Grow from a seed that is the rank, which is what must never happen silently."""
     model = network()
@@ -264,6 +298,7 @@ def main() -> None:
             many_rewires,
             like_one_process,
             dense_gradient,
+            followed_gradient,
             mismatch_after_growth,
             mismatch_at_the_start,
             skipped_layer,

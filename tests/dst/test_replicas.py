@@ -72,6 +72,19 @@ def test_growth_sees_the_mean_of_all_ranks_and_passes(ranks):
         assert all(error < 1e-12 for error in rank["dense_gradient"].values())
 
 
+@pytest.mark.parametrize("how", ["zeroed in place", "synchronised twice", "clipped", "hooked"])
+def test_growth_follows_the_gradients_that_were_exchanged(ranks, how):
+    for rank in ranks:
+        difference, reported = rank["followed_gradient"][how]
+        assert difference < 1e-9
+        assert reported == []
+
+
+def test_gradients_that_are_no_mean_of_backward_passes_are_reported(ranks):
+    for rank in ranks:
+        assert rank["followed_gradient"]["noisy"][1] == ["0", "2", "5"]
+
+
 def test_a_mismatch_raises_everywhere_and_names_layers_and_ranks(ranks):
     others = ", ".join(str(rank) for rank in range(len(ranks)) if rank != 1)
     for number, rank in enumerate(ranks):
