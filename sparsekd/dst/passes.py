@@ -45,6 +45,8 @@ class Passes(Generic[_Part]):
 
     def add(self, backward_pass: int, part: _Part) -> None:
         """Keep a part of the pass that is running, until it is known whether it counts."""
+        if not (self.values.requires_grad and self.values.is_leaf):
+            return  # the call was with other values, so no pass ends here
         me = weakref.ref(self)
         if self._hook is None:
 

@@ -442,6 +442,45 @@ def test_nothing_of_a_pass_that_wrote_nothing_is_kept():
     assert len(updater._capture) == 0
 
 
+def test_other_values_at_the_same_positions_do_not_count():
+    model = nn.Sequential(
+        SparseLinear(8, 6, sparsity=0.5, seed=0), SparseLinear(6, 4, sparsity=0.5)
+    )
+    model[1].values.requires_grad_(False)
+    updater = METHODS["RigL"](model, torch.optim.SGD([model[0].values], lr=0.1))
+    others = {n: torch.ones_like(p).requires_grad_() for n, p in model.named_parameters()}
+    torch.func.functional_call(model, others, torch.ones(2, 8)).sum().backward()
+    assert len(updater._capture) == 0
+    twin = densify(copy.deepcopy(model))
+    for net in (model, twin):
+        net(torch.ones(2, 8)).sum().backward()
+    torch.testing.assert_close(updater.gradient("0"), twin[0].weight.grad)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("method", ["RigL", "GraNet", "SNFS", "RigLSG", "TopKAST"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast", "scaler", "clip"])
+def test_ordinary_loops_report_nothing(method, kind):
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model = network().to(dtype)
+    opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    updater = METHODS[method](model, opt)
+    scaler = torch.amp.GradScaler("cpu", enabled=kind == "scaler", init_scale=2.0**12)
+    for step in range(4):
+        opt.zero_grad(set_to_none=bool(step % 2))
+        for part in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind in ("autocast", "scaler")):
+                value = model(batch(10 * step + part).to(dtype)).square().mean()
+            scaler.scale(value).backward()
+        if kind == "scaler":
+            scaler.unscale_(opt)
+        if kind in ("scaler", "clip"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        if not updater.step():
+            opt.step()
+        scaler.update()
+
+
 def test_hooks_are_gone_after_an_update():
     model = network()
     updater = METHODS["RigL"](model, torch.optim.SGD(model.parameters(), lr=0.1))
