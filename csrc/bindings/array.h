@@ -53,7 +53,7 @@ class Array {
   static constexpr int kMostDims = 8;
 
   Array() = default;
-  explicit Array(PyObject* tensor) {
+  explicit Array(PyObject* tensor) : tensor_(tensor) {
     const TorchNames& names = TorchNames::get();
     if (checked(PyObject_GetAttr(tensor, names.is_cpu)).ptr() != Py_True)
       throw UnsupportedError("expected a tensor on the CPU, got one elsewhere");
@@ -71,7 +71,7 @@ class Array {
     const py::object address = checked(PyObject_CallMethodNoArgs(tensor, names.data_ptr));
     data_ = PyLong_AsVoidPtr(address.ptr());
     if (!data_ && PyErr_Occurred()) throw py::error_already_set();
-    check_memory(tensor);
+    check_memory();
   }
 
   int ndim() const { return ndim_; }
@@ -79,6 +79,7 @@ class Array {
   int64_t stride(int dim) const { return stride_[static_cast<size_t>(dim)]; }
   Type type() const { return type_; }
   void* data() const { return data_; }
+  py::object storage() const { return tensor_.attr("untyped_storage")(); }
 
   int64_t size() const {
     int64_t size = 1;
@@ -110,16 +111,16 @@ class Array {
 
   // FSDP frees storages; the address of a tensor is its offset then. Few real addresses are so low that one
   // has to look twice.
-  void check_memory(PyObject* tensor) const {
+  void check_memory() const {
     if (reinterpret_cast<uintptr_t>(data_) >> 40 || size() == 0) return;
-    const py::object storage = py::handle(tensor).attr("untyped_storage")();
-    if (storage.attr("data_ptr")().cast<uintptr_t>() == 0)
+    if (storage().attr("data_ptr")().cast<uintptr_t>() == 0)
       throw UnsupportedError(
           "expected a tensor with memory, got one whose storage has been freed; FSDP frees the weights of a "
           "layer "
           "outside of its own forward and backward pass");
   }
 
+  py::handle tensor_;
   void* data_ = nullptr;
   PyObject* dtype_ = nullptr;
   std::array<int64_t, kMostDims> shape_{}, stride_{};

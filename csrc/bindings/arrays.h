@@ -100,8 +100,12 @@ inline void expect_shape(const char* name, const Array& a, const std::vector<int
     }
 }
 
+// OpenMP ends the process when it cannot start as many threads as it is asked for.
 inline int check_threads(int threads) {
-  if (threads < 1) throw ShapeError("num_threads: expected at least 1, got " + std::to_string(threads));
+  constexpr int kMostThreads = 1024;
+  if (threads < 1 || threads > kMostThreads)
+    throw ShapeError("num_threads: expected 1 to " + std::to_string(kMostThreads) + ", got " +
+                     std::to_string(threads));
   return threads;
 }
 
@@ -118,10 +122,21 @@ inline RawIndices raw(const Indices& crow, const Indices& col) {
           vector_of<const int32_t>("col_indices", col, col.shape(0)), crow.shape(0), col.shape(0)};
 }
 
+// The storages of two index tensors.
+class StorageOwner : public Owner {
+ public:
+  StorageOwner(const Indices& crow, const Indices& col) : crow_(crow.storage()), col_(col.storage()) {}
+  bool gone() const override { return crow_().is_none() || col_().is_none(); }
+
+ private:
+  py::weakref crow_, col_;
+};
+
 inline std::shared_ptr<const Structure> structure(const Indices& crow, const Indices& col, int64_t rows,
                                                   int64_t cols) {
   const RawIndices r = raw(crow, col);
-  return find_structure(r.crow, r.crow_length, r.col, r.nnz, rows, cols);
+  return find_structure(r.crow, r.crow_length, r.col, r.nnz, rows, cols,
+                        [&] { return std::make_unique<StorageOwner>(crow, col); });
 }
 
 inline ConvGeometry conv_geometry(const Array& input, const Quad& weight_shape, const Pair& stride,

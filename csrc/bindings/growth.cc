@@ -18,6 +18,7 @@ void conv2d_wgrad_tile(const Array& grad, const Array& x, const Quad& tile, cons
                        const Pair& dilation, int64_t groups, int threads) {
   const ConvGeometry g = conv_geometry(x, weight_shape, stride, padding, dilation, groups);
   const WeightTile t{tile[0], tile[1], tile[2], tile[3]};
+  check_tile(g, t);
   expect_shape("grad", grad, {g.batch, g.out_channels, g.out_h, g.out_w});
   expect_shape("out", out, {t.rows, t.channels * g.kernel_h * g.kernel_w});
   check_threads(threads);
@@ -52,7 +53,10 @@ class Largest {
   }
 
   py::array_t<int64_t> positions() const {
-    const std::vector<int64_t> found = std::visit([](const auto& best) { return best.positions(); }, best_);
+    const std::vector<int64_t> found = [&] {
+      py::gil_scoped_release release;  // another thread may be at an offer, which ends in taking the GIL
+      return std::visit([](const auto& best) { return best.positions(); }, best_);
+    }();
     return py::array_t<int64_t>(static_cast<py::ssize_t>(found.size()), found.data());
   }
 

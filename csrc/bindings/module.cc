@@ -146,6 +146,7 @@ py::dict info() {
   const CacheUse use = cache_use();
   d["cached_structures"] = use.structures;
   d["cached_bytes"] = use.bytes;
+  d["cached_plans"] = use.plans;
   return d;
 }
 

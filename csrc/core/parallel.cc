@@ -1,9 +1,11 @@
 #include "core/parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <exception>
 #include <mutex>
@@ -41,6 +43,11 @@ const OpenMp& openmp() {
   return found;
 }
 
+// A fork takes one thread along. OpenMP's pool is not among them, but libgomp goes on waiting for it, for
+// ever: a child runs threads of its own instead.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 struct Job {
   void (*body)(void*, int);
   void* context;
@@ -77,7 +84,7 @@ void run_slots(int threads, int slots, void (*body)(void*, int), void* context) 
   Job job{body, context, slots, {}, nullptr};
   if (threads <= 1) {
     job.run_share(0, 1);
-  } else if (const OpenMp& omp = openmp(); omp.parallel) {
+  } else if (const OpenMp& omp = openmp(); omp.parallel && !forked) {
     omp.parallel(openmp_entry, &job, static_cast<unsigned>(threads), 0);
   } else {
     std::vector<std::thread> workers;

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <string>
 #include <utility>
 
 #include "core/error.h"
@@ -10,20 +13,77 @@
 namespace sparsekd {
 namespace {
 
-// A network has a few hundred layers; more entries than this are structures nobody released.
-constexpr size_t kMaxCached = 4096;
+// Structures that nobody owns, as numpy arrays have: those of a few networks, and no more bytes of indices.
+constexpr int64_t kMostUnowned = 256;
+constexpr int64_t kMostUnownedBytes = int64_t{32} << 20;
+// So many bytes of new indices are reason enough to look who is gone.
+constexpr int64_t kSweepBytes = int64_t{16} << 20;
+
+using Shared = std::shared_ptr<const Structure>;
 
 struct Cached {
-  std::shared_ptr<const Structure> structure;
+  Shared structure;
+  std::shared_ptr<const Owner> owner;
   uint64_t used;
 };
+
+// Structures and owners leave it by way of `garbage`, which its caller frees after giving the lock back: an
+// owner may free a Python object.
 struct Cache {
+  using Garbage = std::vector<Cached>;
+
   std::mutex mutex;
   std::map<std::pair<const void*, const void*>, Cached> entries;
   uint64_t clock = 0;
+  size_t added = 0;  // since the last sweep
+  int64_t added_bytes = 0;
+
+  using Entries = decltype(entries);
+
+  Entries::iterator drop(Entries::iterator entry, Garbage* garbage) {
+    garbage->push_back(std::move(entry->second));
+    return entries.erase(entry);
+  }
+
+  void add(const Entries::key_type& key, Cached made, Garbage* garbage) {
+    ++added;
+    added_bytes += made.structure->index_bytes();
+    const auto found = entries.find(key);
+    if (found != entries.end()) drop(found, garbage);
+    entries.emplace(key, std::move(made));
+    if (8 * added > entries.size() || added_bytes > kSweepBytes) sweep(garbage);
+  }
+
+  void sweep(Garbage* garbage) {
+    std::vector<std::pair<uint64_t, Entries::iterator>> unowned;
+    int64_t bytes = 0;
+    for (auto entry = entries.begin(); entry != entries.end();) {
+      if (entry->second.owner && entry->second.owner->gone()) {
+        entry = drop(entry, garbage);
+        continue;
+      }
+      if (!entry->second.owner) {
+        unowned.emplace_back(entry->second.used, entry);
+        bytes += entry->second.structure->index_bytes();
+      }
+      ++entry;
+    }
+    const auto older = [](const auto& a, const auto& b) { return a.first < b.first; };
+    std::sort(unowned.begin(), unowned.end(), older);
+    int64_t count = static_cast<int64_t>(unowned.size());
+    for (auto oldest = unowned.begin(); count > 1 && (count > kMostUnowned || bytes > kMostUnownedBytes);
+         ++oldest, --count) {
+      bytes -= oldest->second->second.structure->index_bytes();
+      drop(oldest->second, garbage);
+    }
+    added = 0;
+    added_bytes = 0;
+  }
 };
+
+// Never destroyed: owners may be Python objects, which must not be freed once the interpreter is gone.
 Cache& cache() {
-  static Cache instance;
+  static Cache& instance = *new Cache;
   return instance;
 }
 
@@ -73,21 +133,26 @@ Structure::Structure(const int32_t* crow_in, int64_t crow_length, const int32_t*
   validate_csr(crow.data(), crow_length, col.data(), nnz, rows, cols);
 }
 
+bool Structure::alike(const Structure& other) const {
+  return rows == other.rows && cols == other.cols && crow == other.crow && col == other.col;
+}
+
 bool Structure::same(const int32_t* other_crow, const int32_t* other_col) const {
   return std::memcmp(crow.data(), other_crow, crow.size() * sizeof(int32_t)) == 0 &&
          (nnz == 0 || std::memcmp(col.data(), other_col, col.size() * sizeof(int32_t)) == 0);
 }
 
-int64_t Structure::bytes() const {
-  const std::lock_guard<std::mutex> guard(mutex_);
-  return plan_bytes_ + static_cast<int64_t>((crow.size() + col.size()) * sizeof(int32_t));
+int64_t Structure::index_bytes() const {
+  return static_cast<int64_t>((crow.size() + col.size()) * sizeof(int32_t));
 }
 
-std::shared_ptr<const Structure> find_structure(const int32_t* crow, int64_t crow_length, const int32_t* col,
-                                                int64_t nnz, int64_t rows, int64_t cols) {
+int64_t Structure::bytes() const { return index_bytes() + plans_.bytes(); }
+
+Shared find_structure(const int32_t* crow, int64_t crow_length, const int32_t* col, int64_t nnz, int64_t rows,
+                      int64_t cols, const FindOwner& owner) {
   Cache& table = cache();
   const std::pair<const void*, const void*> key{crow, col};
-  std::shared_ptr<const Structure> known;
+  Shared known;
   {
     const std::lock_guard<std::mutex> guard(table.mutex);
     const auto found = table.entries.find(key);
@@ -99,28 +164,32 @@ std::shared_ptr<const Structure> find_structure(const int32_t* crow, int64_t cro
   if (known && known->rows == rows && known->cols == cols && known->nnz == nnz && crow_length == rows + 1 &&
       known->same(crow, col))
     return known;
+  // The arrays are compared, copied and checked without the lock. Another thread may do the same: the first
+  // one's structure is the one that all go on with, so that plans are not made twice.
   auto made = std::make_shared<const Structure>(crow, crow_length, col, nnz, rows, cols);
+  std::shared_ptr<const Owner> owned = owner ? owner() : nullptr;
+  Cache::Garbage garbage;
   const std::lock_guard<std::mutex> guard(table.mutex);
-  table.entries[key] = {made, ++table.clock};
-  if (table.entries.size() > kMaxCached) {
-    const auto oldest = std::min_element(table.entries.begin(), table.entries.end(),
-                                         [](auto& a, auto& b) { return a.second.used < b.second.used; });
-    table.entries.erase(oldest);
-  }
+  const auto found = table.entries.find(key);
+  if (found != table.entries.end() && found->second.structure->alike(*made)) return found->second.structure;
+  table.add(key, {made, std::move(owned), ++table.clock}, &garbage);
   return made;
 }
 
 void release_structure(const int32_t* crow, const int32_t* col) {
   Cache& table = cache();
+  Cache::Garbage garbage;
   const std::lock_guard<std::mutex> guard(table.mutex);
-  table.entries.erase({crow, col});
+  const auto found = table.entries.find({crow, col});
+  if (found != table.entries.end()) table.drop(found, &garbage);
 }
 
 CacheUse cache_use() {
   Cache& table = cache();
+  const PlanUse plans = plan_use();
   const std::lock_guard<std::mutex> guard(table.mutex);
-  CacheUse use{static_cast<int64_t>(table.entries.size()), 0};
-  for (const auto& entry : table.entries) use.bytes += entry.second.structure->bytes();
+  CacheUse use{static_cast<int64_t>(table.entries.size()), plans.bytes, plans.plans};
+  for (const auto& entry : table.entries) use.bytes += entry.second.structure->index_bytes();
   return use;
 }
 

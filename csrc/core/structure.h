@@ -2,11 +2,10 @@
 #pragma once
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
-#include <mutex>
-#include <string>
 #include <vector>
+
+#include "core/plan_cache.h"
 
 namespace sparsekd {
 
@@ -26,37 +25,43 @@ class Structure {
   const std::vector<int32_t> crow, col;
 
   bool same(const int32_t* other_crow, const int32_t* other_col) const;
+  bool alike(const Structure& other) const;
 
-  // The plan under `key`, made by `make` on first use. Plans of different types share one table: a key
-  // must name the type.
+  // The plan under `key`, made by `make` unless it is kept, see PlanTable.
   template <class P>
-  std::shared_ptr<const P> plan(const std::vector<int64_t>& key,
+  std::shared_ptr<const P> plan(const PlanKey& key,
                                 const std::function<std::shared_ptr<const P>()>& make) const {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = plans_.find(key);
-    if (found != plans_.end()) return std::static_pointer_cast<const P>(found->second);
-    std::shared_ptr<const P> made = make();
-    plan_bytes_ += made ? made->bytes() : 0;
-    plans_.emplace(key, made);
-    return made;
+    return plans_.get<P>(key, make);
   }
+  int64_t index_bytes() const;  // what the private copy occupies
   // What the private copy and the plans occupy.
   int64_t bytes() const;
 
  private:
-  mutable std::mutex mutex_;
-  mutable std::map<std::vector<int64_t>, std::shared_ptr<const void>> plans_;
-  mutable int64_t plan_bytes_ = 0;
+  mutable PlanTable plans_;
 };
+
+// Whoever owns index arrays, as far as somebody who does not can see.
+class Owner {
+ public:
+  virtual ~Owner() = default;
+  virtual bool gone() const = 0;  // called with a lock held: may not call back
+};
+using FindOwner = std::function<std::unique_ptr<Owner>()>;
 
 // Finds the Structure of index arrays by their addresses and compares the contents, so an array that was
 // changed in place, or whose memory now holds another one, is validated again.
+//
+// What is kept follows what is there: a structure goes with the owner of its arrays, soon after or at the
+// latest when as many new ones have come as an eighth of those that are kept. `owner` is asked for the first
+// time; structures without owner are few, and go least recently used first.
 std::shared_ptr<const Structure> find_structure(const int32_t* crow, int64_t crow_length, const int32_t* col,
-                                                int64_t nnz, int64_t rows, int64_t cols);
+                                                int64_t nnz, int64_t rows, int64_t cols,
+                                                const FindOwner& owner = nullptr);
 void release_structure(const int32_t* crow, const int32_t* col);
 
 struct CacheUse {
-  int64_t structures, bytes;
+  int64_t structures, bytes, plans;
 };
 CacheUse cache_use();
 

@@ -20,7 +20,9 @@
 
 using namespace sparsekd;
 
+void test_caches();
 void test_densify();
+void test_empty();
 void test_growth();
 void test_linear();
 void test_panels();
@@ -215,6 +217,8 @@ void test_geometry() {
 int main() {
   test_validation();
   test_cache();
+  test_caches();
+  test_empty();
   test_growth();
   test_parallel();
   test_parallel_errors();

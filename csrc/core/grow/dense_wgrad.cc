@@ -250,6 +250,8 @@ void add_product(const ConvGeometry& g, const View4<const T>& grad, const View4<
   parallel(threads, threads, store);
 }
 
+}  // namespace
+
 void check_tile(const ConvGeometry& g, const WeightTile& t) {
   const auto inside = [](int64_t begin, int64_t count, int64_t size) {
     return begin >= 0 && count >= 0 && begin <= size && count <= size - begin;
@@ -260,8 +262,6 @@ void check_tile(const ConvGeometry& g, const WeightTile& t) {
                      std::to_string(t.row) + " + " + std::to_string(t.rows) + " and channels " +
                      std::to_string(t.channel) + " + " + std::to_string(t.channels));
 }
-
-}  // namespace
 
 template <class T>
 void conv_wgrad_tile(const ConvGeometry& geometry, View4<const T> grad, View4<const T> x,

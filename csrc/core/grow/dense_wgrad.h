@@ -14,6 +14,9 @@ struct WeightTile {
   int64_t channel, channels;
 };
 
+// Throws ShapeError when the tile leaves the weight.
+void check_tile(const ConvGeometry&, const WeightTile&);
+
 // grad [batch, Co, out_h, out_w], x [batch, Ci, in_h, in_w] -> out [rows, channels * kernel_h * kernel_w], to
 // which the tile's gradient is added. Results are the same bit for bit for any number of threads. Throws
 // ShapeError when the tile leaves the weight.

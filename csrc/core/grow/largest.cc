@@ -153,7 +153,7 @@ void BestK<T>::settle() {
 
 template <class T>
 LargestK<T>::LargestK(std::shared_ptr<const Structure> kept, int64_t k, int threads)
-    : kept_(std::move(kept)), k_(k) {
+    : kept_(std::move(kept)), k_(k), mutex_(std::make_unique<std::mutex>()) {
   const int64_t free = kept_->rows * kept_->cols - kept_->nnz;
   if (k < 0 || k > free)
     throw ShapeError("k: expected 0 <= k <= " + std::to_string(free) + " free positions, got " +
@@ -172,6 +172,7 @@ void LargestK<T>::offer(const T* values, int64_t row, int64_t rows, int64_t col,
   if (!inside(row, rows, kept_->rows) || !inside(col, cols, kept_->cols))
     throw ShapeError("tile: expected a rectangle of " + std::to_string(kept_->rows) + " x " +
                      std::to_string(kept_->cols) + " scores");
+  const std::lock_guard<std::mutex> guard(*mutex_);
   std::atomic<bool> nan{false};
   const int threads = static_cast<int>(best_.size());
   auto scan = [&](int slot) {
@@ -185,7 +186,10 @@ void LargestK<T>::offer(const T* values, int64_t row, int64_t rows, int64_t col,
 template <class T>
 std::vector<int64_t> LargestK<T>::positions() const {
   BestK<T> all(k_);
-  for (const BestK<T>& part : best_) all.offer(part);
+  {
+    const std::lock_guard<std::mutex> guard(*mutex_);
+    for (const BestK<T>& part : best_) all.offer(part);
+  }
   all.settle();
   // A bit for each position sorts them faster than comparisons do.
   std::vector<uint64_t> chosen(kept_->rows * kept_->cols / 64 + 1);

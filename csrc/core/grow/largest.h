@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "core/structure.h"
@@ -35,7 +36,8 @@ class BestK {
   T bar_ = -std::numeric_limits<T>::infinity();
 };
 
-// Merges scores that come as rectangles of the weight, in any order, into the k best outside `kept`.
+// Merges scores that come as rectangles of the weight, in any order, into the k best outside `kept`. Several
+// threads may offer; one after the other gets in.
 template <class T>
 class LargestK {
  public:
@@ -51,7 +53,8 @@ class LargestK {
  private:
   std::shared_ptr<const Structure> kept_;
   int64_t k_;
-  std::vector<BestK<T>> best_;  // one for each thread
+  std::vector<BestK<T>> best_;         // one for each thread that scans
+  std::unique_ptr<std::mutex> mutex_;  // of best_
 };
 
 }  // namespace sparsekd

@@ -11,10 +11,14 @@ namespace sparsekd {
 inline int64_t elements(const Maps& m) { return m.images * m.channels * m.pixels; }
 inline int64_t columns(const Maps& m) {
   constexpr int64_t kWide = 256;
-  return m.channels_last && m.channels < kWide ? kWide / m.channels * m.channels : m.channels;
+  const bool narrow = m.channels_last && m.channels > 0 && m.channels < kWide;
+  return narrow ? kWide / m.channels * m.channels : m.channels;
 }
 inline int64_t row_width(const Maps& m) { return m.channels_last ? columns(m) : m.pixels; }
-inline int64_t rows(const Maps& m) { return (elements(m) + row_width(m) - 1) / row_width(m); }
+// Maps without elements have no rows: the width of one may be zero.
+inline int64_t rows(const Maps& m) {
+  return elements(m) ? (elements(m) + row_width(m) - 1) / row_width(m) : 0;
+}
 
 struct Range {
   int64_t begin, end;  // rows

@@ -140,7 +140,8 @@ void norm_backward(const Norm<T>& n, const NormGradients<T>& g, int threads) {
   }
   for (int64_t c = 0; c < channels; ++c) {
     if (g.dbias) g.dbias[c] = static_cast<T>(sum[c]);
-    if (g.dweight) g.dweight[c] = static_cast<T>(dot[c] * k.rstd[c]);
+    // The deviation of nothing is NaN, the gradient of nothing is zero.
+    if (g.dweight) g.dweight[c] = empty ? T(0) : static_cast<T>(dot[c] * k.rstd[c]);
   }
   if (empty) return;
   std::vector<T> slope(width), offset(width);
