@@ -181,6 +181,8 @@ def conv2d_shape(
 ) -> list[int]:
     """Return `[N, C_out, H_out, W_out]`, or raise ShapeError where the geometry does not fit."""
     rows, group_channels, kh, kw = weight_shape
+    if rows < 1 or group_channels < 1 or kh < 1 or kw < 1:
+        raise ShapeError(f"weight: expected at least one element, got shape {list(weight_shape)}")
     if groups < 1 or rows % groups:
         raise ShapeError(f"groups: expected a divisor of the {rows} output channels, got {groups}")
     if len(input_shape) != 4 or input_shape[1] != group_channels * groups:

@@ -15,7 +15,7 @@ from torch import Tensor
 import sparsekd._C as _C
 from sparsekd.ops import reference
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.layout import memory_format_of
+from sparsekd.ops.layout import matrix, memory_format_of
 
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
@@ -208,7 +208,7 @@ def linear_wgrad_tile(
     grad: Tensor, x: Tensor, out: Tensor, tile: Tile, weight_shape: list[int]
 ) -> None:
     """See the layer as a 1x1 convolution of one image, a column of one pixel for each sample."""
-    grad, x = (m.reshape(-1, m.shape[-1]).T[None, :, :, None] for m in (grad, x))
+    grad, x = (matrix(m).T[None, :, :, None] for m in (grad, x))
     geometry = [*weight_shape, 1, 1], [1, 1], [0] * 4, [1, 1], 1
     conv2d_wgrad_tile(grad, x, out, tile, *geometry)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparsekd._C as _C
-from sparsekd.ops.layout import memory_format_of, rows_cols
+from sparsekd.ops.layout import matrix, memory_format_of, rows_cols
 
 _BELOW_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _NONE = [0, 0]
@@ -87,7 +87,7 @@ def _as_matrix(weight: Tensor) -> tuple[Tensor, int]:
 def _symmetric(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Return the input and what is left of its padding, as torch has it: one number a side."""
     top, bottom, left, right = padding
-    if top == bottom and left == right:
+    if top == bottom and left == right and x.numel():  # torch refuses maps without pixels
         return x, [top, left]
     return F.pad(x, (left, right, top, bottom)), _NONE
 
@@ -129,6 +129,8 @@ def conv2d_dgrad(
     weight = _densify(values, crow, col, weight_shape, layout)
     top, bottom, left, right = padding
     high, wide = input_shape[2:]
+    if not high * wide:
+        return grad.new_empty(input_shape)
     even = top == bottom and left == right
     sides = [top, left] if even else _NONE
     padded = (high, wide) if even else (high + top + bottom, wide + left + right)
@@ -193,9 +195,8 @@ def linear_dgrad(
 def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    rows, cols = weight_shape
     with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
-        return _gather(grad.reshape(-1, rows).T @ x.reshape(-1, cols), crow, col)
+        return _gather(matrix(grad).T @ matrix(x), crow, col)
 
 
 def whole_conv2d(

@@ -6,6 +6,7 @@ kernels do. It is what they are tested against, and the fallback where they cann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -166,8 +167,8 @@ def linear_wgrad_tile(
     grad: Tensor, x: Tensor, out: Tensor, tile: Tile, weight_shape: list[int]
 ) -> None:
     """Add the dense gradient of `tile` to `out`."""
-    rows = grad.reshape(-1, weight_shape[0])[:, tile.row : tile.row + tile.rows]
-    cols = x.reshape(-1, weight_shape[1])[:, tile.channel : tile.channel + tile.channels]
+    rows = matrix(grad)[:, tile.row : tile.row + tile.rows]
+    cols = matrix(x)[:, tile.channel : tile.channel + tile.channels]
     out.addmm_(rows.T, cols)
 
 
@@ -204,6 +205,8 @@ class LargestK:
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    if not x.numel():  # torch warns besides
+        return x.new_full(x.shape[1:2], math.nan), x.new_full(x.shape[1:2], math.nan)
     var, mean = torch.var_mean(x, _PER_CHANNEL, correction=0)
     return mean, var
 
@@ -219,6 +222,8 @@ def norm_act(
     relu: bool,
     frozen: bool,
 ) -> Tensor:
+    if not x.numel():  # torch fails where there are no channels
+        return x.new_empty(x.shape)
     y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
     if residual is not None:
         y = y + residual
@@ -246,9 +251,10 @@ def norm_act_backward(
     def over_maps(vector: Tensor) -> Tensor:
         return vector[:, None, None]
 
-    if not frozen:
+    if not frozen and x.numel():
         mean, var = batch_moments(x)
-    rstd = over_maps((var + eps).rsqrt())
+    # The deviation of nothing is NaN, the gradient of nothing is zero.
+    rstd = over_maps((var + eps).rsqrt()) if x.numel() else over_maps(torch.ones_like(var))
     normal = (x - over_maps(mean)) * rstd
     scaled = normal if weight is None else normal * over_maps(weight)
     if relu:
