@@ -33,6 +33,7 @@ def conv2d(
     _bias(bias, weight_shape[0])
     _like("values", values, x)
     _like("bias", bias, x)
+    _has_elements(weight_shape)
     return conv2d_shape(x.shape, weight_shape, stride, padding, dilation, groups)
 
 
@@ -51,6 +52,7 @@ def conv2d_dgrad(
     _structure(crow, col, weight_shape[0])
     _values(values, col)
     _like("values", values, grad)
+    _has_elements(weight_shape)
     shape = conv2d_shape(input_shape, weight_shape, stride, padding, dilation, groups)
     _shape("grad", grad, shape)
     return list(input_shape)
@@ -69,6 +71,7 @@ def conv2d_wgrad(
 ) -> list[int]:
     _structure(crow, col, weight_shape[0])
     _like("x", x, grad)
+    _has_elements(weight_shape)
     shape = conv2d_shape(x.shape, weight_shape, stride, padding, dilation, groups)
     _shape("grad", grad, shape)
     return list(col.shape)
@@ -181,8 +184,6 @@ def conv2d_shape(
 ) -> list[int]:
     """Return `[N, C_out, H_out, W_out]`, or raise ShapeError where the geometry does not fit."""
     rows, group_channels, kh, kw = weight_shape
-    if rows < 1 or group_channels < 1 or kh < 1 or kw < 1:
-        raise ShapeError(f"weight: expected at least one element, got shape {list(weight_shape)}")
     if groups < 1 or rows % groups:
         raise ShapeError(f"groups: expected a divisor of the {rows} output channels, got {groups}")
     if len(input_shape) != 4 or input_shape[1] != group_channels * groups:
@@ -213,6 +214,12 @@ def refuse_onnx() -> None:
             "torch.onnx: ONNX has no operators for sparse weights; export the dense model, "
             "torch.onnx.export(skd.densify(model), ...)"
         )
+
+
+def _has_elements(weight_shape: Ints) -> None:
+    """Refuse what torch refuses; of no input channels it makes no output channels either."""
+    if min(weight_shape) < 1:
+        raise ShapeError(f"weight: expected at least one element, got shape {list(weight_shape)}")
 
 
 def _structure(crow: Tensor, col: Tensor, rows: int) -> None:
