@@ -15,7 +15,7 @@ import copyreg
 import inspect
 import types
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def _loop_names(method: _Method, module: nn.Module) -> set[str]:
     return names
 
 
-@cache
+@lru_cache(maxsize=1024)  # classes that are made at run time come without end
 def _methods(cls: type) -> tuple[_Method, ...]:
     """Return the methods of a class with their source; those of torch's base class aside."""
     seen: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def _outline(code: types.CodeType) -> tuple[Any, ...]:
 # -- a class with rewritten methods ---------------------------------------------------------------
 
 
-@cache
+@lru_cache(maxsize=1024)  # classes that are made at run time come without end
 def fused_class(cls: type, sites: Sites) -> type:
     """Return a subclass of `cls` whose methods run each norm with what follows it.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,7 +70,8 @@ BACKENDS = {
     )
 }
 
-_override: str | None = None
+# Of the thread or the asyncio task at hand: contexts of others may end in any order.
+_override: ContextVar[str | None] = ContextVar("sparsekd.backend", default=None)
 # os.environ.get raises and catches a KeyError inside; too slow for every call of an op.
 _environment = getattr(os.environ, "_data", os.environ)
 _KEY = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "_data") else VARIABLE
@@ -104,8 +107,9 @@ def _get(name: str) -> Backend:
 
 def forced() -> str | None:
     """Return the backend asked for by `backend(...)` or SPARSEKD_BACKEND, None for automatic."""
-    if _override is not None or _KEY not in _environment:
-        return _override
+    override = _override.get()
+    if override is not None or _KEY not in _environment:
+        return override
     return os.environ[VARIABLE] or None
 
 
@@ -113,9 +117,11 @@ def forced() -> str | None:
 def backend(name: str) -> Iterator[None]:
     """Run every op of sparsekd on the named backend while the context lasts.
 
-    It holds for the whole process, and for the backward passes that run inside it. Outside, the
-    environment variable SPARSEKD_BACKEND decides, and without it CPU tensors get "auto" and CUDA
-    tensors "gpu".
+    It holds for the thread, or the asyncio task, that enters it, and for the backward passes that
+    it runs inside; other threads are not affected, nor are those that it starts. A backward pass
+    that comes to another thread runs on the backend that its forward pass was asked to run on:
+    autograd has threads of its own for CUDA tensors. Outside, the environment variable
+    SPARSEKD_BACKEND decides, and without it CPU tensors get "auto" and CUDA tensors "gpu".
 
     Args:
         name: "auto" for whichever of "cpp" and "dense" measures faster, op by op; "cpp" for the
@@ -131,13 +137,35 @@ def backend(name: str) -> Iterator[None]:
         >>> with skd.backend("reference"):
         ...     y = skd.nn.SparseLinear(8, 4, sparsity=0.5)(torch.ones(2, 8))
     """
-    global _override
-    _get(name)
-    before, _override = _override, name
+    before = _override.get()
+    _override.set(_get(name).name)
     try:
         yield
     finally:
-        _override = before
+        _override.set(before)
+
+
+class Asked(NamedTuple):
+    """A backend that `backend(...)` asked for, and the thread it was asked for on."""
+
+    name: str
+    thread: int
+
+
+def asked() -> Asked | None:
+    """Return what `followed` is to follow; None, as nearly always, outside of `backend(...)`."""
+    name = _override.get()
+    return None if name is None else Asked(name, threading.get_ident())
+
+
+def followed(forward: Asked) -> AbstractContextManager[None]:
+    """Run a backward pass, where it has come to another thread, as its forward pass was asked to.
+
+    Args:
+        forward: `asked()` of the forward pass.
+    """
+    elsewhere = forward.thread != threading.get_ident()
+    return backend(forward.name) if elsewhere and _override.get() is None else nullcontext()
 
 
 def choose(op: str, x: torch.Tensor) -> Callable[..., Any]:
@@ -211,9 +239,9 @@ def info() -> dict[str, Any]:
         asked for, or None), `default` (what CPU tensors get), `backends` (name to `available` and
         `detail`), `cpp`, what the compiled module says of itself, and `choices`, the file of
         measured choices, how many of them this process knows and how many were too close to tell
-        apart (empty without the module),
-        and of a GPU `gpu_choices`, the same of choices between "cuda" and "triton", and `tuning`,
-        of the sizes that Triton's kernels run with (both empty without one).
+        apart (empty without the module), `gpu_plans`, how much GPU kernels keep between calls, and
+        of a GPU `gpu_choices`, the same of choices between "cuda" and "triton", and `tuning`, of
+        the sizes that Triton's kernels run with (both empty without one).
 
     Raises:
         SettingError: an environment variable of sparsekd has a value that it does not take.
@@ -239,6 +267,11 @@ def info() -> dict[str, Any]:
         "backends": table,
         "cpp": {} if compiled is None else compiled.info(),
         "choices": {} if compiled is None else load("auto")[0].choices().info(),
+        "gpu_plans": {} if compiled is None else _gpu_plans(),
         "gpu_choices": {} if load("gpu")[0] is None else load("gpu")[0].choices(),
         "tuning": {} if load("triton")[0] is None else load("triton")[0].tuning(),
     }
+
+
+def _gpu_plans() -> dict[str, int]:
+    return importlib.import_module("sparsekd.ops.cuda_plans").info()

@@ -6,6 +6,8 @@ nothing waits for the device, except where a structure is seen for the first tim
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -164,21 +166,23 @@ class LargestK:
         self._cols, self._taken = cols, (structure.rows(), structure.cols())
         self._best = col.new_zeros(k, dtype=torch.int64)
         self._nan = col.new_zeros(1)
+        self._lock = threading.Lock()  # one offer after the other
 
     def offer(self, scores: Tensor, row: int, col: int, magnitude: bool) -> None:
         scores, k, device = scores.contiguous(), self._best.shape[0], self._best.device
         if scores.device != device:
             raise UnsupportedError(f"score: expected device {device}, got {scores.device}")
         keys = self._best.new_empty(k + scores.numel())
-        keys[:k] = self._best
         _library.run(
             "grow_keys", device, scores.dtype, scores, row, scores.shape[0], col, scores.shape[1],
             self._cols, magnitude, self._taken[0].shape[0], *self._taken, keys[k:],
         )  # fmt: skip
         scratch = torch.empty(_library.size("grow_scratch"), dtype=torch.uint8, device=device)
-        best = torch.zeros_like(self._best)
-        _library.run("grow_select", device, keys.shape[0], keys, k, best, scratch, self._nan)
-        self._best = best
+        with self._lock:
+            keys[:k] = self._best
+            best = torch.zeros_like(self._best)
+            _library.run("grow_select", device, keys.shape[0], keys, k, best, scratch, self._nan)
+            self._best = best
 
     def positions(self) -> Tensor:
         if self._nan.item():

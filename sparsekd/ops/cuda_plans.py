@@ -4,6 +4,8 @@ A structure is copied to the host and validated when it is first seen, or has ch
 are made there, once for each geometry, and uploaded. Kernels read only these plans. A structure
 that changes in place keeps its plans' places in memory, so that recorded CUDA graphs stay valid:
 new plans are made on the host, and written into the old ones once all are known to fit.
+
+Inputs come in ever new sizes, so plans are given up again; `kept_plans` says which.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +23,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import sparsekd._C as _C
 from sparsekd.csr import row_indices
 from sparsekd.errors import UnsupportedError
+from sparsekd.ops.kept_plans import Kept, clock, fits, has_tensors, take_surplus
 from sparsekd.ops.layout import rows_cols
 
 _MOST_SITES = 2**31 - 1024
+_trial: ContextVar[list[tuple[Structure, Hashable]] | None] = ContextVar("trial", default=None)
 
 
 class Conv(NamedTuple):
@@ -81,7 +86,8 @@ class InputGradient(NamedTuple):
 class Structure:
     """Hold a validated copy of index tensors, and the plans made of it.
 
-    `crow`, `col` and `row`, the row of each nonzero, are on the host.
+    `crow`, `col` and `row`, the row of each nonzero, are on the host. Any number of threads may ask
+    for plans; each is made once.
 
     Args:
         crow: start of each row.
@@ -95,7 +101,9 @@ class Structure:
 
     def __init__(self, crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
         self._device, self.size = crow.device, (rows, cols)
-        self._plans: dict[Hashable, tuple[Callable[[Structure], Any], Any]] = {}
+        self._plans: dict[Hashable, Kept] = {}
+        self._lock = threading.RLock()  # a plan may be made of another one
+        self._on_host = False
         self._earlier: dict[Hashable, Any] = {}
         # copied first and validated after, so nothing changes between the check and the use
         host = [tensor.detach().to("cpu", copy=True) for tensor in (crow, col)]
@@ -111,29 +119,35 @@ class Structure:
             TopologyError: they are no structure of this matrix.
         """
         fresh = type(self)(crow.cpu(), col.cpu(), *self.size)
-        fresh._earlier = {key: plan for key, (_, plan) in self._plans.items()}
-        for key, (make, plan) in self._plans.items():
-            # Tiles that were not there are not looked for: they may be chance, and what has run
-            # without them runs on.
-            if plan is None:
-                fresh._plans[key] = make, None
-            else:
-                fresh.once(key, make)
+        fresh._on_host = True
+        held = list(self._plans.items())
+        fresh._earlier = {key: kept.plan for key, kept in held}
+        for key, kept in held:
+            fresh._follow(key, kept)
         return fresh
+
+    def _follow(self, key: Hashable, old: Kept) -> Any:
+        """Return the plan that takes the place of one of the structure that this has been."""
+        # Tiles that were not there are not looked for: they may be chance, and what has run
+        # without them runs on.
+        if old.plan is None:
+            return self._plans.setdefault(key, Kept(old.make, None)).plan
+        return self.once(key, old.make)
 
     def adopt(self, changed: Structure, versions: tuple[int, ...]) -> None:
         """Become what `changed` has returned; plans that keep their sizes keep their places."""
-        self.crow, self.col, self.row = changed.crow, changed.col, changed.row
-        for key, (make, plan) in changed._plans.items():
-            old = changed.earlier(key)
-            self._plans[key] = make, _overwrite(old, plan, self._device)
-        self.versions = versions
+        with self._lock:
+            self.crow, self.col, self.row = changed.crow, changed.col, changed.row
+            # Those that were made since are made anew too, those given up since are not.
+            for key, kept in list(self._plans.items()):
+                kept.replace(changed._follow(key, kept), self._device)
+            self.versions = versions
 
     def require_places(self, changed: Structure) -> None:
         """Raise UnsupportedError unless every plan keeps its place when it becomes `changed`."""
-        for key, (_, plan) in self._plans.items():
-            new = changed._plans[key][1]
-            if _has_tensors(plan) and not _fits(plan, new):
+        for key, kept in list(self._plans.items()):
+            new = changed._follow(key, kept)
+            if has_tensors(kept.plan) and not fits(kept.plan, new):
                 raise UnsupportedError(_refusal(key, new))
 
     def rows(self) -> Tensor:
@@ -164,19 +178,42 @@ class Structure:
             key: tells plans apart, and starts with a word for what the plan is of.
             make: makes the plan, and is asked again when the structure changes.
         """
-        if key not in self._plans:
-            self._plans[key] = make, make(self)
-        return self._plans[key][1]
+        kept = self._plans.get(key)
+        if kept is None:
+            kept = self._keep(key, make)
+        kept.used = next(clock)
+        if not kept.pinned and _recording():
+            with _lock:
+                kept.pinned = True
+                self._plans.setdefault(key, kept)  # it may have been given up a moment ago
+        return kept.plan
+
+    def _keep(self, key: Hashable, make: Callable[[Structure], Any]) -> Kept:
+        with self._lock:
+            kept = self._plans.get(key)
+            if kept is not None:  # another thread was faster
+                return kept
+            kept = self._plans[key] = Kept(make, make(self))
+        made = _trial.get()
+        if made is not None:
+            made.append((self, key))
+        if not self._on_host:
+            _trim(self)
+        return kept
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        """Forget the plans that are made while it lasts: some are of a way not taken."""
-        before = set(self._plans)
+        """Forget the plans that this thread makes in it: some are of a way not taken."""
+        before = _trial.set([])
         try:
             yield
         finally:
-            for key in self._plans.keys() - before:
-                del self._plans[key]
+            made = _trial.get() or []
+            _trial.reset(before)
+            with _lock:
+                for structure, key in made:
+                    if structure is self:
+                        self._plans.pop(key, None)
 
     def earlier(self, key: Hashable) -> Any:
         """Return the plan that the structure had before it changed, None if there was none."""
@@ -285,32 +322,6 @@ def _reach(phases: list[AxisPhase], size: int) -> tuple[int, int]:
     return before, after
 
 
-def _has_tensors(plan: Any) -> bool:
-    return isinstance(plan, Tensor) or (isinstance(plan, tuple) and any(map(_has_tensors, plan)))
-
-
-def _fits(old: Any, new: Any) -> bool:
-    """Return whether a plan can be written into another, and kernels be launched with it alike."""
-    if isinstance(old, Tensor):
-        return isinstance(new, Tensor) and old.shape == new.shape
-    if isinstance(old, tuple):
-        return type(old) is type(new) and len(old) == len(new) and all(map(_fits, old, new))
-    return bool(old == new)
-
-
-def _overwrite(old: Any, new: Any, device: torch.device) -> Any:
-    """Return a plan on the device, in the tensors of another one where they fit."""
-    if isinstance(new, Tensor):
-        in_place = isinstance(old, Tensor) and old.shape == new.shape
-        return old.copy_(new) if in_place else new.to(device)
-    if not isinstance(new, tuple):
-        return new
-    alike = isinstance(old, tuple) and len(old) == len(new)
-    pairs = zip(old if alike else [None] * len(new), new, strict=True)
-    parts = [_overwrite(*pair, device) for pair in pairs]
-    return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
-
-
 def _refusal(key: Any, new: Any) -> str:
     what = key if isinstance(key, str) else key[0]
     has = "has none, or too few values in each" if new is None else "has others in size or number"
@@ -322,9 +333,13 @@ def _versions(crow: Tensor, col: Tensor) -> tuple[int, ...]:
     return tuple(0 if t.is_inference() else t._version for t in (crow, col))
 
 
+def _recording() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _refuse_recording() -> None:
     """Raise UnsupportedError while a CUDA graph is recorded, which a copy from the host ends."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if _recording():
         raise UnsupportedError(
             "x, crow, col: the plans of a structure that is new, or new to inputs of this size, "
             "cannot be made while a CUDA graph is recorded; run the same step before recording it"
@@ -332,7 +347,29 @@ def _refuse_recording() -> None:
 
 
 _known: dict[tuple[Any, ...], tuple[Structure, list[StorageWeakRef]]] = {}
-_lock = threading.Lock()  # backward passes of several devices come here at once
+# Of what is known and which plans are given up; backward passes of several devices come here at
+# once. Whoever holds it asks for no structure's own lock.
+_lock = threading.RLock()
+
+
+def _trim(structure: Structure) -> None:
+    """Give up the plans that are too many now that a structure has a new one."""
+    with _lock:
+        gone = take_surplus(structure._plans, [known._plans for known in _structures()])
+    if any(kept.bytes for kept in gone) and structure._device.type == "cuda":
+        torch.cuda.synchronize(structure._device)  # streams other than their own may read them
+
+
+def _structures() -> list[Structure]:
+    return [structure for structure, _ in list(_known.values())]
+
+
+def info() -> dict[str, int]:
+    """Return how many structures and plans are kept for GPU kernels, and the bytes of the plans."""
+    structures = _structures()
+    kept = [kept for structure in structures for kept in list(structure._plans.values())]
+    total = sum(one.bytes for one in kept)
+    return {"structures": len(structures), "plans": len(kept), "bytes": total}
 
 
 def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure:
@@ -350,18 +387,24 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
         *[storage._cdata for storage in storages], rows, cols, crow.shape, col.shape,
         crow.stride(), col.stride(), crow.storage_offset(), col.storage_offset(),
     )  # fmt: skip
-    if key not in _known:
+    known = _known.get(key)
+    if known is None:
         _refuse_recording()
-        made = Structure(crow, col, rows, cols)
         with _lock:
-            for gone in [k for k, (_, held) in _known.items() if any(r.expired() for r in held)]:
-                del _known[gone]
-            # A weak reference keeps the address of a storage from being used again.
-            _known[key] = made, [StorageWeakRef(storage) for storage in storages]
-    structure, versions = _known[key][0], _versions(crow, col)
+            known = _known.get(key)  # another thread may have been faster
+            if known is None:
+                gone = [k for k, (_, refs) in _known.items() if any(r.expired() for r in refs)]
+                for expired in gone:
+                    del _known[expired]
+                # A weak reference keeps the address of a storage from being used again.
+                refs = [StorageWeakRef(storage) for storage in storages]
+                known = _known[key] = Structure(crow, col, rows, cols), refs
+    structure, versions = known[0], _versions(crow, col)
     if structure.versions != versions:
         _refuse_recording()
-        structure.adopt(structure.changed(crow, col), versions)
+        with structure._lock:
+            if structure.versions != versions:
+                structure.adopt(structure.changed(crow, col), versions)
     return structure
 
 

@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from sparsekd.ops.checks import geometry
 from sparsekd.ops.choices import Choice, Choices, default_path
 from sparsekd.ops.kinds import Key
 from sparsekd.ops.race import laps, spread
+from sparsekd.ops.single import Single
 from sparsekd.ops.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def _log(key: Key, choice: Choice) -> None:
         )  # fmt: skip
 
 
-@cache
+@Single
 def dispatcher() -> Dispatcher:
     """Return what chooses in this process."""
     return Dispatcher(Choices(default_path()))

@@ -177,13 +177,14 @@ class _Watcher:
         self._advance = advance
         self._known: dict[Any, PassTimes] = {}
 
-    def saw(self, op: str, args: tuple[Any, ...]) -> None:
-        """Time a call, unless one just like it was."""
-        if op not in PASSES:
-            return
-        name = observe.owner(self.layers, args[2])
+    def saw(self, op: str, args: tuple[Any, ...]) -> bool:
+        """Time a call, unless one just like it was.
+
+        Nobody else sees it: to a method that grows weights this is no training.
+        """
+        name = observe.owner(self.layers, args[2]) if op in PASSES else None
         if name is None:
-            return
+            return False
         backend, tile = running(op, args), _tile_size(op, args)
         self.tiles.setdefault(name, tile)
         # Backend and tiles hang on the structure, of which these are the sizes only.
@@ -193,6 +194,7 @@ class _Watcher:
         passes = self.found.setdefault(name, {})
         passes[PASSES[op]] = passes.get(PASSES[op], PassTimes.zero()) + self._known[alike]
         self._advance()
+        return True
 
 
 def _tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
@@ -240,7 +242,7 @@ def explain(
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "crow_indices")}
     with _progress(len(layers)) as advance:
         watcher = _Watcher(layers, advance)
-        with _alone(watcher), in_mode(model, training=False), torch.enable_grad():
+        with observe.listeners.before(watcher), in_mode(model, training=False), torch.enable_grad():
             _run(model, inputs, named)
     return Explanation(
         tuple(
@@ -276,19 +278,6 @@ def _random(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(device, dtype)
     return x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
-
-
-@contextmanager
-def _alone(watcher: _Watcher) -> Iterator[None]:
-    """Let nobody else listen: to a method that grows weights this is no training."""
-    others = list(observe.listeners)
-    observe.listeners.clear()
-    observe.listeners.add(watcher)
-    try:
-        yield
-    finally:
-        observe.listeners.clear()
-        observe.listeners.update(others)
 
 
 @contextmanager

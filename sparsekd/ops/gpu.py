@@ -6,12 +6,12 @@ Where only one of them can run it runs everything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from sparsekd.ops import backends
+from sparsekd.ops.single import Single
 
 _found = {name: backends.load(name) for name in ("cuda", "triton")}
 if all(loaded is None for loaded, _ in _found.values()):
@@ -19,7 +19,7 @@ if all(loaded is None for loaded, _ in _found.values()):
 _modules = {name: loaded for name, (loaded, _) in _found.items() if loaded is not None}
 
 
-@cache
+@Single
 def chooser() -> Any:
     """Return what chooses in this process, None where there is no choice."""
     if len(_modules) < len(_found):

@@ -8,8 +8,10 @@ weight of a layer is asked for and computed with, its own gradient is shown inst
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,16 +22,73 @@ class Listener(Protocol):
     """See the calls of every op of sparsekd while it is one of the `listeners`."""
 
     def saw(self, op: str, args: tuple[Any, ...]) -> None:
-        """Take note of a call; unless `lasting()`, keep copies of what is to be used later."""
+        """Take note of a call; unless `lasting()`, keep copies of what is to be used later.
+
+        Calls come from the threads that make them, be it of other models: look whose they are.
+        """
 
 
-listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+class Watcher(Protocol):
+    """See calls before the listeners do, and keep them from these."""
+
+    def saw(self, op: str, args: tuple[Any, ...]) -> bool:
+        """Take note of a call; return whether nobody else is to see it."""
 
 
-def tell(op: str, args: tuple[Any, ...]) -> None:
-    """Show a call to all listeners; `args` are those of the op's schema, in order."""
-    for listener in listeners:
-        listener.saw(op, args)
+class Listeners:
+    """The listeners that somebody still holds, for any thread to read while others change them.
+
+    A change makes a new tuple, so whoever runs through one is not disturbed. False where there is
+    nobody to tell, which ops ask at every call.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[weakref.ref[Listener], ...] = ()
+        self._watchers: tuple[Watcher, ...] = ()
+        # Taken again by the same thread where a listener dies while it is held.
+        self._lock = threading.RLock()
+
+    def __bool__(self) -> bool:
+        return bool(self._held or self._watchers)
+
+    def __iter__(self) -> Iterator[Listener]:
+        return (listener for ref in self._held if (listener := ref()) is not None)
+
+    def add(self, listener: Listener) -> None:
+        """Let a listener see calls from now on, as long as somebody holds it."""
+        with self._lock:
+            self.discard(listener)
+            self._held = (*self._held, weakref.ref(listener, self._drop))
+
+    def discard(self, listener: Listener) -> None:
+        """Let it see no more."""
+        with self._lock:
+            self._held = tuple(ref for ref in self._held if ref() is not listener)
+
+    def _drop(self, dead: weakref.ref[Listener]) -> None:
+        with self._lock:
+            self._held = tuple(ref for ref in self._held if ref is not dead)
+
+    @contextmanager
+    def before(self, watcher: Watcher) -> Iterator[None]:
+        """Show calls to a watcher first while the context lasts."""
+        with self._lock:
+            self._watchers = (*self._watchers, watcher)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watchers = tuple(w for w in self._watchers if w is not watcher)
+
+    def tell(self, op: str, args: tuple[Any, ...]) -> None:
+        """Show a call; `args` are those of the op's schema, in order."""
+        if any(watcher.saw(op, args) for watcher in self._watchers):
+            return
+        for listener in self:
+            listener.saw(op, args)
+
+
+listeners = Listeners()
 
 
 def owner(modules: Mapping[str, Any], crow: Tensor) -> str | None:

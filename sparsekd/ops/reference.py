@@ -7,6 +7,7 @@ kernels do. It is what they are tested against, and the fallback where they cann
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -173,7 +174,10 @@ def linear_wgrad_tile(
 
 
 class LargestK:
-    """Merge rectangles of scores into the k best positions outside a structure."""
+    """Merge rectangles of scores into the k best positions outside a structure.
+
+    Several threads may offer; one after the other gets in.
+    """
 
     def __init__(
         self, crow: Tensor, col: Tensor, rows: int, cols: int, k: int, dtype: torch.dtype
@@ -185,6 +189,7 @@ class LargestK:
         self._taken = _positions(crow, col, (rows, cols))
         self._position = torch.empty(0, dtype=torch.int64, device=col.device)
         self._score = torch.empty(0, dtype=dtype, device=col.device)
+        self._lock = threading.Lock()
 
     def offer(self, scores: Tensor, row: int, col: int, magnitude: bool) -> None:
         rows = torch.arange(row, row + scores.shape[0], device=scores.device)
@@ -194,11 +199,12 @@ class LargestK:
         score = (scores.abs() if magnitude else scores).flatten()[free]
         if score.isnan().any():
             raise ValueError("score: NaN among the positions that could grow")
-        position, order = torch.cat([self._position, position[free]]).sort()
-        score = torch.cat([self._score, score])[order]
-        # Ties: the lower position, as the sort by score is stable.
-        best = torch.sort(score, descending=True, stable=True).indices[: self._k]
-        self._position, self._score = position[best], score[best]
+        with self._lock:
+            position, order = torch.cat([self._position, position[free]]).sort()
+            score = torch.cat([self._score, score])[order]
+            # Ties: the lower position, as the sort by score is stable.
+            best = torch.sort(score, descending=True, stable=True).indices[: self._k]
+            self._position, self._score = position[best], score[best]
 
     def positions(self) -> Tensor:
         return self._position.sort().values

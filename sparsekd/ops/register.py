@@ -25,7 +25,7 @@ from sparsekd._torch import (
 )
 from sparsekd.errors import UnsupportedError
 from sparsekd.ops import checks, growth, observe, transforms
-from sparsekd.ops.backends import choose, choose_measured, forced
+from sparsekd.ops.backends import asked, choose, choose_measured, followed, forced
 from sparsekd.ops.direct import intercepted, plain
 from sparsekd.ops.kinds import serial, sizes_of
 from sparsekd.ops.layout import memory_format_of
@@ -33,7 +33,7 @@ from sparsekd.ops.schemas import SCHEMAS
 
 library = torch.library.Library("sparsekd", "DEF")
 _MAPS = ("conv2d", "conv2d_dgrad")
-_MOST_KNOWN = 1 << 12
+_MOST_KNOWN = 1 << 12  # of an op, about a kilobyte each: a network in a dozen sizes
 
 
 def kernel(name: str, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -48,7 +48,7 @@ def kernel(name: str, function: Callable[..., Any] | None = None) -> Callable[..
     def run(*args: Any) -> Any:
         check(*args)
         if observe.listeners:
-            observe.tell(name, args)
+            observe.listeners.tell(name, args)
         return (function or choose(name, args[0]))(*args)
 
     return run
@@ -69,7 +69,7 @@ class _Product:
 
     def __call__(self, *args: Any) -> Tensor:
         if observe.listeners:
-            observe.tell(self.name, args)
+            observe.listeners.tell(self.name, args)
         return getattr(self.backend(args), self.name)(*args)
 
     def backend(self, args: tuple[Any, ...]) -> Any:
@@ -266,7 +266,7 @@ def register_autograd(
                     result = below(keyset, *inputs)
             else:
                 result = below(keyset, *inputs)
-            ctx.direct = keyset is None
+            ctx.direct, ctx.asked = keyset is None, asked()
             setup(ctx, inputs, result)
             if in_forward_ad():
                 ctx.save_for_forward(*inputs[:4])
@@ -275,7 +275,10 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            return *backward(ctx, *grads), None
+            if ctx.asked is None:
+                return *backward(ctx, *grads), None
+            with followed(ctx.asked):
+                return *backward(ctx, *grads), None
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:

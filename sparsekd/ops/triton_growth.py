@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class LargestK:
         self._cols, self._taken = cols, (structure.rows(), structure.cols())
         self._best = torch.full((k,), grow.TAKEN, dtype=torch.int64, device=col.device)
         self._nan = torch.zeros((), dtype=torch.bool, device=col.device)
+        self._lock = threading.Lock()  # one offer after the other
 
     def offer(self, scores: Tensor, row: int, col: int, magnitude: bool) -> None:
         if scores.device != self._best.device:
@@ -37,11 +40,12 @@ class LargestK:
         if not scores.numel():
             return
         keys = self._best.new_empty(len(self._best) + scores.numel())
-        keys[: len(self._best)] = self._best
         with torch.cuda.device_of(scores):
             self._write_keys(scores.contiguous(), keys[len(self._best) :], row, col, magnitude)
-        self._nan |= (keys >= grow.NAN).any()
-        self._best = keys.topk(len(self._best), sorted=False).values
+        with self._lock:
+            keys[: len(self._best)] = self._best
+            self._nan |= (keys >= grow.NAN).any()
+            self._best = keys.topk(len(self._best), sorted=False).values
 
     def _write_keys(
         self, scores: Tensor, keys: Tensor, row: int, col: int, magnitude: bool

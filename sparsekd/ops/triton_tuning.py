@@ -23,6 +23,7 @@ from triton.runtime.errors import TritonError
 
 from sparsekd import settings
 from sparsekd.kernels import config
+from sparsekd.ops.single import Single
 from sparsekd.ops.store import Store, path_of
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def enabled() -> bool:
     return settings.get(VARIABLE) != "off"
 
 
-@cache
+@Single
 def tuner() -> Tuner:
     """Return the tuner of this process."""
     return Tuner(Store(path_of("tuning", surroundings()), Tuned.of), gpu_clock)

@@ -17,7 +17,7 @@ from sparsekd.ops import cuda_plans
 def plan_tensors() -> list[Tensor]:
     """Return every tensor that the plans of all structures consist of."""
     known = [made._plans.values() for made, _ in cuda_plans._known.values()]
-    leaves = tree_leaves([plan for plans in known for _, plan in plans])
+    leaves = tree_leaves([kept.plan for plans in known for kept in plans])
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 

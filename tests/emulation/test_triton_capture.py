@@ -228,8 +228,8 @@ def test_structures_of_equal_nnz_have_plans_of_equal_shapes(drawn) -> None:
     make_plans(structure, conv)
     changed = structure.changed(second.crow_indices, second.col_indices)
     assume(runs.find_runs(changed, conv) == runs.find_runs(structure, conv))
-    for key, (_, old) in structure._plans.items():
-        new = changed._plans[key][1]
+    for key, kept in structure._plans.items():
+        old, new = kept.plan, changed._plans[key].plan
         if old is None or key[0] in ("tiles", "tiles of the input gradient"):
             assert new is None or cuda_plans._fits(old, new), key
         else:
