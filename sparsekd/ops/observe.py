@@ -110,7 +110,7 @@ def show_gradient(weight: Tensor, crow: Tensor) -> None:
         crow: of its structure.
     """
     if listeners and weight.requires_grad:
-        weight.register_hook(lambda grad: tell("dense_wgrad", (grad, crow)))
+        weight.register_hook(lambda grad: listeners.tell("dense_wgrad", (grad, crow)))
 
 
 class WeightGradient(NamedTuple):

@@ -215,7 +215,7 @@ def assert_gradients(updater: methods.Updater, twin: nn.Module) -> None:
         assert torch.equal(at_nonzeros, module.values.grad)
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning", "ignore:no weight is left")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_gradient_is_the_dense_one(loop):
     _, twin, updater = run(loop)
@@ -233,7 +233,7 @@ def grown_as_dense(fraction: float, grad: Tensor, values: Tensor, old: Tensor) -
     return kept | (score >= score.view(-1).sort(descending=True).values[k - 1])
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning", "ignore:no weight is left")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_grown_positions_are_those_of_the_dense_gradient(loop):
     _, twin, updater = run(loop)
@@ -268,7 +268,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning", "ignore:no weight is left")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_extra_backward_changes_nothing_that_is_zeroed_in_place(method, optimizer):
@@ -296,7 +296,7 @@ def test_an_extra_backward_changes_nothing_that_is_zeroed_in_place(method, optim
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning", "ignore:no weight is left")
 @pytest.mark.parametrize("layout", ["bcsr:2", "fanin", "nm:2:4"])
 def test_layouts_with_tiles_follow_as_well(layout):
     masks = []
@@ -457,7 +457,7 @@ def test_other_values_at_the_same_positions_do_not_count():
     torch.testing.assert_close(updater.gradient("0"), twin[0].weight.grad)
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning", "ignore:no weight is left")
 @pytest.mark.parametrize("method", ["RigL", "GraNet", "SNFS", "RigLSG", "TopKAST"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast", "scaler", "clip"])
 def test_ordinary_loops_report_nothing(method, kind):

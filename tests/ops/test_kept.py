@@ -122,17 +122,6 @@ def test_large_dropped_indices_go_before_many_have_come() -> None:
     assert use()["cached_bytes"] - before < 64 * MIB
 
 
-def test_arrays_of_nobody_are_kept_in_small_numbers() -> None:
-    from sparsekd import _C
-
-    np = pytest.importorskip("numpy")
-    before = use()["cached_structures"]
-    arrays = [np.array([0, 1], np.int32) for _ in range(2000)]
-    for crow in arrays:
-        _C.tile_size(crow, crow[:1], 1, 4, 1, 1)
-    assert use()["cached_structures"] - before <= 300
-
-
 def test_calls_of_ever_new_shapes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsekd.ops.register import _MOST_KNOWN, _kernels
 
