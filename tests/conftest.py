@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import importlib
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from sparsekd.train import StopRequest
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class StopAt(StopRequest):
@@ -54,17 +50,9 @@ def _torchvision() -> ModuleType:
 
 
 def _transformers() -> ModuleType:
-    """Import transformers, which must not take the folder `kernels` for a package that it knows."""
     with suppress(ImportError):
-        _torchvision()  # which it imports where there is one
-    path = list(sys.path)
-    sys.path[:] = [entry for entry in path if Path(entry).resolve() != ROOT]
-    try:
-        found = importlib.import_module("transformers")
-        importlib.import_module("transformers.utils").is_kernels_available()  # remembers the answer
-    finally:
-        sys.path[:] = path
-    return found
+        _torchvision()  # which transformers imports where there is one
+    return importlib.import_module("transformers")
 
 
 def _timm() -> ModuleType:

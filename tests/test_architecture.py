@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
+
+import pytest
 
 import sparsekd
 
@@ -29,3 +32,13 @@ def test_only_ops_and_topology_import_the_compiled_module():
         if any(name.startswith("sparsekd._C") for name in imported_names(path))
     }
     assert users == {"ops", "topology.py"}
+
+
+def test_a_checkout_on_the_path_is_no_package_kernels(monkeypatch):
+    """Others look for a package of that name; ours answers under its own name only."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    kernels = importlib.import_module("kernels")
+    assert not hasattr(kernels, "Kernel")
+    for name in ("table", "gather"):
+        with pytest.raises(ImportError, match=f"kernels.{name}"):
+            importlib.import_module(f"kernels.{name}")
