@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsekd import functional
 from sparsekd.layouts import Tiling
 from sparsekd.ops import info
+from sparsekd.sparsity import outputs_first
 from sparsekd.topology import Topology
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted", "expanded", "unbatched")
@@ -315,7 +316,7 @@ def assert_matches_dense(module: SparseModule, x: Tensor, limit: float | None = 
     """Fail unless a sparse module agrees with its own dense twin, gradients included.
 
     Args:
-        module: a SparseConv2d or SparseLinear.
+        module: a SparseConv2d, SparseLinear or SparseConv1D.
         x: an input for it.
         limit: relative error allowed; computed from dtype and size if None.
 
@@ -333,7 +334,7 @@ def assert_matches_dense(module: SparseModule, x: Tensor, limit: float | None = 
         sparse_leaves["bias"], dense_leaves["bias"] = module.bias, dense.bias
     actual = _with_gradients(module(sparse_leaves["x"]), sparse_leaves, None, x.dtype)
     expected = _with_gradients(dense(dense_leaves["x"]), dense_leaves, None, x.dtype)
-    expected["values"] = expected["values"][module.topology.mask()]
+    expected["values"] = outputs_first(dense, expected["values"])[module.topology.mask()]
     summands = max(x.numel(), expected["y"].numel(), module.topology.cols)
     allowed = tolerance(x.dtype, summands) if limit is None else limit
     for name, tensor in expected.items():

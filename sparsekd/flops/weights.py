@@ -54,7 +54,7 @@ class _Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense weight."""
-        return tuple(self.tensor.shape if self.sparse is None else self.sparse.topology.shape)
+        return tuple(self.tensor.shape) if self.sparse is None else _dense_shape(self.sparse)
 
     def label(self, module: nn.Module | None) -> str:
         """Return the name that the running module gives it, else that of its first owner."""
@@ -168,9 +168,8 @@ class Attribution(TorchDispatchMode):
             self._add(LayerFlops(name, shape, prod(shape), positions))
 
     def _add_sparse(self, name: str, module: Any, result: Tensor) -> None:
-        shape = tuple(module.topology.shape)
-        positions = result.numel() // max(shape[0], 1)
-        self._add(LayerFlops(name, shape, module.topology.nnz, positions))
+        positions = result.numel() // max(module.topology.shape[0], 1)
+        self._add(LayerFlops(name, _dense_shape(module), module.topology.nnz, positions))
 
     def _add(self, row: LayerFlops) -> None:
         key = row.name, row.shape
@@ -195,6 +194,11 @@ def _factors(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _is_sparse(module: Any) -> bool:
     return hasattr(module, "topology") and hasattr(module, "values")
+
+
+def _dense_shape(sparse: Any) -> tuple[int, ...]:
+    """Return the shape of the dense weight, which may be stored as [in, out]."""
+    return tuple(getattr(sparse, "dense_shape", sparse.topology.shape))
 
 
 def _weights(names: dict[nn.Module, str]) -> list[_Weight]:

@@ -6,6 +6,7 @@ from sparsekd.nn import init
 from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.capture import make_capturable
 from sparsekd.nn.conv import SparseConv2d
+from sparsekd.nn.conv1d import SparseConv1D
 from sparsekd.nn.convert import densify, sparsify
 from sparsekd.nn.fuse import optimize, unfuse
 from sparsekd.nn.linear import SparseLinear
@@ -14,6 +15,7 @@ from sparsekd.nn.relayout import relayout
 from sparsekd.sparsity import Survey, survey
 
 __all__ = [
+    "SparseConv1D",
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",

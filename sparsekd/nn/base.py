@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from sparsekd.ops import observe
 from sparsekd.topology import Topology, TopologyDelta
 
 _Sparse = TypeVar("_Sparse", bound="SparseModule")
-_Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
+_Dense = TypeVar("_Dense", bound=nn.Module)
 
 
 class SparseModule(nn.Module):
@@ -141,11 +141,26 @@ class SparseModule(nn.Module):
             self.register_buffer(name, getattr(topology, name).to(device))
         return topology
 
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`, and of the dense counterpart's: mostly `topology.shape`."""
+        return self._turned_shape(self.weight_shape)
+
+    # The dense counterpart may store its weight in another order than `topology` has. These two
+    # turn a weight, and a shape, from either into the other.
+    @staticmethod
+    def _turned(weight: Tensor) -> Tensor:
+        return weight
+
+    @staticmethod
+    def _turned_shape(shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
+
     def dense_weight(self) -> Tensor:
         """Return the weight as a dense tensor with stored zeros.
 
         Shape:
-            the weight's, `topology.shape`
+            `topology.shape`, the outputs first
 
         Returns:
             A new tensor, differentiable with respect to `values`.
@@ -170,7 +185,7 @@ class SparseModule(nn.Module):
         it raises UnsupportedError.
 
         Shape:
-            the weight's, `topology.shape`
+            `dense_shape`
 
         Example:
             >>> import sparsekd as skd
@@ -188,13 +203,13 @@ class SparseModule(nn.Module):
         there is one, moves along. Optimizer state follows through `sparsekd.optim.remap_`.
 
         Args:
-            mask: bool tensor of the weight's shape.
+            mask: bool tensor of `topology.shape`.
 
         Returns:
             Where each weight was: `delta.source[slot]` is its old slot, -1 for a grown one.
 
         Raises:
-            ShapeError: if `mask` does not have the weight's shape.
+            ShapeError: if `mask` does not have that shape.
             TopologyError: if `mask` is not bool.
             UnsupportedError: if `mask` does not fit the module's layout, or is one that a
                 capturable module cannot take in place, or if FSDP shards the module; nothing has
@@ -218,7 +233,7 @@ class SparseModule(nn.Module):
         Several modules are so rewired all or none: what `rewire` raises is raised here.
 
         Args:
-            mask: bool tensor of the weight's shape.
+            mask: bool tensor of `topology.shape`.
 
         Returns:
             A function to be called once, before the module is rewired in another way; it returns
@@ -349,12 +364,12 @@ class SparseModule(nn.Module):
         problems = size_problems(self, prefix, own, local_metadata)
         if own["values"] is None and prefix + "weight" in rest:
             weight = rest.pop(prefix + "weight")
-            if tuple(weight.shape) != self.weight_shape:
-                problems.append(mismatch(prefix + "weight", weight.shape, self.weight_shape))
+            if tuple(weight.shape) != self.dense_shape:
+                problems.append(mismatch(prefix + "weight", weight.shape, self.dense_shape))
             elif not problems:
                 topology = self.topology
                 flat = topology.flat_indices().to(weight.device)
-                rest[prefix + "values"] = weight.detach().reshape(-1)[flat]
+                rest[prefix + "values"] = self._turned(weight.detach()).reshape(-1)[flat]
         elif not problems and all(own[name] is not None for name in ("values", *INDICES)):
             topology = self._stored_topology(prefix, own)
         if problems:
@@ -409,7 +424,7 @@ class SparseModule(nn.Module):
 
     def _fill_dense(self, dense: _Dense) -> _Dense:
         """Give a dense module on the meta device this module's weight, bias and mode."""
-        weight = self.dense_weight().detach()
+        weight = self._turned(self.dense_weight().detach())
         dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         if self.bias is not None:
             bias = self.bias.detach().clone()
@@ -431,9 +446,9 @@ class SparseModule(nn.Module):
 
 
 @torch.no_grad()
-def copy_dense_(sparse: _Sparse, dense: nn.Linear | nn.Conv2d) -> _Sparse:
+def copy_dense_(sparse: _Sparse, dense: Any) -> _Sparse:
     """Copy a dense module's weights at the positions of the sparse one, its bias and mode."""
-    flat = dense.weight.detach().reshape(-1)
+    flat = sparse._turned(dense.weight.detach()).reshape(-1)
     sparse.values.copy_(flat[sparse.topology.flat_indices().to(flat.device)])
     sparse.values.requires_grad_(dense.weight.requires_grad)
     if sparse.bias is not None:

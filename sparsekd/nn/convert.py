@@ -13,6 +13,7 @@ from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
+from sparsekd.nn.conv1d import SparseConv1D
 from sparsekd.nn.held import replace_held
 from sparsekd.nn.init import kaiming_
 from sparsekd.nn.linear import SparseLinear
@@ -26,6 +27,7 @@ from sparsekd.sparsity import (
     layout_masks,
     living_rows,
     magnitude_masks,
+    outputs_first,
     random_masks,
     refuse_wrappers,
     skipped_layers,
@@ -46,7 +48,6 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-_DenseLayer = nn.Linear | nn.Conv2d
 
 
 @torch.no_grad()
@@ -64,16 +65,19 @@ def sparsify(
 ) -> nn.Module:
     """Replace every nn.Linear and nn.Conv2d of a model by its weight-sparse counterpart, in place.
 
+    The `Conv1D` of transformers, a linear layer that stores its weight as [in, out], is replaced
+    too.
+
     The total number of nonzeros over the replaced layers is `round((1 - sparsity) * N)` exactly,
     or as near as whole tiles of the layout come to it.
     A layer the distribution makes dense becomes a sparse module with a full mask. A module used in
     several places is converted once. Biases and everything else in the model stay the same
     objects; build the optimizer after this call, since the weights are new parameters.
 
-    Layers of another class than exactly nn.Linear or nn.Conv2d, parametrised, lazy or weight-tied
-    ones are left alone and named in a warning, and so is every other parameter of two or more
-    dimensions with 1 % or more of the model: of embeddings, attention, recurrent layers. `survey`
-    lists them, `skip` silences it, and `sparsekd.coverage` says how sparse the whole model is.
+    Layers of another class than exactly one of these, parametrised, lazy or weight-tied ones are
+    left alone and named in a warning, and so is every other parameter of two or more dimensions
+    with 1 % or more of the model: of embeddings, attention, recurrent layers. `survey` lists them,
+    `skip` silences it, and `sparsekd.coverage` says how sparse the whole model is.
 
     Lists, dicts, tuples and other objects that attributes of the model reach get the new layers as
     well; where one cannot be given it, a warning says which. References elsewhere, as in local
@@ -94,8 +98,8 @@ def sparsify(
             with `sparsity=0.5`), or a `sparsekd.Layout` with other numbers.
         seed: seed of the masks (and values); each layer draws from its own generator, so the
             result does not depend on torch's global generator, which is left alone.
-        masks: bool masks by layer name, instead of a distribution and criterion; layers without
-            one stay dense.
+        masks: bool masks by layer name, of the shapes of the dense weights, instead of a
+            distribution and criterion; layers without one stay dense.
         init: "keep" leaves the weights at the nonzeros as they are, which is what a pretrained
             model and a lottery ticket (the dense net's own initialisation) need; "sparse" draws
             them anew with the active fan-in, as a fresh SparseLinear or SparseConv2d does.
@@ -158,8 +162,8 @@ def densify(model: nn.Module) -> nn.Module:
         model: any module; a sparse module itself is fine.
 
     Returns:
-        The model, with nn.Linear and nn.Conv2d that store the zeros; if it is itself a sparse
-        module, the dense one in its place. Other references to the layers follow, as in `sparsify`.
+        The model, with dense layers that store the zeros; if it is itself a sparse module, the
+        dense one in its place. Other references to the layers follow, as in `sparsify`.
 
     Raises:
         UnsupportedError: if the model is, or holds, a wrapper.
@@ -175,19 +179,23 @@ def densify(model: nn.Module) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, SparseLinear | SparseConv2d):
-            dense: nn.Linear | nn.Conv2d = module.to_dense()
-            dense.register_parameter("bias", module.bias)
+            dense = module.to_dense()
+            if module.bias is not None:
+                dense.register_parameter("bias", module.bias)
             _take_hooks(dense, module)
             replacements[module] = dense
     return _replace(model, replacements, "densify")
 
 
-def _sparse_twin(layer: _DenseLayer, mask: Tensor, layout: Layout) -> SparseModule:
+def _sparse_twin(layer: nn.Module, mask: Tensor, layout: Layout) -> SparseModule:
     sparse: SparseModule
+    mask = outputs_first(layer, mask)  # of the dense weight's shape
     if isinstance(layer, nn.Conv2d):
         sparse = SparseConv2d.from_dense(layer, mask, layout=layout)
-    else:
+    elif isinstance(layer, nn.Linear):
         sparse = SparseLinear.from_dense(layer, mask, layout=layout)
+    else:
+        sparse = SparseConv1D.from_dense(layer, mask, layout=layout)
     sparse.register_parameter("bias", layer._parameters["bias"])
     _take_hooks(sparse, layer)
     return sparse
@@ -257,16 +265,20 @@ def _leave_fast_path(model: nn.Module) -> None:
 
 
 def _drawn_masks(
-    layers: Mapping[str, _DenseLayer],
+    layers: Mapping[str, nn.Module],
     sparsity: float,
     distribution: str,
     criterion: str,
     seed: int,
     layout: Layout,
 ) -> dict[str, Tensor]:
-    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    """Return masks whose rows are the outputs, whatever the order of the dense weights."""
+    weights = {
+        name: outputs_first(layer, layer.get_parameter("weight").detach())
+        for name, layer in layers.items()
+    }
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if layout.name != "csr":
-        weights = {name: layer.weight for name, layer in layers.items()}
         return layout_masks(
             shapes,
             sparsity,
@@ -278,16 +290,16 @@ def _drawn_masks(
     nnz = allocate(shapes, sparsity, distribution)
     if criterion == "random":
         return random_masks(shapes, nnz, seed=seed)
-    return magnitude_masks({name: layer.weight for name, layer in layers.items()}, nnz)
+    return magnitude_masks(weights, nnz)
 
 
 def _given_masks(
     masks: Mapping[str, Tensor],
-    layers: Mapping[str, _DenseLayer],
+    layers: Mapping[str, nn.Module],
     found: Survey,
     skipped: set[str],
 ) -> dict[str, Tensor]:
-    """Check the masks a caller gave and key them by each layer's first name."""
+    """Check the masks a caller gave, turn them as the drawn ones, key them by first names."""
     first = {alias: name for name, aliases in found.aliases.items() for alias in aliases}
     chosen: dict[str, Tensor] = {}
     for alias, mask in masks.items():
@@ -298,11 +310,12 @@ def _given_masks(
             else:
                 why = found.left_alone.get(name or "", f"the layers are {', '.join(layers)}")
             raise ValueError(f"masks: {alias!r} is no layer that can be converted: {why}")
-        if mask.shape != layers[name].weight.shape:
+        shape = layers[name].get_parameter("weight").shape
+        if mask.shape != shape:
             raise ShapeError(
-                f"masks[{alias!r}]: expected shape {list(layers[name].weight.shape)}, "
-                f"got {list(mask.shape)}"
+                f"masks[{alias!r}]: expected shape {list(shape)}, got {list(mask.shape)}"
             )
+        mask = outputs_first(layers[name], mask)
         if name in chosen and not torch.equal(chosen[name], mask):
             raise ValueError(f"masks: {alias!r} and {name!r} are one module but differ")
         chosen[name] = mask

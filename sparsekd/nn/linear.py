@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -12,6 +14,8 @@ from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, copy_dense_
 from sparsekd.nn.masks import dense_mask, initial_mask
 from sparsekd.nn.tracing import call_module, stays_whole
+
+_Linear = TypeVar("_Linear", bound="SparseLinear")
 
 
 class SparseLinear(SparseModule):
@@ -117,11 +121,22 @@ class SparseLinear(SparseModule):
         """
         if not isinstance(dense, nn.Linear):
             raise UnsupportedError(f"dense: expected an nn.Linear, got {type(dense).__name__}")
+        return cls._copy_of(dense, mask, sparsity, layout)
+
+    @classmethod
+    def _copy_of(
+        cls: type[_Linear],
+        dense: Any,
+        mask: Tensor | None,
+        sparsity: float | None,
+        layout: str | Layout,
+    ) -> _Linear:
         layout = Layout.parse(layout)
         mask = dense_mask(dense, mask, sparsity, layout)
+        out_features, in_features = mask.shape
         sparse = cls(
-            dense.in_features,
-            dense.out_features,
+            in_features,
+            out_features,
             dense.bias is not None,
             mask=mask,
             layout=layout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from sparsekd.sparsity import (
     generator_for,
     magnitude_mask,
     magnitude_tiles,
+    outputs_first,
     random_mask,
     random_tiles,
     target_nnz,
@@ -37,10 +39,10 @@ def initial_mask(
 
 
 def dense_mask(
-    dense: nn.Linear | nn.Conv2d, mask: Tensor | None, sparsity: float | None, layout: Layout
+    dense: nn.Module, mask: Tensor | None, sparsity: float | None, layout: Layout
 ) -> Tensor:
-    """Return the given mask, or that of the largest weights."""
-    weight = dense.weight
+    """Return the given mask, or that of the largest weights; its rows are the outputs."""
+    weight: Any = dense.weight
     if nn.parameter.is_lazy(weight) or not weight.is_floating_point():
         raise UnsupportedError(
             f"dense: expected an initialised floating-point weight, got {type(weight).__name__} of "
@@ -49,7 +51,10 @@ def dense_mask(
     if (mask is None) == (sparsity is None):
         raise ValueError("mask, sparsity: expected exactly one of them")
     if mask is not None:
-        return mask
+        if mask.shape != weight.shape:
+            raise ShapeError(f"mask: expected shape {list(weight.shape)}, got {list(mask.shape)}")
+        return outputs_first(dense, mask)
+    weight = outputs_first(dense, weight)
     assert sparsity is not None
     if layout.name == "csr":
         return magnitude_mask(weight, target_nnz(weight.numel(), sparsity))

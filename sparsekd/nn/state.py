@@ -19,7 +19,7 @@ _SHAPE = "weight_shape"
 
 
 def note_shape(module: SparseModule, state_dict: Any, prefix: str) -> None:
-    """Add the weight's shape to the metadata of a state_dict; indices do not tell the columns.
+    """Add the topology's shape to the metadata of a state_dict; indices do not tell the columns.
 
     Args:
         module: whose state it is.
@@ -65,7 +65,9 @@ def size_problems(
         return []  # the check of the indices is going to say what is wrong
     if not noted and crow.shape == module.crow_indices.shape:
         return bias
-    weight = [mismatch(prefix + "weight", shape, module.weight_shape)] if shape and noted else []
+    weight = []
+    if shape and noted:
+        weight = [mismatch(prefix + "weight", module._turned_shape(shape), module.dense_shape)]
     return _differing(module, prefix, own, ("values", "bias", *INDICES)) + weight
 
 

@@ -131,7 +131,7 @@ class DenseView(Tensor):
     ) -> Any:
         raise UnsupportedError(
             f"{func}: the weight of a sparse layer has no storage that this call could use; "
-            "use dense_weight() of the layer"
+            "use dense_weight() of the layer, which has the shape of its `topology`"
         )
 
 
@@ -141,6 +141,8 @@ class LazyWeight(DenseView):
     # The layer holds this object (see `weight_of`), which therefore must not hold the layer.
     _layer: Callable[[], SparseModule | None]
     _tables: tuple[dict[str, Any], dict[str, Any]]
+    _turned: Callable[[Tensor], Tensor]
+    _topology_shape: list[int]
 
     @staticmethod
     def of_layer(layer: SparseModule) -> LazyWeight:
@@ -148,13 +150,14 @@ class LazyWeight(DenseView):
         values = layer.values
         weight = Tensor._make_wrapper_subclass(
             LazyWeight,
-            layer.weight_shape,
+            layer.dense_shape,
             dtype=values.dtype,
             device=values.device,
             requires_grad=values.requires_grad,
         )
         weight._layer = weakref.ref(layer)
         weight._tables = layer._parameters, layer._buffers
+        weight._turned, weight._topology_shape = layer._turned, list(layer.weight_shape)
         weight._label = label(layer)
         _refuse_gradients(weight)
         return weight
@@ -189,11 +192,11 @@ class LazyWeight(DenseView):
             if torch.is_inference_mode_enabled():
                 # Tensors of that mode do not count what writes into them.
                 with torch.inference_mode(False), torch.no_grad():
-                    return layer.dense_weight()
-            return layer.dense_weight()
+                    return self._turned(layer.dense_weight())
+            return self._turned(layer.dense_weight())
         parameters, buffers = self._tables
         crow, col = buffers["crow_indices"], buffers["col_indices"]
-        return dense_from_csr(parameters["values"], crow, col, list(self.shape))
+        return self._turned(dense_from_csr(parameters["values"], crow, col, self._topology_shape))
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = _name(func)
@@ -217,7 +220,7 @@ class LazyWeight(DenseView):
         if name == "__deepcopy__" and (layer := self._layer()) is not None:
             return weight_of(copy.deepcopy(layer, args[1]))
         if name == "__repr__" and (layer := self._layer()) is not None:
-            return repr(layer.dense_weight())
+            return repr(self._turned(layer.dense_weight()))
         return NotImplemented
 
 
@@ -264,7 +267,7 @@ def weight_of(layer: SparseModule) -> Tensor:
     # torch.fx puts a stand-in for the parameter, which is no tensor.
     if torch.compiler.is_compiling() or not isinstance(values, Tensor):
         crow, col = layer.crow_indices, layer.col_indices
-        return dense_from_csr(values, crow, col, list(layer.weight_shape))
+        return layer._turned(dense_from_csr(values, crow, col, list(layer.weight_shape)))
     weight = _weights.get(layer)
     if weight is None or not weight._fits(values):
         weight = _weights[layer] = LazyWeight.of_layer(layer)
@@ -340,7 +343,8 @@ def _refuse_gradients(tensor: DenseView) -> None:
     def refuse(gradient: Tensor, label: str = tensor._label) -> None:
         raise UnsupportedError(
             f"weight of {label}: its gradient cannot reach the layer's `values` through an "
-            "autograd.Function; hand the function dense_weight() of the layer"
+            "autograd.Function; hand the function dense_weight() of the layer, which has the shape "
+            "of its `topology`"
         )
 
     with torch._C.DisableTorchFunctionSubclass():

@@ -19,8 +19,10 @@ from sparsekd.sparsity.rounding import apportion, check_sparsity, nearest_prefix
 from sparsekd.sparsity.schedules import Constant, Cosine, Polynomial, Schedule
 from sparsekd.sparsity.survey import (
     Survey,
+    conv1d_class,
     dense_parameters,
     layers_to_prune,
+    outputs_first,
     skipped_layers,
     survey,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "best_tiles",
     "check_fixed_density",
     "check_sparsity",
+    "conv1d_class",
     "dense_parameters",
     "erdos_renyi",
     "fan_in_masks",
@@ -63,6 +66,7 @@ __all__ = [
     "magnitude_masks",
     "magnitude_tiles",
     "nearest_prefix",
+    "outputs_first",
     "random_mask",
     "random_masks",
     "random_tiles",

@@ -159,7 +159,7 @@ def synflow(
     density = 1 - check_sparsity(sparsity)
     x = batch if isinstance(batch, Tensor) else batch[0]
     masks = {
-        name: torch.ones_like(layer.weight, dtype=torch.bool)
+        name: torch.ones_like(layer.get_parameter("weight"), dtype=torch.bool)
         for name, layer in layers_to_prune(model, skip).items()
     }
     total = sum(mask.numel() for mask in masks.values())
@@ -225,7 +225,7 @@ def _prepare(
 ) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
     """Return the weights to score, and the network as a function that depends on them."""
     layers = layers_to_prune(model, skip)
-    weights = {name: m.weight.detach().requires_grad_() for name, m in layers.items()}
+    weights = {n: m.get_parameter("weight").detach().requires_grad_() for n, m in layers.items()}
     tensors = {name: t.detach() for name, t in model.named_parameters()}
     tensors |= {name: t.clone() for name, t in model.named_buffers()}  # BatchNorm updates these
     tensors |= {_key(name): weight for name, weight in weights.items()}

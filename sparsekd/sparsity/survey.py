@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsekd.coverage import NAMED_FROM, DensePart, dense_parts
-from sparsekd.sparsity.wrappers import refuse_wrappers
+from sparsekd.sparsity.wrappers import imported, refuse_wrappers
 
 _OTHERS = 4  # parameters of other modules that an error names
-DenseLayer = nn.Linear | nn.Conv2d
 
 
 class Survey(NamedTuple):
     """What `sparsify` would find in a model.
 
     `convertible` maps the name of each layer it understands to the layer; `left_alone` maps the
-    name of each nn.Linear or nn.Conv2d it does not understand to the reason; `aliases` maps each of
+    name of each layer of such a class it does not understand to the reason; `aliases` maps each of
     these names to all names of the same module. `weights` maps them to the parameters of two or
     more dimensions that the layer has, and `others` lists those of all other modules.
     """
 
-    convertible: dict[str, DenseLayer]
+    convertible: dict[str, nn.Module]
     left_alone: dict[str, str]
     aliases: dict[str, list[str]]
     weights: dict[str, list[DensePart]]
@@ -47,9 +46,10 @@ def survey(model: nn.Module) -> Survey:
         >>> list(found.convertible), list(found.left_alone)
         (['linear1', 'linear2'], ['self_attn.out_proj'])
     """
+    kinds = _kinds()
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, kinds):
             names[module].append(name)
     holders: dict[Tensor, set[nn.Module]] = defaultdict(set)
     for module in model.modules():
@@ -62,7 +62,7 @@ def survey(model: nn.Module) -> Survey:
         reason = _reason_to_leave(module, holders)
         if reason:
             found.left_alone[aliases[0]] = reason
-        elif isinstance(module, nn.Linear | nn.Conv2d):
+        else:
             found.convertible[aliases[0]] = module
     first = {alias: name for name, aliases in found.aliases.items() for alias in aliases}
     for part in dense_parts(model):
@@ -72,8 +72,46 @@ def survey(model: nn.Module) -> Survey:
     return found
 
 
+def conv1d_class() -> Any:
+    """Return the class Conv1D of transformers, None where nothing has imported it.
+
+    Example:
+        >>> isinstance(nn.Linear(2, 2), conv1d_class() or ())
+        False
+    """
+    return imported("transformers.pytorch_utils", "Conv1D")
+
+
+def outputs_first(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """Turn a dense layer's weight, or a mask of it, so that its rows are the outputs; or back.
+
+    Args:
+        layer: of a class that can be sparse.
+        tensor: of the weight's shape, or as this function returns it.
+
+    Shape:
+        [in, out] -> [out, in] and [out, in] -> [in, out] of a Conv1D of transformers; others have
+        the outputs first and stay as they are.
+
+    Returns:
+        A view, or the tensor itself.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> outputs_first(layer, layer.weight) is layer.weight
+        True
+    """
+    return tensor.t() if isinstance(layer, conv1d_class() or ()) else tensor
+
+
+def _kinds() -> tuple[type[nn.Module], ...]:
+    """Return the classes that can be sparse."""
+    conv1d = conv1d_class()
+    return (nn.Linear, nn.Conv2d) if conv1d is None else (nn.Linear, nn.Conv2d, conv1d)
+
+
 def _reason_to_leave(module: nn.Module, holders: Mapping[Tensor, set[nn.Module]]) -> str | None:
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    if type(module) not in _kinds():
         return f"{type(module).__name__} may compute something else than its base class"
     weight = module._parameters.get("weight")
     if weight is None:
@@ -89,7 +127,7 @@ def _reason_to_leave(module: nn.Module, holders: Mapping[Tensor, set[nn.Module]]
     return None
 
 
-def layers_to_prune(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[str, DenseLayer]:
+def layers_to_prune(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[str, nn.Module]:
     """Return the layers of a dense model that can be sparse, less those to skip.
 
     Args:
@@ -109,7 +147,10 @@ def layers_to_prune(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[st
     skipped = skipped_layers(found, skip)
     layers = {name: layer for name, layer in found.convertible.items() if name not in skipped}
     if not layers:
-        raise ValueError(f"model: expected an nn.Linear or nn.Conv2d to convert, {_why(found)}")
+        raise ValueError(
+            "model: expected an nn.Linear or nn.Conv2d, or a Conv1D of transformers, to convert, "
+            f"{_why(found)}"
+        )
     return layers
 
 

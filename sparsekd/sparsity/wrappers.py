@@ -48,18 +48,27 @@ def _wrappers() -> Iterator[tuple[Any, str, str]]:
     yield DistributedDataParallel, "its .module", "wrap the result and build the optimizer"
     yield DataParallel, "its .module", "wrap the result"
     yield torch.jit.ScriptModule, "the module it was made of", "script or trace the densified one"
-    averaged = _imported("torch.optim.swa_utils", "AveragedModel")
+    averaged = imported("torch.optim.swa_utils", "AveragedModel")
     if averaged is not None:
         yield averaged, "the model it averages", "make a new AveragedModel of that"
-    compiled = _imported("torch._dynamo.eval_frame", "OptimizedModule")
+    compiled = imported("torch._dynamo.eval_frame", "OptimizedModule")
     if compiled is not None:
         yield compiled, "the module that was compiled", "torch.compile the result"
     for name in ("FullyShardedDataParallel", "FSDPModule"):
-        sharded = _imported("torch.distributed.fsdp", name)
+        sharded = imported("torch.distributed.fsdp", name)
         if sharded is not None:
             yield sharded, "the module before it is sharded", "shard the result"
 
 
-def _imported(module: str, name: str) -> Any:
-    """Return a class of a module, None if nothing has imported that: no instance exists then."""
+def imported(module: str, name: str) -> Any:
+    """Return a class of a module, None if nothing has imported that: no instance exists then.
+
+    Args:
+        module: its full name.
+        name: of the class.
+
+    Example:
+        >>> imported("torch.nn", "Linear"), imported("no.such.module", "Linear")
+        (<class 'torch.nn.modules.linear.Linear'>, None)
+    """
     return getattr(sys.modules.get(module), name, None)
