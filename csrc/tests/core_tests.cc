@@ -20,6 +20,7 @@
 
 using namespace sparsekd;
 
+void test_borders();
 void test_caches();
 void test_densify();
 void test_empty();
@@ -225,6 +226,7 @@ int main() {
   test_enormous_views();
   test_schedule();
   test_geometry();
+  test_borders();
   test_densify();
   test_panels();
   test_peak();

@@ -2,18 +2,26 @@
 
 For layers with too few zeros, where that is faster. The dense weight lives as long as the call; a
 weight without zeros is a view of `values`.
+
+Torch multiplies what is not stored, and by some of its kernels padding, by zero. Where that may
+have made NaN, the result not being finite, and where oneDNN would walk over far more than the maps,
+the sparse kernels compute.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import sparsekd._C as _C
+from sparsekd.ops import borders, cpp
+from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.layout import matrix, memory_format_of, rows_cols
 
 _BELOW_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -30,21 +38,30 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in native and not native[dtype]() else dtype
 
 
-def _widening(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compute a dtype that oneDNN does not have in float32, and round once."""
+def _product(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compute what oneDNN does not have in float32, rounded once, or by the sparse kernels."""
+    sparse = getattr(cpp, op.__name__)
 
     @wraps(op)
     def run(first: Tensor, *args: object) -> Tensor:
         dtype = _computed_in(first.dtype)
         if dtype == first.dtype:
-            return op(first, *args)
-        wide = [
-            arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
-            for arg in args
-        ]
-        return op(first.to(dtype), *wide).to(first.dtype)
+            result = op(first, *args)
+        else:
+            wide = [
+                arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+                for arg in args
+            ]
+            result = op(first.to(dtype), *wide).to(first.dtype)
+        return result if _is_finite(result) else sparse(first, *args)
 
     return run
+
+
+def _is_finite(result: Tensor) -> bool:
+    """Return False where a number is not finite, or the sum of all is too large."""
+    wide = torch.float32 if result.dtype == torch.float16 else result.dtype
+    return math.isfinite(result.sum(dtype=wide))
 
 
 def _densify(
@@ -84,6 +101,10 @@ def _as_matrix(weight: Tensor) -> tuple[Tensor, int]:
     return weight.permute(0, 2, 3, 1).view(rows, -1), weight.shape[2] * weight.shape[3]
 
 
+def _reaches_far(x_size: Sequence[int], y_size: Sequence[int], *conv: Any) -> bool:
+    return borders.reaches_far(borders.Geometry(x_size, y_size, *conv))
+
+
 def _symmetric(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Return the input and what is left of its padding, as torch has it: one number a side."""
     top, bottom, left, right = padding
@@ -92,7 +113,7 @@ def _symmetric(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
     return F.pad(x, (left, right, top, bottom)), _NONE
 
 
-@_widening
+@_product
 def conv2d(
     x: Tensor,
     values: Tensor,
@@ -105,6 +126,9 @@ def conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
+    conv = weight_shape, stride, padding, dilation, groups
+    if _reaches_far(x.shape[2:], conv2d_shape(x.shape, *conv)[2:], *conv):
+        return cpp.conv2d(x, values, crow, col, bias, *conv)
     layout = memory_format_of(x)
     weight = _densify(values, crow, col, weight_shape, layout)
     padded, sides = _symmetric(x, padding)
@@ -112,7 +136,7 @@ def conv2d(
     return y.contiguous(memory_format=layout)
 
 
-@_widening
+@_product
 def conv2d_dgrad(
     grad: Tensor,
     values: Tensor,
@@ -125,6 +149,9 @@ def conv2d_dgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
+    conv = weight_shape, stride, padding, dilation, groups
+    if _reaches_far(input_shape[2:], grad.shape[2:], *conv):
+        return cpp.conv2d_dgrad(grad, values, crow, col, input_shape, *conv)
     layout = memory_format_of(grad)
     weight = _densify(values, crow, col, weight_shape, layout)
     top, bottom, left, right = padding
@@ -147,7 +174,7 @@ def conv2d_dgrad(
     return dx.contiguous(memory_format=layout)
 
 
-@_widening
+@_product
 def conv2d_wgrad(
     grad: Tensor,
     x: Tensor,
@@ -159,6 +186,9 @@ def conv2d_wgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
+    conv = weight_shape, stride, padding, dilation, groups
+    if _reaches_far(x.shape[2:], grad.shape[2:], *conv):
+        return cpp.conv2d_wgrad(grad, x, crow, col, *conv)
     # Only its shape and layout are read.
     weight = torch.empty(weight_shape, dtype=x.dtype, memory_format=memory_format_of(x))
     padded, sides = _symmetric(x, padding)
@@ -169,7 +199,7 @@ def conv2d_wgrad(
     return _gather(dweight, crow, col)
 
 
-@_widening
+@_product
 def linear(
     x: Tensor,
     values: Tensor,
@@ -182,7 +212,7 @@ def linear(
         return F.linear(x, _densify(values, crow, col, weight_shape), bias).contiguous()
 
 
-@_widening
+@_product
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
@@ -191,7 +221,7 @@ def linear_dgrad(
         return (grad @ _densify(values, crow, col, weight_shape)).contiguous()
 
 
-@_widening
+@_product
 def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
@@ -210,13 +240,53 @@ def whole_conv2d(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> Tensor:
-    """Run a convolution without zeros as torch does, its derivative included."""
+) -> Tensor | None:
+    """Run a convolution without zeros as torch does, its derivative included.
+
+    None says that torch may not be right: the result is not finite, or the geometry is one that
+    torch walks over. Of a derivative that is not finite the sparse kernels make what torch passes
+    on.
+    """
+    conv = weight_shape, stride, padding, dilation, groups
+    if _reaches_far(x.shape[2:], conv2d_shape(x.shape, *conv)[2:], *conv):
+        return None
     dtype = _computed_in(x.dtype)
-    padded, sides = _symmetric(x.to(dtype), padding)
-    weight, bias = values.view(weight_shape).to(dtype), None if bias is None else bias.to(dtype)
-    y = F.conv2d(padded, weight, bias, stride, sides, dilation, groups)
+    wide = x.to(dtype)
+    padded, sides = _symmetric(wide, padding)
+    weight = values.view(weight_shape).to(dtype)
+    wide_bias = None if bias is None else bias.to(dtype)
+    y = F.conv2d(padded, weight, wide_bias, stride, sides, dilation, groups)
+    if not _is_finite(y.detach()):
+        return None
+    if y.grad_fn is not None:
+        y.grad_fn.register_hook(partial(_repaired_gradients, wide, weight, crow, col, conv))
     return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def _repaired_gradients(
+    x: Tensor,
+    weight: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    conv: tuple[Any, ...],
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of a convolution's input, weight and bias, None for as they are."""
+    dx, dweight, *rest = inputs
+    grad, (top, bottom, left, right) = outputs[0], conv[2]
+    wrong = [g is not None and not _is_finite(g.detach()) for g in (dx, dweight)]
+    if not any(wrong):
+        return None
+    if wrong[0]:
+        values = weight.reshape(-1)
+        dx_inside = torch.ops.sparsekd.conv2d_dgrad(grad, values, crow, col, list(x.shape), *conv)
+        even = dx is not None and dx.shape == x.shape
+        dx = dx_inside if even else F.pad(dx_inside, (left, right, top, bottom))
+    if wrong[1]:
+        dvalues = torch.ops.sparsekd.conv2d_wgrad(grad, x, crow, col, *conv)
+        dweight = dvalues.view(weight.shape)
+    return dx, dweight, *rest
 
 
 def whole_linear(

@@ -1,23 +1,27 @@
 """The oracle: every op through a dense weight in plain torch, for any floating dtype and device.
 
 It validates the structure on every call and computes half precision in float32, as the compiled
-kernels do. It is what they are tested against, and the fallback where they cannot run.
+kernels do. Results that are not finite are computed again tap by tap, see `borders`. It is what
+they are tested against, and the fallback where they cannot run.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsekd.csr import flat_indices, validate
+from sparsekd.csr import row_indices, validate
 from sparsekd.errors import ShapeError
-from sparsekd.ops.layout import in_format_of, matrix, memory_format_of, rows_cols
+from sparsekd.ops import borders
+from sparsekd.ops.checks import conv2d_shape
+from sparsekd.ops.layout import in_format_of, matrix, memory_format_of, pixels, rows_cols
 
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
@@ -29,17 +33,27 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _positions(crow: Tensor, col: Tensor, weight_shape: Sequence[int]) -> Tensor:
-    rows, cols = rows_cols(weight_shape)
-    validate(crow, col, rows, cols)
-    return flat_indices(crow, col, cols)
+def _structure(crow: Tensor, col: Tensor, weight_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of each nonzero of a structure that is one of this weight."""
+    validate(crow, col, *rows_cols(weight_shape))
+    return row_indices(crow, col.shape[0]), col
 
 
-def _dense(values: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[int]) -> Tensor:
+def _flat(row: Tensor, col: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    return row * rows_cols(weight_shape)[1] + col
+
+
+def _dense(values: Tensor, row: Tensor, col: Tensor, weight_shape: Sequence[int]) -> Tensor:
     rows, cols = rows_cols(weight_shape)
     weight = values.new_zeros(rows * cols, dtype=_accumulation_dtype(values.dtype))
-    weight[_positions(crow, col, weight_shape)] = values.to(weight.dtype)
+    weight[_flat(row, col, weight_shape)] = values.to(weight.dtype)
     return weight.view(list(weight_shape))
+
+
+def _repaired(result: Tensor, exact: Callable[[], Tensor]) -> Tensor:
+    """Return a result with what is not finite in it taken from the one that `exact` makes."""
+    finite = result.isfinite()
+    return result if finite.all() else torch.where(finite, result, exact().to(result.dtype))
 
 
 def conv2d(
@@ -54,10 +68,17 @@ def conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    weight = _dense(values, crow, col, weight_shape)
-    padded = _pad(x.to(weight.dtype), padding)
-    bias = None if bias is None else bias.to(weight.dtype)
-    y = F.conv2d(padded, weight, bias, stride, 0, dilation, groups)
+    conv = weight_shape, stride, padding, dilation, groups
+    structure = _structure(crow, col, weight_shape)
+    geometry = borders.Geometry(x.shape[2:], conv2d_shape(x.shape, *conv)[2:], *conv)
+    exact = partial(borders.conv2d, x, values, *structure, bias, geometry)
+    if borders.reaches_far(geometry):
+        y = exact()
+    else:
+        weight = _dense(values, *structure, weight_shape)
+        wide_bias = None if bias is None else bias.to(weight.dtype)
+        padded = _pad(x.to(weight.dtype), padding)
+        y = _repaired(F.conv2d(padded, weight, wide_bias, stride, 0, dilation, groups), exact)
     return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
 
 
@@ -73,15 +94,23 @@ def conv2d_dgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    weight = _dense(values, crow, col, weight_shape)
-    top, bottom, left, right = padding
+    structure = _structure(crow, col, weight_shape)
     n, channels, high, wide = input_shape
-    padded = weight.new_empty((n, channels, high + top + bottom, wide + left + right))
-    dx, _, _ = torch.ops.aten.convolution_backward(
-        grad.to(weight.dtype), padded, weight, None,
-        stride, [0, 0], dilation, False, [0, 0], groups, [True, False, False],
-    )  # fmt: skip
-    dx = dx[:, :, top : top + high, left : left + wide]
+    geometry = borders.Geometry(
+        (high, wide), grad.shape[2:], weight_shape, stride, padding, dilation, groups
+    )
+    exact = partial(borders.conv2d_dgrad, grad, values, *structure, geometry)
+    if borders.reaches_far(geometry):
+        dx = exact()
+    else:
+        weight = _dense(values, *structure, weight_shape)
+        top, bottom, left, right = padding
+        padded = weight.new_empty((n, channels, high + top + bottom, wide + left + right))
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            grad.to(weight.dtype), padded, weight, None,
+            stride, [0, 0], dilation, False, [0, 0], groups, [True, False, False],
+        )  # fmt: skip
+        dx = _repaired(dx[:, :, top : top + high, left : left + wide], exact)
     return dx.to(grad.dtype).contiguous(memory_format=memory_format_of(grad))
 
 
@@ -96,14 +125,23 @@ def conv2d_wgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    positions = _positions(crow, col, weight_shape)
+    structure = _structure(crow, col, weight_shape)
+    conv = weight_shape, stride, padding, dilation, groups
+    geometry = borders.Geometry(x.shape[2:], grad.shape[2:], *conv)
+    exact = partial(borders.conv2d_wgrad, grad, x, *structure, geometry)
+    if borders.reaches_far(geometry):
+        return exact().to(x.dtype)
     padded = _pad(x.to(_accumulation_dtype(x.dtype)), padding)
     weight = padded.new_empty(weight_shape)
     _, dweight, _ = torch.ops.aten.convolution_backward(
         grad.to(weight.dtype), padded, weight, None,
         stride, [0, 0], dilation, False, [0, 0], groups, [False, True, False],
     )  # fmt: skip
-    return dweight.reshape(-1)[positions].to(x.dtype)
+    return _repaired(dweight.reshape(-1)[_flat(*structure, weight_shape)], exact).to(x.dtype)
+
+
+def _pointwise(weight_shape: Sequence[int]) -> borders.Geometry:
+    return borders.Geometry((1, 1), (1, 1), [*weight_shape, 1, 1], [1, 1], [0] * 4, [1, 1], 1)
 
 
 def linear(
@@ -114,25 +152,45 @@ def linear(
     bias: Tensor | None,
     weight_shape: list[int],
 ) -> Tensor:
-    weight = _dense(values, crow, col, weight_shape)
-    bias = None if bias is None else bias.to(weight.dtype)
-    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype).contiguous()
+    structure = _structure(crow, col, weight_shape)
+    weight = _dense(values, *structure, weight_shape)
+    wide_bias = None if bias is None else bias.to(weight.dtype)
+    y = F.linear(x.to(weight.dtype), weight, wide_bias)
+
+    def exact() -> Tensor:
+        geometry = _pointwise(weight_shape)
+        return borders.conv2d(pixels(x), values, *structure, bias, geometry).view(y.shape)
+
+    return _repaired(y, exact).to(x.dtype).contiguous()
 
 
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    weight = _dense(values, crow, col, weight_shape)
-    return (grad.to(weight.dtype) @ weight).to(grad.dtype).contiguous()
+    structure = _structure(crow, col, weight_shape)
+    weight = _dense(values, *structure, weight_shape)
+    dx = grad.to(weight.dtype) @ weight
+
+    def exact() -> Tensor:
+        geometry = _pointwise(weight_shape)
+        return borders.conv2d_dgrad(pixels(grad), values, *structure, geometry).view(dx.shape)
+
+    return _repaired(dx, exact).to(grad.dtype).contiguous()
 
 
 def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    positions = _positions(crow, col, weight_shape)
+    structure = _structure(crow, col, weight_shape)
     dtype = _accumulation_dtype(x.dtype)
     dweight = matrix(grad.to(dtype)).T @ matrix(x.to(dtype))
-    return dweight.reshape(-1)[positions].to(x.dtype)
+
+    def exact() -> Tensor:
+        geometry = _pointwise(weight_shape)
+        return borders.conv2d_wgrad(pixels(grad), pixels(x), *structure, geometry)
+
+    dvalues = dweight.reshape(-1)[_flat(*structure, weight_shape)]
+    return _repaired(dvalues, exact).to(x.dtype)
 
 
 def conv2d_wgrad_tile(
@@ -148,18 +206,29 @@ def conv2d_wgrad_tile(
 ) -> None:
     """Add the dense gradient of `tile` to `out`."""
     outs, (ins, *kernel) = weight_shape[0] // groups, weight_shape[1:]
-    padded = _pad(x, padding).unflatten(1, (groups, ins))
+    sizes, conv = (x.shape[2:], grad.shape[2:]), (stride, padding, dilation)
+    far = borders.reaches_far(borders.Geometry(*sizes, weight_shape, *conv, groups))
+    maps = x.unflatten(1, (groups, ins))
     row, end = tile.row, tile.row + tile.rows
     channels = slice(tile.channel, tile.channel + tile.channels)
     while row < end:  # whole groups at once, or the part of a group that the tile has
         whole = (end - row) // outs if row % outs == 0 else 0
         step = whole * outs or min(end, (row // outs + 1) * outs) - row
         group, together = row // outs, max(whole, 1)
-        part = padded[:, group : group + together, channels].flatten(1, 2)
-        _, dweight, _ = torch.ops.aten.convolution_backward(
-            grad[:, row : row + step], part, part.new_empty(step, tile.channels, *kernel), None,
-            stride, [0, 0], dilation, False, [0, 0], together, [False, True, False],
-        )  # fmt: skip
+        upper = grad[:, row : row + step]
+        part = maps[:, group : group + together, channels].flatten(1, 2)
+        shape = [step, tile.channels, *kernel]
+        exact = partial(
+            borders.dense_wgrad, upper, part, borders.Geometry(*sizes, shape, *conv, together)
+        )
+        if far:
+            dweight = exact()
+        else:
+            _, dweight, _ = torch.ops.aten.convolution_backward(
+                upper, _pad(part, padding), part.new_empty(shape), None,
+                stride, [0, 0], dilation, False, [0, 0], together, [False, True, False],
+            )  # fmt: skip
+            dweight = _repaired(dweight, exact)
         out[row - tile.row : row - tile.row + step] += dweight.flatten(1)
         row += step
 
@@ -186,7 +255,7 @@ class LargestK:
         if not 0 <= k <= free:
             raise ShapeError(f"k: expected 0 <= k <= {free} free positions, got {k}")
         self._cols, self._k = cols, k
-        self._taken = _positions(crow, col, (rows, cols))
+        self._taken = _flat(*_structure(crow, col, (rows, cols)), (rows, cols))
         self._position = torch.empty(0, dtype=torch.int64, device=col.device)
         self._score = torch.empty(0, dtype=dtype, device=col.device)
         self._lock = threading.Lock()

@@ -331,8 +331,9 @@ def _eager(
             return op(*args)
         if args[3].shape[0] == math.prod(args[5]) and not observe.listeners:
             whole = getattr(product.backend(args), whole_name, None)
-            if whole is not None:
-                return whole(*args)
+            result = None if whole is None else whole(*args)
+            if result is not None:
+                return result
         return run(None, *args)
 
     return call

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/conv/engine.h"
+#include "core/conv/exact.h"
 #include "core/parallel.h"
 
 namespace sparsekd {
@@ -100,15 +101,14 @@ View4<T> phase_view(const View4<T>& y, const GatherPlan& p) {
           p.every_w * y.stride_w};
 }
 
+// Returns whether all results are finite.
 template <class T>
-void run_plans(const Engine& engine, const GatherPlans& plans, const View4<const T>& in, const T* values,
+bool run_plans(const Engine& engine, const GatherPlans& plans, const View4<const T>& in, const T* values,
                const T* bias, const View4<T>& out, int threads) {
+  bool finite = true;
+  if (!plans.covers) fill(out, bias, threads);
   for (const GatherPlan& plan : plans.phases) {
     const View4<T> phase = phase_view(out, plan);
-    if (plan.offset.empty()) {
-      fill(phase, bias, threads);
-      continue;
-    }
     const int64_t nnz = static_cast<int64_t>(plan.slot.size());
     T* ordered = static_cast<T*>(scratch(Scratch::kValues, nnz * sizeof(T)));
     auto order = [&](int part) {
@@ -116,8 +116,9 @@ void run_plans(const Engine& engine, const GatherPlans& plans, const View4<const
         ordered[k] = values[plan.slot[k]];
     };
     parallel(nnz > 16384 ? threads : 1, threads, order);
-    run_gather(engine, GatherCall<T>{in, phase, &plan, ordered, bias, threads});
+    run_gather(engine, GatherCall<T>{in, phase, &plan, ordered, bias, threads, &finite});
   }
+  return finite;
 }
 
 bool empty(const ConvGeometry& g) { return g.batch == 0 || g.out_h == 0 || g.out_w == 0; }
@@ -158,7 +159,11 @@ void conv_fprop(const ConvGeometry& geometry, const Structure& s, View4<const T>
     refold(g, x, y);
     const auto plans = s.plan<GatherPlans>(plan_key(Pass::kFprop, g, engine->tile_pixels),
                                            [&] { return fprop_plan(g, s, engine->tile_pixels); });
-    if (plans) return run_plans(*engine, *plans, x, values, bias, y, threads);
+    if (plans) {
+      if (!run_plans(*engine, *plans, x, values, bias, y, threads))
+        exact::conv_fprop(g, s, x, values, bias, y, threads);
+      return;
+    }
   }
   scalar::conv_fprop(g, s, x, values, bias, y, threads);
 }
@@ -172,7 +177,11 @@ void conv_dgrad(const ConvGeometry& geometry, const Structure& s, View4<const T>
     refold(g, dx, grad);
     const auto plans = s.plan<GatherPlans>(plan_key(Pass::kDgrad, g, engine->tile_pixels),
                                            [&] { return dgrad_plan(g, s, engine->tile_pixels); });
-    if (plans) return run_plans<T>(*engine, *plans, grad, values, nullptr, dx, threads);
+    if (plans) {
+      if (!run_plans<T>(*engine, *plans, grad, values, nullptr, dx, threads))
+        exact::conv_dgrad(g, s, grad, values, dx, threads);
+      return;
+    }
   }
   scalar::conv_dgrad(g, s, grad, values, dx, threads);
 }
@@ -185,7 +194,12 @@ void conv_wgrad(const ConvGeometry& geometry, const Structure& s, View4<const T>
   if (const Engine* engine = find_engine(current_isa())) {
     refold(g, x, grad);
     const auto plan = s.plan<WgradPlan>(plan_key(Pass::kWgrad, g, 0), [&] { return wgrad_plan(g, s); });
-    if (plan) return run_wgrad(*engine, WgradCall<T>{grad, x, &s, plan.get(), dvalues, threads});
+    if (plan) {
+      if (static_cast<int64_t>(plan->outside.size()) < s.nnz)
+        run_wgrad(*engine, WgradCall<T>{grad, x, &s, plan.get(), dvalues, threads});
+      for (const int32_t slot : plan->outside) dvalues[slot] = T(0);
+      return exact::conv_wgrad(g, s, grad, x, dvalues, threads);
+    }
   }
   scalar::conv_wgrad(g, s, grad, x, dvalues, threads);
 }

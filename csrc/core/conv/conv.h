@@ -1,8 +1,13 @@
 // Weight-sparse 2-D convolution: forward, input gradient, weight gradient at the nonzeros.
 //
 // The weight [Co, Ci/groups, kh, kw] is a Structure of Co rows and Ci/groups*kh*kw columns with one value for
-// each nonzero in row-major order. Padding is zeros. Every function writes its whole output. Results are
-// the same bit for bit for the same inputs, instruction set and number of threads.
+// each nonzero in row-major order. Every function writes its whole output. Results are the same bit for bit
+// for the same inputs, instruction set and number of threads.
+//
+// A result is the sum over those nonzeros whose input, or output gradient, lies inside its map. Nothing else
+// takes part: what the padding holds is never multiplied, nor is a weight that is not stored, so infinity and
+// NaN reach exactly the results that have them among their terms. A result that is not finite is summed up in
+// double.
 #pragma once
 #include <cstdint>
 

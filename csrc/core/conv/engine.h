@@ -15,6 +15,7 @@ struct GatherCall {
   const T* values;  // in the plan's order
   const T* bias;    // one for each output channel, or null
   int threads;
+  bool* finite;  // becomes false when a result is not, or may not be; set by many threads
 };
 
 template <class T>

@@ -138,8 +138,8 @@ void compute_tile(const GatherCall<T>& call, const char* x, int64_t begin, int64
   const RowEntry* entries = plan.entries.data();
   const int64_t blocks = static_cast<int64_t>(plan.block_begin.size()) - 1;
   const bool whole = begin == 0 && end == call.out.c;
-  const int64_t row_step = plan.window.step_h * plan.window.row_bytes();
-  const int64_t step = plan.window.step_w * kPixelBytes;
+  const int64_t row_step = plan.window.rows.step * plan.window.row_bytes();
+  const int64_t step = plan.window.cols.step * kPixelBytes;
   const T zeros[kPanelRows] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     int32_t e = plan.block_begin[b], last = plan.block_begin[b + 1];
@@ -172,17 +172,16 @@ template <class T>
 class RollingWindow {
  public:
   RollingWindow(const Window& shape, int64_t output_rows, int64_t extra_span) : shape_(shape) {
-    const int64_t span = shape.span_h + extra_span;
-    // Without overlap between one position and the next there is nothing to keep, however long the step.
-    const int64_t ahead = shape.step_h < span ? 2 * shape.step_h : 0;
-    const int64_t whole = (output_rows - 1) * shape.step_h + span;
+    const int64_t step = shape.rows.step, span = shape.rows.span + extra_span;
+    const int64_t ahead = step < span ? 2 * step : 0;  // without overlap there is nothing to keep
+    const int64_t whole = (output_rows - 1) * step + span;
     const int64_t fitting = kBufferBytes / max64(1, shape.row_bytes());
     capacity_ = max64(span, min64(whole, max64(fitting, span + ahead)));
     span_ = span;
     data_ = static_cast<char*>(scratch(Scratch::kWindow, capacity_ * shape.row_bytes()));
   }
 
-  // Makes virtual rows [begin, begin + span) available and returns the address of the first.
+  // Makes rows [begin, begin + span) of the window available and returns the address of the first.
   const char* advance(const View4<const T>& in, const Lane<const T>* lanes, int64_t begin) {
     const int64_t end = begin + span_, row_bytes = shape_.row_bytes();
     if (end - first_ > capacity_ || begin < first_) {
@@ -208,7 +207,7 @@ class RollingWindow {
   int64_t first_ = 0, packed_ = 0;
 };
 
-// Points the lanes of a group at their images; scale is how many rows of this tensor a virtual output row is.
+// Points the lanes of a group at their images; scale is how many rows of this tensor an output row is.
 template <class T>
 void point_lanes(const View4<T>& tensor, const Schedule& s, int64_t group, int64_t scale, Lane<T>* lanes) {
   constexpr int L = kLanes<T>;
@@ -229,17 +228,18 @@ struct GatherItem {
   int64_t begin, end;  // output channels
   T* tile;
   bool stream;
+  Seen<T>& seen;
 };
 
 // One tile: outputs [h, h + Rows) x [w, w + Cols), whose window rows start at `row`.
 template <class T, int Rows, int Cols>
 void run_tile(const GatherItem<T>& item, const char* row, int64_t h, int64_t w) {
   using Shape = Tile<T, Rows, Cols>;
-  const int64_t at = w * item.call.plan->window.step_w * kPixelBytes;
+  const int64_t at = w * item.call.plan->window.cols.step * kPixelBytes;
   compute_tile<T, Shape>(item.call, row + at, item.begin, item.end, item.tile);
   for (int r = 0; r < Rows; ++r)
     store_tile(item.call.out, item.stream, item.target, h + r, w, Cols, item.begin, item.end, Shape::kPixels,
-               item.tile + r * Cols * kLanes<T>);
+               item.tile + r * Cols * kLanes<T>, item.seen);
 }
 
 // Calls the tile of `cols` columns; cols <= Cols.
@@ -269,11 +269,11 @@ void run_rows(const GatherItem<T>& item, const char* row, int64_t h, int64_t row
   }
 }
 
-// How many rows of this width make a tile: a power of two.
-inline int64_t tile_rows(int64_t width) {
-  int64_t rows = 1;
-  while (2 * rows * width <= kTilePixels) rows *= 2;
-  return rows;
+// How many rows of this width make a tile: a power of two, of `rows` that there are.
+inline int64_t tile_rows(int64_t width, int64_t rows) {
+  int64_t together = 1;
+  while (2 * together * width <= kTilePixels && 2 * together <= rows) together *= 2;
+  return together;
 }
 
 // The rows and channels of one item, and the lanes that read and write them.
@@ -289,7 +289,7 @@ struct GatherPlace {
     end = panel_cut(call.out.c * (part + 1) / s.parts, call.out.c);
     h0 = chunk * s.chunk_rows;
     h1 = min64(s.strip_rows, h0 + s.chunk_rows);
-    point_lanes(call.in, s, group, call.plan->window.step_h, source);
+    point_lanes(call.in, s, group, call.plan->window.rows.stride, source);
     point_lanes(call.out, s, group, 1, target);
     // A strip ends where the next begins, also when the image has more rows.
     for (Lane<T>& lane : target) lane.rows = min64(lane.rows, lane.row0 + s.strip_rows);
@@ -300,22 +300,24 @@ template <class T>
 void gather_item(const GatherCall<T>& call, const GatherPlace<T>& place) {
   const Window& window = call.plan->window;
   T* tile = static_cast<T*>(scratch(Scratch::kTile, (place.end - place.begin) * kTilePixels * kPixelBytes));
-  const int64_t together = tile_rows(call.out.w);
-  RollingWindow<T> rows(window, place.h1 - place.h0, (together - 1) * window.step_h);
-  rows.restart(place.h0 * window.step_h + window.lo_h);
-  const GatherItem<T> item{call, place.target, place.begin, place.end, tile, streams(call.out)};
+  const int64_t step = window.rows.step, together = tile_rows(call.out.w, place.h1 - place.h0);
+  RollingWindow<T> rows(window, place.h1 - place.h0, (together - 1) * step);
+  rows.restart(place.h0 * step);
+  Seen<T> seen;
+  const GatherItem<T> item{call, place.target, place.begin, place.end, tile, streams(call.out), seen};
   for (int64_t h = place.h0, count; h < place.h1; h += count) {
     count = place.h1 - h >= together ? together : 1;
-    run_rows(item, rows.advance(call.in, place.source, h * window.step_h + window.lo_h), h, count);
+    run_rows(item, rows.advance(call.in, place.source, h * step), h, count);
   }
   if (item.stream) finish_streams();
+  if (!seen.finite()) __atomic_store_n(call.finite, false, __ATOMIC_RELAXED);
 }
 
 template <class T>
 void gather(const GatherCall<T>& call) {
   const Window& window = call.plan->window;
-  const Schedule s = schedule_rows(call.out.n, call.out.h, call.out.c,
-                                   max64(0, window.span_h - window.step_h), kLanes<T>, call.threads, 4);
+  const Schedule s = schedule_rows(call.out.n, call.out.h, call.out.c, window.rows.span - window.rows.step,
+                                   kLanes<T>, call.threads, 4);
   auto run = [&](int64_t item) { gather_item(call, GatherPlace<T>(call, s, item)); };
   share(call.threads, s.groups * s.chunks * s.parts, run);
 }

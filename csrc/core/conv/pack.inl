@@ -4,8 +4,8 @@
 template <class T>
 struct Lane {
   T* base;       // null: no image here
-  int64_t row0;  // real row = row0 + virtual row
-  int64_t rows;  // real rows that exist
+  int64_t row0;  // of the tensor, where the rows of this lane begin
+  int64_t rows;  // of the tensor
 };
 
 template <class T>
@@ -18,10 +18,27 @@ inline void interleave(const T* const* src, int64_t at, T* dst, int64_t dst_stri
     for (int i = 0; i < N; ++i) dst[i * dst_stride + lane] = src[lane][at + i];
 }
 
+// Sums of results on their way out, by which those that are not finite are noticed: what a sum has once met
+// stays in it. Sums that overflow only look like it.
+template <class T>
+struct alignas(kPixelBytes) Seen {
+  T sum[kLanes<T>] = {};
+
+  void add(const T* pixel) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) sum[lane] += pixel[lane];
+  }
+  bool finite() const {
+    T zero = T(0);
+    for (const T s : sum) zero += s - s;
+    return zero == T(0);
+  }
+};
+
 // dst[lane][at + i] = src[i * src_stride + lane] for N elements i. Stream: past the caches, for aligned runs
 // of 16 floats whose memory nobody reads soon; spares reading each line before it is overwritten.
 template <class T, int N, bool Stream = false>
-inline void deinterleave(const T* src, int64_t src_stride, T* const* dst, int64_t at) {
+inline void deinterleave(const T* src, int64_t src_stride, T* const* dst, int64_t at, Seen<T>& seen) {
+  for (int i = 0; i < N; ++i) seen.add(src + i * src_stride);
   for (int lane = 0; lane < kLanes<T>; ++lane)
     for (int i = 0; i < N; ++i) dst[lane][at + i] = src[i * src_stride + lane];
 }
@@ -33,6 +50,12 @@ inline void put(float* to, __m256 v) {
     _mm256_stream_ps(to, v);
   else
     _mm256_storeu_ps(to, v);
+}
+
+// seen[0 .. 8) += the sum of eight vectors, which takes no time beside their transposition.
+inline void notice(const __m256 r[8], float* seen) {
+  const __m256 low = (r[0] + r[1]) + (r[2] + r[3]), high = (r[4] + r[5]) + (r[6] + r[7]);
+  _mm256_store_ps(seen, _mm256_load_ps(seen) + (low + high));
 }
 
 template <>
@@ -49,10 +72,12 @@ inline void interleave<float, 4>(const float* const* src, int64_t at, float* dst
 }
 
 template <>
-inline void deinterleave<float, 4>(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
+inline void deinterleave<float, 4>(const float* src, int64_t src_stride, float* const* dst, int64_t at,
+                                   Seen<float>& seen) {
   for (int lane = 0; lane < 16; lane += 4) {
     __m128 a = _mm_load_ps(src + lane), b = _mm_load_ps(src + src_stride + lane);
     __m128 c = _mm_load_ps(src + 2 * src_stride + lane), d = _mm_load_ps(src + 3 * src_stride + lane);
+    _mm_store_ps(seen.sum + lane, _mm_load_ps(seen.sum + lane) + ((a + b) + (c + d)));
     _MM_TRANSPOSE4_PS(a, b, c, d);
     _mm_storeu_ps(dst[lane] + at, a);
     _mm_storeu_ps(dst[lane + 1] + at, b);
@@ -72,10 +97,12 @@ inline void interleave<float, 8>(const float* const* src, int64_t at, float* dst
 }
 
 template <>
-inline void deinterleave<float, 8>(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
+inline void deinterleave<float, 8>(const float* src, int64_t src_stride, float* const* dst, int64_t at,
+                                   Seen<float>& seen) {
   for (int half = 0; half < 16; half += 8) {
     __m256 r[8];
     for (int j = 0; j < 8; ++j) r[j] = _mm256_load_ps(src + j * src_stride + half);
+    notice(r, seen.sum + half);
     transpose8(r);
     for (int j = 0; j < 8; ++j) _mm256_storeu_ps(dst[half + j] + at, r[j]);
   }
@@ -83,12 +110,15 @@ inline void deinterleave<float, 8>(const float* src, int64_t src_stride, float* 
 
 // Both halves of a cache line one after the other, as streaming needs.
 template <bool Stream>
-inline void deinterleave_lines(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
+inline void deinterleave_lines(const float* src, int64_t src_stride, float* const* dst, int64_t at,
+                               Seen<float>& seen) {
   for (int half = 0; half < 16; half += 8) {
     __m256 r[8], q[8];
     for (int j = 0; j < 8; ++j) r[j] = _mm256_load_ps(src + j * src_stride + half);
+    notice(r, seen.sum + half);
     transpose8(r);
     for (int j = 0; j < 8; ++j) q[j] = _mm256_load_ps(src + (8 + j) * src_stride + half);
+    notice(q, seen.sum + half);
     transpose8(q);
     for (int j = 0; j < 8; ++j) {
       put<Stream>(dst[half + j] + at, r[j]);
@@ -98,64 +128,52 @@ inline void deinterleave_lines(const float* src, int64_t src_stride, float* cons
 }
 template <>
 inline void deinterleave<float, 16, false>(const float* src, int64_t src_stride, float* const* dst,
-                                           int64_t at) {
-  deinterleave_lines<false>(src, src_stride, dst, at);
+                                           int64_t at, Seen<float>& seen) {
+  deinterleave_lines<false>(src, src_stride, dst, at, seen);
 }
 template <>
-inline void deinterleave<float, 16, true>(const float* src, int64_t src_stride, float* const* dst,
-                                          int64_t at) {
-  deinterleave_lines<true>(src, src_stride, dst, at);
+inline void deinterleave<float, 16, true>(const float* src, int64_t src_stride, float* const* dst, int64_t at,
+                                          Seen<float>& seen) {
+  deinterleave_lines<true>(src, src_stride, dst, at, seen);
 }
 #endif
 
-// Fills one window row with virtual row `row` of every lane; rows that a lane lacks, and the columns of the
-// padding, become zeros.
+// Fills `count` columns of a window row from `begin` on, which lie evenly spaced in the input; those of the
+// padding become zeros. A lane without a row has no src; `whole` says that there is none.
 template <class T>
-void pack_row(const View4<const T>& in, const Window& w, const Lane<const T>* lanes, int64_t row, T* dst) {
+void pack_columns(const View4<const T>& in, const Window& w, const T* const* src, bool whole, int64_t begin,
+                  int64_t count, T* dst) {
   constexpr int L = kLanes<T>;
-  const T* src[L];
-  int present = 0;
-  for (int lane = 0; lane < L; ++lane) {
-    const int64_t real = lanes[lane].row0 + row;
-    const bool exists = lanes[lane].base && real >= 0 && real < lanes[lane].rows;
-    src[lane] = exists ? lanes[lane].base + real * in.stride_h : nullptr;
-    present += exists;
-  }
-  if (!present) {
-    std::memset(dst, 0, w.row_bytes());
-    return;
-  }
-  // Window column c is input column lo_w + c * pack_step.
-  const int64_t first = w.lo_w < 0 ? (-w.lo_w + w.pack_step - 1) / w.pack_step : 0;
-  const int64_t left = in.w - w.lo_w;
-  const int64_t last = left <= 0 ? 0 : min64(w.cols, (left + w.pack_step - 1) / w.pack_step);
-  const int64_t left_pad = min64(first, w.cols);
+  const int64_t lo = w.cols.at(begin), near = w.cols.near, left = in.w - lo;
+  const int64_t first = lo < 0 ? (-lo + near - 1) / near : 0;
+  const int64_t last = left <= 0 ? 0 : min64(count, (left + near - 1) / near);
+  const int64_t left_pad = min64(first, count);
+  dst += begin * L;
   for (int64_t ch = 0; ch < w.channels; ++ch) {
     T* line = dst + ch * w.pitch * L;
     if (left_pad) std::memset(line, 0, left_pad * kPixelBytes);
-    if (last < w.cols) {
+    if (last < count) {
       const int64_t from = max64(last, left_pad);
-      std::memset(line + from * L, 0, (w.cols - from) * kPixelBytes);
+      std::memset(line + from * L, 0, (count - from) * kPixelBytes);
     }
   }
-  const int64_t column = in.stride_w * w.pack_step;
   const auto element = [&](int64_t ch, int64_t c) {
-    const int64_t at = ch * in.stride_c + (w.lo_w + c * w.pack_step) * in.stride_w;
+    const int64_t at = ch * in.stride_c + (lo + c * near) * in.stride_w;
     T* pixel = dst + (ch * w.pitch + c) * L;
     for (int lane = 0; lane < L; ++lane) pixel[lane] = src[lane] ? src[lane][at] : T(0);
   };
   const int64_t blocked = w.channels / 8 * 8;
-  if (present == L && in.stride_c == 1) {
+  if (whole && in.stride_c == 1) {
     for (int64_t c = first; c < last; ++c) {
-      const int64_t at = (w.lo_w + c * w.pack_step) * in.stride_w;
+      const int64_t at = (lo + c * near) * in.stride_w;
       for (int64_t ch = 0; ch < blocked; ch += 8)
         interleave<T, 8>(src, at + ch, dst + (ch * w.pitch + c) * L, w.pitch * L);
       for (int64_t ch = blocked; ch < w.channels; ++ch) element(ch, c);
     }
-  } else if (present == L && column == 1) {
+  } else if (whole && in.stride_w * near == 1) {
     for (int64_t ch = 0; ch < w.channels; ++ch) {
       int64_t c = first;
-      const int64_t at = ch * in.stride_c + w.lo_w;
+      const int64_t at = ch * in.stride_c + lo;
       T* line = dst + ch * w.pitch * L;
       for (; c + 8 <= last; c += 8) interleave<T, 8>(src, at + c, line + c * L, L);
       for (; c + 4 <= last; c += 4) interleave<T, 4>(src, at + c, line + c * L, L);
@@ -165,6 +183,26 @@ void pack_row(const View4<const T>& in, const Window& w, const Lane<const T>* la
     for (int64_t ch = 0; ch < w.channels; ++ch)
       for (int64_t c = first; c < last; ++c) element(ch, c);
   }
+}
+
+// Fills one window row with row `row` of the window of every lane; a lane that lacks it has zeros.
+template <class T>
+void pack_row(const View4<const T>& in, const Window& w, const Lane<const T>* lanes, int64_t row, T* dst) {
+  constexpr int L = kLanes<T>;
+  const T* src[L];
+  int present = 0;
+  for (int lane = 0; lane < L; ++lane) {
+    const int64_t real = lanes[lane].row0 + w.rows.at(row);
+    const bool exists = lanes[lane].base && real >= 0 && real < lanes[lane].rows;
+    src[lane] = exists ? lanes[lane].base + real * in.stride_h : nullptr;
+    present += exists;
+  }
+  if (!present) {
+    std::memset(dst, 0, w.row_bytes());
+    return;
+  }
+  const int64_t run = min64(w.cols.run, w.width);
+  for (int64_t c = 0; c < w.width; c += run) pack_columns(in, w, src, present == L, c, run, dst);
 }
 
 // Whether a result may be streamed: large enough not to survive in the caches, in whole lines.
@@ -183,20 +221,22 @@ bool streams([[maybe_unused]] const View4<T>& out) {
 
 // Pixels of a tile whose lanes all have an image: channels [begin, end), `channel` elements apart.
 template <class T, bool Stream>
-void store_channels(const T* tile, int64_t channel, T* const* dst, int64_t at, int64_t begin, int64_t end) {
+void store_channels(const T* tile, int64_t channel, T* const* dst, int64_t at, int64_t begin, int64_t end,
+                    Seen<T>& seen) {
   int64_t ch = begin;
   for (; ch + 16 <= end; ch += 16)
-    deinterleave<T, 16, Stream>(tile + (ch - begin) * channel, channel, dst, at + ch);
-  for (; ch + 8 <= end; ch += 8) deinterleave<T, 8>(tile + (ch - begin) * channel, channel, dst, at + ch);
-  for (; ch < end; ++ch)
-    for (int lane = 0; lane < kLanes<T>; ++lane) dst[lane][at + ch] = tile[(ch - begin) * channel + lane];
+    deinterleave<T, 16, Stream>(tile + (ch - begin) * channel, channel, dst, at + ch, seen);
+  for (; ch + 8 <= end; ch += 8)
+    deinterleave<T, 8>(tile + (ch - begin) * channel, channel, dst, at + ch, seen);
+  for (; ch < end; ++ch) deinterleave<T, 1>(tile + (ch - begin) * channel, channel, dst, at + ch, seen);
 }
 
 // Writes pixels [channels begin..end)[pixels][lane] of a tile to columns ow... of row `row` of every lane
-// that has it; from one channel to the next the tile advances by `tile_pixels`.
+// that has it, and adds them to `seen`; from one channel to the next the tile advances by `tile_pixels`.
 template <class T>
 void store_tile(const View4<T>& out, bool stream, const Lane<T>* lanes, int64_t row, int64_t ow,
-                int64_t pixels, int64_t begin, int64_t end, int64_t tile_pixels, const T* tile) {
+                int64_t pixels, int64_t begin, int64_t end, int64_t tile_pixels, const T* tile,
+                Seen<T>& seen) {
   constexpr int L = kLanes<T>;
   T* dst[L];
   int present = 0;
@@ -210,9 +250,9 @@ void store_tile(const View4<T>& out, bool stream, const Lane<T>* lanes, int64_t 
   if (present == L && out.stride_c == 1) {
     for (int64_t p = 0; p < pixels; ++p)
       if (stream && begin % 16 == 0)
-        store_channels<T, true>(tile + p * L, channel, dst, p * out.stride_w, begin, end);
+        store_channels<T, true>(tile + p * L, channel, dst, p * out.stride_w, begin, end, seen);
       else
-        store_channels<T, false>(tile + p * L, channel, dst, p * out.stride_w, begin, end);
+        store_channels<T, false>(tile + p * L, channel, dst, p * out.stride_w, begin, end, seen);
     return;
   }
   const bool planar = present == L && out.stride_w == 1;
@@ -220,11 +260,13 @@ void store_tile(const View4<T>& out, bool stream, const Lane<T>* lanes, int64_t 
     const int64_t at = ch * out.stride_c;
     int64_t p = 0;
     if (planar) {
-      for (; p + 8 <= pixels; p += 8) deinterleave<T, 8>(tile + p * L, L, dst, at + p);
-      for (; p + 4 <= pixels; p += 4) deinterleave<T, 4>(tile + p * L, L, dst, at + p);
+      for (; p + 8 <= pixels; p += 8) deinterleave<T, 8>(tile + p * L, L, dst, at + p, seen);
+      for (; p + 4 <= pixels; p += 4) deinterleave<T, 4>(tile + p * L, L, dst, at + p, seen);
     }
-    for (; p < pixels; ++p)
+    for (; p < pixels; ++p) {
+      seen.add(tile + p * L);
       for (int lane = 0; lane < L; ++lane)
         if (dst[lane]) dst[lane][at + p * out.stride_w] = tile[p * L + lane];
+    }
   }
 }

@@ -1,6 +1,8 @@
 #include "core/conv/plan.h"
 
 #include <algorithm>
+#include <map>
+#include <numeric>
 #include <set>
 
 #include "core/cpu.h"
@@ -30,41 +32,57 @@ void for_nonzeros(const ConvGeometry& g, const Structure& s, F visit) {
     }
 }
 
-struct Range {
+// The taps of one axis, as input positions of the first output.
+struct Reach {
   int64_t lo = 0, hi = 0;
+  int64_t apart = 0;  // divides the distance between any two
   bool empty = true;
-  void add(int64_t v) {
-    lo = empty ? v : std::min(lo, v);
-    hi = empty ? v : std::max(hi, v);
+  void add(int64_t tap) {
+    if (empty) lo = hi = tap;
     empty = false;
+    apart = std::gcd(apart, tap - lo);
+    lo = std::min(lo, tap);
+    hi = std::max(hi, tap);
   }
 };
 
-// step_w counts input columns here; a single tap column packs only the columns it meets.
-Window make_window(int64_t channels, const Range& dh, const Range& dw, int64_t out_w, int64_t step_h,
-                   int64_t step_w) {
+// Whether output * stride + tap lies in [0, inputs) for some output in [0, outputs).
+bool meets(int64_t tap, int64_t stride, int64_t outputs, int64_t inputs) {
+  const int64_t first = tap < 0 ? ceil_div(-tap, stride) : 0;
+  return first < outputs && first * stride + tap < inputs;
+}
+
+WindowAxis make_axis(const Reach& taps, int64_t outputs, int64_t stride) {
+  WindowAxis axis;
+  axis.lo = taps.lo;
+  axis.stride = stride;
+  // Between one output and the next lie whole units, too; a single output has no next.
+  axis.near = std::max<int64_t>(1, outputs > 1 ? std::gcd(taps.apart, stride) : taps.apart);
+  axis.span = (taps.hi - taps.lo) / axis.near + 1;
+  axis.step = std::min(axis.span, outputs > 1 ? stride / axis.near : 1);
+  if (outputs > 1 && stride / axis.near > axis.span) {
+    axis.run = axis.span;
+    axis.far = stride;
+  }
+  return axis;
+}
+
+Window make_window(int64_t channels, const WindowAxis& rows, const WindowAxis& cols, int64_t out_w) {
   Window w;
   w.channels = channels;
-  w.lo_h = dh.lo;
-  w.span_h = dh.hi - dh.lo + 1;
-  w.lo_w = dw.lo;
-  w.step_h = step_h;
-  if (dw.hi == dw.lo) {
-    w.pack_step = step_w;
-    w.cols = out_w;
-  } else {
-    w.step_w = step_w;
-    w.cols = (out_w - 1) * step_w + dw.hi - dw.lo + 1;
-  }
-  w.pitch = w.cols | 1;
+  w.rows = rows;
+  w.cols = cols;
+  w.width = (out_w - 1) * cols.step + cols.span;
+  w.pitch = w.width | 1;
   return w;
 }
 
 // By division: the product of three sizes of a view with stride 0 can exceed 64 bits.
-bool fits(const Window& w) { return w.channels <= kMaxWindowBytes / kPixelBytes / w.pitch / w.span_h; }
+bool fits(const Window& w) { return w.channels <= kMaxWindowBytes / kPixelBytes / w.pitch / w.rows.span; }
 
 int32_t window_offset(const Window& w, int64_t in, int64_t dh, int64_t dw) {
-  return static_cast<int32_t>((((dh - w.lo_h) * w.channels + in) * w.pitch + (dw - w.lo_w)) * kPixelBytes);
+  return static_cast<int32_t>(((w.rows.position(dh) * w.channels + in) * w.pitch + w.cols.position(dw)) *
+                              kPixelBytes);
 }
 
 // Input channels to a block: the `pixels` of each channel that a tile of outputs reads should stay in L1, but
@@ -125,21 +143,22 @@ void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, in
   join_panels(plan);
 }
 
-// False when the window is too large.
-bool make_gather(GatherPlan& plan, const std::vector<Tap>& taps, int64_t ins, int64_t outs, int64_t step_h,
-                 int64_t step_w, int64_t tile_pixels) {
-  if (taps.empty() || plan.out_h <= 0 || plan.out_w <= 0) return true;
-  Range dh, dw;
+// Adds the plan of outputs that have taps; false when its window is too large.
+bool add_gather(GatherPlans& plans, GatherPlan plan, const std::vector<Tap>& taps, int64_t ins, int64_t outs,
+                int64_t stride_h, int64_t stride_w, int64_t tile_pixels) {
+  Reach dh, dw;
   std::set<int64_t> rows;  // a dilated kernel skips rows of its span
   for (const Tap& t : taps) {
     rows.insert(t.dh);
     dh.add(t.dh);
     dw.add(t.dw);
   }
-  plan.window = make_window(ins, dh, dw, plan.out_w, step_h, step_w);
+  const WindowAxis cols = make_axis(dw, plan.out_w, stride_w);
+  plan.window = make_window(ins, make_axis(dh, plan.out_h, stride_h), cols, plan.out_w);
   if (!fits(plan.window)) return false;
-  const int64_t pixels = rows.size() * ((tile_pixels - 1) * plan.window.step_w + dw.hi - dw.lo + 1);
+  const int64_t pixels = rows.size() * ((tile_pixels - 1) * cols.step + cols.span);
   fill_lists(plan, taps, outs, block_channels(plan.window, pixels, outs, taps.size()));
+  plans.phases.push_back(std::move(plan));
   return true;
 }
 
@@ -158,68 +177,94 @@ std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Struc
   std::vector<Tap> taps;
   taps.reserve(s.nnz);
   for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
-    taps.push_back({static_cast<int32_t>(out), static_cast<int32_t>(in), slot, kh * g.dilation_h - g.pad_top,
-                    kw * g.dilation_w - g.pad_left});
+    const int64_t dh = kh * g.dilation_h - g.pad_top, dw = kw * g.dilation_w - g.pad_left;
+    if (meets(dh, g.stride_h, g.out_h, g.in_h) && meets(dw, g.stride_w, g.out_w, g.in_w))
+      taps.push_back({static_cast<int32_t>(out), static_cast<int32_t>(in), slot, dh, dw});
   });
   auto plans = std::make_shared<GatherPlans>();
-  GatherPlan& plan = plans->phases.emplace_back();
+  plans->covers = !taps.empty();
+  GatherPlan plan;
   plan.out_h = g.out_h;
   plan.out_w = g.out_w;
-  if (!make_gather(plan, taps, g.in_channels, g.out_channels, g.stride_h, g.stride_w, tile_pixels))
+  if (plans->covers && !add_gather(*plans, std::move(plan), taps, g.in_channels, g.out_channels, g.stride_h,
+                                   g.stride_w, tile_pixels))
     return nullptr;
   return plans;
 }
 
 std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Structure& s,
                                               int64_t tile_pixels) {
+  // dx row a * stride + phase receives from output row a + dh when kernel row kh meets it exactly. A long
+  // stride has many phases, but a nonzero is in one of them only.
+  std::map<std::pair<int64_t, int64_t>, std::vector<Tap>> phases;
+  const auto phase_of = [](int64_t at, int64_t stride) { return (at % stride + stride) % stride; };
+  const auto count = [](int64_t phase, int64_t size, int64_t stride) {
+    return phase < size ? ceil_div(size - phase, stride) : 0;
+  };
+  for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
+    const int64_t at_h = kh * g.dilation_h - g.pad_top, at_w = kw * g.dilation_w - g.pad_left;
+    const int64_t ph = phase_of(at_h, g.stride_h), pw = phase_of(at_w, g.stride_w);
+    const int64_t dh = (ph - at_h) / g.stride_h, dw = (pw - at_w) / g.stride_w;
+    if (meets(dh, 1, count(ph, g.in_h, g.stride_h), g.out_h) &&
+        meets(dw, 1, count(pw, g.in_w, g.stride_w), g.out_w))
+      phases[{ph, pw}].push_back({static_cast<int32_t>(in), static_cast<int32_t>(out), slot, dh, dw});
+  });
   auto plans = std::make_shared<GatherPlans>();
-  for (int64_t ph = 0; ph < std::min(g.stride_h, g.in_h); ++ph)
-    for (int64_t pw = 0; pw < std::min(g.stride_w, g.in_w); ++pw) {
-      // dx row a * stride + ph receives from output row a + dh when kernel row kh meets it exactly.
-      std::vector<Tap> taps;
-      for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
-        const int64_t h = ph + g.pad_top - kh * g.dilation_h, w = pw + g.pad_left - kw * g.dilation_w;
-        if (h % g.stride_h == 0 && w % g.stride_w == 0)
-          taps.push_back(
-              {static_cast<int32_t>(in), static_cast<int32_t>(out), slot, h / g.stride_h, w / g.stride_w});
-      });
-      GatherPlan plan;
-      plan.out_h = ceil_div(g.in_h - ph, g.stride_h);
-      plan.out_w = ceil_div(g.in_w - pw, g.stride_w);
-      plan.first_h = ph;
-      plan.first_w = pw;
-      plan.every_h = g.stride_h;
-      plan.every_w = g.stride_w;
-      if (!make_gather(plan, taps, g.out_channels, g.in_channels, 1, 1, tile_pixels)) return nullptr;
-      plans->phases.push_back(std::move(plan));
-    }
+  plans->covers =
+      static_cast<int64_t>(phases.size()) == std::min(g.stride_h, g.in_h) * std::min(g.stride_w, g.in_w);
+  for (const auto& [phase, taps] : phases) {
+    GatherPlan plan;
+    plan.first_h = phase.first;
+    plan.first_w = phase.second;
+    plan.out_h = count(plan.first_h, g.in_h, g.stride_h);
+    plan.out_w = count(plan.first_w, g.in_w, g.stride_w);
+    plan.every_h = g.stride_h;
+    plan.every_w = g.stride_w;
+    if (!add_gather(*plans, std::move(plan), taps, g.out_channels, g.in_channels, 1, 1, tile_pixels))
+      return nullptr;
+  }
   return plans;
 }
 
 std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry& g, const Structure& s) {
   auto plan = std::make_shared<WgradPlan>();
-  if (s.nnz == 0 || g.out_h <= 0 || g.out_w <= 0) return plan;
-  Range dh, dw;
-  for_nonzeros(g, s, [&](int64_t, int64_t, int64_t kh, int64_t kw, int32_t) {
-    dh.add(kh * g.dilation_h - g.pad_top);
-    dw.add(kw * g.dilation_w - g.pad_left);
+  Reach dh, dw;
+  const auto at = [&](int64_t kh, int64_t kw) {
+    return std::pair{kh * g.dilation_h - g.pad_top, kw * g.dilation_w - g.pad_left};
+  };
+  for_nonzeros(g, s, [&](int64_t, int64_t, int64_t kh, int64_t kw, int32_t slot) {
+    const auto [h, w] = at(kh, kw);
+    if (meets(h, g.stride_h, g.out_h, g.in_h) && meets(w, g.stride_w, g.out_w, g.in_w)) {
+      dh.add(h);
+      dw.add(w);
+    } else {
+      plan->outside.push_back(slot);
+    }
   });
-  plan->window = make_window(g.in_channels, dh, dw, g.out_w, g.stride_h, g.stride_w);
+  if (dh.empty) return plan;
+  plan->window = make_window(g.in_channels, make_axis(dh, g.out_h, g.stride_h),
+                             make_axis(dw, g.out_w, g.stride_w), g.out_w);
   if (!fits(plan->window)) return nullptr;
   // Longer strips spread the cost of adding up over more positions; without a halo short ones waste nothing.
   const Window& w = plan->window;
-  const int64_t tap_cols = dw.hi - dw.lo + 1, tap_rows = dh.hi - dh.lo + 1;
-  plan->strip_pixels = tap_cols * tap_rows > 1 ? 32 : 16;
+  plan->strip_pixels = w.cols.span * w.rows.span > 1 ? 32 : 16;
   plan->piece_cols = std::min(g.out_w, plan->strip_pixels);
   const int64_t rows = std::clamp<int64_t>(plan->strip_pixels / g.out_w, 1, g.out_h);
   const int64_t pixels =
-      ((rows - 1) * g.stride_h + tap_rows) * ((plan->piece_cols - 1) * w.step_w + tap_cols);
+      ((rows - 1) * w.rows.step + w.rows.span) * ((plan->piece_cols - 1) * w.cols.step + w.cols.span);
   const int64_t block = block_channels(w, pixels, g.out_channels, s.nnz);
   plan->blocks = ceil_div(g.in_channels, block);
   plan->offset.resize(s.nnz);
   plan->list_begin.assign(g.out_channels * plan->blocks + 1, 0);
+  auto next_outside = plan->outside.begin();
   for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
-    plan->offset[slot] = window_offset(w, in, kh * g.dilation_h - g.pad_top, kw * g.dilation_w - g.pad_left);
+    auto [h, width] = at(kh, kw);
+    if (next_outside != plan->outside.end() && *next_outside == slot) {
+      ++next_outside;  // any tap of its channel: what it sums up is not kept
+      h = dh.lo;
+      width = dw.lo;
+    }
+    plan->offset[slot] = window_offset(w, in, h, width);
     ++plan->list_begin[out * plan->blocks + in / block + 1];
   });
   for (size_t i = 1; i < plan->list_begin.size(); ++i) plan->list_begin[i] += plan->list_begin[i - 1];

@@ -13,18 +13,29 @@ namespace sparsekd {
 // images that are computed together.
 constexpr int64_t kPixelBytes = 64;
 
-// The rows and columns of the input that an output row touches. The window stores pixels as
-// [row][channel][pitch columns]; output column w with tap column d sits at window column
-// (w * step_w + d - lo_w) / pack_step.
+// Where the positions of a packed window, its rows or its columns, lie in the input. Those that no output
+// reads are left out: what a long stride passes over, and what lies between the taps of a dilated kernel
+// where all outputs pass over it. For the first output, window position p is input position lo + p / run *
+// far + p % run * near.
+struct WindowAxis {
+  static constexpr int64_t kUnbroken = INT64_MAX;
+  int64_t lo = 0;      // input position of the first tap
+  int64_t stride = 1;  // input positions from one output to the next
+  int64_t span = 1;    // window positions from the first tap of an output to its last
+  int64_t step = 1;    // window positions from one output to the next, at most span
+  int64_t near = 1, far = 0, run = kUnbroken;
+
+  int64_t at(int64_t p) const { return lo + p / run * far + p % run * near; }
+  // Of a tap of the first output.
+  int64_t position(int64_t tap) const { return (tap - lo) / near; }
+};
+
+// The rows and columns of the input that an output row touches, as [row][channel][pitch columns].
 struct Window {
   int64_t channels = 0;
-  int64_t lo_h = 0, span_h = 0;  // input row of the first window row relative to out_row * step_h; rows
-  int64_t lo_w = 0;              // input column of window column 0
-  int64_t cols = 0,
-          pitch = 0;      // columns in use, and allocated (odd, so that channels spread over cache sets)
-  int64_t step_h = 1;     // input rows from one output row to the next
-  int64_t step_w = 1;     // window columns from one output column to the next
-  int64_t pack_step = 1;  // input columns from one window column to the next
+  WindowAxis rows, cols;
+  int64_t width = 0,
+          pitch = 0;  // columns in use, and allocated (odd, so that channels spread over cache sets)
 
   int64_t row_bytes() const { return channels * pitch * kPixelBytes; }
 };
@@ -36,8 +47,8 @@ struct RowEntry {
   int32_t out_channel, begin, rows;
 };
 
-// out[n, o, h, w] = sum of value * in[n, i, h * step_h + dh, w * step + dw], as a list sorted by
-// (block of input channels, output channel).
+// out[n, o, h, w] = sum of value * in[n, i, h * stride_h + dh, w * stride_w + dw], as a list sorted by
+// (block of input channels, output channel). Taps that meet the padding wherever they are have no entry.
 struct GatherPlan {
   Window window;
   std::vector<int32_t> block_begin;  // entries of block b: [block_begin[b], block_begin[b + 1])
@@ -49,10 +60,12 @@ struct GatherPlan {
   int64_t every_h = 1, every_w = 1;  // and how far apart they lie
 };
 
-// fprop is one gather; dgrad is one for each phase of the stride; empty plans (no taps) fill with the bias.
-// Null when a window would be too large to pack: the caller then takes the plain loops.
+// fprop is one gather; dgrad is one for each phase of the stride that has taps. Where phases without taps are
+// left out, `covers` is false: their outputs are the bias. Null when a window would be too large to pack: the
+// caller then takes the plain loops.
 struct GatherPlans {
   std::vector<GatherPlan> phases;
+  bool covers = true;
   int64_t bytes() const;
 };
 std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry&, const Structure&, int64_t tile_pixels);
@@ -64,12 +77,14 @@ struct WgradPlan {
   Window window;
   std::vector<int32_t> offset;  // for every nonzero in row-major order, as in GatherPlan
   std::vector<int32_t> list_begin;
+  std::vector<int32_t> outside;     // nonzeros that meet the padding wherever they are
   std::vector<uint8_t> panel_rows;  // see find_panels
   int64_t blocks = 0;
   int64_t strip_pixels = 1;  // positions that a list is summed over before its sums are added up
   int64_t piece_cols = 1;    // at most this many columns of a row at once
   int64_t bytes() const {
-    return static_cast<int64_t>((offset.size() + list_begin.size()) * sizeof(int32_t) + panel_rows.size());
+    return static_cast<int64_t>((offset.size() + list_begin.size() + outside.size()) * sizeof(int32_t) +
+                                panel_rows.size());
   }
 };
 std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry&, const Structure&);

@@ -176,9 +176,8 @@ struct WgradPlace {
     grad.data += begin * grad.stride_c;
     grad.c = end - begin;
     grad_window.channels = grad.c;
-    grad_window.span_h = 1;
-    grad_window.cols = grad_window.pitch = grad.w;
-    point_lanes(call.x, s, group, call.plan->window.step_h, x_lanes);
+    grad_window.width = grad_window.pitch = grad.w;
+    point_lanes(call.x, s, group, call.plan->window.rows.stride, x_lanes);
     point_lanes(grad, s, group, 1, grad_lanes);
     for (Lane<const T>& lane : grad_lanes) lane.rows = min64(lane.rows, lane.row0 + s.strip_rows);
   }
@@ -213,25 +212,25 @@ void sample_strip(const WgradCall<T>& call, const WgradPlace<T>& place, const St
 template <class T>
 void wgrad_item(const WgradCall<T>& call, const WgradPlace<T>& place, T* out) {
   const Window& window = call.plan->window;
-  const int64_t rows_left = place.h1 - place.h0;
-  // Rows taken together need all the input rows between them, so a long stride allows fewer.
-  const int64_t buffered = RollingWindow<T>::kBufferBytes / window.row_bytes() / window.step_h;
+  const int64_t rows_left = place.h1 - place.h0, step = window.rows.step;
+  // Rows taken together need all the rows of the window between them.
+  const int64_t buffered = RollingWindow<T>::kBufferBytes / window.row_bytes() / step;
   const int64_t together =
       max64(1, min64(min64(rows_left, call.plan->strip_pixels / place.grad.w), 1 + buffered));
   const int64_t grad_row = place.grad_window.row_bytes();
   char* packed = static_cast<char*>(scratch(Scratch::kGradient, together * grad_row));
-  RollingWindow<T> rows(window, rows_left, (together - 1) * window.step_h);
-  rows.restart(place.h0 * window.step_h + window.lo_h);
+  RollingWindow<T> rows(window, rows_left, (together - 1) * step);
+  rows.restart(place.h0 * step);
   for (int64_t h = place.h0, count; h < place.h1; h += count) {
     count = min64(together, place.h1 - h);
     Strip strip{nullptr,
-                rows.advance(call.x, place.x_lanes, h * window.step_h + window.lo_h),
+                rows.advance(call.x, place.x_lanes, h * step),
                 count,
                 place.grad.w,
                 grad_row,
                 place.grad.w * kPixelBytes,
-                window.step_h * window.row_bytes(),
-                window.step_w * kPixelBytes};
+                step * window.row_bytes(),
+                window.cols.step * kPixelBytes};
     for (int64_t r = 0; r < count; ++r)
       pack_row(place.grad, place.grad_window, place.grad_lanes, h + r,
                reinterpret_cast<T*>(packed + r * grad_row));
@@ -243,8 +242,8 @@ void wgrad_item(const WgradCall<T>& call, const WgradPlace<T>& place, T* out) {
 template <class T>
 void wgrad(const WgradCall<T>& call) {
   const Window& window = call.plan->window;
-  const Schedule s = schedule_rows(call.grad.n, call.grad.h, call.grad.c,
-                                   max64(0, window.span_h - window.step_h), kLanes<T>, call.threads, 2);
+  const Schedule s = schedule_rows(call.grad.n, call.grad.h, call.grad.c, window.rows.span - window.rows.step,
+                                   kLanes<T>, call.threads, 2);
   const int64_t places = s.groups * s.chunks, nnz = call.weight->nnz;
   const int32_t* crow = call.weight->crow.data();
   // Which items share a sum depends on the number of threads alone, and the sums are added in order.
