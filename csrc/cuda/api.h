@@ -7,7 +7,9 @@
 //   gather: y[row][position] = bias[row] + sum over the nonzeros k of the row of values[k] * x[site(k,
 //   position)] sample: dvalues[k] = sum over positions of grad[row(k)][position] * x[site(k, position)]
 // where site(k, position) = offset[k] + y * in_row + x * in_col. The caller guarantees that every site is
-// one of x; padding has made sure that there is one for every tap.
+// one of x; padding has made sure that there is one for every tap. Of the packed_height * packed_width sites
+// of a channel of x, the map itself are map_height rows from `top` on and map_width columns from `left` on.
+// Infinity and NaN reach the results that have them among their terms inside the map, and no other.
 //
 // Results are the same bit for bit for the same inputs and kind of GPU: no floating-point atomics, and work
 // is cut by sizes alone. Sums are in float32 and rounded once. Sizes are int64_t; numbers of sites, positions
@@ -47,9 +49,11 @@ SPARSEKD_API int sparsekd_cuda_unpack(int64_t dtype, void* maps, int64_t batch, 
 // + x * out_col of every row are written.
 SPARSEKD_API int sparsekd_cuda_gather(int64_t dtype, int64_t rows, const int32_t* crow, const int32_t* offset,
                                       const int32_t* order, const void* values, const void* bias,
-                                      const void* x, int64_t lanes, int64_t height, int64_t width,
-                                      int64_t in_row, int64_t in_col, void* y, int64_t out_sites,
-                                      int64_t out_origin, int64_t out_row, int64_t out_col, void* stream);
+                                      const void* x, int64_t lanes, int64_t packed_height,
+                                      int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
+                                      int64_t map_width, int64_t height, int64_t width, int64_t in_row,
+                                      int64_t in_col, void* y, int64_t out_sites, int64_t out_origin,
+                                      int64_t out_row, int64_t out_col, void* stream);
 
 // Into how many parts the sums of `sample` are cut, so that few nonzeros still fill a device.
 SPARSEKD_API int64_t sparsekd_cuda_parts(int64_t dtype, int64_t nnz, int64_t positions, int64_t lanes);
@@ -57,9 +61,11 @@ SPARSEKD_API int64_t sparsekd_cuda_parts(int64_t dtype, int64_t nnz, int64_t pos
 // row [nnz], offset [nnz], grad packed [rows][height][width][lanes], x packed, partial [parts][nnz] to work
 // in -> dvalues [nnz].
 SPARSEKD_API int sparsekd_cuda_sample(int64_t dtype, int64_t nnz, const int32_t* row, const int32_t* offset,
-                                      const void* grad, const void* x, int64_t lanes, int64_t height,
-                                      int64_t width, int64_t in_row, int64_t in_col, float* partial,
-                                      int64_t parts, void* dvalues, void* stream);
+                                      const void* grad, const void* x, int64_t lanes, int64_t packed_height,
+                                      int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
+                                      int64_t map_width, int64_t height, int64_t width, int64_t in_row,
+                                      int64_t in_col, float* partial, int64_t parts, void* dvalues,
+                                      void* stream);
 
 // Growth ranks by keys: the larger key is the better score or, of equal scores, the lower position, whose
 // complement is the lower half of the key; 0 is a position that cannot grow.

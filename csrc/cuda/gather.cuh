@@ -5,6 +5,9 @@
 // take the rows in the order of their lengths, so that those of a block end together and the longest start
 // first, and all rows of one tile before the next tile, whose part of x then stays in the cache.
 //
+// The zeros of the padding are multiplied like everything else, which of finite numbers adds nothing. A
+// thread whose sums are not finite goes through its row once more and leaves the padding out.
+//
 // Source: Gale et al., Sparse GPU Kernels for Deep Learning (SC 2020), section 5.
 #pragma once
 #include "device.cuh"
@@ -20,12 +23,12 @@ struct Window {
   int32_t vectors;         // of lanes, at each position
 
   __host__ __device__ int64_t units() const { return int64_t{1} * height * width * vectors; }
-  // The vector of x at unit `u` for an offset of 0.
-  __device__ int64_t source(int32_t u) const {
-    const int32_t position = u / vectors, vector = u % vectors;
-    const int32_t site = position / width * in_row + position % width * in_col;
-    return int64_t{1} * site * vectors + vector;
+  // The site of x that unit `u` meets with an offset of 0, and its vector there.
+  __device__ int64_t site(int32_t u) const {
+    const int32_t position = u / vectors;
+    return position / width * in_row + position % width * in_col;
   }
+  __device__ int64_t source(int32_t u) const { return site(u) * vectors + u % vectors; }
 };
 
 // Where the positions of a row are in y, in sites.
@@ -38,6 +41,17 @@ struct Target {
     const int64_t site =
         origin + int64_t{1} * (position / window.width) * row + int64_t{1} * (position % window.width) * col;
     return (matrix_row * sites + site) * window.vectors + vector;
+  }
+};
+
+// Which sites of a packed map belong to the map itself: the rest is padding.
+struct Inside {
+  int32_t packed_height, packed_width, top, left, height, width;
+
+  __device__ bool has(int64_t site) const {
+    const uint32_t s = static_cast<uint32_t>(site), wide = packed_width, high = packed_height;
+    const int32_t y = static_cast<int32_t>(s / wide % high) - top, x = static_cast<int32_t>(s % wide) - left;
+    return y >= 0 && y < height && x >= 0 && x < width;
   }
 };
 
@@ -59,10 +73,20 @@ __device__ inline void multiply_add(float (&sum)[kVec], float factor, Vector<T, 
   for (int i = 0; i < kVec; ++i) sum[i] += factor * to_float(x.v[i]);
 }
 
+__device__ inline bool is_finite(float x) { return x - x == 0.0f; }
+
+template <int kVec>
+__device__ inline bool are_finite(const float (&sum)[kVec]) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) finite = finite && is_finite(sum[i]);
+  return finite;
+}
+
 template <class T, int kVec>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    gather_kernel(Matrix<T> matrix, Window window, Target target, const Vector<T, kVec>* __restrict__ x,
-                  Vector<T, kVec>* __restrict__ y) {
+    gather_kernel(Matrix<T> matrix, Window window, Inside inside, Target target,
+                  const Vector<T, kVec>* __restrict__ x, Vector<T, kVec>* __restrict__ y) {
   SPARSEKD_SHARED(Nonzero, stage, [kWarps][kWarp]);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int32_t blocks_of_rows = static_cast<int32_t>(ceil_div(matrix.rows, kWarps));
@@ -91,6 +115,17 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     __syncwarp();  // nobody still reads what the next 32 overwrite
   }
   if (!live) return;
+  if (!are_finite(sum)) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum[i] = matrix.bias ? to_float(matrix.bias[row]) : 0.0f;
+    const int64_t site = window.site(static_cast<int32_t>(unit));
+#pragma unroll 1
+    for (int32_t k = matrix.crow[row]; k < end; ++k) {
+      const int64_t offset = matrix.offset[k];
+      if (inside.has(site + offset))
+        multiply_add(sum, to_float(matrix.values[k]), source[offset * window.vectors]);
+    }
+  }
   Vector<T, kVec> result;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) result.v[i] = from_float<T>(sum[i]);

@@ -62,6 +62,19 @@ Window window_of(int64_t dtype, int64_t lanes, int64_t height, int64_t width, in
           static_cast<int32_t>(in_col), static_cast<int32_t>(vectors_of(dtype, lanes))};
 }
 
+Inside inside_of(int64_t packed_height, int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
+                 int64_t map_width) {
+  return {static_cast<int32_t>(packed_height), static_cast<int32_t>(packed_width),
+          static_cast<int32_t>(top),           static_cast<int32_t>(left),
+          static_cast<int32_t>(map_height),    static_cast<int32_t>(map_width)};
+}
+
+bool valid_inside(int64_t packed_height, int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
+                  int64_t map_width) {
+  return fit({double(packed_height) - 1, double(packed_width) - 1, double(top), double(left),
+              double(map_height), double(map_width), double(packed_height) * packed_width});
+}
+
 bool valid_window(int64_t lanes, int64_t height, int64_t width, int64_t in_row, int64_t in_col) {
   return fit({double(lanes) * height * width, double(height), double(width), double(lanes),
               double(height) * in_row + double(width) * in_col, double(in_row), double(in_col)});
@@ -144,13 +157,16 @@ int sparsekd_cuda_unpack(int64_t dtype, void* maps, int64_t batch, int64_t chann
 
 int sparsekd_cuda_gather(int64_t dtype, int64_t rows, const int32_t* crow, const int32_t* offset,
                          const int32_t* order, const void* values, const void* bias, const void* x,
-                         int64_t lanes, int64_t height, int64_t width, int64_t in_row, int64_t in_col,
-                         void* y, int64_t out_sites, int64_t out_origin, int64_t out_row, int64_t out_col,
-                         void* stream) {
+                         int64_t lanes, int64_t packed_height, int64_t packed_width, int64_t top,
+                         int64_t left, int64_t map_height, int64_t map_width, int64_t height, int64_t width,
+                         int64_t in_row, int64_t in_col, void* y, int64_t out_sites, int64_t out_origin,
+                         int64_t out_row, int64_t out_col, void* stream) {
   if (!valid_window(lanes, height, width, in_row, in_col) ||
+      !valid_inside(packed_height, packed_width, top, left, map_height, map_width) ||
       !fit({double(rows), double(rows) * out_sites, double(out_origin), double(out_row), double(out_col)}))
     return cudaErrorInvalidValue;
   const Window window = window_of(dtype, lanes, height, width, in_row, in_col);
+  const Inside inside = inside_of(packed_height, packed_width, top, left, map_height, map_width);
   const Target target{out_sites, static_cast<int32_t>(out_origin), static_cast<int32_t>(out_row),
                       static_cast<int32_t>(out_col)};
   const int64_t blocks = ceil_div(window.units(), kWarp) * ceil_div(rows, kWarps);
@@ -160,8 +176,8 @@ int sparsekd_cuda_gather(int64_t dtype, int64_t rows, const int32_t* crow, const
     constexpr int kVec = sizeof(V) / sizeof(T);
     const Matrix<T> matrix{static_cast<int32_t>(rows), crow, offset, order, static_cast<const T*>(values),
                            static_cast<const T*>(bias)};
-    return launch(gather_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, matrix, window, target,
-                  static_cast<const V*>(x), static_cast<V*>(y));
+    return launch(gather_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, matrix, window, inside,
+                  target, static_cast<const V*>(x), static_cast<V*>(y));
   });
 }
 
@@ -172,19 +188,23 @@ int64_t sparsekd_cuda_parts(int64_t dtype, int64_t nnz, int64_t positions, int64
 }
 
 int sparsekd_cuda_sample(int64_t dtype, int64_t nnz, const int32_t* row, const int32_t* offset,
-                         const void* grad, const void* x, int64_t lanes, int64_t height, int64_t width,
-                         int64_t in_row, int64_t in_col, float* partial, int64_t parts, void* dvalues,
-                         void* stream) {
-  if (!valid_window(lanes, height, width, in_row, in_col) || parts < 1 || !fit({double(nnz), double(parts)}))
+                         const void* grad, const void* x, int64_t lanes, int64_t packed_height,
+                         int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
+                         int64_t map_width, int64_t height, int64_t width, int64_t in_row, int64_t in_col,
+                         float* partial, int64_t parts, void* dvalues, void* stream) {
+  if (!valid_window(lanes, height, width, in_row, in_col) ||
+      !valid_inside(packed_height, packed_width, top, left, map_height, map_width) || parts < 1 ||
+      !fit({double(nnz), double(parts)}))
     return cudaErrorInvalidValue;
   const Window window = window_of(dtype, lanes, height, width, in_row, in_col);
+  const Inside inside = inside_of(packed_height, packed_width, top, left, map_height, map_width);
   const Samples samples{static_cast<int32_t>(nnz), row, offset};
   const int64_t blocks = ceil_div(nnz, int64_t{kWarps} * kTogether) * parts;
   const int code = by_vector(dtype, lanes, [&](auto vector) {
     using V = decltype(vector);
     using T = std::remove_reference_t<decltype(vector.v[0])>;
     constexpr int kVec = sizeof(V) / sizeof(T);
-    return launch(sample_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, samples, window,
+    return launch(sample_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, samples, window, inside,
                   static_cast<int32_t>(parts), static_cast<const V*>(grad), static_cast<const V*>(x),
                   partial);
   });

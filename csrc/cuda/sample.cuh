@@ -3,7 +3,7 @@
 // A warp computes eight consecutive nonzeros over one part of the units (positions times vectors of lanes);
 // they mostly lie in one row and share its gradient. Its lanes walk along the units and add up in a fixed
 // order at the end; a second kernel adds the parts, again in order, so that results do not depend on how
-// warps are scheduled.
+// warps are scheduled. As in gather.cuh, what is not finite is summed up once more without the padding.
 //
 // Source: Gale et al., Sparse GPU Kernels for Deep Learning (SC 2020), section 6.
 #pragma once
@@ -34,10 +34,25 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+// What one lane adds up for nonzero k, without the padding.
+template <class T, int kVec>
+__device__ inline float sum_inside(Samples at, int64_t k, Window window, Inside inside, int32_t begin,
+                                   int32_t end, const Vector<T, kVec>* __restrict__ grad,
+                                   const Vector<T, kVec>* __restrict__ x) {
+  const int64_t row = at.row[k], offset = at.offset[k];
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int32_t unit = begin; unit < end; unit += kWarp)
+    if (inside.has(window.site(unit) + offset))
+      sum += dot(grad[row * window.units() + unit], x[window.source(unit) + offset * window.vectors]);
+  return sum;
+}
+
 template <class T, int kVec>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    sample_kernel(Samples at, Window window, int32_t parts, const Vector<T, kVec>* __restrict__ grad,
-                  const Vector<T, kVec>* __restrict__ x, float* __restrict__ partial) {
+    sample_kernel(Samples at, Window window, Inside inside, int32_t parts,
+                  const Vector<T, kVec>* __restrict__ grad, const Vector<T, kVec>* __restrict__ x,
+                  float* __restrict__ partial) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t part = blockIdx.x % parts;
   const int64_t first = (int64_t{blockIdx.x} / parts * kWarps + warp) * kTogether;
@@ -53,8 +68,9 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     of_x[j] = x + int64_t{at.offset[k]} * window.vectors;
     sum[j] = 0.0f;
   }
+  const int32_t begin = static_cast<int32_t>(part * window.units() / parts) + lane;
   const int32_t end = static_cast<int32_t>((part + 1) * window.units() / parts);
-  for (int32_t unit = static_cast<int32_t>(part * window.units() / parts) + lane; unit < end; unit += kWarp) {
+  for (int32_t unit = begin; unit < end; unit += kWarp) {
     const int64_t source = window.source(unit);
     Vector<T, kVec> upper = grad[row[0] * window.units() + unit];
 #pragma unroll
@@ -63,10 +79,19 @@ __global__ void __launch_bounds__(kWarps* kWarp)
       sum[j] += dot(upper, of_x[j][source]);
     }
   }
+  int again = 0;
 #pragma unroll
   for (int j = 0; j < kTogether; ++j) {
     const float total = warp_sum(sum[j]);
     if (lane == j && first + j < at.nnz) partial[part * at.nnz + first + j] = total;
+    again |= is_finite(total) ? 0 : 1 << j;  // the same in all lanes
+  }
+#pragma unroll 1
+  for (int j = 0; again >> j; ++j) {
+    const int64_t k = first + j;
+    if (!(again >> j & 1) || k >= at.nnz) continue;
+    const float total = warp_sum(sum_inside(at, k, window, inside, begin, end, grad, x));
+    if (lane == j) partial[part * at.nnz + k] = total;
   }
 }
 

@@ -98,8 +98,6 @@ def dense_wgrad(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     down, across = ([_overlap(geometry, axis, t) for t in range(kernel[axis])] for axis in (0, 1))
     for i, rows in enumerate(down):
         for j, cols in enumerate(across):
-            if rows is None or cols is None:
-                continue
             upper = grad[:, :, rows[0], cols[0]].unflatten(1, (groups, -1))
             lower = x[:, :, rows[1], cols[1]].unflatten(1, (groups, -1))
             by_group[..., i, j] = torch.einsum("ngohw,ngchw->goc", upper, lower)
@@ -119,7 +117,6 @@ def _taps(images: int, row: Tensor, col: Tensor, geometry: Geometry) -> Iterator
     found, counts = place[slots].unique_consecutive(return_counts=True)
     for tap, several in zip(found.tolist(), slots.split(counts.tolist()), strict=True):
         down, across = _overlap(geometry, 0, tap // wide), _overlap(geometry, 1, tap % wide)
-        assert down is not None and across is not None  # _meets has said so
         outputs, inputs = (down[0], across[0]), (down[1], across[1])
         positions = images * _length(outputs[0]) * _length(outputs[1])
         for part in several.split(max(_MOST_AT_ONCE // max(positions, 1), 1)):
@@ -135,17 +132,17 @@ def _meets(geometry: Geometry, axis: int, device: torch.device) -> Tensor:
     return (first < geometry.output_size[axis]) & (first * stride + at < size)
 
 
-def _overlap(geometry: Geometry, axis: int, tap: int) -> tuple[slice, slice] | None:
-    """Return the outputs that read through a tap, and what they read; None without any."""
+def _overlap(geometry: Geometry, axis: int, tap: int) -> tuple[slice, slice]:
+    """Return the outputs that read through a tap, and what they read; empty without any."""
     stride, size = geometry.stride[axis], geometry.input_size[axis]
     at = tap * geometry.dilation[axis] - geometry.padding[2 * axis]
     first = max(0, -(at // stride))
     last = min(geometry.output_size[axis] - 1, (size - 1 - at) // stride)
     if first > last:
-        return None
+        return slice(0), slice(0)
     begin = first * stride + at
     return slice(first, last + 1), slice(begin, last * stride + at + 1, stride)
 
 
 def _length(positions: slice) -> int:
-    return int(positions.stop - positions.start)
+    return len(range(positions.stop)[positions])

@@ -13,8 +13,16 @@ from torch import Tensor
 
 from sparsekd import cuda_library
 from sparsekd.errors import ShapeError, UnsupportedError
+from sparsekd.ops import reference
+from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.cuda_plans import Plan, conv_of, find_structure, structure_of
+from sparsekd.ops.cuda_plans import (
+    Plan,
+    conv_of,
+    find_structure,
+    new_input_gradient,
+    structure_of,
+)
 from sparsekd.ops.layout import memory_format_of, pixels
 
 _library = cuda_library.load()
@@ -43,7 +51,20 @@ def _unpack(packed: Tensor, batch: int, layout: torch.memory_format) -> Tensor:
     return maps
 
 
-def _gather(plan: Plan, values: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
+def _inside(packed: Tensor, padding: tuple[int, ...]) -> tuple[int, ...]:
+    """Return where in packed maps the maps themselves are; see api.h."""
+    (high, wide), (top, bottom, left, right) = packed.shape[1:3], padding
+    return high, wide, top, left, high - top - bottom, wide - left - right
+
+
+def _gather(
+    plan: Plan,
+    values: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    padding: tuple[int, ...],
+    y: Tensor,
+) -> None:
     """Write the outputs that a plan names, of packed maps, into packed maps."""
     values = values.contiguous() if plan.slots is None else values.index_select(0, plan.slots)
     bias = None if bias is None else bias.contiguous()
@@ -51,7 +72,7 @@ def _gather(plan: Plan, values: Tensor, bias: Tensor | None, x: Tensor, y: Tenso
     window = plan.window
     _library.run(
         "gather", x.device, x.dtype, rows, plan.crow, plan.offset, plan.order, values, bias, x,
-        lanes, *window[:4], y, high * wide, *window[4:],
+        lanes, *_inside(x, padding), *window[:4], y, high * wide, *window[4:],
     )  # fmt: skip
 
 
@@ -69,10 +90,14 @@ def conv2d(
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
     batch, channels, *size = conv2d_shape(x.shape, *conv)
+    if reaches_far(Geometry(x.shape[2:], size, *conv)):
+        return reference.conv2d(
+            x, values, crow, col, bias, weight_shape, stride, padding, dilation, groups
+        )
     plan = structure_of(x, crow, col, weight_shape).forward(conv, x.shape[2:], size)
     packed = _pack(x, conv.padding)
     y = packed.new_empty((channels, *size, packed.shape[3]))
-    _gather(plan, values, bias, packed, y)
+    _gather(plan, values, bias, packed, conv.padding, y)
     return _unpack(y, batch, memory_format_of(x))
 
 
@@ -90,12 +115,17 @@ def conv2d_dgrad(
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
     batch, channels, *size = input_shape
+    if reaches_far(Geometry(size, grad.shape[2:], *conv)):
+        return reference.conv2d_dgrad(
+            grad, values, crow, col, input_shape, weight_shape, stride, padding, dilation, groups
+        )
     structure = structure_of(grad, crow, col, weight_shape)
     plan = structure.input_gradient(conv, size, grad.shape[2:])
     packed = _pack(grad, plan.padding)
-    dx = packed.new_empty((channels, *size, packed.shape[3]))
+    shape = channels, *size, packed.shape[3]
+    dx = new_input_gradient(packed, shape, len(plan.phases), conv, size)
     for phase in plan.phases:
-        _gather(phase, values, None, packed, dx)
+        _gather(phase, values, None, packed, plan.padding, dx)
     return _unpack(dx, batch, memory_format_of(grad))
 
 
@@ -111,6 +141,10 @@ def conv2d_wgrad(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
+    if reaches_far(Geometry(x.shape[2:], grad.shape[2:], *conv)):
+        return reference.conv2d_wgrad(
+            grad, x, crow, col, weight_shape, stride, padding, dilation, groups
+        )
     structure = structure_of(x, crow, col, weight_shape)
     plan = structure.forward(conv, x.shape[2:], grad.shape[2:])
     upper, packed = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
@@ -120,7 +154,7 @@ def conv2d_wgrad(
     dvalues = x.new_empty(nnz)
     _library.run(
         "sample", x.device, x.dtype, nnz, structure.rows(), plan.offset, upper, packed, lanes,
-        *plan.window[:4], partial, parts, dvalues,
+        *_inside(packed, conv.padding), *plan.window[:4], partial, parts, dvalues,
     )  # fmt: skip
     return dvalues
 

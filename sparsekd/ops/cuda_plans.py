@@ -287,6 +287,14 @@ class Structure:
         return indices.to(torch.int32).to(self._device)
 
 
+def new_input_gradient(
+    like: Tensor, shape: Sequence[int], phases: int, conv: Conv, size: Sequence[int]
+) -> Tensor:
+    """Return memory for an input gradient that so many phases write: zeros unless they are all."""
+    every = min(conv.stride[0], size[0]) * min(conv.stride[1], size[1])
+    return like.new_empty(shape) if phases == every else like.new_zeros(shape)
+
+
 class AxisPhase(NamedTuple):
     """Hold the pixels of an axis that meet the same taps: `first`, and every stride-th after it.
 
@@ -300,10 +308,11 @@ class AxisPhase(NamedTuple):
 
 
 def axis_phases(size: int, before: int, kernel: int, stride: int, dilation: int) -> list[AxisPhase]:
-    """Return the phases of an axis; every pixel is in one."""
+    """Return the phases of an axis that taps reach; a stride longer than the kernel has others."""
     taps = torch.arange(kernel) * dilation
+    reached = set(((taps - before) % stride).tolist())
     found = []
-    for first in range(min(stride, size)):
+    for first in sorted(first for first in reached if first < size):
         distance = first + before - taps
         output = torch.div(distance, stride, rounding_mode="floor")
         pixels = len(range(first, size, stride))

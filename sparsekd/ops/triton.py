@@ -15,10 +15,19 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsekd.ops import shared, tiles
+from sparsekd.ops import reference, shared, tiles
 from sparsekd.ops import triton_launch as launch
+from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape, geometry
-from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window, conv_of, structure_of
+from sparsekd.ops.cuda_plans import (
+    Conv,
+    Plan,
+    Structure,
+    Window,
+    conv_of,
+    new_input_gradient,
+    structure_of,
+)
 from sparsekd.ops.layout import memory_format_of, pixels
 from sparsekd.ops.runs import SMALLEST, Runs, find_runs
 from sparsekd.ops.shared import SharedPlan
@@ -67,6 +76,9 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
+    if reaches_far(Geometry(x.shape[2:], conv2d_shape(x.shape, *conv)[2:], *conv)):
+        rest = weight_shape, stride, padding, dilation, groups
+        return reference.conv2d(x, values, crow, col, bias, *rest)
     with _device(x):
         structure = structure_of(x, crow, col, weight_shape)
         return _product(x, values, structure, bias, conv, _conv_precision(x))
@@ -85,6 +97,9 @@ def conv2d_dgrad(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
+    if reaches_far(Geometry(input_shape[2:], grad.shape[2:], *conv)):
+        rest = weight_shape, stride, padding, dilation, groups
+        return reference.conv2d_dgrad(grad, values, crow, col, input_shape, *rest)
     with _device(grad):
         structure = structure_of(grad, crow, col, weight_shape)
         return _input_gradient(grad, values, structure, input_shape, conv, _conv_precision(grad))
@@ -102,6 +117,9 @@ def conv2d_wgrad(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
+    if reaches_far(Geometry(x.shape[2:], grad.shape[2:], *conv)):
+        rest = weight_shape, stride, padding, dilation, groups
+        return reference.conv2d_wgrad(grad, x, crow, col, *rest)
     with _device(x):
         structure = structure_of(x, crow, col, weight_shape)
         return _sample(grad, x, structure, conv, _conv_precision(x))
@@ -257,11 +275,13 @@ def _input_gradient(
         if phases is None:
             rows = structure.input_gradient(conv, size, grad.shape[2:])
             packed = _pack(grad, rows.padding)
-            dx = packed.new_empty((channels, *size, batch))
-            for plan in grouped or rows.phases:
+            plans = grouped or rows.phases
+            dx = new_input_gradient(packed, (channels, *size, batch), len(plans), conv, size)
+            for plan in plans:
                 _gather(plan, values, None, packed, dx, precision)
             return _unpack(dx, memory_format_of(grad))
-    inner, dx = _channels_inner(grad), grad.new_empty((batch, *size, channels))
+    inner, shape = _channels_inner(grad), (batch, *size, channels)
+    dx = new_input_gradient(grad, shape, len(phases), conv, size)
     access = launch.Access(not _is_flat(conv), (1, 1))
     for phase in phases if dx.numel() else ():
         y, x = (

@@ -220,6 +220,31 @@ void point_lanes(const View4<T>& tensor, const Schedule& s, int64_t group, int64
   }
 }
 
+// Sums of results on their way out, by which those that are not finite are noticed: what a sum has once met
+// stays in it. Sums that overflow only look like it.
+template <class T>
+struct Seen {
+  static constexpr int kSums = 4;
+  Vec<T> sum[kSums] = {};
+
+  void add(const T* tile, int64_t vectors) {
+    const char* at = reinterpret_cast<const char*>(tile);
+    Vec<T> more[kSums];
+    for (int i = 0; i < kSums; ++i) more[i] = sum[i];
+    int64_t v = 0;
+    for (; v + kSums <= vectors; v += kSums, at += kSums * kVectorBytes)
+      for (int i = 0; i < kSums; ++i) more[i] += load<T>(at + i * kVectorBytes);
+    for (; v < vectors; ++v, at += kVectorBytes) more[0] += load<T>(at);
+    for (int i = 0; i < kSums; ++i) sum[i] = more[i];
+  }
+  bool finite() const {
+    T zero = T(0);
+    for (const Vec<T>& s : sum)
+      for (int i = 0; i < kVectorBytes / static_cast<int>(sizeof(T)); ++i) zero += s[i] - s[i];
+    return zero == T(0);
+  }
+};
+
 // What one item of a gather works with.
 template <class T>
 struct GatherItem {
@@ -237,9 +262,10 @@ void run_tile(const GatherItem<T>& item, const char* row, int64_t h, int64_t w) 
   using Shape = Tile<T, Rows, Cols>;
   const int64_t at = w * item.call.plan->window.cols.step * kPixelBytes;
   compute_tile<T, Shape>(item.call, row + at, item.begin, item.end, item.tile);
+  item.seen.add(item.tile, (item.end - item.begin) * Shape::kCount);
   for (int r = 0; r < Rows; ++r)
     store_tile(item.call.out, item.stream, item.target, h + r, w, Cols, item.begin, item.end, Shape::kPixels,
-               item.tile + r * Cols * kLanes<T>, item.seen);
+               item.tile + r * Cols * kLanes<T>);
 }
 
 // Calls the tile of `cols` columns; cols <= Cols.

@@ -18,27 +18,10 @@ inline void interleave(const T* const* src, int64_t at, T* dst, int64_t dst_stri
     for (int i = 0; i < N; ++i) dst[i * dst_stride + lane] = src[lane][at + i];
 }
 
-// Sums of results on their way out, by which those that are not finite are noticed: what a sum has once met
-// stays in it. Sums that overflow only look like it.
-template <class T>
-struct alignas(kPixelBytes) Seen {
-  T sum[kLanes<T>] = {};
-
-  void add(const T* pixel) {
-    for (int lane = 0; lane < kLanes<T>; ++lane) sum[lane] += pixel[lane];
-  }
-  bool finite() const {
-    T zero = T(0);
-    for (const T s : sum) zero += s - s;
-    return zero == T(0);
-  }
-};
-
 // dst[lane][at + i] = src[i * src_stride + lane] for N elements i. Stream: past the caches, for aligned runs
 // of 16 floats whose memory nobody reads soon; spares reading each line before it is overwritten.
 template <class T, int N, bool Stream = false>
-inline void deinterleave(const T* src, int64_t src_stride, T* const* dst, int64_t at, Seen<T>& seen) {
-  for (int i = 0; i < N; ++i) seen.add(src + i * src_stride);
+inline void deinterleave(const T* src, int64_t src_stride, T* const* dst, int64_t at) {
   for (int lane = 0; lane < kLanes<T>; ++lane)
     for (int i = 0; i < N; ++i) dst[lane][at + i] = src[i * src_stride + lane];
 }
@@ -50,12 +33,6 @@ inline void put(float* to, __m256 v) {
     _mm256_stream_ps(to, v);
   else
     _mm256_storeu_ps(to, v);
-}
-
-// seen[0 .. 8) += the sum of eight vectors, which takes no time beside their transposition.
-inline void notice(const __m256 r[8], float* seen) {
-  const __m256 low = (r[0] + r[1]) + (r[2] + r[3]), high = (r[4] + r[5]) + (r[6] + r[7]);
-  _mm256_store_ps(seen, _mm256_load_ps(seen) + (low + high));
 }
 
 template <>
@@ -72,12 +49,10 @@ inline void interleave<float, 4>(const float* const* src, int64_t at, float* dst
 }
 
 template <>
-inline void deinterleave<float, 4>(const float* src, int64_t src_stride, float* const* dst, int64_t at,
-                                   Seen<float>& seen) {
+inline void deinterleave<float, 4>(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
   for (int lane = 0; lane < 16; lane += 4) {
     __m128 a = _mm_load_ps(src + lane), b = _mm_load_ps(src + src_stride + lane);
     __m128 c = _mm_load_ps(src + 2 * src_stride + lane), d = _mm_load_ps(src + 3 * src_stride + lane);
-    _mm_store_ps(seen.sum + lane, _mm_load_ps(seen.sum + lane) + ((a + b) + (c + d)));
     _MM_TRANSPOSE4_PS(a, b, c, d);
     _mm_storeu_ps(dst[lane] + at, a);
     _mm_storeu_ps(dst[lane + 1] + at, b);
@@ -97,12 +72,10 @@ inline void interleave<float, 8>(const float* const* src, int64_t at, float* dst
 }
 
 template <>
-inline void deinterleave<float, 8>(const float* src, int64_t src_stride, float* const* dst, int64_t at,
-                                   Seen<float>& seen) {
+inline void deinterleave<float, 8>(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
   for (int half = 0; half < 16; half += 8) {
     __m256 r[8];
     for (int j = 0; j < 8; ++j) r[j] = _mm256_load_ps(src + j * src_stride + half);
-    notice(r, seen.sum + half);
     transpose8(r);
     for (int j = 0; j < 8; ++j) _mm256_storeu_ps(dst[half + j] + at, r[j]);
   }
@@ -110,15 +83,12 @@ inline void deinterleave<float, 8>(const float* src, int64_t src_stride, float* 
 
 // Both halves of a cache line one after the other, as streaming needs.
 template <bool Stream>
-inline void deinterleave_lines(const float* src, int64_t src_stride, float* const* dst, int64_t at,
-                               Seen<float>& seen) {
+inline void deinterleave_lines(const float* src, int64_t src_stride, float* const* dst, int64_t at) {
   for (int half = 0; half < 16; half += 8) {
     __m256 r[8], q[8];
     for (int j = 0; j < 8; ++j) r[j] = _mm256_load_ps(src + j * src_stride + half);
-    notice(r, seen.sum + half);
     transpose8(r);
     for (int j = 0; j < 8; ++j) q[j] = _mm256_load_ps(src + (8 + j) * src_stride + half);
-    notice(q, seen.sum + half);
     transpose8(q);
     for (int j = 0; j < 8; ++j) {
       put<Stream>(dst[half + j] + at, r[j]);
@@ -128,13 +98,13 @@ inline void deinterleave_lines(const float* src, int64_t src_stride, float* cons
 }
 template <>
 inline void deinterleave<float, 16, false>(const float* src, int64_t src_stride, float* const* dst,
-                                           int64_t at, Seen<float>& seen) {
-  deinterleave_lines<false>(src, src_stride, dst, at, seen);
+                                           int64_t at) {
+  deinterleave_lines<false>(src, src_stride, dst, at);
 }
 template <>
-inline void deinterleave<float, 16, true>(const float* src, int64_t src_stride, float* const* dst, int64_t at,
-                                          Seen<float>& seen) {
-  deinterleave_lines<true>(src, src_stride, dst, at, seen);
+inline void deinterleave<float, 16, true>(const float* src, int64_t src_stride, float* const* dst,
+                                          int64_t at) {
+  deinterleave_lines<true>(src, src_stride, dst, at);
 }
 #endif
 
@@ -221,22 +191,20 @@ bool streams([[maybe_unused]] const View4<T>& out) {
 
 // Pixels of a tile whose lanes all have an image: channels [begin, end), `channel` elements apart.
 template <class T, bool Stream>
-void store_channels(const T* tile, int64_t channel, T* const* dst, int64_t at, int64_t begin, int64_t end,
-                    Seen<T>& seen) {
+void store_channels(const T* tile, int64_t channel, T* const* dst, int64_t at, int64_t begin, int64_t end) {
   int64_t ch = begin;
   for (; ch + 16 <= end; ch += 16)
-    deinterleave<T, 16, Stream>(tile + (ch - begin) * channel, channel, dst, at + ch, seen);
-  for (; ch + 8 <= end; ch += 8)
-    deinterleave<T, 8>(tile + (ch - begin) * channel, channel, dst, at + ch, seen);
-  for (; ch < end; ++ch) deinterleave<T, 1>(tile + (ch - begin) * channel, channel, dst, at + ch, seen);
+    deinterleave<T, 16, Stream>(tile + (ch - begin) * channel, channel, dst, at + ch);
+  for (; ch + 8 <= end; ch += 8) deinterleave<T, 8>(tile + (ch - begin) * channel, channel, dst, at + ch);
+  for (; ch < end; ++ch)
+    for (int lane = 0; lane < kLanes<T>; ++lane) dst[lane][at + ch] = tile[(ch - begin) * channel + lane];
 }
 
 // Writes pixels [channels begin..end)[pixels][lane] of a tile to columns ow... of row `row` of every lane
-// that has it, and adds them to `seen`; from one channel to the next the tile advances by `tile_pixels`.
+// that has it; from one channel to the next the tile advances by `tile_pixels`.
 template <class T>
 void store_tile(const View4<T>& out, bool stream, const Lane<T>* lanes, int64_t row, int64_t ow,
-                int64_t pixels, int64_t begin, int64_t end, int64_t tile_pixels, const T* tile,
-                Seen<T>& seen) {
+                int64_t pixels, int64_t begin, int64_t end, int64_t tile_pixels, const T* tile) {
   constexpr int L = kLanes<T>;
   T* dst[L];
   int present = 0;
@@ -250,9 +218,9 @@ void store_tile(const View4<T>& out, bool stream, const Lane<T>* lanes, int64_t 
   if (present == L && out.stride_c == 1) {
     for (int64_t p = 0; p < pixels; ++p)
       if (stream && begin % 16 == 0)
-        store_channels<T, true>(tile + p * L, channel, dst, p * out.stride_w, begin, end, seen);
+        store_channels<T, true>(tile + p * L, channel, dst, p * out.stride_w, begin, end);
       else
-        store_channels<T, false>(tile + p * L, channel, dst, p * out.stride_w, begin, end, seen);
+        store_channels<T, false>(tile + p * L, channel, dst, p * out.stride_w, begin, end);
     return;
   }
   const bool planar = present == L && out.stride_w == 1;
@@ -260,13 +228,11 @@ void store_tile(const View4<T>& out, bool stream, const Lane<T>* lanes, int64_t 
     const int64_t at = ch * out.stride_c;
     int64_t p = 0;
     if (planar) {
-      for (; p + 8 <= pixels; p += 8) deinterleave<T, 8>(tile + p * L, L, dst, at + p, seen);
-      for (; p + 4 <= pixels; p += 4) deinterleave<T, 4>(tile + p * L, L, dst, at + p, seen);
+      for (; p + 8 <= pixels; p += 8) deinterleave<T, 8>(tile + p * L, L, dst, at + p);
+      for (; p + 4 <= pixels; p += 4) deinterleave<T, 4>(tile + p * L, L, dst, at + p);
     }
-    for (; p < pixels; ++p) {
-      seen.add(tile + p * L);
+    for (; p < pixels; ++p)
       for (int lane = 0; lane < L; ++lane)
         if (dst[lane]) dst[lane][at + p * out.stride_w] = tile[p * L + lane];
-    }
   }
 }
