@@ -118,12 +118,12 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   if (!are_finite(sum)) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sum[i] = matrix.bias ? to_float(matrix.bias[row]) : 0.0f;
-    const int64_t site = window.site(static_cast<int32_t>(unit));
+    const int32_t u = static_cast<int32_t>(unit);
 #pragma unroll 1
-    for (int32_t k = matrix.crow[row]; k < end; ++k) {
-      const int64_t offset = matrix.offset[k];
-      if (inside.has(site + offset))
-        multiply_add(sum, to_float(matrix.values[k]), source[offset * window.vectors]);
+    for (int32_t k = matrix.crow[row]; k < matrix.crow[row + 1]; ++k) {
+      const int64_t site = window.site(u) + matrix.offset[k];
+      if (inside.has(site))
+        multiply_add(sum, to_float(matrix.values[k]), x[site * window.vectors + u % window.vectors]);
     }
   }
   Vector<T, kVec> result;

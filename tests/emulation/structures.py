@@ -1,4 +1,4 @@
-"""Hold what topologies say of a mask against the plain reading of it."""
+"""What several tests check: topologies of masks, and what is not finite next to padding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from sparsekd import Topology
+import sparsekd as skd
+from sparsekd import Topology, functional
+from sparsekd.testing import LayerCase, relative_error
 
 
 def random_mask(rows: int, cols: int, density: float, seed: int = 0) -> Tensor:
@@ -44,3 +46,25 @@ def starts_of(matrix: Tensor) -> Tensor:
     """Return where each row of a mask starts in the list of its nonzeros."""
     ends = matrix.sum(1).cumsum(0)
     return torch.cat([ends.new_zeros(1), ends])
+
+
+def assert_padding_meets_nothing(case: LayerCase, value: float, limit: float) -> None:
+    """Compare with the CPU what a number that is not finite reaches, at borders of the maps."""
+    topology, values, x, _ = case.tensors()
+    for spoilt in ("values", "x", "grad"):
+        found = {}
+        for name in ("cpp", "cuda"):
+            given = {"values": values.clone(), "x": x.clone()}
+            with skd.backend(name):
+                y = functional.conv2d(topology, values, x, **case.options)
+                given["grad"] = torch.linspace(-1, 1, y.numel(), dtype=x.dtype).view(y.shape)
+                given[spoilt].view(-1)[0] = given[spoilt].view(-1)[-1] = value
+                leaves = [given["values"].requires_grad_(), given["x"].requires_grad_()]
+                y = functional.conv2d(topology, *leaves, **case.options)
+                found[name] = [y, *torch.autograd.grad(y, leaves, given["grad"])]
+        assert not all(result.isfinite().all() for result in found["cpp"])
+        for ours, expected in zip(found["cuda"], found["cpp"], strict=True):
+            assert torch.equal(ours.isnan(), expected.isnan()), spoilt
+            assert torch.equal(ours.isinf(), expected.isinf()), spoilt
+            same = expected.isfinite()
+            assert relative_error(ours[same], expected[same].double()) < limit

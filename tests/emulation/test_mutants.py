@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from ptx_machine import Module, PtxError, Race
 from structures import (
     assert_indices,
+    assert_padding_meets_nothing,
     assert_topology_says_what_the_mask_does,
     random_mask,
     starts_of,
@@ -46,6 +48,10 @@ MAPS = dataclasses.replace(
 def products() -> None:
     for case in (LAYER, MAPS):
         assert_layer_matches_dense(case)
+
+
+def borders() -> None:
+    assert_padding_meets_nothing(MAPS, math.inf, 2e-5)
 
 
 def growth() -> None:
@@ -100,6 +106,13 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[], None], type[Exception]]] = 
     ),
     "the gradient of another row": (
         "sample.cuh", "if (j > 0 && row[j] != row[j - 1])", "if (false)", products, WRONG,
+    ),
+    "padding in sums that are not finite": (
+        "gather.cuh", "if (inside.has(site))", "if (site >= 0)", borders, WRONG,
+    ),
+    "padding in samples that are not finite": (
+        "sample.cuh", "if (inside.has(window.site(unit) + offset))", "if (offset >= 0)", borders,
+        WRONG,
     ),
     "no barrier in the unpacking": (
         "pack.cuh", "  __syncthreads();\n  if (q0 +", "  if (q0 +", products, WRONG,

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from structures import assert_padding_meets_nothing
 
 import sparsekd as skd
 from sparsekd import Topology, ops
@@ -139,6 +140,25 @@ def test_one_bad_sample_leaves_the_others_alone(on_cuda, value: float) -> None:
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert torch.equal(y[others], clean[others])
     assert not y[4, mask.any(dim=1)].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("batch", [1, 3, 16, 37])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_padding_meets_no_infinity(on_cuda, batch: int, value: float, dtype: torch.dtype) -> None:
+    options = {"padding": (1, 2, 1, 0), "stride": (1, 2), "groups": 2}
+    case = dataclasses.replace(CONV, batch=(batch,), dtype=dtype, options=options)
+    assert_padding_meets_nothing(case, value, 2 * LIMITS[dtype])
+
+
+def test_geometries_that_are_mostly_padding(on_cuda) -> None:
+    options = {"padding": 3000, "stride": 1000, "dilation": 1000}
+    for case in (
+        dataclasses.replace(CONV, options=options),
+        dataclasses.replace(CONV, kernel_size=(2, 2), map_size=(9, 8), options={"stride": 7}),
+    ):
+        with poisoned_memory():
+            assert_layer_matches_dense(case)
 
 
 def test_gradients_are_differentiable(on_cuda) -> None:
