@@ -119,13 +119,13 @@ void test_far_reach() {
     all.push_back(square(1, 1, stride, 0, 1));
     all.push_back(square(7, 2, stride, 0, 2));
   }
-  all.push_back(square(300, 3, 100, 1, 1));        // ten thousand phases, nine with taps
-  all.push_back(square(8, 3, kFar, kFar, 1));      // three outputs, the middle one inside
-  all.push_back(square(8, 3, 1, kFar, kFar));      // the middle tap inside
+  all.push_back(square(300, 3, 100, 1, 1));         // ten thousand phases, nine with taps
+  all.push_back(square(8, 3, kFar, kFar, 1));       // three outputs, the middle one inside
+  all.push_back(square(8, 3, 1, kFar, kFar));       // the middle tap inside
   all.push_back(square(8, 3, 7, kFar + 10, kFar));  // likewise, with a stride
-  all.push_back(square(5, 301, 1, 150, 1));        // a kernel larger than the map
-  all.push_back(square(9, 3, 1000, 3000, 1000));   // outputs and taps on one grid
-  all.push_back(square(2001, 2, 1, 0, 2000));      // two taps at the ends of the map
+  all.push_back(square(5, 301, 1, 150, 1));         // a kernel larger than the map
+  all.push_back(square(9, 3, 1000, 3000, 1000));    // outputs and taps on one grid
+  all.push_back(square(2001, 2, 1, 0, 2000));       // two taps at the ends of the map
   for (ConvGeometry& g : all) {
     if (g.in_h > 1000) g.in_w = 1, g.kernel_w = g.dilation_w = 1, complete_geometry(g);
     const int64_t columns = g.in_channels / g.groups * g.kernel_h * g.kernel_w;
