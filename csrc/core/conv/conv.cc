@@ -32,8 +32,8 @@ void run_wgrad(const Engine& e, const WgradCall<double>& call) { e.wgrad_f64(cal
 template <class A, class B>
 void refold(ConvGeometry& g, View4<A>& x, View4<B>& y) {
   constexpr int64_t kWindowPixels = 2048, kShortest = 8, kLongRun = 32;
-  const bool pointwise = g.kernel_h * g.kernel_w * g.stride_h * g.stride_w == 1 && g.in_h == g.out_h &&
-                         g.in_w == g.out_w && g.pad_top == 0 && g.pad_left == 0;
+  const bool pointwise = g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 &&
+                         g.in_h == g.out_h && g.in_w == g.out_w && g.pad_top == 0 && g.pad_left == 0;
   if (!pointwise || x.stride_h != x.w * x.stride_w || y.stride_h != y.w * y.stride_w) return;
   const int64_t area = g.out_h * g.out_w, channels = std::max(g.in_channels, g.out_channels);
   int64_t width = x.stride_c == 1 ? std::max(kShortest, kWindowPixels / channels) : kLongRun;
