@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let pytest-xdist keep together what shares fixtures: a file, and all that builds emulators."""
+    """Keep together under pytest-xdist what shares fixtures: a file, or all of the emulation."""
     for item in items:
         if TESTS in item.path.parents:
             where = item.path.relative_to(TESTS)
