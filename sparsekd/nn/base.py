@@ -65,6 +65,7 @@ class SparseModule(nn.Module):
     # See `sparsekd.nn.copies`.
     _copies: weakref.WeakSet[SparseModule] | None = None
     _is_copy = False
+    _made_at: Tensor | None = None
     _left_at: Tensor | None = None
 
     def __init__(
@@ -310,7 +311,8 @@ class SparseModule(nn.Module):
         # A topology whose tensors were overwritten could be neither copied nor pickled: renew it.
         _ = self.topology
         copies.check(self)
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_copies", "_left_at")}
+        own = ("_copies", "_made_at", "_left_at")
+        state = {k: v for k, v in self.__dict__.items() if k not in own}
         return state | {"_is_copy": copies.Source(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

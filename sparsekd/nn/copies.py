@@ -3,7 +3,8 @@
 An average over parameters mixes entry `i` of the copy with entry `i` of the model, which is another
 weight once the model has moved its nonzeros. A module therefore knows its living copies and tells
 them when it moves. A copy whose values change after that, though it neither trains nor loads nor
-follows, has been averaged; and so has one whose index buffers are suddenly others.
+follows, has been averaged; and so has one whose index buffers are suddenly others. A change of size
+would end such an average in an error of torch about shapes, so the module itself warns there.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Source:
         """Make `twin` a copy that its source tells when it moves."""
         if twin.values is not self.module.values:
             twin._is_copy = True
+            twin._made_at = _state(twin)
             self.module._copies = self.module._copies or weakref.WeakSet()
             self.module._copies.add(twin)
 
@@ -53,12 +55,18 @@ def moved(module: SparseModule) -> None:
     in_step(module)
     for twin in module._copies or ():
         if twin._is_copy and twin._left_at is None:
-            twin._left_at = _state(twin)
+            twin._left_at, made_at = _state(twin), twin._made_at
+            resized = twin.values.shape != module.values.shape
+            if resized and made_at is not None and not torch.equal(made_at, twin._left_at):
+                _warn(
+                    f"{module} has changed its number of weights, and a copy of it was changed "
+                    f"before, as averages are. {ADVICE}"
+                )
 
 
 def in_step(module: SparseModule) -> None:
     """Note that the values of a module belong to its topology, whatever its source does."""
-    module._left_at = None
+    module._left_at = module._made_at = None
 
 
 def check(module: SparseModule, *, in_forward: bool = False) -> None:
@@ -86,8 +94,9 @@ def converting(module: SparseModule) -> Iterator[None]:
     """Let the values of a module change dtype or device."""
     check(module)
     yield
-    if module._left_at is not None:
-        module._left_at = _state(module)
+    for name in ("_left_at", "_made_at"):
+        if getattr(module, name) is not None:
+            setattr(module, name, _state(module))
 
 
 def warn_overwritten(module: SparseModule) -> None:

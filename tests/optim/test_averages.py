@@ -353,6 +353,25 @@ def test_averaged_indices_are_noticed(moves, network, batch):
     assert noticed(lambda: average.eval())
 
 
+@pytest.mark.parametrize("average_", HANDS)
+def test_a_model_that_changes_size_names_the_average_that_cannot_follow(average_, network, batch):
+    model = network()
+    copied, untouched = copy.deepcopy(model), copy.deepcopy(model)
+    nn.init.normal_(model[0].values)
+    average_(copied, model)
+    smaller = model[0].topology.mask()
+    smaller[0] = False
+    with pytest.warns(RuntimeWarning, match=r"number of weights.*skd\.optim\.AveragedModel"):
+        model[0].rewire(smaller)
+    with pytest.raises(RuntimeError, match="size"):
+        average_(copied, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        untouched(batch(0))
+        del copied
+        model[0].rewire(~smaller)
+
+
 def test_other_positions_in_a_model_that_is_no_copy_are_noticed():
     layer, other = (SparseLinear(40, 30, sparsity=0.9) for _ in range(2))
     mask = layer.topology.mask()
@@ -376,6 +395,7 @@ def test_right_averages_and_copies_do_not_warn(average_, network, batch):
         average_(copied, model)
         for each in (average, copied, copied.eval()):
             each(batch(t))
+    del average, copied, each  # a model that changes size warns of averages that it has
     snapshot = copy.deepcopy(model)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     for t in range(3):  # a copy that trains by itself, beside a model that moves
