@@ -1,7 +1,6 @@
 #include "core/densify.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -44,7 +43,7 @@ void scatter_weight(const Structure& weight, const T* values, int64_t taps, T* d
   const std::vector<int32_t> offsets = offsets_of_columns(weight.cols, taps);
   for_rows(weight, threads, [&](int64_t row, int64_t first, int64_t last) {
     T* to = dense + row * weight.cols;
-    std::memset(to, 0, weight.cols * sizeof(T));
+    std::fill_n(to, weight.cols, T(0));
     for (int64_t k = first; k < last; ++k) to[offsets[weight.col[k]]] = values[k];
   });
 }
