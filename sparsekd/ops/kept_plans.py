@@ -27,7 +27,7 @@ clock = itertools.count(1)
 
 
 class Kept:
-    """Hold a plan between calls.
+    """A plan that is kept between calls.
 
     Args:
         make: makes it, and is asked again when the structure changes.
@@ -43,7 +43,7 @@ class Kept:
         self.pinned = False  # a recorded CUDA graph reads it
 
     def replace(self, plan: Any, device: torch.device) -> None:
-        """Hold another plan, in the tensors of the old one where they fit."""
+        """Take another plan, in the tensors of the old one where they fit."""
         self.plan = overwrite(self.plan, plan, device)
         self.bytes = tensor_bytes(self.plan)
 

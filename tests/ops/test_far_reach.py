@@ -58,7 +58,7 @@ def little_memory() -> Iterator[None]:
 
 
 def compare(backend: str) -> None:
-    """Hold all cases against dense torch, alone in a process: memory once mapped can be reused."""
+    """Compare all cases with dense torch, alone in a process: memory once mapped can be reused."""
     for size, kernel, *geometry in CASES:
         weight, mask, x = layer(size, kernel)
         dense = (weight * mask).requires_grad_()

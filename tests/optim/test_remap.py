@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -40,14 +40,6 @@ OPTIMIZERS: dict[str, Callable] = {
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.001),
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.05),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class MaskedOracle:
