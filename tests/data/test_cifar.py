@@ -169,7 +169,6 @@ def test_no_pickled_code_runs(tmp_path, where, protocol):
         np.zeros((COUNT, 3072), ">i4"),
         np.array(["a" * 3072] * COUNT),
     ],
-    ids=repr,
 )
 def test_only_integer_arrays_pass(tmp_path, value):
     paths = write(tmp_path, "cifar10", "py")
