@@ -53,12 +53,9 @@ else
 	qemu-aarch64 -L /usr/$(NEON) build/neon/core_tests
 endif
 
-# What the tests choose on a busy machine is not for keeps, hence no cache. Two processes of one thread
-# each: threads of several processes would wait for each other.
-JOBS ?= 2
+# What the tests choose on a busy machine is not for keeps, hence no cache.
 test-python: $(VENV)/.built $(VENV)/.models
-	SPARSEKD_CACHE=off OMP_NUM_THREADS=1 \
-	  $(RUN) -m pytest -n $(JOBS) --dist loadgroup --doctest-modules tests sparsekd
+	SPARSEKD_CACHE=off $(RUN) -m pytest --doctest-modules tests sparsekd
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .

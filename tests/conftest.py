@@ -6,24 +6,12 @@ import importlib
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from sparsekd.train import StopRequest
-
-TESTS = Path(__file__).resolve().parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together under pytest-xdist what shares fixtures: a file, or all of the emulation."""
-    for item in items:
-        if TESTS in item.path.parents:
-            where = item.path.relative_to(TESTS)
-            together = where.parts[0] if where.parts[0] == "emulation" else str(where)
-            item.add_marker(pytest.mark.xdist_group(together))
 
 
 class StopAt(StopRequest):
