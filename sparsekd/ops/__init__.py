@@ -48,5 +48,4 @@ __all__ = [
     "linear_wgrad",
     "norm_act",
     "norm_act_backward",
-    "renew",
 ]

@@ -38,7 +38,7 @@ class Objective(Protocol):
 
 
 class DynamicTopology(Protocol):
-    """Be a `sparsekd.dst` method: `step` is True where it rewired instead of letting SGD step.
+    """A `sparsekd.dst` method: `step` is True where it rewired instead of letting SGD step.
 
     One with `attach`, as those of `sparsekd.dst` have it, is told the DistributedDataParallel
     wrapper that trains the model.
