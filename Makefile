@@ -53,9 +53,12 @@ else
 	qemu-aarch64 -L /usr/$(NEON) build/neon/core_tests
 endif
 
-# What the tests choose on a busy machine is not for keeps, hence no cache.
+# What the tests choose on a busy machine is not for keeps, hence no cache; and two processes of one
+# thread each pass in half the time of one process of two threads.
+JOBS ?= 2
 test-python: $(VENV)/.built $(VENV)/.models
-	SPARSEKD_CACHE=off $(RUN) -m pytest --doctest-modules tests sparsekd
+	SPARSEKD_CACHE=off OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup \
+	  --doctest-modules tests sparsekd
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .

@@ -6,12 +6,15 @@ import importlib
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from sparsekd.train import StopRequest
+
+_EMULATION = Path(__file__).parent / "emulation"
 
 
 class StopAt(StopRequest):
@@ -65,6 +68,13 @@ def _or_skip(load: Callable[[], ModuleType]) -> ModuleType:
         return load()
     except ImportError as error:
         pytest.skip(f"{load.__name__[1:]} cannot be imported: {error}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, and all that share the machine that runs PTX."""
+    for item in items:
+        emulated = _EMULATION in item.path.parents
+        item.add_marker(pytest.mark.xdist_group("emulation" if emulated else str(item.path)))
 
 
 @pytest.fixture(scope="session")
