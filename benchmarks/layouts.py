@@ -28,7 +28,7 @@ from sparsekd.bench.arms import Maps, Problem, Run, problem
 from sparsekd.bench.cases import BASELINES, LINEAR_LAYERS, PASSES, LayerCase, conv_layers
 from sparsekd.bench.gate import relative_error, tolerance
 from sparsekd.bench.passes import pass_arms
-from sparsekd.ops import cpp
+from sparsekd.ops.cpu import cpp
 from sparsekd.sparsity import generator_for
 from sparsekd.sparsity.tiles import random_tiles, tile_counts
 

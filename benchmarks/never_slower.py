@@ -24,8 +24,10 @@ import torch
 import sparsekd as skd
 from sparsekd.bench.cases import BASELINES, MODELS
 from sparsekd.bench.steps import STEP_ARMS, Contest, contest
-from sparsekd.ops import cpp, dense, dispatch, observe
-from sparsekd.ops.choices import surroundings
+from sparsekd.ops import observe
+from sparsekd.ops.cpu import cpp, dense
+from sparsekd.ops.dispatch import measured as dispatch
+from sparsekd.ops.dispatch.choices import surroundings
 from sparsekd.train.timing import interleave
 
 PASSES = (

@@ -9,7 +9,6 @@ from sparsekd import (
     data,
     dst,
     errors,
-    flops,
     functional,
     models,
     nn,
@@ -20,11 +19,12 @@ from sparsekd import (
     tickets,
 )
 from sparsekd.coverage import coverage
+from sparsekd.diagnose import explain, flops
 from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify
-from sparsekd.ops import backend, explain
-from sparsekd.ops.processor import select_isa
+from sparsekd.ops import backend
+from sparsekd.ops.dispatch.processor import select_isa
 from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
 

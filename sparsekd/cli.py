@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from sparsekd import models, ops
+from sparsekd import diagnose, models, ops
 from sparsekd.errors import SparsekdError
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import sparsify
@@ -323,7 +323,7 @@ def explain(
         keep_memory_warm()
         model = models.build(network, num_classes=10, in_channels=image[0])
         sparsify(model, sparsity=sparsity, distribution=distribution, layout=layout)
-        _console().print(ops.explain(model, (batch, *image)))
+        _console().print(diagnose.explain(model, (batch, *image)))
 
 
 @app.command()

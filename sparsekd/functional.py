@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsekd import ops
 from sparsekd._torch import transformed
 from sparsekd.errors import ShapeError, UnsupportedError
-from sparsekd.ops.layout import in_format_of
+from sparsekd.ops.memory_format import in_format_of
 from sparsekd.topology import Topology
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekd import flops, models
+from sparsekd import models
+from sparsekd.diagnose import flops
 from sparsekd.nn import sparsify
 from sparsekd.sparsity import Polynomial, allocate
 

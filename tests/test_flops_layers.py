@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekd as skd
-from sparsekd import flops
+from sparsekd.diagnose import flops
 
 Rows = dict[str, tuple[tuple[int, ...], int]]
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd import cuda_library, flops, ops
+from sparsekd import cuda_library, ops
 from sparsekd.bench import gate
 from sparsekd.bench.arms import RESULTS, WEIGHT_GRADIENT, laid_out
 from sparsekd.bench.cases import LINEAR_LAYERS, LayerCase, ModelCase, conv_layers, dense_ends
 from sparsekd.bench.gpu_arms import ARMS, CSR, EXACT, GpuArm
 from sparsekd.bench.race import Entry, Key, Ready, race
+from sparsekd.diagnose import flops
 from sparsekd.layouts import Layout
 from sparsekd.nn import SparseConv2d, SparseLinear, densify, sparsify
 from sparsekd.sparsity import generator_for

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsekd import data, flops
+from sparsekd import data
 from sparsekd.bench import gate
 from sparsekd.bench.arms import RESULTS, LayerArm, Maps, Problem, problem
 from sparsekd.bench.cases import BASELINES, LayerCase, ModelCase
@@ -18,6 +18,7 @@ from sparsekd.bench.race import Entry, Key, Ready, pairs, race
 from sparsekd.bench.steps import STEP_ARMS, Contest, StepArm, StepRun, contest, jittered
 from sparsekd.bench.traffic import step_bytes, step_flops
 from sparsekd.data import Split
+from sparsekd.diagnose import flops
 from sparsekd.errors import DataError
 from sparsekd.memory import trim
 from sparsekd.nn import densify

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from sparsekd.bench.race import Key
+from sparsekd.diagnose.peaks import measure_peaks
 from sparsekd.errors import BackendError
 from sparsekd.ops import info
-from sparsekd.ops.peaks import measure_peaks
 from sparsekd.train import Row
 
 

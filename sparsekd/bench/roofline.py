@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 from sparsekd.bench.cases import LayerCase
-from sparsekd.ops.peaks import Peaks
+from sparsekd.diagnose.peaks import Peaks
 
 _WORD = 4  # bytes of a float32 and of an int32 index
 _LANES = 16  # images that one packed pixel holds

@@ -14,7 +14,7 @@ from sparsekd.bench.results import Results, fit
 from sparsekd.bench.roofline import roof
 from sparsekd.bench.steps import STEP_ARMS
 from sparsekd.bench.waterfall import PARTS
-from sparsekd.ops.peaks import Peaks
+from sparsekd.diagnose.peaks import Peaks
 from sparsekd.train import Row
 
 Cell = float | str | None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd import flops
+from sparsekd.diagnose import flops
 
 _WORD = 4
 # Reads and writes of a whole map over forward and backward, each layer by itself.

@@ -15,7 +15,7 @@ from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, copy_dense_
 from sparsekd.nn.masks import dense_mask, initial_mask
 from sparsekd.nn.tracing import call_module, stays_whole
-from sparsekd.ops.layout import memory_format_of
+from sparsekd.ops.memory_format import memory_format_of
 
 _Size = int | Sequence[int]
 

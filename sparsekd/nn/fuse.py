@@ -7,7 +7,7 @@ from torch import nn
 
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.rewrite import find_sites, fused_class, plain_class
-from sparsekd.ops.layout import memory_format_of
+from sparsekd.ops.memory_format import memory_format_of
 
 
 @torch.no_grad()

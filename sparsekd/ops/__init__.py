@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sparsekd.ops.backends import backend, info
-from sparsekd.ops.explain import explain
+from sparsekd.ops.dispatch.backends import backend, info
 from sparsekd.ops.norm import batch_moments, norm_act, norm_act_backward
 from sparsekd.ops.register import (
     call_conv2d,
@@ -22,7 +21,7 @@ from sparsekd.ops.register import (
 )
 
 try:
-    from sparsekd.ops.cuda_plans import prepare_plans
+    from sparsekd.ops.cuda.plans import prepare_plans
 except ImportError:  # without the compiled module no GPU kernel has plans
 
     def prepare_plans(
@@ -40,7 +39,6 @@ __all__ = [
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
-    "explain",
     "grow_topk",
     "info",
     "linear",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.ops.backends import choose
+from sparsekd.ops.dispatch.backends import choose
 
 Operands = tuple[Tensor, Tensor, list[Any]]
 """grad, x and what follows the structure in the schema of the weight-gradient op that took them."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsekd._torch import transformed
 from sparsekd.ops import checks, reference
-from sparsekd.ops.layout import memory_format_of
+from sparsekd.ops.memory_format import memory_format_of
 from sparsekd.ops.register import kernel, library, register_autograd
 from sparsekd.ops.schemas import NORM_SCHEMAS
 

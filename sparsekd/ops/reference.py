@@ -21,10 +21,12 @@ from sparsekd.csr import row_indices, validate
 from sparsekd.errors import ShapeError
 from sparsekd.ops import borders
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.layout import in_format_of, matrix, memory_format_of, pixels, rows_cols
+from sparsekd.ops.memory_format import in_format_of, matrix, memory_format_of, pixels, rows_cols
 
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
+
+NAME = "reference"
 
 _PER_CHANNEL = (0, 2, 3)
 

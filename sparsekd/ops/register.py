@@ -25,10 +25,10 @@ from sparsekd._torch import (
 )
 from sparsekd.errors import UnsupportedError
 from sparsekd.ops import checks, growth, observe, transforms
-from sparsekd.ops.backends import asked, choose, choose_measured, followed, forced
 from sparsekd.ops.direct import intercepted, plain
-from sparsekd.ops.kinds import serial, sizes_of
-from sparsekd.ops.layout import memory_format_of
+from sparsekd.ops.dispatch.backends import asked, choose, choose_measured, followed, forced
+from sparsekd.ops.dispatch.kinds import serial, sizes_of
+from sparsekd.ops.memory_format import memory_format_of
 from sparsekd.ops.schemas import SCHEMAS
 
 library = torch.library.Library("sparsekd", "DEF")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekd import data, flops, models
+from sparsekd import data, models
 from sparsekd.coverage import coverage
+from sparsekd.diagnose import flops
 from sparsekd.errors import DataError
 from sparsekd.layouts import Layout
 from sparsekd.nn import sparse_modules

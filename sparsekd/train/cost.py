@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sparsekd import flops
+from sparsekd.diagnose import flops
 from sparsekd.nn import sparse_modules
 
 

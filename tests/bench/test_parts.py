@@ -17,9 +17,9 @@ from sparsekd.bench.plan import LEVELS, Plan
 from sparsekd.bench.steps import STEP_ARMS
 from sparsekd.bench.traffic import step_bytes, step_flops
 from sparsekd.bench.waterfall import PARTS, Waterfall, split_backward, step_parts
+from sparsekd.diagnose.peaks import Peaks, measure_peaks
 from sparsekd.errors import ShapeError
-from sparsekd.ops import cpp
-from sparsekd.ops.peaks import Peaks, measure_peaks
+from sparsekd.ops.cpu import cpp
 
 
 def test_the_layer_set_is_every_distinct_convolution_behind_the_stems():

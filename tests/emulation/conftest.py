@@ -23,7 +23,7 @@ from ptx_machine import Module
 import sparsekd as skd
 from sparsekd import cuda_library
 from sparsekd.errors import BackendError
-from sparsekd.ops import backends
+from sparsekd.ops.dispatch import backends
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -120,9 +120,9 @@ def emulated(compile_for_the_cpu: Compile) -> Emulated:
 
 @pytest.fixture(scope="session")
 def emulated_module(emulated: Emulated) -> ModuleType:
-    """Return a second copy of sparsekd.ops.cuda, bound to the emulated library."""
+    """Return a second copy of sparsekd.ops.cuda.ops, bound to the emulated library."""
     pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-    path = Path(backends.__file__).with_name("cuda.py")
+    path = Path(backends.__file__).parents[1] / "cuda" / "ops.py"
     spec = importlib.util.spec_from_file_location("emulated_cuda", path)
     assert spec is not None
     assert spec.loader is not None
@@ -197,7 +197,7 @@ def on_triton(
 
     if "TRITON_INTERPRET" not in os.environ:
         request.getfixturevalue("ptx")
-    from sparsekd.ops import triton_launch
+    from sparsekd.ops.triton import launch as triton_launch
 
     entry = dataclasses.replace(backends.BACKENDS["triton"], device="cpu")
     monkeypatch.setitem(backends.BACKENDS, "triton", entry)
@@ -209,7 +209,7 @@ def on_triton(
     with skd.backend("triton"), float32_products("ieee"):
         yield launches
     monkeypatch.undo()
-    del sys.modules["sparsekd.ops.triton"]  # it was importable only here
+    del sys.modules["sparsekd.ops.triton.ops"]  # it was importable only here
     backends.load.cache_clear()
 
 

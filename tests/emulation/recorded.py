@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsekd.ops import cuda_plans
+from sparsekd.ops.cuda import plans as cuda_plans
 
 
 def plan_tensors() -> list[Tensor]:

@@ -11,7 +11,7 @@ from recorded import plan_tensors
 from torch import Tensor, nn
 
 import sparsekd as skd
-from sparsekd.ops import cuda_plans
+from sparsekd.ops.cuda import plans as cuda_plans
 
 
 class Recorder:

@@ -23,9 +23,10 @@ from triton_backend import float32_products
 import sparsekd as skd
 from sparsekd import Topology
 from sparsekd.errors import BackendError, UnsupportedError
-from sparsekd.ops import backends, cuda_plans, gpu_choice
-from sparsekd.ops.gpu_choice import Chooser, Measured
-from sparsekd.ops.store import Store
+from sparsekd.ops.cuda import plans as cuda_plans
+from sparsekd.ops.dispatch import backends, gpu_choice
+from sparsekd.ops.dispatch.gpu_choice import Chooser, Measured
+from sparsekd.ops.dispatch.store import Store
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def on_gpu(on_cuda, on_triton, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     choose_with(monkeypatch, lambda device: None)
     with skd.backend("gpu"):
         yield
-    del sys.modules["sparsekd.ops.gpu"]
+    del sys.modules["sparsekd.ops.dispatch.gpu"]
 
 
 def choose_with(
@@ -66,7 +67,7 @@ class Stopwatch:
 
     def clock(self, run: partial) -> float:
         run()
-        name = run.func.__module__.rpartition(".")[-1].removeprefix("emulated_")
+        name = sys.modules[run.func.__module__].NAME
         self.timed.append(name)
         return self.milliseconds[name]
 
@@ -95,9 +96,9 @@ def operands(tile: tuple[int, int], dtype: torch.dtype) -> tuple[Topology, Tenso
         ((32, 16), torch.bfloat16, "ieee", "triton"),
         ((16, 1), torch.float16, "ieee", "triton"),
         ((16, 1), torch.float32, "tf32", "triton"),
-        ((16, 1), torch.float32, "ieee", "emulated_cuda"),
-        ((1, 16), torch.float16, "ieee", "emulated_cuda"),
-        ((1, 1), torch.bfloat16, "ieee", "emulated_cuda"),
+        ((16, 1), torch.float32, "ieee", "cuda"),
+        ((1, 16), torch.float16, "ieee", "cuda"),
+        ((1, 1), torch.bfloat16, "ieee", "cuda"),
     ],
 )
 def test_structure_decides(on_gpu, tile, dtype, precision: str, expected: str) -> None:
@@ -170,7 +171,7 @@ def test_a_clear_result_serves_inputs_of_like_size(on_gpu, any_size, monkeypatch
     choose_with(monkeypatch, watch)
     x, *rest = linear_args()
     for rows in range(5, 40):
-        assert backends.running("linear", (x[:1].repeat(rows, 1), *rest)) == "emulated_cuda"
+        assert backends.running("linear", (x[:1].repeat(rows, 1), *rest)) == "cuda"
     assert watch.timed == ["cuda", "triton"]
 
 
@@ -178,7 +179,7 @@ def test_structure_decides_between_equals(on_gpu, any_size, monkeypatch) -> None
     for watch in (Stopwatch(cuda=1.0, triton=1.04), Stopwatch(cuda=1.04, triton=1.0)):
         choose_with(monkeypatch, watch)
         assert backends.running("linear", linear_args((16, 16))) == "triton"
-        assert backends.running("linear", linear_args((1, 1))) == "emulated_cuda"
+        assert backends.running("linear", linear_args((1, 1))) == "cuda"
         assert watch.timed == ["cuda", "triton"] * 2
 
 
@@ -214,7 +215,7 @@ def test_structure_decides_where_one_does_not_run(
         raise error
 
     chooser = choose_with(monkeypatch, lambda device: clock)
-    for tile, expected in (((16, 16), "triton"), ((1, 1), "emulated_cuda")):
+    for tile, expected in (((16, 16), "triton"), ((1, 1), "cuda")):
         assert backends.running("linear", linear_args(tile)) == expected
     assert len(chooser.store) == 0
     assert "linear is not measured" in caplog.text
@@ -229,7 +230,7 @@ def test_damaged_choices_are_skipped(on_gpu, any_size, monkeypatch, tmp_path: Pa
         path.write_text(json.dumps(row | damage) + "\n")
         watch.timed.clear()
         choose_with(monkeypatch, watch, path)
-        assert backends.running("linear", linear_args()) == "emulated_cuda"
+        assert backends.running("linear", linear_args()) == "cuda"
         assert watch.timed == ["cuda", "triton"]
 
 

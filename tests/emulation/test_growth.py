@@ -25,7 +25,7 @@ def largest(request: pytest.FixtureRequest) -> type:
     name, _, order = request.param.partition("-")
     if name == "triton":
         request.getfixturevalue("on_triton")
-        from sparsekd.ops.triton_growth import LargestK
+        from sparsekd.ops.triton.growth import LargestK
 
         return LargestK
     if "TRITON_INTERPRET" in os.environ:

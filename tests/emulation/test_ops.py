@@ -230,7 +230,7 @@ def test_an_index_tensor_modified_after_its_first_use_is_refused(on_cuda) -> Non
 def test_a_structure_is_validated_once_and_forgotten_with_its_tensors(
     on_cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsekd.ops import cuda_plans
+    from sparsekd.ops.cuda import plans as cuda_plans
 
     known: dict = {}
     made = []

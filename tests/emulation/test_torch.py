@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsekd as skd
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn import sparse_modules
-from sparsekd.ops import cuda_plans
+from sparsekd.ops.cuda import plans as cuda_plans
 
 
 def network() -> nn.Module:

@@ -21,9 +21,11 @@ from sparsekd.testing import relative_error
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
-from sparsekd.ops import cuda_plans, kept_plans, runs, shared, tiles
-from sparsekd.ops.cuda_plans import Conv, Structure, find_structure
-from sparsekd.ops.tiles import Lists
+from sparsekd.ops.cuda import kept as kept_plans
+from sparsekd.ops.cuda import plans as cuda_plans
+from sparsekd.ops.cuda.plans import Conv, Structure, find_structure
+from sparsekd.ops.triton import runs, shared, tiles
+from sparsekd.ops.triton.tiles import Lists
 
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "bcsr": ({"layout": "bcsr"}, {"tile_product", "tile_sample"}),
@@ -133,7 +135,7 @@ def assert_recorded_steps_follow(
         other: the mask to come.
         patch: for as long as the recording takes.
     """
-    from sparsekd.ops import triton
+    from sparsekd.ops.triton import ops as triton
 
     indices, grad = (layer.crow_indices, layer.col_indices), None
 

@@ -190,8 +190,9 @@ def test_blocks_of_all_sizes(on_triton, block: int, kernel) -> None:
 
 @interpreted
 def test_relu_in_the_epilogue(on_triton) -> None:
-    from sparsekd.ops import tiles, triton_launch
-    from sparsekd.ops.cuda_plans import Conv, find_structure
+    from sparsekd.ops.cuda.plans import Conv, find_structure
+    from sparsekd.ops.triton import launch as triton_launch
+    from sparsekd.ops.triton import tiles
 
     topology, values, x, bias = LINEAR.tensors()
     conv = Conv((*topology.shape, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
@@ -260,7 +261,7 @@ def test_crafted_indices_are_refused_by_every_op(on_triton, crow: list, col: lis
 
 @interpreted
 def test_what_is_not_supported_is_refused(on_triton) -> None:
-    from sparsekd.ops import triton
+    from sparsekd.ops.triton import ops as triton
 
     topology = Topology.from_mask(torch.eye(3, dtype=torch.bool))
     with pytest.raises(UnsupportedError, match=r"'triton' supports .*float32.*got torch.float64"):

@@ -24,9 +24,10 @@ from triton_backend import float32_products
 from sparsekd import functional
 from sparsekd.kernels import config
 from sparsekd.kernels.config import Config
-from sparsekd.ops import triton_launch, triton_tuning
-from sparsekd.ops.store import Store
-from sparsekd.ops.triton_tuning import Clock, Tuned, Tuner, Work
+from sparsekd.ops.dispatch.store import Store
+from sparsekd.ops.triton import launch as triton_launch
+from sparsekd.ops.triton import tuning as triton_tuning
+from sparsekd.ops.triton.tuning import Clock, Tuned, Tuner, Work
 from sparsekd.testing import LayerCase, sparse_results
 
 LAYER = LayerCase(

@@ -69,7 +69,7 @@ def test_tuning_changes_no_bit(
 ) -> None:
     if "triton" not in available_backends():
         pytest.skip("needs the backend triton")
-    from sparsekd.ops import triton_tuning
+    from sparsekd.ops.triton import tuning as triton_tuning
 
     case = LayerCase(
         seed=3, in_features=256, out_features=256, batch=(8,), density=0.2, bias=True, dtype=dtype,
@@ -90,7 +90,7 @@ def test_tuning_changes_no_bit(
 
 
 def test_the_faster_backend_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sparsekd.ops import backends
+    from sparsekd.ops.dispatch import backends
 
     gpu = backends.module("gpu")
     if gpu.chooser() is None:

@@ -13,8 +13,8 @@ import torch
 import sparsekd as skd
 from sparsekd import Topology, cuda_library, functional, ops
 from sparsekd.errors import BackendError, UnsupportedError
-from sparsekd.ops import backends
 from sparsekd.ops import reference as reference_backend
+from sparsekd.ops.dispatch import backends
 
 TOPOLOGY = Topology.from_mask(torch.eye(3, dtype=torch.bool))
 
@@ -125,7 +125,7 @@ def test_a_triton_that_cannot_compile_its_launcher_is_no_backend(
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(driver, "_active", NoHeaders())
-    monkeypatch.delitem(sys.modules, "sparsekd.ops.triton", raising=False)
+    monkeypatch.delitem(sys.modules, "sparsekd.ops.triton.ops", raising=False)
     loaded, reason = backends.load.__wrapped__("triton")
     assert loaded is None
     assert "gcc" in reason

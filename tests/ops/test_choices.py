@@ -14,9 +14,10 @@ import pytest
 import sparsekd
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-from sparsekd.ops import store
-from sparsekd.ops.choices import Choice, Choices, default_path, surroundings
-from sparsekd.ops.kinds import Key
+from sparsekd.ops.dispatch import choices as choices_module
+from sparsekd.ops.dispatch import store
+from sparsekd.ops.dispatch.choices import Choice, Choices, default_path, surroundings
+from sparsekd.ops.dispatch.kinds import Key
 
 SPARSE = Choice("cpp", 1.0, 2.0, 0.1, 100, when=1.0)
 DENSE = Choice("dense", 3.0, 1.0, 0.1, 100, when=2.0)
@@ -48,7 +49,7 @@ def test_whoever_writes_first_decides_for_all(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from sparsekd.ops.choices import Choice, Choices
+from sparsekd.ops.dispatch.choices import Choice, Choices
 choices = Choices(Path(sys.argv[1]))
 mine = Choice("cpp", 1 + float(sys.argv[2]), 1.0, 0.0, 1, 1.0)
 print([choices.add(f"op {i}", i % 7, mine).cpp_ms for i in range(300)])
@@ -236,6 +237,6 @@ def test_other_kernels_or_another_machine_mean_another_file(
     here = surroundings()
     names = {default_path()}
     for fact in here:
-        monkeypatch.setattr("sparsekd.ops.choices.surroundings", lambda f=fact: here | {f: "other"})
+        monkeypatch.setattr(choices_module, "surroundings", lambda f=fact: here | {f: "other"})
         names.add(default_path())
     assert len(names) == 1 + len(here)

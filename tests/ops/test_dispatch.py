@@ -17,9 +17,12 @@ from sparsekd import ops
 from sparsekd.nn import SparseConv2d, SparseLinear
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-from sparsekd.ops import cpp, dense, dispatch, kinds, observe, register
-from sparsekd.ops.choices import Choice, Choices
-from sparsekd.ops.dispatch import Dispatcher
+from sparsekd.ops import observe, register
+from sparsekd.ops.cpu import cpp, dense
+from sparsekd.ops.dispatch import kinds
+from sparsekd.ops.dispatch import measured as dispatch
+from sparsekd.ops.dispatch.choices import Choice, Choices
+from sparsekd.ops.dispatch.measured import Dispatcher
 
 BACKENDS = {"cpp": cpp, "dense": dense}
 CONV = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
@@ -259,7 +262,7 @@ def test_a_real_race_gives_what_the_sparse_kernels_give() -> None:
 
 
 def test_a_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="sparsekd.ops.dispatch"):
+    with caplog.at_level("INFO", logger="sparsekd.ops.dispatch.measured"):
         step(layer())
     assert len(caplog.records) == 3
     assert "conv2d_wgrad float32 threads=1" in caplog.text

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import sparsekd as skd
+from sparsekd.diagnose.breakeven import PassTimes, _line, _until_done, _with_density, time_pass
 from sparsekd.errors import ShapeError
 from sparsekd.nn import SparseConv2d, SparseLinear
 from sparsekd.ops import observe
-from sparsekd.ops.breakeven import PassTimes, _line, _until_done, _with_density, time_pass
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_token_ids_by_name_and_outputs_of_any_kind(plain: bool) -> None:
 
 def test_layers_of_one_shape_but_other_tiles_are_timed_apart(monkeypatch) -> None:
     pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-    explaining, timed = sys.modules["sparsekd.ops.explain"], []
+    explaining, timed = sys.modules["sparsekd.diagnose.explain"], []
 
     def spy(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
         timed.append(op)

@@ -188,7 +188,7 @@ def test_more_than_is_free_is_refused(backend: str) -> None:
 
 
 def test_a_tile_outside_the_weight_is_refused() -> None:
-    cpp = pytest.importorskip("sparsekd.ops.cpp")
+    cpp = pytest.importorskip("sparsekd.ops.cpu.cpp")
     grad, x, out = torch.ones(1, 4, 2, 2), torch.ones(1, 3, 2, 2), torch.zeros(2, 3)
     geometry = [4, 3, 1, 1], [1, 1], [0] * 4, [1, 1], 1
     with pytest.raises(ShapeError, match="tile: expected rows and channels of a weight of 4 x 3"):

@@ -13,12 +13,13 @@ from torch import Tensor
 
 import sparsekd as skd
 from sparsekd import ops
-from sparsekd.ops import backends
+from sparsekd.ops.dispatch import backends
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
-from sparsekd.ops import cuda_plans, kept_plans
-from sparsekd.ops.cuda_plans import Conv, Structure, find_structure
+from sparsekd.ops.cuda import kept as kept_plans
+from sparsekd.ops.cuda import plans as cuda_plans
+from sparsekd.ops.cuda.plans import Conv, Structure, find_structure
 
 MIB = 1 << 20
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sparsekd.ops import race as race_module
-from sparsekd.ops.race import race
+from sparsekd.ops.dispatch import race as race_module
+from sparsekd.ops.dispatch.race import race
 
 
 class Clock:

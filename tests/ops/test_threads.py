@@ -23,9 +23,10 @@ from torch import Tensor
 
 import sparsekd as skd
 from sparsekd import ops
-from sparsekd.ops import backends, observe
+from sparsekd.ops import observe
+from sparsekd.ops.dispatch import backends
+from sparsekd.ops.dispatch.single import Single
 from sparsekd.ops.register import _Product
-from sparsekd.ops.single import Single
 from sparsekd.topology import Topology
 
 THREADS = 4

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import sparsekd as skd
-from sparsekd.ops.breakeven import _with_density
+from sparsekd.diagnose.breakeven import _with_density
 from sparsekd.sparsity.tiles import random_tiles, tile_counts
 
-dispatch = pytest.importorskip("sparsekd.ops.dispatch", reason="the compiled module is not built")
+dispatch = pytest.importorskip(
+    "sparsekd.ops.dispatch.measured", reason="the compiled module is not built"
+)
 
 
 @pytest.mark.parametrize(

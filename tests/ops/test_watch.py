@@ -12,11 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd.nn import SparseLinear
-from sparsekd.ops import cpp, dense, dispatch, register
-from sparsekd.ops.choices import Choice, Choices
-from sparsekd.ops.dispatch import Dispatcher
-from sparsekd.ops.race import time
-from sparsekd.ops.watch import Watch
+from sparsekd.ops import register
+from sparsekd.ops.cpu import cpp, dense
+from sparsekd.ops.dispatch import measured as dispatch
+from sparsekd.ops.dispatch.choices import Choice, Choices
+from sparsekd.ops.dispatch.measured import Dispatcher
+from sparsekd.ops.dispatch.race import time
+from sparsekd.ops.dispatch.watch import Watch
 
 BACKENDS = {"cpp": cpp, "dense": dense}
 

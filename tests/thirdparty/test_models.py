@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd as skd
-from sparsekd.inputs import tensors_in
+from sparsekd.diagnose.inputs import tensors_in
 from sparsekd.nn import sparse_modules
 
 pytestmark = [

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import sparsekd as skd
-from sparsekd import flops
+from sparsekd.diagnose import flops
 from sparsekd.train import CrossEntropy, Trainer, Training
 from sparsekd.train.cost import StepCost
 

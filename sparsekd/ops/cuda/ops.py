@@ -16,14 +16,16 @@ from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.cuda_plans import (
+from sparsekd.ops.cuda.plans import (
     Plan,
     conv_of,
     find_structure,
     new_input_gradient,
     structure_of,
 )
-from sparsekd.ops.layout import memory_format_of, pixels
+from sparsekd.ops.memory_format import memory_format_of, pixels
+
+NAME = "cuda"
 
 _library = cuda_library.load()
 _NO_PADDING = (0, 0, 0, 0)

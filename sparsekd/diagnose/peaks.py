@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsekd.errors import BackendError
-from sparsekd.ops.backends import BACKENDS, info
+from sparsekd.ops.dispatch.backends import BACKENDS, info
 
 _L3_PART = 2 << 20  # per thread: past any L2, and inside any L3
 _MEMORY_PART = 128 << 20  # per thread: past any L3
@@ -49,7 +49,7 @@ def measure_peaks(seconds: float = 0.3) -> Peaks:
         True
     """
     try:
-        from sparsekd.ops import cpp
+        from sparsekd.ops.cpu import cpp
     except ImportError as error:
         raise BackendError(
             f"peaks are measured by the compiled module ({error}): {BACKENDS['cpp'].how_to_get}"

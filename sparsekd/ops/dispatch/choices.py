@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import sparsekd._C as _C
-from sparsekd.ops.kinds import DENSITY_STEP, Key, steps_apart
-from sparsekd.ops.processor import cpu_name
-from sparsekd.ops.store import Store, path_of
+from sparsekd.ops.dispatch.kinds import DENSITY_STEP, Key, steps_apart
+from sparsekd.ops.dispatch.processor import cpu_name
+from sparsekd.ops.dispatch.store import Store, path_of
 
 _FORMAT = 2
 _CLEAR = 1.5  # times the other one: by far more than timings vary

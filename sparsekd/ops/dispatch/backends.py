@@ -60,13 +60,13 @@ _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("auto", "sparsekd.ops.dispatch", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
-        Backend("cpp", "sparsekd.ops.cpp", "cpu", _CPU_DTYPES, _BUILD),
-        Backend("dense", "sparsekd.ops.dense", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
+        Backend("auto", "sparsekd.ops.dispatch.measured", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
+        Backend("cpp", "sparsekd.ops.cpu.cpp", "cpu", _CPU_DTYPES, _BUILD),
+        Backend("dense", "sparsekd.ops.cpu.dense", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
         Backend("reference", "sparsekd.ops.reference", None, None, "it is always there"),
-        Backend("triton", "sparsekd.ops.triton", "cuda", _GPU_DTYPES, _TRITON, "reference"),
-        Backend("cuda", "sparsekd.ops.cuda", "cuda", _GPU_DTYPES, _CUDA, "reference"),
-        Backend("gpu", "sparsekd.ops.gpu", "cuda", _GPU_DTYPES, _CUDA, "reference"),
+        Backend("triton", "sparsekd.ops.triton.ops", "cuda", _GPU_DTYPES, _TRITON, "reference"),
+        Backend("cuda", "sparsekd.ops.cuda.ops", "cuda", _GPU_DTYPES, _CUDA, "reference"),
+        Backend("gpu", "sparsekd.ops.dispatch.gpu", "cuda", _GPU_DTYPES, _CUDA, "reference"),
     )
 }
 
@@ -192,7 +192,7 @@ def running(op: str, args: tuple[Any, ...]) -> str:
     """Return the name of the backend whose kernels run a product on operands like these."""
     chosen = module(_backend_for(args[0]).name)
     chosen = chosen.backend_of(op, args) if hasattr(chosen, "backend_of") else chosen
-    return chosen.__name__.rpartition(".")[-1]
+    return chosen.NAME
 
 
 def _backend_for(x: torch.Tensor) -> Backend:
@@ -274,4 +274,4 @@ def info() -> dict[str, Any]:
 
 
 def _gpu_plans() -> dict[str, int]:
-    return importlib.import_module("sparsekd.ops.cuda_plans").info()
+    return importlib.import_module("sparsekd.ops.cuda.plans").info()

@@ -20,9 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparsekd._C as _C
-from sparsekd.ops import borders, cpp
+from sparsekd.ops import borders
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.layout import matrix, memory_format_of, rows_cols
+from sparsekd.ops.cpu import cpp
+from sparsekd.ops.memory_format import matrix, memory_format_of, rows_cols
+
+NAME = "dense"
 
 _BELOW_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _NONE = [0, 0]

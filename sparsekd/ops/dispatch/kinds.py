@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekd.ops.checks import conv2d_shape, geometry
-from sparsekd.ops.layout import memory_format_of
+from sparsekd.ops.memory_format import memory_format_of
 
 DENSITY_STEP = 1.05
 

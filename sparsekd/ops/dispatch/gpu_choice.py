@@ -22,10 +22,11 @@ from triton.runtime.errors import TritonError
 
 from sparsekd import cuda_library
 from sparsekd.errors import BackendError, UnsupportedError
-from sparsekd.ops import kinds, triton_tuning
-from sparsekd.ops.kinds import Key
-from sparsekd.ops.store import Store, path_of
-from sparsekd.ops.triton_tuning import Clock
+from sparsekd.ops.dispatch import kinds
+from sparsekd.ops.dispatch.kinds import Key
+from sparsekd.ops.dispatch.store import Store, path_of
+from sparsekd.ops.triton import tuning as triton_tuning
+from sparsekd.ops.triton.tuning import Clock
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.ops.cuda_plans import Conv, Structure
+from sparsekd.ops.cuda.plans import Conv, Structure
 
 SMALLEST = 16  # side of the smallest product on tensor cores
 

@@ -13,9 +13,9 @@ import triton
 from torch import Tensor
 
 from sparsekd.kernels import config, gather, tiles, values
-from sparsekd.ops.cuda_plans import Plan, Window
-from sparsekd.ops.tiles import Lists
-from sparsekd.ops.triton_tuning import Launch, Work, tuner
+from sparsekd.ops.cuda.plans import Plan, Window
+from sparsekd.ops.triton.tiles import Lists
+from sparsekd.ops.triton.tuning import Launch, Work, tuner
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PROGRAMS = 1024  # of a sample; enough to fill a GPU, and fixed so that sums are cut alike anywhere

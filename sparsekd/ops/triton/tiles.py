@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.errors import UnsupportedError
-from sparsekd.ops.cuda_plans import Conv, Structure, axis_phases
-from sparsekd.ops.runs import SMALLEST, Axis, find_runs, power_of_two, side
+from sparsekd.ops.cuda.plans import Conv, Structure, axis_phases
+from sparsekd.ops.triton.runs import SMALLEST, Axis, find_runs, power_of_two, side
 
 LARGEST_N, LARGEST_K = 128, 64
 _LEAST_FILL = 0.25  # of the tiles of a new plan

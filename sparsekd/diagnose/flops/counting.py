@@ -13,10 +13,10 @@ from torch import nn
 from torch.compiler import set_stance
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekd.flops.formulas import FORMULAS
-from sparsekd.flops.rows import FlopCount
-from sparsekd.flops.weights import Attribution
-from sparsekd.inputs import example_inputs
+from sparsekd.diagnose.flops.formulas import FORMULAS
+from sparsekd.diagnose.flops.rows import FlopCount
+from sparsekd.diagnose.flops.weights import Attribution
+from sparsekd.diagnose.inputs import example_inputs
 from sparsekd.modes import in_mode
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 import sparsekd._C as _C
 from sparsekd.ops import reference
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.layout import matrix, memory_format_of
+from sparsekd.ops.memory_format import matrix, memory_format_of
 
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
+
+NAME = "cpp"
 
 _HALF = (torch.bfloat16, torch.float16)
 _NARROW = 4  # input channels to a group, below which torch's own grouped kernels are faster

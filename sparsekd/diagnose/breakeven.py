@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sparsekd.layouts import Tiling
-from sparsekd.ops.backends import module
 from sparsekd.ops.checks import geometry
-from sparsekd.ops.layout import rows_cols
-from sparsekd.ops.race import race
+from sparsekd.ops.dispatch.backends import module
+from sparsekd.ops.dispatch.race import race
+from sparsekd.ops.memory_format import rows_cols
 
 _DENSITIES = (0.05, 0.5)
 _TILE = 16

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparsekd.ops.cuda_plans import Structure
+    from sparsekd.ops.cuda.plans import Structure
 
 MOST_PLANS = 64
 """Of one structure. An input size takes two to five, so those of ten sizes stay."""

@@ -23,8 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import sparsekd._C as _C
 from sparsekd.csr import row_indices
 from sparsekd.errors import UnsupportedError
-from sparsekd.ops.kept_plans import Kept, clock, fits, has_tensors, take_surplus
-from sparsekd.ops.layout import rows_cols
+from sparsekd.ops.cuda.kept import Kept, clock, fits, has_tensors, take_surplus
+from sparsekd.ops.memory_format import rows_cols
 
 _MOST_SITES = 2**31 - 1024
 _trial: ContextVar[list[tuple[Structure, Hashable]] | None] = ContextVar("trial", default=None)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.coverage import Coverage, coverage
+from sparsekd.diagnose.breakeven import PassTimes, time_pass
+from sparsekd.diagnose.inputs import example_inputs, tensors_in
 from sparsekd.errors import BackendError, ShapeError
-from sparsekd.inputs import example_inputs, tensors_in
 from sparsekd.modes import in_mode
-from sparsekd.ops import kinds, observe
-from sparsekd.ops.backends import module, running
-from sparsekd.ops.breakeven import PassTimes, time_pass
+from sparsekd.ops import observe
+from sparsekd.ops.dispatch import kinds
+from sparsekd.ops.dispatch.backends import module, running
 
 if TYPE_CHECKING:
     from rich.table import Table

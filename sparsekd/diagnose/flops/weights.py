@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekd.flops.formulas import RECURRENT
-from sparsekd.flops.rows import FlopCount, LayerFlops, ProductFlops
+from sparsekd.diagnose.flops.formulas import RECURRENT
+from sparsekd.diagnose.flops.rows import FlopCount, LayerFlops, ProductFlops
 
 _LAYERS = (
     nn.Linear,

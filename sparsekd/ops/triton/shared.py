@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from sparsekd.ops.cuda_plans import Conv, Plan, Structure, Window
-from sparsekd.ops.runs import Axis, power_of_two
-from sparsekd.ops.tiles import LARGEST_N, Lists, affordable, upload_lists, well_filled
+from sparsekd.ops.cuda.plans import Conv, Plan, Structure, Window
+from sparsekd.ops.triton.runs import Axis, power_of_two
+from sparsekd.ops.triton.tiles import LARGEST_N, Lists, affordable, upload_lists, well_filled
 
 COLUMNS = 16  # of a chunk
 

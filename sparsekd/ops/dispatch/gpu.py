@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekd.ops import backends
-from sparsekd.ops.single import Single
+from sparsekd.ops.dispatch import backends
+from sparsekd.ops.dispatch.single import Single
 
 _found = {name: backends.load(name) for name in ("cuda", "triton")}
 if all(loaded is None for loaded, _ in _found.values()):
@@ -24,7 +24,7 @@ def chooser() -> Any:
     """Return what chooses in this process, None where there is no choice."""
     if len(_modules) < len(_found):
         return None
-    from sparsekd.ops import gpu_choice  # which needs Triton
+    from sparsekd.ops.dispatch import gpu_choice  # which needs Triton
 
     return gpu_choice.chooser(_modules)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from sparsekd.ops.choices import Choice
+from sparsekd.ops.dispatch.choices import Choice
 
 WINDOW = 16  # runs, of which the fastest counts: what disturbs a run only makes it slower
 SOON, LATE = 16, 64  # times as long as a race takes

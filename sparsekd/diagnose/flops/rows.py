@@ -109,7 +109,7 @@ class FlopCount:
 
         Example:
             >>> from torch import nn
-            >>> from sparsekd import flops
+            >>> from sparsekd.diagnose import flops
             >>> dense = flops.count(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), (1, 8))
             >>> dense.forward, dense.at({"0": 10}).forward
             (80, 36)

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd.ops import cpp, dense, kinds
 from sparsekd.ops.checks import geometry
-from sparsekd.ops.choices import Choice, Choices, default_path
-from sparsekd.ops.kinds import Key
-from sparsekd.ops.race import laps, spread
-from sparsekd.ops.single import Single
-from sparsekd.ops.watch import Watch
+from sparsekd.ops.cpu import cpp, dense
+from sparsekd.ops.dispatch import kinds
+from sparsekd.ops.dispatch.choices import Choice, Choices, default_path
+from sparsekd.ops.dispatch.kinds import Key
+from sparsekd.ops.dispatch.race import laps, spread
+from sparsekd.ops.dispatch.single import Single
+from sparsekd.ops.dispatch.watch import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsekd.ops import reference, shared, tiles
-from sparsekd.ops import triton_launch as launch
+from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape, geometry
-from sparsekd.ops.cuda_plans import (
+from sparsekd.ops.cuda.plans import (
     Conv,
     Plan,
     Structure,
@@ -28,11 +27,14 @@ from sparsekd.ops.cuda_plans import (
     new_input_gradient,
     structure_of,
 )
-from sparsekd.ops.layout import memory_format_of, pixels
-from sparsekd.ops.runs import SMALLEST, Runs, find_runs
-from sparsekd.ops.shared import SharedPlan
-from sparsekd.ops.triton_growth import LargestK
-from sparsekd.ops.triton_tuning import info as tuning
+from sparsekd.ops.memory_format import memory_format_of, pixels
+from sparsekd.ops.triton import launch, shared, tiles
+from sparsekd.ops.triton.growth import LargestK
+from sparsekd.ops.triton.runs import SMALLEST, Runs, find_runs
+from sparsekd.ops.triton.shared import SharedPlan
+from sparsekd.ops.triton.tuning import info as tuning
+
+NAME = "triton"
 
 __all__ = [
     "LargestK",

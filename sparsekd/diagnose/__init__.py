@@ -1,0 +1,6 @@
+"""What a model costs and why: which kernels run, when dense would win, FLOPs, a machine's roofs."""
+
+from sparsekd.diagnose import flops
+from sparsekd.diagnose.explain import explain
+
+__all__ = ["explain", "flops"]

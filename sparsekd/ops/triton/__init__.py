@@ -1,0 +1,1 @@
+"""The kernels of kernels/: plans of tiles, launches, sizes tuned by measurement."""
