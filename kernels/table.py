@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from . import config, gather, grow, tiles, values
+from . import config, gather, gemm, grow, values
 
 HALVES = ("fp16", "bf16")
 FLOATS = ("fp32", *HALVES)
@@ -103,16 +103,15 @@ def _products(
 
 
 def _tiles(architecture: str) -> Iterator[Kernel]:
-    kernels = {"product": tiles.tile_product, "sample": tiles.tile_sample}
+    kernels = {"product": gemm.tile_product, "sample": gemm.tile_sample}
     even = {"SPATIAL": True, "EVEN_N": True, "EVEN_K": True, "ALIGN": 16}
     for kernel in _products(kernels, "tile", architecture, **even):
-        relu = {"RELU": False} if kernel.fn is tiles.tile_product else {}
-        yield replace(kernel, constexprs={**kernel.constexprs, **relu})
+        yield kernel
         if kernel.name in ("tile_product_half_64", "tile_sample_half_64"):
-            ragged = {**kernel.constexprs, **relu, "EVEN_N": False, "EVEN_K": False, "ALIGN": 1}
-            ragged["BP" if relu else "PIXELS"] = config.SINGLE
+            ragged = {**kernel.constexprs, "EVEN_N": False, "EVEN_K": False, "ALIGN": 1}
+            ragged["BP" if "BP" in ragged else "PIXELS"] = config.SINGLE
             yield replace(kernel, name=kernel.name + "_ragged", constexprs=ragged)
-            linear = {**kernel.constexprs, **relu, "SPATIAL": False}
+            linear = {**kernel.constexprs, "SPATIAL": False}
             yield replace(kernel, name=kernel.name + "_linear", constexprs=linear)
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from ptx_machine import OutOfBounds, PtxError, Race
 
-from sparsekd.kernels import gather, tiles
+from sparsekd.kernels import gather, gemm
 from sparsekd.testing import LayerCase, assert_layer_matches_dense
 
 HEAD = """import triton
@@ -39,21 +39,21 @@ WRONG = AssertionError
 # The kernel, what is changed in it, the layer that runs, and how it must fail.
 MUTANTS = {
     "no mask of the input": (
-        tiles.tile_product, "(offset + k)[None, :], mask=mask, other=0.0)",
+        gemm.tile_product, "(offset + k)[None, :], mask=mask, other=0.0)",
         "(offset + k)[None, :])", TILES, OutOfBounds,
     ),
     "no mask of the output": (
-        tiles.tile_product, "element_ty), mask=mask)", "element_ty))", TILES, PtxError,
+        gemm.tile_product, "element_ty), mask=mask)", "element_ty))", TILES, PtxError,
     ),
     "the chunk after": (
-        tiles.tile_product, "weight + e *", "weight + (e + 1) *", TILES, OutOfBounds,
+        gemm.tile_product, "weight + e *", "weight + (e + 1) *", TILES, OutOfBounds,
     ),
     "one chunk too few": (
-        tiles.tile_product, "tl.load(lists + which + 1))", "tl.load(lists + which + 1) - 1)",
+        gemm.tile_product, "tl.load(lists + which + 1))", "tl.load(lists + which + 1) - 1)",
         TILES, WRONG,
     ),
-    "one list for all programs": (tiles.tile_product, "program % count", "0", TILES, Race),
-    "one place for all chunks": (tiles.tile_sample, "* entries + e)", "* entries)", TILES, Race),
+    "one list for all programs": (gemm.tile_product, "program % count", "0", TILES, Race),
+    "one place for all chunks": (gemm.tile_sample, "* entries + e)", "* entries)", TILES, Race),
     "a row for two programs": (
         gather.row_product, "program // blocks)", "program // blocks // 2)", ROWS, Race,
     ),
@@ -78,7 +78,7 @@ def test_a_planted_mistake_is_found(name: str, on_triton, tmp_path: Path, monkey
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     assert_layer_matches_dense(case)
-    home = tiles if kernel.fn.__module__ == tiles.__name__ else gather
+    home = gemm if kernel.fn.__module__ == gemm.__name__ else gather
     monkeypatch.setattr(home, function, getattr(mutant, function))
     with pytest.raises(failure):
         assert_layer_matches_dense(case)

@@ -189,25 +189,6 @@ def test_blocks_of_all_sizes(on_triton, block: int, kernel) -> None:
 
 
 @interpreted
-def test_relu_in_the_epilogue(on_triton) -> None:
-    from sparsekd.ops.cuda.plans import Conv, find_structure
-    from sparsekd.ops.triton import launch as triton_launch
-    from sparsekd.ops.triton import tiles
-
-    topology, values, x, bias = LINEAR.tensors()
-    conv = Conv((*topology.shape, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
-    structure = find_structure(topology.crow_indices, topology.col_indices, *topology.shape)
-    lists = tiles.forward(structure, conv, 32)
-    y = x.new_empty(len(x), 1, 1, len(bias))
-    maps = x.view(len(x), 1, 1, -1), y
-    weight, access = triton_launch.pack_values(values, lists), triton_launch.Access(False, (1, 1))
-    triton_launch.tile_product(lists, weight, bias, *maps, access, "ieee", relu=True)
-    expected = skd.functional.linear(topology, values, x, bias).relu()
-    assert torch.equal(y[:, 0, 0], expected)
-    assert (expected == 0).any()
-
-
-@interpreted
 def test_sums_in_parts(on_triton) -> None:
     """Weight gradients of few nonzeros at many positions are summed in two stages."""
     for tile, channels in ((1, 1), 2), ((16, 1), 16), ((16, 16), 16):

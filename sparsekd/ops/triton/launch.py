@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsekd.kernels import config, gather, tiles, values
+from sparsekd.kernels import config, gather, gemm, values
 from sparsekd.ops.cuda.plans import Plan, Window
 from sparsekd.ops.triton.tiles import Lists
 from sparsekd.ops.triton.tuning import Launch, Work, tuner
@@ -62,8 +62,6 @@ def tile_product(
     y: Tensor,
     access: Access,
     precision: str,
-    *,
-    relu: bool = False,
 ) -> None:
     """Write a product over tiles.
 
@@ -75,7 +73,6 @@ def tile_product(
         y: maps for the result, or a view of every so many pixels of them.
         access: how the two meet.
         precision: of products in float32, "ieee" or "tf32".
-        relu: clamp at zero.
 
     Shape:
         - x: `[N, H, W, channels]`
@@ -85,12 +82,12 @@ def tile_product(
     count = lists.outputs.shape[0]
 
     def launch(how: config.Config) -> None:
-        tiles.tile_product[count * _blocks(positions, how.positions),](
+        gemm.tile_product[count * _blocks(positions, how.positions),](
             lists.lists, lists.outputs, lists.columns,
             weight, weight if bias is None else bias, x, y,
             count, positions, y.shape[1], y.shape[2],
             *_strides(x), x.shape[1], x.shape[2], *access.stride, *_strides(y),
-            SPATIAL=access.spatial, BIAS=bias is not None, RELU=relu, EVEN_N=lists.even[0],
+            SPATIAL=access.spatial, BIAS=bias is not None, EVEN_N=lists.even[0],
             EVEN_K=lists.even[1], ALIGN=lists.align, PRECISION=precision,
             BP=how.positions, BN=lists.n, BK=lists.k,
             num_warps=how.num_warps, num_stages=how.num_stages,
@@ -117,7 +114,7 @@ def tile_sample(lists: Lists, grad: Tensor, x: Tensor, access: Access, precision
     partial = x.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
 
     def launch(how: config.Config) -> None:
-        tiles.tile_sample[lists.owners.shape[0], parts.number](
+        gemm.tile_sample[lists.owners.shape[0], parts.number](
             lists.owners, lists.outputs, lists.columns, grad, x, partial,
             lists.owners.shape[0], images, high * wide, wide, *parts.sizes,
             *_strides(grad), *_strides(x), x.shape[1], x.shape[2], *access.stride,

@@ -1,4 +1,4 @@
-"""Make the lists that the Triton kernels of tiles read; see kernels/tiles.py."""
+"""Make the lists that the Triton kernels of tiles read; see kernels/gemm.py."""
 
 from __future__ import annotations
 

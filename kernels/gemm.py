@@ -28,8 +28,8 @@ def tile_product(
     count, positions, high, wide,
     x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
     y_image, y_row, y_pixel,
-    SPATIAL: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SPATIAL: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of positions for one list of chunks."""
@@ -71,8 +71,6 @@ def tile_product(
         mask = mask & kept[None, :]
     if BIAS:
         acc += tl.load(bias + first + n, mask=kept, other=0.0).to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)  # and NaN stays NaN
     at = y_at[:, None] + (tl.multiple_of(first, ALIGN) + n)[None, :]
     tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
 
