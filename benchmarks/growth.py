@@ -28,7 +28,7 @@ from sparsekd.bench.cases import MODELS, LayerCase, conv_layers, dense_ends
 from sparsekd.dst import growers
 from sparsekd.ops import growth
 from sparsekd.sparsity import generator_for, random_mask
-from sparsekd.train.timing import interleave
+from sparsekd.timing import interleave
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Row = dict[str, Any]
@@ -81,7 +81,7 @@ def measure_layer(case: LayerCase, density: float, rounds: int) -> Row:
         calls[f"dense_{layout}"] = dense_gradient(case, *operands)
         calls[f"growth_{layout}"] = grown(case, kept, k, *operands)
         check(case, kept, k, calls[f"dense_{layout}"](), calls[f"growth_{layout}"]())
-    times = interleave(calls, rounds)
+    times = interleave(calls, rounds, settle=True)
     ms = {name: round(statistics.median(turns), 3) for name, turns in times.items()}
     best = min(ms[f"dense_{layout}"] for layout in LAYOUTS)
     return {

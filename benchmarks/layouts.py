@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from sparsekd.bench.passes import pass_arms
 from sparsekd.ops.cpu import cpp
 from sparsekd.sparsity import generator_for
 from sparsekd.sparsity.tiles import random_tiles, tile_counts
+from sparsekd.timing import interleave
 
 LAYOUTS = "fanin:1,fanin:8,fanin:16,fanin:32,bcsr:16,bcsr:32"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -60,23 +60,6 @@ def check(given: Problem, name: str, sparse: Run) -> None:
             raise SystemExit(f"{case.name} {name}: {what} is wrong by {error:.2g}")
 
 
-def take_turns(
-    calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Return the milliseconds of each call in every round; a first round is not counted.
-
-    The order changes from round to round: what ran before leaves its data in the caches.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in random.Random(number).sample(list(calls.items()), len(calls)):
-            begin = clock()
-            call()
-            if number:
-                times[name].append((clock() - begin) * 1e3)
-    return times
-
-
 def measure(
     case: LayerCase, name: str, sparsity: float, layouts: list[str], turns: tuple[int, str]
 ) -> Row:
@@ -97,7 +80,7 @@ def measure(
     baselines = [arm for arm in BASELINES if arm in arms]
     for arm in baselines:
         calls[arm] = arms[arm].build(dense).call
-    times = take_turns(calls, turns[0], CLOCKS[turns[1]])
+    times = interleave(calls, turns[0], shuffle=True, clock=CLOCKS[turns[1]])
     ms = {arm: round(statistics.median(taken), 3) for arm, taken in times.items()}
     # A layout in whole tiles may have some weights more or less: compare the time of a weight.
     each = {layout: ms[layout] / max(nnz[layout], 1) for layout in nnz}

@@ -16,6 +16,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sparsekd.ops import observe
 from sparsekd.ops.cpu import cpp, dense
 from sparsekd.ops.dispatch import measured as dispatch
 from sparsekd.ops.dispatch.choices import surroundings
-from sparsekd.train.timing import interleave
+from sparsekd.timing import interleave
 
 PASSES = (
     *(f"conv2d{p}" for p in ("", "_dgrad", "_wgrad")),
@@ -50,8 +51,9 @@ class Passes:
             return
         self.chosen.append(dispatch.choose(op, args).backend)
         if self.rounds:
-            arms = {"cpp": getattr(cpp, op), "dense": getattr(dense, op)}
-            times = interleave({n: lambda f=f: f(*args) for n, f in arms.items()}, self.rounds)
+            ways = {"cpp": getattr(cpp, op), "dense": getattr(dense, op)}
+            calls = {name: partial(run, *args) for name, run in ways.items()}
+            times = interleave(calls, self.rounds, settle=True)
             self.times.append({name: statistics.median(taken) for name, taken in times.items()})
 
 
@@ -68,7 +70,7 @@ def compare(given: Contest, rounds: int) -> dict[str, Any]:
     """Time steps of a sparse model and of its dense twins."""
     arms = {name: STEP_ARMS[name].build(given).call for name in (*BASELINES, "sparsekd")}
     chosen = listened(arms["sparsekd"]).chosen  # where nothing is known yet, this measures
-    times = interleave(arms, rounds)
+    times = interleave(arms, rounds, settle=True)
     times["sparse"] = times.pop("sparsekd")
     median = {name: statistics.median(taken) for name, taken in times.items()}
     best = min(BASELINES, key=median.__getitem__)

@@ -29,7 +29,7 @@ from sparsekd.layouts import Layout
 from sparsekd.nn import SparseConv2d, SparseLinear, densify, sparsify
 from sparsekd.sparsity import generator_for
 from sparsekd.train import CrossEntropy, Row
-from sparsekd.train.timing import training_step
+from sparsekd.train.step_time import training_step
 
 LEVELS = ("gpu layer", "gpu step")
 SPARSITIES = (0.8, 0.9, 0.95)
@@ -95,8 +95,7 @@ class GpuLayerRace:
 
     def measure(self) -> list[Row]:
         """Measure them."""
-        wait = partial(synchronize, self.device)
-        return race(self._entries(), rounds=self.rounds, slow=_SLOW, wait=wait)
+        return race(self._entries(), rounds=self.rounds, slow=_SLOW, device=self.device)
 
     def _entries(self) -> Iterator[Entry]:
         for name, sparsity in self.keys():
@@ -215,8 +214,7 @@ class GpuStepRace:
 
     def measure(self) -> list[Row]:
         """Measure them."""
-        wait = partial(synchronize, self.device)
-        return race(self._entries(), rounds=self.rounds, slow=_SLOW, wait=wait)
+        return race(self._entries(), rounds=self.rounds, slow=_SLOW, device=self.device)
 
     def _entries(self) -> Iterator[Entry]:
         for name, sparsity in self.keys():
@@ -278,12 +276,6 @@ class _Lowered(nn.Module):
         lowered = self._dtype != torch.float32
         with torch.autocast(x.device.type, self._dtype, enabled=lowered):
             return self.model(x).float()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a device; the CPU has nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def describe(device: torch.device) -> dict[str, Any]:

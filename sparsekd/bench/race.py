@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 from sparsekd.bench import gate
+from sparsekd.timing import interleave
 from sparsekd.train import Row
-from sparsekd.train.timing import do_not_wait, interleave
 
 Key = tuple[str, float | None]  # arm and sparsity
 _PAUSE = 0.005  # seconds for another package's idle threads to stop spinning
@@ -87,7 +89,7 @@ def race(
     *,
     rounds: int,
     slow: float,
-    wait: Callable[[], None] = do_not_wait,
+    device: torch.device | None = None,
 ) -> list[Row]:
     """Hold every arm's results against the reference, then time those that are right.
 
@@ -95,7 +97,7 @@ def race(
         entries: one an arm and sparsity.
         rounds: turns of each arm.
         slow: arms that take more seconds than this have three turns at most.
-        wait: returns when the device has done what was queued.
+        device: where they compute; the CPU if there is none.
 
     Returns:
         A row an entry, in their order: with `ms` (the median), `times` and `error`, or with the
@@ -116,7 +118,9 @@ def race(
         rows.append({**entry.row, **outcome})
         if call is not None:
             calls[str(number)] = call
-    times = interleave(calls, rounds, least=_LEAST, pause=_PAUSE, slow=slow, wait=wait)
+    times = interleave(
+        calls, rounds, settle=True, least=_LEAST, pause=_PAUSE, slow=slow, device=device
+    )
     for key, turns in times.items():
         rows[int(key)] |= {
             "ms": round(statistics.median(turns), 4),

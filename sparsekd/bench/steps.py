@@ -18,7 +18,7 @@ from sparsekd.bench.cases import ModelCase, dense_ends
 from sparsekd.nn import densify, sparse_modules, sparsify
 from sparsekd.sparsity import generator_for
 from sparsekd.train import CrossEntropy, to_channels_last
-from sparsekd.train.timing import training_step
+from sparsekd.train.step_time import training_step
 
 _optimize: Any = getattr(skd, "optimize", None)
 _OBJECTIVE = CrossEntropy()

@@ -19,8 +19,8 @@ from torch import Tensor
 from sparsekd.layouts import Tiling
 from sparsekd.ops.checks import geometry
 from sparsekd.ops.dispatch.backends import module
-from sparsekd.ops.dispatch.race import race
 from sparsekd.ops.memory_format import rows_cols
+from sparsekd.timing import fastest, interleave
 
 _DENSITIES = (0.05, 0.5)
 _TILE = 16
@@ -86,17 +86,17 @@ def time_pass(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
         backend: which one runs it.
     """
     if backend not in ("cpp", "dense"):
-        call = _until_done(_call(backend, op, args), args[0].device)
-        ms = race({backend: call}, _enough)[backend]
+        calls = {backend: _call(backend, op, args)}
+        ms = fastest(interleave(calls, _enough, device=args[0].device))[backend]
         return PassTimes(backend, ms, ms, None, ms, ms)
     shape = tuple(geometry(op, args)[0])
     size, nnz = math.prod(shape), args[3].shape[0]
-    arms: dict[Any, Callable[[], Tensor]] = {
+    ways: dict[Any, Callable[[], Tensor]] = {
         name: _call(name, op, args) for name in ("cpp", "dense")
     }
     probes = [_with_density(op, args, shape, density) for density in _DENSITIES]
-    arms |= {probe[3].shape[0]: _call("cpp", op, probe) for probe in probes}
-    times = race(arms, _enough)
+    ways |= {probe[3].shape[0]: _call("cpp", op, probe) for probe in probes}
+    times = fastest(interleave(ways, _enough))
     for probe in probes:
         module("cpp").forget(probe[2], probe[3])
     points = {nnz: times["cpp"], **{n: ms for n, ms in times.items() if isinstance(n, int)}}
@@ -107,18 +107,6 @@ def time_pass(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
 
 def _call(name: str, op: str, args: tuple[Any, ...]) -> Callable[[], Tensor]:
     return partial(getattr(module(name), op), *args)
-
-
-def _until_done(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Return a call that ends when the device has done what it has queued."""
-    if device.type != "cuda":
-        return call
-
-    def run() -> None:
-        call()
-        torch.cuda.synchronize(device)
-
-    return run
 
 
 def _enough(times: list[list[float]]) -> bool:

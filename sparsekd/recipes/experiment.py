@@ -31,7 +31,7 @@ from sparsekd.train import (
     load_state,
     save_model,
 )
-from sparsekd.train.timing import time_step
+from sparsekd.train.step_time import time_step
 
 
 @dataclass(frozen=True)

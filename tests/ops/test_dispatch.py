@@ -50,14 +50,14 @@ def races(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Decide races instead of timing them: sparse wins forward, dense backward; list them."""
     run: list[str] = []
 
-    def laps(arms: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
-        for arm in arms.values():
-            arm()
-        run.append(arms["cpp"].func.__name__)  # type: ignore[attr-defined]
+    def decide(calls: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
+        for call in calls.values():
+            call()
+        run.append(calls["cpp"].func.__name__)  # type: ignore[attr-defined]
         forward = run[-1] in ("conv2d", "linear")
         return {"cpp": [1.0], "dense": [1.2]} if forward else {"cpp": [1.2], "dense": [1.0]}
 
-    monkeypatch.setattr(dispatch, "laps", laps)
+    monkeypatch.setattr(dispatch, "interleave", decide)
     return run
 
 
@@ -272,12 +272,12 @@ def test_a_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_plans_of_a_layer_that_runs_dense_are_given_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def laps(arms: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
-        for arm in arms.values():
-            arm()
+    def decide(calls: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
+        for call in calls.values():
+            call()
         return {"cpp": [2.0], "dense": [1.0]}
 
-    monkeypatch.setattr(dispatch, "laps", laps)
+    monkeypatch.setattr(dispatch, "interleave", decide)
     conv = layer(0.2)
     before = ops.info()["cpp"]["cached_bytes"]
     step(conv)
@@ -330,12 +330,12 @@ def test_layers_of_equal_shape_but_other_tiles_have_choices_of_their_own(
 ) -> None:
     """Sparse wins with tiles only, whichever layer runs first."""
 
-    def laps(arms: dict[str, Any]) -> dict[str, list[float]]:
-        args = arms["cpp"].args
+    def decide(calls: dict[str, Any]) -> dict[str, list[float]]:
+        args = calls["cpp"].args
         tiled = cpp.tile_size(args[2], args[3], [128, 128], 1) != (1, 1)
         return {"cpp": [1.0 if tiled else 3.0], "dense": [2.0]}
 
-    monkeypatch.setattr(dispatch, "laps", laps)
+    monkeypatch.setattr(dispatch, "interleave", decide)
     ran: list[str] = []
     for name, module in BACKENDS.items():
         run = module.linear
@@ -358,12 +358,12 @@ def test_layers_of_equal_shape_but_other_tiles_have_choices_of_their_own(
 
 
 def test_explain_shows_the_backend_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def laps(arms: dict[str, Any]) -> dict[str, list[float]]:
-        args = arms["cpp"].args
+    def decide(calls: dict[str, Any]) -> dict[str, list[float]]:
+        args = calls["cpp"].args
         tiled = cpp.tile_size(args[2], args[3], [128, 128], 1) != (1, 1)
         return {"cpp": [1.0 if tiled else 3.0], "dense": [2.0]}
 
-    monkeypatch.setattr(dispatch, "laps", laps)
+    monkeypatch.setattr(dispatch, "interleave", decide)
     layers = [
         SparseLinear(128, 128, sparsity=0.75, layout=layout, seed=0) for layout in ("bcsr", "csr")
     ]

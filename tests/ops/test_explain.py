@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import sparsekd as skd
-from sparsekd.diagnose.breakeven import PassTimes, _line, _until_done, _with_density, time_pass
+from sparsekd.diagnose.breakeven import PassTimes, _line, _with_density, time_pass
 from sparsekd.errors import ShapeError
 from sparsekd.nn import SparseConv2d, SparseLinear
 from sparsekd.ops import observe
@@ -138,14 +138,6 @@ def test_without_sparse_kernels_there_is_nothing_to_compare() -> None:
         assert {times.sparse_ms for times in layer.passes.values()} == {None}
     assert "reference" in str(found)
     assert {row[-1] for row in found.rows()[1:-1]} == {"-"}
-
-
-def test_a_pass_on_a_gpu_ends_when_the_gpu_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    happened: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", happened.append)
-    for name in ("cuda:1", "cpu"):
-        _until_done(lambda: happened.append("queued"), torch.device(name))()
-    assert happened == ["queued", torch.device("cuda:1"), "queued"]
 
 
 def test_the_model_and_those_who_listen_notice_nothing() -> None:

@@ -17,8 +17,8 @@ from sparsekd.ops.cpu import cpp, dense
 from sparsekd.ops.dispatch import measured as dispatch
 from sparsekd.ops.dispatch.choices import Choice, Choices
 from sparsekd.ops.dispatch.measured import Dispatcher
-from sparsekd.ops.dispatch.race import time
 from sparsekd.ops.dispatch.watch import Watch
+from sparsekd.timing import time
 
 BACKENDS = {"cpp": cpp, "dense": dense}
 
@@ -146,17 +146,17 @@ def test_races_take_a_small_share_of_the_time(
 ) -> None:
     """Also where timings never settle, and where every run is slower than any race."""
     machine.ms = {"cpp": cold, "dense": cold * ms}
-    laps, racing = dispatch.laps, []
+    interleave, racing = dispatch.interleave, []
 
-    def noted(arms: Any) -> Any:
+    def noted(calls: Any) -> Any:
         before, usual = len(machine.runs), machine.ms
         machine.ms = {"cpp": 1.0, "dense": ms}
-        times = laps(arms)
+        times = interleave(calls)
         machine.ms = usual
         racing.append(len(machine.runs) - before)
         return times
 
-    monkeypatch.setattr(dispatch, "laps", noted)
+    monkeypatch.setattr(dispatch, "interleave", noted)
     runs = 5000
     Work(machine).run(runs)
     assert len(machine.runs) == runs + sum(racing)

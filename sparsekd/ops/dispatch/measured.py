@@ -26,9 +26,9 @@ from sparsekd.ops.cpu import cpp, dense
 from sparsekd.ops.dispatch import kinds
 from sparsekd.ops.dispatch.choices import Choice, Choices, default_path
 from sparsekd.ops.dispatch.kinds import Key
-from sparsekd.ops.dispatch.race import laps, spread
 from sparsekd.ops.dispatch.single import Single
 from sparsekd.ops.dispatch.watch import Watch
+from sparsekd.timing import interleave, spread
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +120,10 @@ class Dispatcher:
         density = args[3].shape[0] / math.prod(geometry(op, args)[0])
         backend = "cpp" if density <= _SPARSE_BELOW else "dense"
         backend = backend if before is None else before.backend
-        arms = {name: partial(getattr(module, op), *args) for name, module in _BACKENDS.items()}
+        calls = {name: partial(getattr(module, op), *args) for name, module in _BACKENDS.items()}
         start = time.perf_counter()
         try:
-            times = laps(arms)
+            times = interleave(calls)
         except (MemoryError, RuntimeError) as error:  # a dense weight may be too large
             logger.warning("%s is not measured and runs sparse: %s", op, error)
             return Choice("cpp"), (time.perf_counter() - start) * 1e3

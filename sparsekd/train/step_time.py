@@ -1,12 +1,10 @@
-"""Measure what a training step costs, sparse and dense, side by side."""
+"""The time of a training step, sparse and dense, side by side."""
 
 from __future__ import annotations
 
 import copy
-import math
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.nn import densify, sparse_modules, unfuse
+from sparsekd.timing import interleave
 from sparsekd.train.loop import Objective, to_channels_last
-
-_WARM_UPS = 5
-_FEW_FAULTS = 256  # pages, 1 MiB
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Hold the median times of one training step in milliseconds.
+    """Median times of one training step, in milliseconds.
 
     Args:
         sparse_ms: of the model as it is, in channels_last; None for a dense model.
@@ -42,7 +38,7 @@ class StepTimes:
 
     @property
     def dense_ms(self) -> float:
-        """Return the time of the better dense layout, the one to compare with."""
+        """Time of the better dense layout, the one to compare with."""
         return min(self.dense_contiguous_ms, self.dense_channels_last_ms)
 
 
@@ -51,16 +47,16 @@ def time_step(
 ) -> StepTimes:
     """Time forward, loss, backward and SGD step of a model against its dense twins.
 
-    The arms take turns, so that a change in the machine's load meets all of them, and each is
+    The models take turns, so that a change in the machine's load meets all of them, and each is
     represented by its median. What the objective costs, a teacher for instance, is part of every
-    arm.
+    step.
 
     Args:
         model: sparse or dense; not changed.
         x: a batch of images.
         y: its labels.
         objective: the loss, called with epoch 0.
-        rounds: steps timed of each arm, after one that is not.
+        rounds: steps timed of each model, after one that is not.
 
     Returns:
         The times.
@@ -79,11 +75,11 @@ def time_step(
     }
     if any(True for _ in sparse_modules(model)):
         entries["sparse"] = (copy.deepcopy(model), x_last)
-    arms = {
+    steps = {
         name: partial(training_step(entry, objective), images, y)
         for name, (entry, images) in entries.items()
     }
-    times = interleave(arms, rounds)
+    times = interleave(steps, rounds, settle=True)
     medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
     return StepTimes(
         sparse_ms=medians.get("sparse"),
@@ -95,80 +91,15 @@ def time_step(
     )
 
 
-def do_not_wait() -> None:
-    """Stand for a device, the CPU, whose work is done when a call returns."""
-
-
-def interleave(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    *,
-    least: float = 0.0,
-    pause: float = 0.0,
-    slow: float = math.inf,
-    wait: Callable[[], None] = do_not_wait,
-) -> dict[str, list[float]]:
-    """Time several calls in turns, so that a change in the machine's load meets all of them.
-
-    Args:
-        calls: what to time, by name; before the first round they are called in turn until memory
-            has settled, five times at most: allocations of one move those of the others.
-        rounds: turns of each.
-        least: seconds that a turn should last; a shorter call is repeated within it.
-        pause: seconds of rest before a turn, for the threads of the call before to fall asleep.
-        slow: a call that takes more seconds than this takes part in the first three rounds only.
-        wait: returns when the device has done what was queued.
-
-    Returns:
-        Milliseconds of one call, one entry a turn.
-
-    Example:
-        >>> times = interleave({"sum": lambda: sum(range(10))}, rounds=5)
-        >>> len(times["sum"])
-        5
-    """
-    for _ in range(_WARM_UPS):
-        before = _page_faults()
-        once = {name: _seconds(call, 1, wait) for name, call in calls.items()}
-        if _page_faults() - before < _FEW_FAULTS:
-            break
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
-        for name, call in calls.items():
-            if once[name] > slow and number >= 3:
-                continue
-            time.sleep(pause)
-            repeats = max(1, math.ceil(least / once[name]))
-            times[name].append(_seconds(call, repeats, wait) * 1e3 / repeats)
-    return times
-
-
-def _page_faults() -> int:
-    try:
-        import resource
-    except ImportError:  # not a POSIX system: one warm-up then
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def _seconds(call: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
-    wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    wait()
-    return time.perf_counter() - start
-
-
 def training_step(model: nn.Module, objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
-    """Prepare a call that trains a model on a batch: forward, loss, backward, SGD with momentum.
+    """Return a call that trains a model on a batch: forward, loss, backward, SGD with momentum.
 
     Args:
         model: trained by every call, in training mode.
         objective: the loss, called with epoch 0.
 
     Returns:
-        The call; it takes images and labels and returns the loss.
+        A function of images and labels that returns the loss.
 
     Example:
         >>> from sparsekd.train import CrossEntropy
