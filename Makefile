@@ -58,7 +58,7 @@ endif
 JOBS ?= 2
 test-python: $(VENV)/.built $(VENV)/.models
 	SPARSEKD_CACHE=off OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup \
-	  --doctest-modules tests sparsekd
+	  --doctest-modules tests tools sparsekd
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .

@@ -26,7 +26,7 @@ def control(*names: str):
 
 
 class Collective:
-    """Wait for the lanes that a word names, then act on them.
+    """A collective, which waits for the lanes that its mask names and then acts on them all.
 
     Args:
         o: the instruction.

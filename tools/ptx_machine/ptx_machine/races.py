@@ -34,7 +34,7 @@ def thread_of(stamp: Array) -> Array:
 
 
 class Shadow:
-    """Remember who accessed a piece of memory last.
+    """The last accesses to every granule of a piece of memory.
 
     Args:
         granules: how many there are.
@@ -84,7 +84,7 @@ class Shadow:
         return racing.any(axis=1)
 
     def who(self, at: Array) -> str:
-        """Say who has been at one lane's granules last."""
+        """Describe the last accesses to one lane's granules."""
         names = []
         for what, stamps in (("written", self.writers[at]), ("read", self.readers[at])):
             latest = int(stamps.max())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PtxError(RuntimeError):
-    """Be the base of everything that is wrong with a kernel or with its launch."""
+    """Base of all errors in a kernel or its launch."""
 
     def __init__(self, what: str, lane: int | None = None) -> None:
         super().__init__(what)

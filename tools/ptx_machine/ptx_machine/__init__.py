@@ -53,7 +53,7 @@ FORMS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "f32": "f", "f64": "d"}
 
 
 class Module:
-    """Hold the kernels of a text; each is made ready when it is first asked for."""
+    """The kernels of a PTX text, each prepared when it is first looked up."""
 
     def __init__(self, text: str) -> None:
         self.kernels = parse(text)
@@ -66,7 +66,7 @@ class Module:
 
 
 class Executable:
-    """Run one kernel."""
+    """A kernel that can be launched."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel

@@ -31,7 +31,7 @@ SHARED_WINDOW = 1 << 56
 
 
 class Operands:
-    """Read and write what an instruction names; a lane is an element of every array."""
+    """The operands of an instruction, as functions on arrays with one element a lane."""
 
     def __init__(self, kernel: Kernel, instruction: Instruction) -> None:
         self.kernel = kernel

@@ -22,7 +22,7 @@ Control = Callable[["Wave", Array, int], None]
 
 
 class Program:
-    """Hold a kernel's steps, and where straight pieces of them end."""
+    """A kernel's steps, split into straight-line pieces."""
 
     def __init__(self, steps: list, controls: dict[int, Control], leaders: set[int]) -> None:
         self.steps = steps
@@ -37,7 +37,7 @@ class Program:
 
 
 class Wave:
-    """Run some blocks of a launch.
+    """Blocks of a launch that run together.
 
     Args:
         program: what every thread does.
@@ -199,7 +199,7 @@ class Wave:
         return error
 
     def _report_stuck(self) -> None:
-        """Say why lanes are left that can not go on."""
+        """Raise the error that explains why the remaining lanes are stuck."""
         for pc, mask in self.parked.items():
             lane = int(np.flatnonzero(mask)[0])
             warp = slice(lane // LANES * LANES, lane // LANES * LANES + LANES)

@@ -13,7 +13,7 @@ BYTES |= {f"{kind}{8 * size}": size for kind in "busf" for size in (1, 2, 4, 8)}
 
 @dataclasses.dataclass
 class Instruction:
-    """Hold one instruction: ``@predicate op.modifiers args``."""
+    """An instruction, ``@predicate op.modifiers args``."""
 
     text: str
     op: str
@@ -30,7 +30,7 @@ class Instruction:
 
 @dataclasses.dataclass
 class Parameter:
-    """Hold where a parameter lies in the bytes that a launch passes."""
+    """A kernel's parameter: its place in the bytes that a launch passes."""
 
     name: str
     offset: int
@@ -40,7 +40,7 @@ class Parameter:
 
 @dataclasses.dataclass
 class Kernel:
-    """Hold what a module says of one of its kernels."""
+    """A kernel as parsed: parameters, code, registers and shared memory."""
 
     name: str
     parameters: list[Parameter] = dataclasses.field(default_factory=list)

@@ -20,7 +20,7 @@ ALIGNMENT = 16
 
 
 class Bytes:
-    """Hold bytes that lanes access in numbers or vectors, each noted by a shadow.
+    """Memory that lanes access in numbers or vectors; a shadow records each access.
 
     Args:
         data: the bytes; they start at a multiple of 16.
@@ -97,7 +97,7 @@ def check_alignment(addresses: Array, size: int, lanes: Array) -> None:
 
 
 class Global:
-    """Hold the buffers of a launch at the addresses that they have.
+    """Global memory: the buffers of a launch, at their real addresses.
 
     Args:
         buffers: (address, bytes) of each; the caller keeps them alive.
@@ -160,7 +160,7 @@ class Global:
 
 
 class Shared:
-    """Hold the shared memory of the blocks of a wave, one behind the other.
+    """The shared memory of all blocks of a wave, one after the other.
 
     Copies by cp.async arrive when a thread waits for them, as late as they may on a GPU; until then
     nobody may touch their place.

@@ -17,7 +17,7 @@ for _size in UNSIGNED:
 
 
 class Format(NamedTuple):
-    """Hold a type of floats: its bits, and the way to a type that is computed in and back."""
+    """A float format: the integer type of its bits, and conversion to and from numpy floats."""
 
     bits: type
     decode: Callable[[Array], Array]
