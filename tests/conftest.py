@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +12,37 @@ from types import ModuleType
 import pytest
 import torch
 
+import sparsekd as skd
 from sparsekd.train import StopRequest
 
 _EMULATION = Path(__file__).parent / "emulation"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Start every test on one thread, the fastest for small layers, and put the number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["reference", "cpp", "dense", "auto"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on every backend of the CPU; skip, saying why, where one cannot run."""
+    entry = skd.ops.info()["backends"][request.param]
+    if not entry["available"]:
+        pytest.skip(f"backend {request.param}: {entry['detail']}")
+    with skd.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def images() -> skd.data.Dataset:
+    """Return a data set that small networks learn in seconds."""
+    return skd.data.load(
+        "synthetic", num_classes=4, input_shape=(1, 8, 8), train_size=150, test_size=60
+    )
 
 
 class StopAt(StopRequest):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,22 +14,12 @@ import sparsekd as skd
 from sparsekd import Topology, functional
 from sparsekd.testing import (
     assert_matches_dense,
-    available_backends,
     poisoned_memory,
     relative_error,
     tolerance,
 )
 
-
-@pytest.fixture(params=["reference", "cpp", "dense", "auto"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param not in available_backends():
-        pytest.skip(f"backend {request.param} cannot run here")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with skd.backend(request.param):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def masked(*shape: int, density: float = 0.3) -> tuple[Topology, torch.Tensor, torch.Tensor]:

@@ -20,14 +20,6 @@ TINY = ModelCase("resnet20", (1, 8, 8), batch=4)
 OUR_ARMS = ("dense_contiguous", "dense_channels_last", "sparsekd", "sparsekd_contiguous")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def by_key(rows):
     return {(row["arm"], row["sparsity"]): row for row in rows}
 

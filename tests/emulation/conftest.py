@@ -279,11 +279,3 @@ def on_ptx(on_cuda: Emulated, on_ptx_library: OnPtx, bind: Callable[[Emulated], 
     """Run the test on the backend "cuda", on CPU tensors, as what nvcc has made of the kernels."""
     bind(on_ptx_library)
     return on_ptx_library
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

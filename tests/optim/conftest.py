@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,14 +12,6 @@ from sparsekd import dst
 from sparsekd.nn import SparseConv2d, SparseLinear, densify, sparsify
 
 Method = Callable[[nn.Module, torch.optim.Optimizer], dst.Updater]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(sparsity: float = 0.6) -> nn.Sequential:

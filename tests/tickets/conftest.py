@@ -25,13 +25,6 @@ def build(seed: int) -> nn.Module:
         )
 
 
-@pytest.fixture(scope="session")
-def images() -> data.Dataset:
-    return data.load(
-        "synthetic", num_classes=4, input_shape=(1, 8, 8), train_size=150, test_size=60
-    )
-
-
 @pytest.fixture
 def make_pipeline(images: data.Dataset, tmp_path: Path) -> Callable[..., Pipeline]:
     def make(**changes: Any) -> Pipeline:

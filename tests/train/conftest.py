@@ -9,14 +9,6 @@ import torch
 from torch import nn
 
 import sparsekd.nn
-from sparsekd import data
-
-
-@pytest.fixture(scope="session")
-def images() -> data.Dataset:
-    return data.load(
-        "synthetic", num_classes=4, input_shape=(1, 8, 8), train_size=150, test_size=60
-    )
 
 
 @pytest.fixture
