@@ -54,10 +54,11 @@ else
 endif
 
 # What the tests choose on a busy machine is not for keeps, hence no cache; and two processes of one
-# thread each pass in half the time of one process of two threads.
+# thread each pass in half the time of one process of two threads. A file stays in one process, as
+# its tests share what is slow to make.
 JOBS ?= 2
 test-python: $(VENV)/.built $(VENV)/.models
-	SPARSEKD_CACHE=off OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup \
+	SPARSEKD_CACHE=off OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile \
 	  --doctest-modules tests tools sparsekd
 
 lint: $(VENV)/.built

@@ -6,7 +6,6 @@ import importlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,8 +13,6 @@ import torch
 
 import sparsekd as skd
 from sparsekd.train import StopRequest
-
-_EMULATION = Path(__file__).parent / "emulation"
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +93,6 @@ def _or_skip(load: Callable[[], ModuleType]) -> ModuleType:
         return load()
     except ImportError as error:
         pytest.skip(f"{load.__name__[1:]} cannot be imported: {error}")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, and all that share the machine that runs PTX."""
-    for item in items:
-        emulated = _EMULATION in item.path.parents
-        item.add_marker(pytest.mark.xdist_group("emulation" if emulated else str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -57,11 +58,13 @@ def build(command: list[str], source: Path, headers: Path) -> Path:
     for path in inputs:
         digest.update(path.read_bytes())
     built = ROOT / "build" / "emulation" / f"{source.stem}-{digest.hexdigest()[:16]}"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        fresh = built.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, str(source), "-o", str(fresh)], check=True)
-        fresh.replace(built)
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with open(built.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes that need it one compiles
+        if not built.exists():
+            fresh = built.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, str(source), "-o", str(fresh)], check=True)
+            fresh.replace(built)
     return built
 
 
