@@ -8,32 +8,32 @@ class SparsekdError(Exception):
 
 
 class ShapeError(SparsekdError, ValueError):
-    """Report a tensor or argument whose shape does not fit."""
+    """A tensor or argument whose shape does not fit."""
 
 
 class TopologyError(SparsekdError, ValueError):
-    """Report a structure of nonzeros that is not valid."""
+    """An invalid structure of nonzeros."""
 
 
 class UnsupportedError(SparsekdError, NotImplementedError):
-    """Report a request outside the supported set; the text says what is supported."""
+    """A request outside the supported set; the message says what is supported."""
 
 
 class BackendError(SparsekdError, RuntimeError):
-    """Report a backend that cannot run here; the text says how to get it."""
+    """A backend that cannot run here; the message says how to get it."""
 
 
 class SettingError(BackendError, ValueError):
-    """An environment variable with a value that it does not take; the text names the choices."""
+    """An environment variable with an unknown value; the message lists the valid ones."""
 
 
 class OptimizerStateError(SparsekdError, RuntimeError):
-    """Report optimizer state that cannot follow its weights."""
+    """Optimizer state that cannot follow its weights."""
 
 
 class CheckpointError(SparsekdError, RuntimeError):
-    """Report a checkpoint that is damaged or does not fit."""
+    """A checkpoint that is damaged or does not fit."""
 
 
 class DataError(SparsekdError, ValueError):
-    """Report a data set that is missing, damaged or mislabelled."""
+    """A data set that is missing, damaged or mislabelled."""

@@ -26,8 +26,8 @@ def spmm(topology: Topology, values: Tensor, x: Tensor) -> Tensor:
     """Multiply the sparse matrix by a dense one.
 
     Args:
-        topology: the nonzeros; a weight of more than two dimensions counts as `[rows, cols]`.
-        values: what they are.
+        topology: positions of the nonzeros; a weight of more dimensions counts as `[rows, cols]`.
+        values: their values.
         x: the dense matrix.
 
     Shape:
@@ -36,7 +36,7 @@ def spmm(topology: Topology, values: Tensor, x: Tensor) -> Tensor:
         - result: `[rows, n]`
 
     Raises:
-        ShapeError: a shape does not fit; the text names the argument.
+        ShapeError: a shape does not fit; the message names the argument.
 
     Source: Gale et al., Sparse GPU Kernels for Deep Learning (SC 2020), section 5.
 
@@ -51,10 +51,10 @@ def spmm(topology: Topology, values: Tensor, x: Tensor) -> Tensor:
 
 
 def sddmm(topology: Topology, a: Tensor, b: Tensor) -> Tensor:
-    """Compute the entries of a dense product at the nonzeros only.
+    """Compute the entries of a dense matrix product at the nonzeros only.
 
     Args:
-        topology: where the product is wanted.
+        topology: positions of the entries to compute.
         a: the left factor.
         b: the right factor.
 
@@ -64,7 +64,7 @@ def sddmm(topology: Topology, a: Tensor, b: Tensor) -> Tensor:
         - result: `[nnz]`
 
     Raises:
-        ShapeError: a shape does not fit; the text names the argument.
+        ShapeError: a shape does not fit; the message names the argument.
 
     Source: Gale et al., Sparse GPU Kernels for Deep Learning (SC 2020), section 6.
 
@@ -84,8 +84,8 @@ def linear(topology: Topology, values: Tensor, x: Tensor, bias: Tensor | None = 
     """Apply a weight-sparse linear layer, `x @ weight.T + bias`.
 
     Args:
-        topology: the nonzeros of the weight `[out, in]`.
-        values: what they are.
+        topology: positions of the nonzeros of the weight `[out, in]`.
+        values: their values.
         x: the input; any leading dimensions, or none.
         bias: added to every row, or None.
 
@@ -96,8 +96,8 @@ def linear(topology: Topology, values: Tensor, x: Tensor, bias: Tensor | None = 
         - result: `[..., out]`
 
     Raises:
-        ShapeError: a shape does not fit; the text names the argument.
-        UnsupportedError: dtypes or devices differ, or the backend does not take them.
+        ShapeError: a shape does not fit; the message names the argument.
+        UnsupportedError: dtypes or devices differ, or the backend does not support them.
 
     Example:
         >>> import torch
@@ -123,9 +123,9 @@ def conv2d(
     """Apply a weight-sparse convolution.
 
     Args:
-        topology: the nonzeros of the weight `[C_out, C_in/groups, kh, kw]`.
-        values: what they are.
-        x: the input, batched or not; in any memory format, which the result takes over.
+        topology: positions of the nonzeros of the weight `[C_out, C_in/groups, kh, kw]`.
+        values: their values.
+        x: the input, batched or not; the result has its memory format.
         bias: added to every output channel, or None.
         stride: one number or `(vertical, horizontal)`.
         padding: one number, `(vertical, horizontal)`, `(top, bottom, left, right)`, "valid" or
@@ -141,8 +141,8 @@ def conv2d(
         - result: `[N, C_out, H_out, W_out]` or `[C_out, H_out, W_out]`
 
     Raises:
-        ShapeError: a shape does not fit; the text names the argument.
-        UnsupportedError: dtypes or devices differ, or the backend does not take them.
+        ShapeError: a shape does not fit; the message names the argument.
+        UnsupportedError: dtypes or devices differ, or the backend does not support them.
 
     Source: Chetlur et al., cuDNN: Efficient Primitives for Deep Learning (2014), section 3, for
     convolution as an implicit matrix product.
@@ -178,15 +178,15 @@ def convolve(
     padding_mode: str = "zeros",
     channels_last: bool = False,
 ) -> Tensor:
-    """Return what the op conv2d does, of one image as well and in any padding mode.
+    """Apply the op conv2d to a batch or a single image, in any padding mode.
 
-    A graph of torch.fx holds this as one call, as it cannot look at the shape of `x`.
+    torch.fx traces this as one call, since a symbolic trace cannot branch on the shape of `x`.
 
     Args:
         x: the input, batched or not.
         values, crow, col, bias, weight_shape, stride, padding, dilation, groups: those of the op.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
-        channels_last: whether the result is to be in that memory format.
+        channels_last: whether the result shall have that memory format.
 
     Shape:
         - x: `[N, C_in, H, W]` or `[C_in, H, W]`
@@ -216,7 +216,7 @@ def resolve_padding(
     stride: Sequence[int],
     dilation: Sequence[int],
 ) -> list[int]:
-    """Return any form of padding as `[top, bottom, left, right]`.
+    """Convert any form of padding to `[top, bottom, left, right]`.
 
     Raises:
         ShapeError: a sequence of neither two nor four numbers.

@@ -1,4 +1,4 @@
-"""Layouts: what a mask must look like, so that kernels find structure in its indices.
+"""Layouts: structure that a mask keeps, so that kernels find it in the indices.
 
 Storage never changes: a layer holds its nonzeros in row-major order whatever its layout, so
 checkpoints, optimizers and conversions know nothing of layouts.
@@ -29,7 +29,7 @@ LAYOUTS = tuple(_DEFAULTS)
 
 @dataclass(frozen=True)
 class Layout:
-    """Name the structure that a layer's mask keeps.
+    """The structure that a layer's mask keeps.
 
     A tile is `tile[0]` consecutive output channels times `tile[1]` consecutive input channels of a
     group at one kernel tap; the last tile along either axis may be smaller.
@@ -37,9 +37,9 @@ class Layout:
     - "csr": any mask.
     - "bcsr": every tile of `block` x `block` is all nonzero or all zero.
     - "fanin": every tile of `group` x `block` is all nonzero or all zero, and all groups of rows
-      have the same number of tiles, but for those that have none.
-    - "nm": of every `m` consecutive input channels, in a row and at a tap, `n` are nonzero; of
-      fewer at the end as many of them as there are, at most `n`.
+      have the same number of tiles, except those that have none.
+    - "nm": of every `m` consecutive input channels, in a row and at a tap, `n` are nonzero; in a
+      shorter run at the end `n` again, or all of them if there are fewer.
 
     Args:
         name: "csr", "bcsr", "fanin" or "nm".
@@ -50,7 +50,7 @@ class Layout:
 
     Raises:
         UnsupportedError: `name` is not known.
-        ValueError: a number is out of range, or is not one of this layout's.
+        ValueError: a number is out of range, or this layout does not take it.
 
     Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity (arXiv 2305.02299), for
         "fanin"; Mishra et al., Accelerating Sparse Deep Neural Networks (arXiv 2104.08378), for
@@ -88,15 +88,15 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str | Layout) -> Layout:
-        """Return the layout that a text names; a layout is returned as it is.
+        """Parse a layout; one that is a `Layout` already is returned unchanged.
 
         Args:
             text: a name, or one with numbers: "bcsr:32" (block), "fanin:32" (group),
                 "fanin:32x16" (group x block), "nm:1:4" (n:m).
 
         Raises:
-            UnsupportedError: the name is not known, or `text` is no text.
-            ValueError: the numbers are none, too many, or out of range.
+            UnsupportedError: the name is not known, or `text` is not a string.
+            ValueError: the numbers are not whole, too many, or out of range.
 
         Example:
             >>> Layout.parse("fanin:32x16")
@@ -123,14 +123,14 @@ class Layout:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Output and input channels that come and go together; one weight for "csr" and "nm"."""
+        """Output and input channels of a tile; a single weight for "csr" and "nm"."""
         if self.name == "bcsr":
             assert self.block is not None
             return self.block, self.block
         return self.group or 1, self.block or 1
 
     def tiling(self, shape: Sequence[int]) -> Tiling:
-        """Cut a weight of this shape into tiles, none of them larger than the weight."""
+        """Cut a weight of this shape into tiles no larger than the weight."""
         rows, channels = (min(n, max(whole, 1)) for n, whole in zip(self.tile, shape, strict=False))
         return Tiling(torch.Size(shape), rows, channels)
 
@@ -140,7 +140,7 @@ class Layout:
         return Tiling(torch.Size(shape), 1, self.m)
 
     def fits(self, mask: Tensor) -> bool:
-        """Say whether a mask has this structure.
+        """Return whether a mask has this structure.
 
         Args:
             mask: bool tensor of the weight's shape.
@@ -155,14 +155,14 @@ class Layout:
         return self.problem(mask) is None
 
     def check(self, mask: Tensor, name: str = "mask") -> None:
-        """Raise unless a mask has this structure.
+        """Check that a mask has this structure.
 
         Args:
             mask: bool tensor of the weight's shape.
-            name: what the text calls the mask.
+            name: of the mask, for the message.
 
         Raises:
-            UnsupportedError: it does not; the text says where, and what the layout asks for.
+            UnsupportedError: it does not; the message says where, and what the layout requires.
             TopologyError: `mask` is not bool, or its shape cannot be a weight's.
 
         Example:
@@ -173,7 +173,7 @@ class Layout:
             raise UnsupportedError(f"{name}: {problem}; layout 'csr' takes any mask")
 
     def problem(self, mask: Tensor) -> str | None:
-        """Return the first place where a mask lacks this structure, in words; None if it has it."""
+        """Describe the first place where a mask breaks this structure; None if it nowhere does."""
         if mask.dtype != torch.bool or mask.ndim < 2:
             raise TopologyError(
                 f"mask: expected a torch.bool tensor of two or more dimensions, got {mask.dtype} "
@@ -226,10 +226,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Cut a weight into tiles of `rows` output and `channels` input channels at one tap.
+    """A weight cut into tiles of `rows` output and `channels` input channels at one kernel tap.
 
-    The tiles are seen as a weight of one number a tile, `[rows, channels, *kernel]`, in row-major
-    order; ragged tiles at the ends are tiles like the others.
+    Numbers per tile (sums, scores, masks) form a tensor of the shape `grid`, a smaller weight
+    `[row tiles, channel tiles, *kernel]`. Ragged tiles at the ends count like the others.
 
     Args:
         shape: of the weight, output channels first.
@@ -263,14 +263,14 @@ class Tiling:
         return math.prod(self.shape[2:])
 
     def areas(self, device: torch.device | str | None = None) -> Tensor:
-        """Return how many weights each tile has, int64 of the shape `grid`."""
+        """Count the weights of each tile: int64 of the shape `grid`."""
         high = _parts(self.shape[0], self.rows, device)
         wide = _parts(self.shape[1], self.channels, device)
         area = (high[:, None] * wide).view(*self.grid[:2], *[1] * (len(self.shape) - 2))
         return area.expand(self.grid).contiguous()
 
     def pool(self, dense: Tensor) -> Tensor:
-        """Return the sum over each tile, detached.
+        """Sum a weight over each tile, without autograd.
 
         Shape:
             `[rows, channels, *kernel]`, or its matrix `[rows, columns]`, -> `grid`
@@ -302,7 +302,7 @@ class Tiling:
         whole[first : first + part.shape[0], start : start + part.shape[1]] += part
 
     def expand(self, tiles: Tensor) -> Tensor:
-        """Return the weight in which every entry has the number of its tile.
+        """Copy the number of each tile to all weights of the tile.
 
         Shape:
             `grid` -> the weight's
@@ -312,7 +312,7 @@ class Tiling:
         return wide.repeat_interleave(self.rows, 0)[:out].contiguous()
 
     def tile_of(self, positions: Tensor) -> Tensor:
-        """Return the tile of each position of the flat weight, int64."""
+        """Map positions of the flat weight to flat positions in `grid`, int64."""
         taps = max(self.taps, 1)
         row = positions // max(math.prod(self.shape[1:]), 1)
         channel = positions // taps % max(self.shape[1], 1)
@@ -321,7 +321,7 @@ class Tiling:
         return tile + positions % taps
 
     def place(self, tile: int) -> str:
-        """Return in words where a tile lies."""
+        """Describe where a tile lies, by rows, channels and tap."""
         row, channel, *tap = (int(i) for i in torch.unravel_index(torch.tensor(tile), self.grid))
         spans = (
             _span("row", row * self.rows, self.rows, self.shape[0]),
@@ -332,12 +332,15 @@ class Tiling:
 
 
 def check_layouts(layers: Iterable[tuple[str, Layout]], known: Sequence[str], who: str) -> None:
-    """Raise UnsupportedError, naming the layer, unless every layer has a layout of those known.
+    """Check that every layer has one of the supported layouts.
 
     Args:
         layers: names and layouts.
-        known: names of layouts.
-        who: what does not go with the others, in words.
+        known: names of the supported layouts.
+        who: what supports only these, for the message.
+
+    Raises:
+        UnsupportedError: a layer has another layout; the message names the layer.
     """
     for name, layout in layers:
         if layout.name not in known:

@@ -1,4 +1,4 @@
-"""Keep freed activation memory mapped, so that a training step does not pay for page faults."""
+"""Process-wide settings of the allocator, so that a training step does not pay for page faults."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def keep_memory_warm() -> bool:
     torch's CPU allocator passes each large activation to malloc, which maps fresh pages and unmaps
     them again every step; zeroing them costs up to a third of a sparse training step. This raises
     glibc's thresholds for mapping and trimming and lets the heap grow by 1 GiB at a time. The
-    process then holds its peak memory until it ends. It changes sparse and dense code alike, so a
-    comparison must have it on, or off, for both. Calling it again does nothing.
+    process then keeps its peak memory until it ends. Sparse and dense code both gain from it, so a
+    comparison must have it on, or off, for both. A second call does nothing.
 
     Returns:
         True if the settings are active, False where the C library does not have them (anything
@@ -49,10 +49,10 @@ def keep_memory_warm() -> bool:
 
 
 def trim() -> None:
-    """Return freed memory to the system, `keep_memory_warm` or not; without glibc do nothing.
+    """Return freed memory to the system, also after `keep_memory_warm`; a no-op without glibc.
 
-    Networks that take turns in one process leave holes between each other's tensors; this gives
-    the pages of the holes back.
+    Networks that take turns in one process leave holes between each other's tensors; this returns
+    the pages of the holes.
 
     Source: malloc_trim(3).
 

@@ -1,4 +1,4 @@
-"""Run a network in training or evaluation mode without leaving a trace."""
+"""A network in training or evaluation mode for the length of a `with` block."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every module in one mode, and each back as it was.
+    """Switch every module to one mode, and restore each module's own at the end.
 
     Args:
         model: any network; its modules may be in different modes.
-        training: whether that is training mode or evaluation mode.
+        training: True for training mode, False for evaluation mode.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())

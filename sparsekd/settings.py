@@ -1,8 +1,8 @@
-"""The environment variables of sparsekd: one table, and one place that refuses a wrong value.
+"""The environment variables of sparsekd: one table, and one place that refuses wrong values.
 
-A value that nothing understands must not run as if it were not there: a misspelt instruction set
-would train at a quarter of the speed. So all of them are checked when sparsekd is imported, and
-again where each is used and by `ops.info`.
+A wrong value must not be ignored: with a misspelt instruction set, training would silently run at a
+quarter of the speed. All variables are checked when sparsekd is imported, and again by `ops.info`
+and wherever one is read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Setting(NamedTuple):
     """An environment variable.
 
     Args:
-        choices: the values that it takes.
-        folder: whether it takes the path of a folder as well.
+        choices: valid values.
+        folder: whether the path of a folder is valid too.
     """
 
     choices: tuple[str, ...]
@@ -32,7 +32,7 @@ class Setting(NamedTuple):
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words."""
+        """Description of the valid values."""
         words = [*self.choices, *(["the path of a folder"] if self.folder else [])]
         return " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
 
@@ -51,13 +51,13 @@ _SWITCHES = frozenset(("on", "off", "yes", "no", "true", "false", "none", "auto"
 
 
 def get(name: str) -> str | None:
-    """Return the value of a variable, None where it is not set or empty.
+    """Return the value of a variable, or None if it is unset or empty.
 
     Args:
         name: of the variable, one of `TABLE`.
 
     Raises:
-        SettingError: it has a value that the variable does not take.
+        SettingError: the value is not valid.
 
     Example:
         >>> get("SPARSEKD_TUNE") in (None, "on", "off")
@@ -73,17 +73,17 @@ def get(name: str) -> str | None:
 
 
 def _may_be_folder(value: str) -> bool:
-    """Tell a path, of a folder or of nothing yet, from a misspelt switch."""
+    """Distinguish a path, of a folder or of nothing yet, from a misspelt switch."""
     path = Path(value)
     return value.lower() not in _SWITCHES and (path.is_dir() or not path.exists())
 
 
 def check() -> None:
-    """Refuse a wrong value of any variable.
+    """Check the values of all variables.
 
     Raises:
-        SettingError: a variable has a value that it does not take; the text names both and the
-            values that it takes.
+        SettingError: a value is not valid; the message names the variable, the value and the valid
+            ones.
 
     Example:
         >>> check()
@@ -93,7 +93,7 @@ def check() -> None:
 
 
 def warn_of_unknown(names: Iterable[str]) -> None:
-    """Warn of names that start like a variable of sparsekd and are none.
+    """Warn about names that start like a variable of sparsekd but are none.
 
     Args:
         names: of environment variables.

@@ -28,7 +28,7 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted", "expanded", "unb
 
 @dataclass(frozen=True)
 class LayerCase:
-    """Hold one random layer with its input: convolution or, with `kernel_size` None, linear.
+    """A random layer and its input: a convolution or, with `kernel_size` None, a linear layer.
 
     Its mask consists of tiles of `tile[0]` output times `tile[1]` input channels.
 
@@ -78,7 +78,7 @@ class LayerCase:
 
     @property
     def summands(self) -> int:
-        """How many products the longest sum of forward or backward adds up, at most."""
+        """Upper bound on the number of products in any sum of forward or backward."""
         kernel = math.prod(self.kernel_size or (1,))
         positions = math.prod(self.batch) * math.prod(self.map_size) * 16
         return max(self.in_features, self.out_features) * kernel + positions
@@ -105,13 +105,13 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
 
 
 def random_layer(seed: int) -> LayerCase:
-    """Draw a layer from the whole supported set.
+    """Draw a layer from the whole supported range.
 
     Rectangular kernels, stride, every kind of padding, dilation, groups, depthwise, bias, both
     dtypes, every memory layout, batch 0, no nonzeros, empty rows, full density.
 
     Args:
-        seed: which one.
+        seed: of the draw.
 
     Example:
         >>> random_layer(3) == random_layer(3)
@@ -207,7 +207,7 @@ def dense_conv2d(
 
 
 def dense_results(case: LayerCase, grad: Tensor | None = None) -> dict[str, Tensor]:
-    """Return output and gradients of the case by dense torch in float64."""
+    """Compute output and gradients of a case by dense torch in float64."""
     topology, values, x, bias = case.tensors()
     mask = topology.mask()
     weight = torch.zeros(mask.shape, dtype=torch.float64)
@@ -228,7 +228,7 @@ def dense_results(case: LayerCase, grad: Tensor | None = None) -> dict[str, Tens
 def sparse_results(
     case: LayerCase, grad: Tensor | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Return output and gradients of the case by sparsekd, on the backend in force."""
+    """Compute output and gradients of a case by sparsekd, on the current backend."""
     topology, values, x, bias = case.tensors(device)
     leaves = {"x": x.detach().requires_grad_(), "values": values.requires_grad_()}
     if bias is not None:
@@ -253,7 +253,7 @@ def _with_gradients(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference relative to the largest expected entry; inf if not finite."""
+    """Compute the largest error relative to the largest expected entry; inf if not finite."""
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
     if expected.numel() == 0:
@@ -301,7 +301,7 @@ def assert_layer_matches_dense(
 
 
 class SparseModule(Protocol):
-    """What `assert_matches_dense` needs of a module."""
+    """The part of a sparse module that `assert_matches_dense` uses."""
 
     values: Tensor
     bias: Tensor | None
@@ -355,7 +355,7 @@ def available_backends() -> list[str]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill memory that torch allocates uninitialised with NaN, so that what is not written shows.
+    """Fill uninitialised tensors with NaN, so that entries a kernel does not write show up.
 
     Example:
         >>> with poisoned_memory():

@@ -1,4 +1,4 @@
-"""Who gets how many nonzeros, and where: distributions, rounding, masks, pruning at init."""
+"""Where the nonzeros go: distributions over layers, rounding, masks, pruning at initialisation."""
 
 from __future__ import annotations
 

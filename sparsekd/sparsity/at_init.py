@@ -1,7 +1,7 @@
-"""Masks found before training, from what a dense network does to one batch: SNIP, GraSP, SynFlow.
+"""Pruning at initialisation: masks by SNIP, GraSP and SynFlow, from one batch and a dense network.
 
-All leave the network as it was: weights, gradients, BatchNorm statistics, training flags. Hand the
-masks to `sparsify(model, masks=...)`.
+None of them changes the network: weights, gradients, BatchNorm statistics and training flags stay.
+Pass the masks to `sparsify(model, masks=...)`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def snip(
         batch: inputs and targets, a few images per class.
         sparsity: fraction of the weights of all chosen layers to remove.
         loss: of outputs and targets.
-        distribution: "global" compares the weights of all layers, as the paper does; "uniform",
-            "er" or "erk" fixes each layer's number, as the baseline of the RigL paper does.
+        distribution: "global" ranks the weights of all layers together, as the paper does;
+            "uniform", "er" or "erk" fixes the number per layer, as the SNIP baseline of the RigL
+            paper does.
         skip: layers that stay dense, as in `sparsify`.
 
     Returns:
@@ -79,18 +80,18 @@ def grasp(
     distribution: str = "global",
     skip: str | Iterable[str] = (),
 ) -> Masks:
-    """Keep the weights that gradient flow rests on: remove the largest -w (H g).
+    """Keep the weights that preserve gradient flow: remove those with the largest -w (H g).
 
-    H g is the product of the loss's Hessian with its gradient, both over the weights of the chosen
-    layers.
+    H g is the Hessian of the loss times its gradient, both with respect to the weights of the
+    chosen layers.
 
     Args:
         model: a dense network, only read; it runs in training mode.
         batch: inputs and targets, about ten images per class.
         sparsity: fraction of the weights of all chosen layers to remove.
-        temperature: what the outputs are divided by before the loss.
+        temperature: divisor of the outputs before the loss.
         loss: of outputs and targets.
-        distribution: "global" as in the paper, or "uniform", "er", "erk" for fixed layer numbers.
+        distribution: "global" as in the paper, or "uniform", "er", "erk" to fix each layer's nnz.
         skip: layers that stay dense, as in `sparsify`.
 
     Returns:
@@ -130,7 +131,7 @@ def synflow(
     The score is w dR/dw, R being the sum of the outputs for an input of ones. After round k of
     `rounds` exactly `round(density^(k / rounds) * N)` weights are left, so no layer is cut off
     while another has weights to spare. Everything runs in float64 and evaluation mode, with
-    BatchNorm as the identity. Data and targets are not looked at.
+    BatchNorm as the identity. Neither data nor targets are used.
 
     Args:
         model: a dense network, only read.
@@ -171,7 +172,7 @@ def synflow(
 
 
 def synaptic_flow(model: nn.Module, x: Tensor, masks: Mapping[str, Tensor]) -> _Scores:
-    """Return w dR/dw of every masked layer, as `synflow` scores it.
+    """Compute w dR/dw, the score of `synflow`, for every masked layer.
 
     In a network of bias-free layers and ReLUs the scores of each layer add up to R.
 
@@ -182,6 +183,9 @@ def synaptic_flow(model: nn.Module, x: Tensor, masks: Mapping[str, Tensor]) -> _
 
     Returns:
         Layer name -> float64 scores, none negative.
+
+    Raises:
+        ValueError: the flow is not finite.
 
     Source: as `synflow`, section 4.
 

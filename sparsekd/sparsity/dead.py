@@ -13,12 +13,12 @@ _NAMED = 8
 def warn_of_dead(
     alive: Mapping[str, Tensor], known: set[str] | None = None, *, stacklevel: int = 1
 ) -> None:
-    """Warn of layers without a weight, and of those with output channels without one.
+    """Warn about layers that have no weight left, and about output channels that have none.
 
     Args:
-        alive: by the name of a layer, which rows of its weight have a nonzero; bool `[rows]`.
-        known: what an earlier call has warned of, not to be said again; this call adds to it.
-        stacklevel: as of `warnings.warn`, seen from the caller.
+        alive: layer name -> bool `[rows]`, True for rows of the weight that have a nonzero.
+        known: what earlier calls warned about, which is not repeated; this call adds to it.
+        stacklevel: as in `warnings.warn`, counted from the caller.
 
     Example:
         >>> import torch
@@ -50,10 +50,13 @@ def warn_of_dead(
 
 
 def living_rows(mask: Tensor) -> Tensor:
-    """Return which rows of a mask have a nonzero, bool `[rows]`.
+    """Mark the rows of a mask that have a nonzero.
 
     Args:
         mask: bool, of the weight's shape.
+
+    Returns:
+        Bool `[rows]`.
 
     Example:
         >>> import torch

@@ -17,7 +17,7 @@ DISTRIBUTIONS = ("uniform", "er", "erk")
 
 
 class ErdosRenyi(NamedTuple):
-    """The solution of an Erdős-Rényi allocation: density is `epsilon * raw`, 1 in `dense`."""
+    """An Erdős-Rényi allocation: a layer has density `epsilon * raw`, or 1 if it is in `dense`."""
 
     epsilon: float
     dense: frozenset[str]
@@ -33,11 +33,11 @@ def _raw_density(shape: Sequence[int], kernel: bool) -> float:
 def erdos_renyi(
     shapes: Mapping[str, Sequence[int]], sparsity: float, *, kernel: bool = True
 ) -> ErdosRenyi:
-    """Scale layer densities by their sizes, so that small layers stay denser than large ones.
+    """Set densities by layer size, so that small layers stay denser than large ones.
 
     A layer's density is proportional to the sum of its sizes over their product, counting the
     kernel's height and width with `kernel=True` (ERK) and only the channels without (ER). Layers
-    whose density would exceed 1 become dense, and the others pay for them.
+    whose density would exceed 1 become dense, and the others share the weights that are left.
 
     Args:
         shapes: weight shape per layer, output channels first.
@@ -78,7 +78,7 @@ def erdos_renyi(
 def layer_densities(
     shapes: Mapping[str, Sequence[int]], sparsity: float, distribution: str
 ) -> dict[str, float]:
-    """Return the density of every layer, before any rounding; arguments as of `allocate`."""
+    """Return the density of every layer before rounding; arguments and errors as in `allocate`."""
     if distribution == "uniform":
         return dict.fromkeys(shapes, 1.0 - check_sparsity(sparsity))
     if distribution in ("er", "erk"):
@@ -91,7 +91,7 @@ def layer_densities(
 def allocate(
     shapes: Mapping[str, Sequence[int]], sparsity: float, distribution: str = "erk"
 ) -> dict[str, int]:
-    """Give every layer its number of nonzeros.
+    """Compute the number of nonzeros of each layer.
 
     "uniform" gives all layers the same density; leave a layer out of `shapes` to keep it dense,
     as RigL's uniform setting does with the first one. "er" and "erk" follow `erdos_renyi`.

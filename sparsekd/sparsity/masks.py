@@ -13,10 +13,10 @@ from sparsekd.errors import ShapeError
 
 
 def generator_for(seed: int, name: str = "") -> torch.Generator:
-    """Return a CPU generator that depends on `seed` and `name` and on nothing else.
+    """Return a CPU generator that depends on `seed` and `name` alone.
 
-    Layers drawn from one seed get different numbers, the same in every process: the name enters
-    through a stable hash, and neither torch's global generator nor Python's `hash` is involved.
+    Layers that share a seed draw different numbers, the same ones in every process: the name
+    enters through a stable hash, not Python's `hash`, and torch's global generator is not used.
 
     Example:
         >>> a, b = generator_for(0, "conv1"), generator_for(0, "conv1")
@@ -29,7 +29,7 @@ def generator_for(seed: int, name: str = "") -> torch.Generator:
 
 
 def topk_indices(score: Tensor, k: int) -> Tensor:
-    """Return where the `k` largest scores are, in ascending order of position.
+    """Find the positions of the `k` largest scores, in ascending order.
 
     Equal scores go to the lower flat position, so the result does not depend on the machine.
 
@@ -67,7 +67,7 @@ def _mask_at(indices: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def topk_mask(score: Tensor, nnz: int) -> Tensor:
-    """Keep the `nnz` entries of largest score, the earlier one where scores are equal.
+    """Keep the `nnz` largest scores; among equal scores the earlier one.
 
     Args:
         score: any shape.
@@ -115,7 +115,7 @@ def random_mask(
 
 
 def magnitude_mask(weight: Tensor, nnz: int) -> Tensor:
-    """Keep the `nnz` entries of largest magnitude, the earlier one where magnitudes are equal.
+    """Keep the `nnz` entries of largest magnitude; among equal ones the earlier.
 
     Args:
         weight: any shape.
@@ -159,7 +159,17 @@ def random_masks(
 
 
 def magnitude_masks(weights: Mapping[str, Tensor], nnz: Mapping[str, int]) -> dict[str, Tensor]:
-    """Keep the largest entries of each layer, as many as `nnz` says.
+    """Keep the entries of largest magnitude of each layer.
+
+    Args:
+        weights: weight per layer.
+        nnz: number of ones per layer.
+
+    Returns:
+        Bool mask per layer.
+
+    Raises:
+        ValueError: as `magnitude_mask`.
 
     Example:
         >>> magnitude_masks({"fc": torch.tensor([[1.0, 2.0]])}, {"fc": 1})

@@ -1,4 +1,4 @@
-"""The one rule by which real densities become whole numbers of weights.
+"""Rounding of real densities to whole numbers of weights.
 
 Every count of nonzeros in the package comes from here, so a model's total is exactly
 `round((1 - sparsity) * N)` and never drifts by a weight per layer.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def check_sparsity(sparsity: float) -> float:
-    """Return `sparsity` as a float, or raise if it is no fraction.
+    """Check that `sparsity` is a fraction, and return it as a float.
 
     Raises:
         ValueError: if `sparsity` is outside [0, 1] or NaN.
@@ -26,7 +26,7 @@ def check_sparsity(sparsity: float) -> float:
 
 
 def target_nnz(numel: int, sparsity: float) -> int:
-    """Count the weights that stay when `numel` weights are made `sparsity` sparse.
+    """Count the nonzeros of `numel` weights at a given sparsity.
 
     Args:
         numel: number of weights, zeros included.
@@ -57,15 +57,15 @@ def apportion(
     Each entry starts at the floor of its quota; the units still missing go one each to the
     entries with the largest fractional part that have room, the earlier entry first on a tie.
 
-    With `sizes` a unit of a layer stands for so many weights, and no total may be exact: units
-    are added, or taken away, as long as that brings the sum nearer. It then misses the total by at
-    most half of the smallest unit that could still be moved.
+    With `sizes` a unit of a layer counts several weights, and the total may be out of reach: units
+    are then added or removed as long as that brings the sum closer. It ends up off by at most half
+    of the smallest unit that could still be moved.
 
     Args:
         quotas: real number of units wanted per layer.
         capacities: number of units each layer has.
         total: the sum of the result, in weights.
-        sizes: weights of a unit, by layer; None for 1.
+        sizes: weights per unit, for each layer; None for 1.
         least: units of an entry whose quota is not 0, as far as its capacity goes.
 
     Returns:
@@ -103,11 +103,11 @@ def apportion(
 
 
 def nearest_prefix(areas: Tensor, total: int) -> int:
-    """Return how many entries from the front add up nearest to `total`; fewer on a tie.
+    """Count the entries from the front whose sum is closest to `total`; fewer on a tie.
 
     Args:
         areas: positive integers.
-        total: what they shall add up to.
+        total: the sum wanted.
 
     Shape:
         areas [n]

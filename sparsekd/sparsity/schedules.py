@@ -8,14 +8,14 @@ from typing import Protocol
 
 
 class Schedule(Protocol):
-    """Map a training step to a number."""
+    """A number as a function of the training step."""
 
     def __call__(self, step: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class Constant:
-    """Return the same value at every step.
+    """The same value at every step.
 
     Example:
         >>> Constant(0.3)(1000)
@@ -30,7 +30,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Fall from `initial` at step 0 to `final` at step `until` along half a cosine, then stay.
+    """Half a cosine from `initial` at step 0 down to `final` at step `until` and after.
+
+    Raises:
+        ValueError: `until` is not positive.
 
     Source: Evci et al., Rigging the Lottery, section 3 (2).
 
@@ -56,7 +59,17 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Move from `initial` to `final` between two steps, fast first; power 3 is the cubic of GMP.
+    """A polynomial from `initial` to `final`, steep at first; power 3 is the cubic schedule of GMP.
+
+    Args:
+        initial: value up to step `begin`.
+        final: value from step `end` on.
+        begin: last step at `initial`.
+        end: first step at `final`.
+        power: of the polynomial.
+
+    Raises:
+        ValueError: not `0 <= begin < end`.
 
     Source: Zhu & Gupta, To prune, or not to prune, section 3.
 

@@ -17,7 +17,7 @@ _OTHERS = 4  # parameters of other modules that an error names
 
 
 class Survey(NamedTuple):
-    """What `sparsify` would find in a model.
+    """The layers of a model as `sparsify` sees them.
 
     `convertible` maps the name of each layer it understands to the layer; `left_alone` maps the
     name of each layer of such a class it does not understand to the reason; `aliases` maps each of
@@ -73,7 +73,7 @@ def survey(model: nn.Module) -> Survey:
 
 
 def conv1d_class() -> Any:
-    """Return the class Conv1D of transformers, None where nothing has imported it.
+    """Return the Conv1D class of transformers, or None if nothing has imported it.
 
     Example:
         >>> isinstance(nn.Linear(2, 2), conv1d_class() or ())
@@ -83,7 +83,7 @@ def conv1d_class() -> Any:
 
 
 def outputs_first(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """Turn a dense layer's weight, or a mask of it, so that its rows are the outputs; or back.
+    """Transpose a dense layer's weight or mask so that its rows are the outputs, or back.
 
     Args:
         layer: of a class that can be sparse.
@@ -155,12 +155,12 @@ def layers_to_prune(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[st
 
 
 def skipped_layers(found: Survey, skip: str | Iterable[str]) -> set[str]:
-    """Return the layers that match a pattern by a name of theirs or of a module around them.
+    """Find the layers whose name, or that of a module around them, matches a pattern.
 
     Args:
-        found: what `survey` said of the model.
-        skip: names or fnmatch patterns, of layers or of modules around them. They may also be of
-            parameters that `sparsify` does not convert, or of their modules.
+        found: result of `survey`.
+        skip: names or fnmatch patterns, of layers or of modules around them. They may also name
+            parameters that `sparsify` does not convert, or the modules of such parameters.
 
     Raises:
         ValueError: a pattern matches neither a layer nor such a parameter.
@@ -182,10 +182,10 @@ def skipped_layers(found: Survey, skip: str | Iterable[str]) -> set[str]:
 
 
 def dense_parameters(found: Survey, skip: str | Iterable[str]) -> Iterator[tuple[str, str, float]]:
-    """Yield what no layer holds that `sparsify` understands: name, reason, share of the model.
+    """Yield the parameters of modules that `sparsify` does not know: name, reason, share of all.
 
     Args:
-        found: what `survey` said of the model.
+        found: result of `survey`.
         skip: as in `skipped_layers`; what matches is left out.
 
     Example:
@@ -201,7 +201,7 @@ def dense_parameters(found: Survey, skip: str | Iterable[str]) -> Iterator[tuple
 
 
 def _names(found: Survey, layer: str) -> list[str]:
-    """Return the names that a pattern may give a layer: those of a weight it only shares too."""
+    """Return the names that a pattern may match for a layer, those of a shared weight included."""
     weights = found.weights.get(layer, []) if layer in found.left_alone else []
     return found.aliases[layer] + [name for part in weights for name in part.names]
 

@@ -19,11 +19,14 @@ from sparsekd.sparsity.rounding import apportion, check_sparsity, nearest_prefix
 
 
 def check_fixed_density(layout: Layout, sparsity: float) -> None:
-    """Raise ValueError where "nm", whose density is n/m in every layer, is asked for another.
+    """Check a sparsity against layout "nm", which fixes the density of every layer at n/m.
 
     Args:
         layout: any; others than "nm" pass.
         sparsity: fraction of zeros over all layers.
+
+    Raises:
+        ValueError: `sparsity` is not 1 - n/m.
     """
     if layout.n is None or layout.m is None:
         return
@@ -41,24 +44,24 @@ def tile_counts(
     distribution: str,
     layout: Layout,
 ) -> dict[str, int]:
-    """Give every layer its number of tiles.
+    """Compute the number of tiles of each layer.
 
     Densities are those of `allocate`. The unit of a layer is a tile, for "fanin" a tile in each
-    group of rows; it counts as the mean of the layer's, where some are ragged. Units are rounded by
-    `apportion`, so that all layers together miss `round((1 - sparsity) * N)` weights by half of the
-    smallest unit at most; a layer that shall have any has at least one.
+    group of rows; where some tiles are ragged, each counts as the layer's mean tile. Units are
+    rounded by `apportion`, so the total over all layers is within half of the smallest unit of
+    `round((1 - sparsity) * N)` weights. A layer whose density is not 0 gets at least one unit.
 
     Args:
         shapes: weight shape per layer, output channels first.
         sparsity: fraction of zeros over all layers together.
         distribution: "uniform", "er" or "erk".
-        layout: "nm" fixes the density, the same in every layer whatever the distribution.
+        layout: of the masks; "nm" fixes the same density in every layer, whatever the distribution.
 
     Returns:
-        Number of tiles per layer; of "csr" and "nm" a tile is a weight.
+        Number of tiles per layer; for "csr" and "nm" a tile is a weight.
 
     Raises:
-        ValueError: if `sparsity` is outside [0, 1], or another than that of "nm".
+        ValueError: if `sparsity` is outside [0, 1], or not that of "nm".
         UnsupportedError: if `distribution` is not known.
 
     Example:
@@ -84,21 +87,23 @@ def tile_counts(
 
 
 def best_tiles(score: Tensor, layout: Layout, count: int) -> Tensor:
-    """Choose the tiles of largest score that make a mask of the layout.
+    """Select the tiles of largest score that form a valid mask of the layout.
 
-    Of equal scores the lower position is kept.
+    "fanin" and "nm" select the same number of tiles in each cell, a group of rows or a run of
+    channels: scores are viewed as `[out, cells, tiles of a cell, taps]`, padded with -inf to whole
+    cells, and sorted within each cell. Among equal scores the lower position is kept.
 
     Args:
-        score: one number a tile, as `Layout.tiling` cuts the weight; without NaN.
+        score: one number per tile, as `Layout.tiling` cuts the weight; without NaN.
         layout: "bcsr" keeps the `count` best, "fanin" the best of each group of rows, "nm" the
             best of each run.
-        count: number of tiles, for "fanin" a multiple of the groups of rows; "nm" has its own.
+        count: number of tiles, for "fanin" a multiple of the groups of rows; not read for "nm".
 
     Returns:
-        bool of the shape of `score`.
+        Bool tensor of the shape of `score`.
 
     Raises:
-        ValueError: if a score is NaN, or there are not so many tiles.
+        ValueError: if a score is NaN, or `count` exceeds the number of tiles.
 
     Example:
         >>> best_tiles(torch.tensor([[3.0, 1.0, 2.0], [9.0, 8.0, 7.0]]), Layout("fanin"), 2)
@@ -126,7 +131,7 @@ def best_tiles(score: Tensor, layout: Layout, count: int) -> Tensor:
 def random_tiles(
     shape: Sequence[int], layout: Layout, count: int, generator: torch.Generator
 ) -> Tensor:
-    """Draw a mask of the layout, each of its masks being equally likely.
+    """Draw a random mask of a layout; all its masks are equally likely.
 
     Args:
         shape: of the weight.
@@ -145,9 +150,9 @@ def random_tiles(
 
 
 def magnitude_tiles(weight: Tensor, layout: Layout, count: int) -> Tensor:
-    """Keep the tiles of largest mean magnitude that make a mask of the layout.
+    """Keep the tiles of largest mean magnitude that form a valid mask of the layout.
 
-    The mean, and not the sum, so that the smaller tiles at the ends compete with the others.
+    The mean rather than the sum, so that the smaller tiles at the ends can compete.
 
     Args:
         weight: of any device.
@@ -168,7 +173,7 @@ def magnitude_tiles(weight: Tensor, layout: Layout, count: int) -> Tensor:
 
 
 def tile_means(weight: Tensor, layout: Layout) -> Tensor:
-    """Return the mean magnitude of every tile, in float32 or better."""
+    """Compute the mean magnitude of every tile, in float32 or better."""
     magnitude = weight.detach().abs()
     if magnitude.dtype in (torch.float16, torch.bfloat16):
         magnitude = magnitude.float()
@@ -187,7 +192,7 @@ def layout_masks(
     seed: int = 0,
     weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Return masks of a layout: random ones, or of the largest tiles.
+    """Make one mask of a layout per layer, random or by magnitude.
 
     Args:
         shapes: weight shape per layer.
@@ -195,7 +200,7 @@ def layout_masks(
         distribution: "uniform", "er" or "erk".
         layout: of every mask.
         seed: each layer draws from its own generator of `seed` and its name.
-        weights: by layer; if given, their magnitudes choose.
+        weights: weight per layer; if given, the tiles of largest magnitude are kept.
 
     Returns:
         Bool mask per layer, with the tiles of `tile_counts`.
@@ -228,7 +233,7 @@ def global_layout_masks(
     Args:
         scores: score per weight and layer, not negative; all of one device. A tile whose score is
             negative is never kept.
-        nnz: number of weights over all layers; the sum comes as near as whole tiles allow.
+        nnz: number of weights over all layers; met as closely as whole tiles allow.
         layout: of the masks.
 
     Returns:
@@ -279,7 +284,7 @@ def _largest_overall(
 
 
 def _step(shape: Sequence[int], layout: Layout) -> int:
-    """Return how many tiles come or go together."""
+    """Return the number of tiles that are added or removed together."""
     return layout.tiling(shape).grid[0] if layout.name == "fanin" else 1
 
 

@@ -1,4 +1,4 @@
-"""Models that something else has wrapped: what must not be changed from outside of the wrapper."""
+"""Detection of wrapped models (DDP, FSDP, torch.compile), whose layers must not be replaced."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sparsekd.errors import UnsupportedError
 
 
 def refuse_wrappers(model: nn.Module, call: str) -> None:
-    """Raise UnsupportedError if a model is, or holds, a wrapper around what is to be replaced.
+    """Refuse a model that is, or contains, a wrapper around layers to be replaced.
 
-    A wrapper has looked at the parameters it was given (to reduce, shard, compile or average them)
-    and does not see that they are replaced.
+    A wrapper has already registered the parameters, to reduce, shard, compile or average them, and
+    does not notice when they are replaced.
 
     Args:
         model: any module.
-        call: what is being done, as "sparsify"; the text names it.
+        call: the function that refuses, as "sparsify"; the message names it.
 
     Raises:
-        UnsupportedError: there is one; the text says where and what to do.
+        UnsupportedError: there is a wrapper; the message says where, and what to do instead.
 
     Example:
         >>> refuse_wrappers(nn.Linear(2, 2), "sparsify")
@@ -61,7 +61,7 @@ def _wrappers() -> Iterator[tuple[Any, str, str]]:
 
 
 def imported(module: str, name: str) -> Any:
-    """Return a class of a module, None if nothing has imported that: no instance exists then.
+    """Return a class if its module has been imported, else None: then no instance exists.
 
     Args:
         module: its full name.
