@@ -16,7 +16,7 @@ def _coins(count: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Shift each image by a random crop of its zero-padded self and flip half of them.
+    """A random crop of each zero-padded image; half of the images are flipped.
 
     Args:
         padding: largest shift in pixels along each axis.
@@ -59,7 +59,7 @@ class CropFlip:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Resize a random box of each image to a fixed size and flip half of them.
+    """A random box of each image, resized to a fixed size; half of the images are flipped.
 
     Args:
         size: height and width of the result.
@@ -102,7 +102,7 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Cut the central square, what evaluation sees where training sees random boxes.
+    """The central square, which evaluation uses where training uses random boxes.
 
     Args:
         size: height and width of the result.

@@ -22,7 +22,7 @@ _OFFICIAL_SIZES = (50_000, 10_000)
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where one of the two data sets keeps what."""
+    """File names, folders, label format and pixel statistics of one data set."""
 
     name: str
     num_classes: int

@@ -1,4 +1,4 @@
-"""What every data set looks like: three splits of raw images and labels, read in batches."""
+"""The form of every data set: three splits of raw images and labels, read in batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Hold the raw images and labels of one split and how they are normalised and augmented.
+    """The raw images and labels of one split, with their normalisation and augmentation.
 
     Args:
         images: raw images ``[N, C, H, W]``, usually uint8.
@@ -76,9 +76,9 @@ class Split:
     ) -> Batches:
         """Iterate over the split once per `iter()`, in batches.
 
-        An epoch draws twice from `generator`, at its start: the order, and a seed from which each
-        batch is augmented on its own. So the generator's state at the start of an epoch and the
-        number of batches done resume that epoch exactly.
+        An epoch draws twice from `generator`, at its start: the order of the images, and a seed
+        from which each batch derives its own augmentation. So the generator's state at the start of
+        an epoch and the number of batches done are enough to resume the epoch exactly.
 
         Args:
             batch_size: images per batch, at least 1.
@@ -88,9 +88,9 @@ class Split:
             drop_last: leave out a last batch that is not full.
             channels_last: give the images in channels_last memory format.
             start: number of batches to skip, to resume an epoch.
-            rank: which share of every batch to read; `batch_size` is that of all shares.
-            ranks: how many shares there are. They are of equal size: a batch that does not divide
-                borrows images from the start of the epoch.
+            rank: the share of every batch to read; `batch_size` counts all shares.
+            ranks: number of shares. They have equal size: a batch that does not divide borrows
+                images from the start of the epoch.
 
         Shape:
             Yields x ``[B, C, H, W]`` float32, normalised, and y ``[B]`` int64 or the labels'
@@ -120,7 +120,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Batches:
-    """One way to read a split; made by `Split.batches`."""
+    """An iterable over the batches of a split, made by `Split.batches`."""
 
     split: Split
     batch_size: int
@@ -170,8 +170,8 @@ class Dataset:
         num_classes: number of labels, which are 0 ... num_classes - 1.
         input_shape: (channels, height, width) of a batch's images.
         train: images to train on.
-        val: images to choose by; empty where `val_fraction` is 0.
-        test: images to report on, never used for a choice.
+        val: images to tune on; empty if `val_fraction` is 0.
+        test: images to report on, never used to choose anything.
     """
 
     name: str
@@ -188,7 +188,7 @@ def carve(count: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     Args:
         count: number of images.
         val_fraction: share to hold out, rounded to whole images.
-        seed: chooses which.
+        seed: of the random choice.
 
     Returns:
         Ascending positions of the training images and of the validation images.
@@ -230,7 +230,7 @@ def build(
     val_fraction: float,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Dataset:
-    """Assemble a data set that lies in memory.
+    """Build a data set from images in memory.
 
     Args:
         name: of the data set.

@@ -1,4 +1,4 @@
-"""Checks shared by the readers of files; every failure names file, expectation and finding."""
+"""Checks shared by the readers of files; errors name the file, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsekd.errors import DataError
 
 
 def mismatch(path: Path | str, expected: object, found: object) -> DataError:
-    """Word the error for a file that is not what it should be.
+    """Build the error for a file with unexpected content.
 
     Args:
         path: the file.
@@ -29,7 +29,7 @@ def mismatch(path: Path | str, expected: object, found: object) -> DataError:
 
 
 def locate(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """Find the folder that holds files of these names.
+    """Find the folder that holds a set of files.
 
     Args:
         folders: candidates, best first.
@@ -65,7 +65,7 @@ def check_labels(path: Path, labels: torch.Tensor, num_classes: int) -> None:
         num_classes: number of classes.
 
     Raises:
-        DataError: a label out of range; the text gives its position and value.
+        DataError: a label is out of range; the message gives its position and value.
 
     Example:
         >>> check_labels(Path("a"), torch.tensor([0, 9]), 10)
@@ -79,9 +79,9 @@ def check_labels(path: Path, labels: torch.Tensor, num_classes: int) -> None:
 
 
 def check_sizes(train: Path, test: Path, found: tuple[int, int], official: tuple[int, int]) -> None:
-    """Refuse a set of which only one part has its official size: the other one is incomplete.
+    """Refuse a data set with one part of official size and one that is not: that one is incomplete.
 
-    A reduced copy, in which neither part has it, is accepted.
+    A reduced copy, in which neither part has its official size, is accepted.
 
     Args:
         train: a training file.

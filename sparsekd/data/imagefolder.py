@@ -20,7 +20,7 @@ _STD = torch.tensor([0.229, 0.224, 0.225]) * 255
 
 
 class FolderImages:
-    """Decode image files on demand, in threads.
+    """Image files that are decoded on demand, in threads.
 
     Args:
         paths: the files.
@@ -63,11 +63,11 @@ def load_imagefolder(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Dataset:
-    """Load ``root/train/<class>/...``, and ``root/test`` or ``root/val`` to test on.
+    """Load ``root/train/<class>/...``, with ``root/test`` or ``root/val`` as the test split.
 
     Without ``root/test``, ``root/val`` is the test split (as for ImageNet, whose test labels are
-    not public) and validation images are carved out of ``root/train``. With both, they are what
-    they are called, and `val_fraction` has no effect.
+    not public) and validation images are carved out of ``root/train``. With both folders, each is
+    the split of its name, and `val_fraction` has no effect.
 
     Args:
         root: the folder.

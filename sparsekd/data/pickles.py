@@ -1,8 +1,8 @@
 """Read pickled arrays without running anything a pickle asks for.
 
-A pickle is a program: it may call any function it names. This reader answers the few names that
-NumPy arrays are pickled under with inert stand-ins of its own, and refuses every other one. Not
-even NumPy's constructors run before the result has been checked.
+A pickle is a program: it may call any function it names. This reader replaces the few names that
+pickled NumPy arrays use with inert stand-ins, and refuses every other name. Not even NumPy's
+constructors run before the result has been checked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DTYPES = {code: np.dtype(f"<{code}") for code in ("u1", "i4", "i8")}
 
 
 class _Array:
-    """Collect what a pickle says about an array."""
+    """The description of an array in a pickle."""
 
     __slots__ = ("content", "dtype", "fortran", "shape")
     content: Any
@@ -33,7 +33,7 @@ class _Array:
 
 
 class _DType:
-    """Collect what a pickle says about a dtype."""
+    """The description of a dtype in a pickle."""
 
     __slots__ = ("byte_order", "code")
     byte_order: str
@@ -129,7 +129,8 @@ def read_pickle(path: Path) -> Any:
         The pickled value; a dict's values that are arrays become NumPy arrays.
 
     Raises:
-        DataError: unreadable, truncated, corrupt, or asking for anything but integer arrays.
+        DataError: unreadable, truncated, corrupt, or with more than plain values and integer
+            arrays.
 
     Example:
         >>> import tempfile

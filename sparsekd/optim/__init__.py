@@ -1,4 +1,4 @@
-"""Whatever follows a weight through changes of topology: optimizer state, averages, decay."""
+"""What follows a weight when the topology moves: optimizer state, averages, weight decay."""
 
 from __future__ import annotations
 

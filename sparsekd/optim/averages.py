@@ -19,22 +19,22 @@ class AveragedModel(swa_utils.AveragedModel):
     """torch's AveragedModel for models whose sparse layers may move their nonzeros.
 
     All arguments mean what they do in `torch.optim.swa_utils.AveragedModel`, whose code does the
-    averaging. Each update first brings the average to the model's topologies, whatever moved them.
-    At every stored position the average then equals that of a dense model with zeros elsewhere: a
-    position that the model drops keeps its average beside the layer, moving on towards 0, and gets
-    it back when the model grows it again; one that was never stored starts at 0. So `avg_fn` has to
-    work entry by entry and to map zeros to 0. Besides the model, averages of dropped positions are
-    stored until they are 0: at most those of a dense model.
+    averaging. Each update first rewires the average to the model's topologies, whatever moved them.
+    At every stored position the average then equals that of a dense model with zeros elsewhere: the
+    average of a dropped position is kept beside the layer, decays towards 0, and returns when the
+    model grows the position again; a position that was never stored starts at 0. So `avg_fn` must
+    work entry by entry and map zeros to 0. Averages of dropped positions are stored until they are
+    0, in the worst case as many as a dense model has.
 
-    Index buffers are never averaged, also with `use_buffers=True`.
+    Index buffers are never averaged, not even with `use_buffers=True`.
 
     Args:
-        model: is copied; dense layers are averaged as always.
-        device: where to keep the average.
+        model: is copied; dense layers are averaged as in torch.
+        device: of the average.
         avg_fn: (average, new, number averaged) -> average.
         multi_avg_fn: the same in place, on lists.
-        use_buffers: whether to average the buffers too, BatchNorm's for instance; if not, they are
-            the model's.
+        use_buffers: whether to average buffers too, those of BatchNorm for instance; if not, they
+            are copied from the model.
 
     Example:
         >>> import sparsekd as skd
@@ -65,10 +65,10 @@ class AveragedModel(swa_utils.AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Average in the model as it is now.
+        """Update the average with the model as it is now.
 
         Args:
-            model: of the architecture that the average was made of; its topologies may be others.
+            model: of the same architecture as the average; its topologies may differ.
 
         Raises:
             ShapeError: it does not have the same layers and parameters; nothing has changed then.
@@ -92,7 +92,7 @@ class AveragedModel(swa_utils.AveragedModel):
             in_step(layer)
 
     def _follow(self, model: nn.Module) -> None:
-        """Bring the average to the topologies of `model`."""
+        """Rewire the average to the topologies of `model`."""
         pairs = self._pairs(model)
         now = [(theirs.topology, mine.topology) for theirs, mine in pairs]
         if len(now) == len(self._seen) and all(
@@ -126,10 +126,10 @@ class AveragedModel(swa_utils.AveragedModel):
 
 
 class _Rest(nn.Module):
-    """The averages at positions of a layer that the model had stored and stores no more.
+    """Averages at the positions of a layer that the model has dropped.
 
     Shape:
-        - positions: int64 `[n]`, in the flat weight, each once
+        - positions: int64 `[n]`, distinct, in the flat weight
         - values: `[n]`
     """
 
@@ -144,11 +144,11 @@ class _Rest(nn.Module):
         self.register_buffer("values", values.new_empty(0))
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Discard all averages."""
         self.positions, self.values = self.positions[:0], self.values[:0]
 
     def exchange(self, layer: SparseModule, mask: Tensor) -> None:
-        """Rewire a layer to `mask`: take what it drops, give back what it grows again."""
+        """Rewire a layer: store the averages it drops, and return those it grows again."""
         before, kept = layer.topology.flat_indices(), layer.values.detach().clone()
         delta = layer.rewire(mask)
         positions = torch.cat([self.positions, before[delta.dropped]])
@@ -186,7 +186,7 @@ class _Rest(nn.Module):
 
 
 class _Bag(nn.Module):
-    """Some tensors, as torch's AveragedModel looks for them."""
+    """A module that holds given tensors, as the input of torch's AveragedModel."""
 
     def __init__(self, parameters: Iterable[Tensor] = (), buffers: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class _Bag(nn.Module):
 
 
 def _plain_buffers(model: nn.Module) -> list[Tensor]:
-    """Return the buffers of a model that are no indices."""
+    """Return the buffers of a model that are not indices of a sparse layer."""
     indices = {
         id(tensor) for _, m in sparse_modules(model) for tensor in (m.crow_indices, m.col_indices)
     }

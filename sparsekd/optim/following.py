@@ -1,4 +1,4 @@
-"""Optimizer state that follows changes of topology which no updater made."""
+"""Optimizer state that follows topology changes made outside of an updater."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from sparsekd.topology import Topology, TopologyDelta
 
 @contextmanager
 def follow(optimizer: Optimizer, model: nn.Module) -> Iterator[dict[str, TopologyDelta]]:
-    """Carry optimizer state along whatever happens to the model's topologies inside the `with`.
+    """Carry optimizer state through all topology changes of a model inside the `with` block.
 
     For loading a checkpoint while the optimizer goes on, for rewiring by hand, for copying masks
     from another model. Survivors keep their state and grown weights get that of a new parameter, as
-    with `remap_`. If the optimizer's own state comes from the same checkpoint, load it afterwards,
-    or load both without this: then it fits already.
+    with `remap_`. If the optimizer state comes from the same checkpoint, load it after the block,
+    or load both without `follow`: they fit already.
 
     Args:
-        optimizer: holds the values of the sparse modules; of those it does not hold, only the delta
-            is told.
+        optimizer: holds the values of the sparse modules; for values it does not hold, the delta is
+            reported and nothing else done.
         model: holds sparse modules.
 
     Yields:
-        A dict that is filled at the end of the `with`: by layer that changed, where each weight
-        was.
+        A dict that is filled at the end of the block: name of each changed layer -> its delta.
 
     Raises:
-        OptimizerStateError: the state of a layer cannot follow, before anything has changed; or the
-            layer has got another Parameter (`load_state_dict(..., assign=True)`).
+        OptimizerStateError: the state of a layer cannot follow (raised before anything changes), or
+            the layer now has another Parameter (`load_state_dict(..., assign=True)`).
 
     Example:
         >>> import torch, sparsekd as skd
@@ -68,7 +67,7 @@ def follow(optimizer: Optimizer, model: nn.Module) -> Iterator[dict[str, Topolog
 
 
 class Followed:
-    """The layers of an updater, whose optimizer state catches up with changes it did not make.
+    """The layers of an updater, with optimizer state that catches up with changes from outside.
 
     Args:
         modules: sparse modules by name.
@@ -83,17 +82,17 @@ class Followed:
         self.settle()
 
     def settle(self) -> None:
-        """Note that the optimizer's state belongs to the topologies at hand."""
+        """Record that the optimizer state belongs to the current topologies."""
         for module in self._modules.values():
             self._note(module)
         self._see()
 
     def changed(self) -> list[str]:
-        """Return the layers whose state belongs to another topology than they have now.
+        """List the layers whose optimizer state belongs to an earlier topology.
 
         Raises:
-            OptimizerStateError: state that was loaded does not fit the layer, or it cannot be told
-                where its entries are.
+            OptimizerStateError: loaded state does not fit the layer, or the positions that its
+                entries belong to are unknown.
         """
         if self._loads == self._placement.loads and all(
             module._topology is self._seen[name] for name, module in self._modules.items()
@@ -105,7 +104,7 @@ class Followed:
         return names
 
     def carry(self, name: str) -> TopologyDelta:
-        """Carry the optimizer state of one changed layer, and return where its weights were."""
+        """Carry the optimizer state of one changed layer, and return the delta."""
         module = self._modules[name]
         check_held(self._optimizer, module.values, _values_of(name))
         old = self._placement.get(module.values)

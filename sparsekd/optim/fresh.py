@@ -1,4 +1,4 @@
-"""What an optimizer's state holds for a parameter that it has never seen."""
+"""The optimizer state that a new parameter starts from."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from sparsekd.optim.placement import unwrapped
 
 
 def fresh_state(optimizer: Optimizer, param: Parameter) -> Mapping[str, float]:
-    """Return by key the number that each entry of a new parameter's state starts from.
+    """Find the number that each state entry of a new parameter starts from.
 
-    An optimizer of the same class and options is given one weight, and its state is watched while
-    it is made: in the constructor or in the first step. That is 0 for momenta, the learning rate
-    for Rprop's step sizes, `initial_accumulator_value` for Adagrad's sums.
+    A second optimizer of the same class and options gets a single weight, and the first value of
+    each state entry is recorded, whether the constructor or the first step creates it: 0 for
+    momenta, the learning rate for Rprop's step sizes, `initial_accumulator_value` for Adagrad's
+    sums.
 
     Args:
         optimizer: any optimizer; neither it nor torch's random state changes.
         param: one of its parameters, for options, dtype and device.
 
     Returns:
-        The numbers. Empty, with a RuntimeWarning, where such an optimizer cannot be built and
-        stepped.
+        Key of the state -> number. Empty, with a RuntimeWarning, if the second optimizer cannot be
+        built or stepped.
 
     Example:
         >>> weight = Parameter(torch.ones(3))
@@ -68,7 +69,7 @@ def _first_state(optimizer: Optimizer, param: Parameter) -> dict[str, Any]:
 
 
 class _FirstValues(dict[str, Any]):
-    """A state that remembers the first value of each key, before it is updated."""
+    """A state dict that records the first value of each key."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         super().__init__()

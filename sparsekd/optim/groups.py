@@ -1,4 +1,4 @@
-"""Parameter groups with weight decay where weights are, be they stored dense or sparse."""
+"""Parameter groups that decay weights, stored dense or sparse, and nothing else."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a model into those that decay and those that do not.
 
-    The `values` of a sparse module decay: they are its weight, though one-dimensional, which is why
-    the usual rule "no decay below two dimensions" stops decaying every sparse weight. So do dense
-    parameters of two or more dimensions. Biases, parameters of normalisation layers and everything
-    else of fewer dimensions do not.
+    Dense parameters of two or more dimensions decay, and so do the `values` of sparse modules: they
+    are a weight, although one-dimensional. (The usual rule "no decay below two dimensions" would
+    exempt every sparse weight.) Biases, parameters of normalisation layers and all others of fewer
+    dimensions do not decay.
 
     Args:
         model: dense, sparse or both.
         weight_decay: of the first group; that of the second is 0.
         no_decay: names of further parameters that do not decay, as in `named_parameters()`, or
-            fnmatch patterns of them; `values` by the name of their module plus ".values". Names
-            that are no parameter's do nothing, so timm's `model.no_weight_decay()` fits.
+            fnmatch patterns of them; `values` by the name of their module plus ".values". Unknown
+            names are ignored, so that timm's `model.no_weight_decay()` can be passed.
         lr: of both groups; by default the optimizer's.
 
     Returns:
@@ -84,10 +84,10 @@ def param_groups(
 
 
 def warn_if_undecayed(optimizer: Optimizer, values: Iterable[nn.Parameter]) -> None:
-    """Warn if an optimizer decays dense weights and no sparse one.
+    """Warn if an optimizer decays dense weights but no sparse ones.
 
     Args:
-        optimizer: with its groups.
+        optimizer: any.
         values: the parameters of sparse modules that it holds.
     """
     sparse = set(values)

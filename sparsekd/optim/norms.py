@@ -10,14 +10,14 @@ from sparsekd.nn import SparseModule
 
 
 def unitwise_norm(module: SparseModule, entries: Tensor) -> Tensor:
-    """Return for each nonzero the 2-norm of its unit: the row of the weight that it is in.
+    """Compute, for each nonzero, the 2-norm of its unit: the row of the weight it belongs to.
 
-    What adaptive gradient clipping and other per-unit rules take over all but the first dimension
-    of a dense weight. Rules that take one norm a layer need nothing: the norm of `values` is that
-    of the weight.
+    Adaptive gradient clipping and other per-unit rules take this norm over all but the first
+    dimension of a dense weight. Rules with one norm per layer need no help: the norm of `values` is
+    that of the weight.
 
     Args:
-        module: whose rows count.
+        module: the sparse layer.
         entries: one number per nonzero: `values`, their gradient, a momentum.
 
     Shape:

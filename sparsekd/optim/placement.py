@@ -1,4 +1,4 @@
-"""Which topology the entries of an optimizer's state belong to."""
+"""The record of which topology each entry of an optimizer's state belongs to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Placement:
     """The topology that each parameter's optimizer state belongs to, as far as it is known.
 
     Attributes:
-        loads: how often the optimizer has loaded a state. What it loaded belongs to the topology
-            that the model has once it has loaded too, so nothing is known in between.
+        loads: number of states that the optimizer has loaded. A loaded state belongs to the
+            topology that the model has after loading too, so nothing is known in between.
     """
 
     def __init__(self) -> None:
@@ -23,15 +23,15 @@ class Placement:
         self.loads = 0
 
     def put(self, param: Parameter, topology: Topology) -> None:
-        """Note that the state of `param` belongs to `topology`, which nobody may write to."""
+        """Record that the state of `param` belongs to `topology`, which must not be written to."""
         self._topologies[param] = topology
 
     def get(self, param: Parameter) -> Topology | None:
-        """Return the topology that the state of `param` belongs to, None if it is not known."""
+        """Return the topology that the state of `param` belongs to, or None if it is unknown."""
         return self._topologies.get(param)
 
     def forget(self) -> None:
-        """Note that the optimizer has loaded a state."""
+        """Clear the record, since the optimizer has loaded a state."""
         self._topologies.clear()
         self.loads += 1
 
@@ -40,7 +40,7 @@ _placements: weakref.WeakKeyDictionary[Optimizer, Placement] = weakref.WeakKeyDi
 
 
 def placement(optimizer: Optimizer) -> Placement:
-    """Return the placement of an optimizer's state, kept for as long as the optimizer lives.
+    """Return the record of an optimizer; it lives as long as the optimizer.
 
     Example:
         >>> import torch
@@ -61,9 +61,9 @@ def placement(optimizer: Optimizer) -> Placement:
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that does the work, where one wraps it as `optimizer`, as accelerate's.
+    """Unwrap an optimizer that another one, such as accelerate's, holds as its `optimizer`.
 
-    Such wrappers are no complete optimizers: they have neither hooks nor its constructor.
+    Such wrappers are not complete optimizers: they have neither hooks nor the same constructor.
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner

@@ -21,11 +21,11 @@ from sparsekd.topology import Topology, TopologyDelta
 def remap_(optimizer: Optimizer, param: Parameter, delta: TopologyDelta) -> None:
     """Move the optimizer state of `param` along `delta`, in place.
 
-    Every state tensor that has one entry per weight (momentum, second moment, ...) is carried:
-    survivors keep their entry, grown weights get the one a new parameter starts from: 0 for
+    Every state tensor with one entry per weight (momentum, second moment) is carried: survivors
+    keep their entry, grown weights get the one that a new parameter starts from, which is 0 for
     momenta, the learning rate for Rprop's step sizes, `initial_accumulator_value` for Adagrad's
-    sums. Step counters stay as they are, and so does everything about other parameters. Nothing is
-    changed if anything cannot follow.
+    sums. Step counters and the state of other parameters stay as they are. If any piece of state
+    cannot follow, nothing changes.
 
     Args:
         optimizer: any optimizer whose state tensors have the shape of their parameter.
@@ -38,9 +38,10 @@ def remap_(optimizer: Optimizer, param: Parameter, delta: TopologyDelta) -> None
 
     Raises:
         ShapeError: `param` does not have one entry per nonzero of the new topology.
-        OptimizerStateError: `optimizer` does not hold `param`, or a piece of state has another
-            shape (factored or quantised moments, L-BFGS histories) or place (ZeRO), or it is known
-            to belong to another topology than `delta.old`, as after a rewire without `remap_`.
+        OptimizerStateError: `optimizer` does not hold `param`, a piece of state has another shape
+            (factored or quantised moments, L-BFGS histories) or lives on another rank (ZeRO), or it
+            is known to belong to another topology than `delta.old`, as after a rewire without
+            `remap_`.
 
     Source: Rigging the Lottery (arXiv 1911.11134), released code: momentum of new weights is zero.
 
@@ -78,9 +79,9 @@ def check_remappable(optimizer: Optimizer, param: Parameter, name: str = "param"
     """Check, before a rewire, that `remap_` will succeed after it.
 
     Args:
-        optimizer: the optimizer to ask.
+        optimizer: any optimizer.
         param: the values of a sparse module, not yet rewired.
-        name: how errors call it.
+        name: of the parameter, for the message.
 
     Raises:
         OptimizerStateError: as `remap_`.
@@ -150,7 +151,7 @@ def _is_zero(optimizer: Optimizer) -> bool:
 
 
 def _is_shared(value: Any) -> bool:
-    """Whether a piece of state belongs to all weights of a parameter alike."""
+    """Return whether a piece of state is shared by all weights of a parameter."""
     if isinstance(value, Tensor):
         return value.ndim == 0
     return value is None or isinstance(value, bool | int | float | str)

@@ -1,4 +1,4 @@
-"""Tickets: sparse networks found by pruning a dense one, and the ways to train them again."""
+"""Tickets: sparse networks found by pruning a dense one, and ways to train them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knowledge distillation: the loss, and the objective that feeds it to a trainer."""
+"""Knowledge distillation: the loss, and an objective for the trainer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def kd_loss(
     Args:
         student_logits: logits that receive the gradient.
         teacher_logits: logits of the teacher for the same batch; always treated as constants.
-        target: class indices, or a probability of each class, as mixup and CutMix make them.
+        target: class indices, or a probability of each class, as from mixup and CutMix.
         temperature: T > 0.
         alpha: weight of the KL term in [0, 1]; 0 is exactly cross entropy.
         reduction: of the KL term: "batchmean" divides by N, "mean" by N * C as the published
@@ -46,7 +46,7 @@ def kd_loss(
         A scalar.
 
     Raises:
-        ShapeError: the shapes do not fit together.
+        ShapeError: the shapes do not match.
         UnsupportedError: class indices are not int64, or probabilities not floating-point numbers.
         ValueError: temperature, alpha, reduction or label_smoothing is out of range.
 
@@ -128,10 +128,11 @@ def _check(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> No
 
 
 class Distillation:
-    """Train a student on a teacher's logits: an objective for `sparsekd.train.Trainer`.
+    """Distillation from a teacher's logits, as an objective for `sparsekd.train.Trainer`.
 
-    The teacher runs once per batch, in eval mode and without autograd, on the very batch the
-    student sees. From epoch `until` on the objective is plain cross entropy and the teacher rests.
+    The teacher runs once per batch, in eval mode and without autograd, on the same augmented batch
+    as the student. From epoch `until` on the objective is plain cross entropy, and the teacher is
+    not run.
 
     Args:
         teacher: the trained dense network; put in eval mode, otherwise untouched.

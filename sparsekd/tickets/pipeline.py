@@ -1,4 +1,4 @@
-"""The dense run of one seed, and the tickets that are drawn from it and trained."""
+"""The dense run of a seed, and the tickets drawn from it."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from sparsekd.train import (
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Train a dense network and tickets from it, all with one seed and one schedule.
+    """A dense run and the tickets drawn from it, all with one seed and one schedule.
 
-    Every run sees the same batches in the same order; runs that share a start share it bit for
-    bit. The dense run leaves its initialisation and its state after each epoch in
-    ``folder/dense``; each trainer saves its own state beside and resumes from it.
+    Every run sees the same batches in the same order, and runs with the same start are bit-equal at
+    their start. The dense run leaves its initialisation and its state after each epoch in
+    ``folder/dense``; each trainer saves its own state in a folder beside it and resumes from there.
 
     Args:
         build: seed -> freshly initialised dense network.
@@ -101,25 +101,25 @@ class Pipeline:
         return self.build(derive_seed(self.seed, purpose))
 
     def checkpoint(self, epoch: int) -> Path:
-        """Return where the dense run keeps its state after so many epochs, 0 for the start."""
+        """Return the path of the dense run's state after `epoch` epochs, 0 for the start."""
         return self.folder / "dense" / f"epoch_{epoch:03}.safetensors"
 
     def dense_state(self, epoch: int) -> dict[str, Tensor]:
-        """Load the dense run's state after so many epochs.
+        """Load the dense run's state after `epoch` epochs.
 
         Raises:
-            CheckpointError: the dense run has not come so far, or the file is damaged.
+            CheckpointError: the dense run has not got that far, or the file is damaged.
         """
         return load_state(self.checkpoint(epoch))
 
     def dense_final(self) -> nn.Module:
-        """Load the dense run's final network: what is pruned, and the teacher."""
+        """Load the dense run's final network, which is pruned and serves as the teacher."""
         model = self.fresh()
         model.load_state_dict(self.dense_state(self.training.epochs))
         return model
 
     def dense_trainer(self) -> Trainer:
-        """Return the trainer of the dense run; it keeps the state after every epoch."""
+        """Build the trainer of the dense run; it saves the state after every epoch."""
         model = self.fresh()
         save_model(self.checkpoint(0), model)
         trainer = self._trainer(model, "dense", self.training)
@@ -182,7 +182,7 @@ class Pipeline:
     def next_masks(
         self, previous: Path | None, rate: float, *, allow_collapse: bool = False
     ) -> Masks:
-        """Prune a further round of iterative magnitude pruning; see `prune_further`.
+        """Prune one more round of iterative magnitude pruning; see `prune_further`.
 
         Args:
             previous: model file of the round before, None in the first round.
@@ -226,7 +226,7 @@ class Pipeline:
     def ticket_trainer(
         self, method: Method, masks: Masks, name: str, sparsity: float | None = None
     ) -> Trainer:
-        """Return the trainer of a ticket.
+        """Build the trainer of a ticket.
 
         Args:
             method: how the ticket starts and which loss it gets.
@@ -273,9 +273,9 @@ class Pipeline:
         )
 
     def outcome(self, trainer: Trainer) -> nn.Module:
-        """Return the network that a finished run is about: the superposed one, if it has cycles.
+        """Return the result of a finished run: the superposed network, if the run has cycles.
 
-        Its BatchNorm statistics are of one pass over the unaugmented training images.
+        The BatchNorm statistics of that one are from a pass over the unaugmented training images.
 
         Args:
             trainer: of this pipeline, trained to the end.

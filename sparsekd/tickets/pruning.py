@@ -1,4 +1,4 @@
-"""Global magnitude pruning with exact counts: networks in, masks out, nothing changed."""
+"""Global magnitude pruning with exact counts; networks are only read."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def prune(
         model: the trained network.
         sparsity: fraction to prune, in [0, 1).
         allow_collapse: accept a layer that loses every weight.
-        layout: of the masks. Where it has tiles, those of smallest mean magnitude go, and their
-            number comes as near as whole tiles allow.
+        layout: of the masks. If it has tiles, those of smallest mean magnitude are pruned, and the
+            count is met as closely as whole tiles allow.
 
     Returns:
         Module name -> bool mask of its weight, True where the weight stays.

@@ -30,12 +30,12 @@ from sparsekd.tickets.superposition import (
 
 @dataclass(frozen=True)
 class Cycles:
-    """Divide a run into a first phase and `count` cycles of equal length at its end.
+    """The division of a run into a first phase and `count` cycles of equal length at its end.
 
     Args:
         total_steps: iterations of the whole run.
-        cycle_fraction: share of them to spend on cycles, at most.
-        cycle_steps: iterations of a cycle; as many whole cycles as fit.
+        cycle_fraction: largest share of them to spend on cycles.
+        cycle_steps: iterations of a cycle; `count` is the number of whole cycles that fit.
         lr: learning rate at both ends of a cycle, and in its middle.
 
     Raises:
@@ -62,7 +62,7 @@ class Cycles:
 
     @property
     def count(self) -> int:
-        """Number of cycles; 0 where not even one fits."""
+        """Number of cycles; 0 if not even one fits."""
         # as written: 0.29 * 100 is 28.999999999999996 in floating point
         share = Fraction(repr(float(self.cycle_fraction)))
         return int(self.total_steps * share) // self.cycle_steps
@@ -73,14 +73,14 @@ class Cycles:
         return self.total_steps - self.count * self.cycle_steps
 
     def begins(self, step: int) -> bool:
-        """Say whether a cycle begins after `step` iterations."""
+        """Return whether a cycle begins after `step` iterations."""
         done = step - self.first_phase
         return 0 <= done < self.count * self.cycle_steps and done % self.cycle_steps == 0
 
     def tickets(self, step: int) -> int:
-        """Return how many networks to average there are after `step` iterations.
+        """Count the networks to average after `step` iterations.
 
-        The first is that at the end of the first phase; each cycle leaves one more.
+        The first is the one at the end of the first phase; each cycle adds one.
         """
         if self.count == 0:
             return 0
@@ -88,7 +88,7 @@ class Cycles:
         return 0 if done < 0 else 1 + done // self.cycle_steps
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate after `step` iterations, within a cycle: a triangle."""
+        """Return the learning rate after `step` iterations: a triangle within each cycle."""
         low, high = self.lr
         done = min(step, self.total_steps) - self.first_phase
         t = done % self.cycle_steps / self.cycle_steps
@@ -96,13 +96,13 @@ class Cycles:
 
 
 class SupTickets:
-    """Average the cheap tickets that one sparse run passes in cycles at its end.
+    """The average of cheap tickets that a sparse run passes through in cycles at its end.
 
-    The first phase is the host method's own. At the start of each cycle one large update moves
-    `drop_fraction` of every layer by the host's rules; its other updates rest. The learning rate
-    of all parameter groups goes from `lr[0]` up to `lr[1]` and back, and the network at the end of
-    the cycle is folded into the average. Training goes on from that network, never from the
-    average. Momentum lives on. The loop is the host's:
+    The first phase belongs to the host method. At the start of each cycle one large update moves
+    `drop_fraction` of every layer by the host's rules; there are no other updates in the cycle. The
+    learning rate of all parameter groups rises from `lr[0]` to `lr[1]` and falls back, and the
+    network at the end of the cycle is folded into the average. Training continues from that
+    network, never from the average, and keeps its momentum. The loop is that of the host:
 
         opt.zero_grad(); loss.backward()
         if not sup.step():
@@ -118,8 +118,8 @@ class SupTickets:
         opt: its optimizer, the one `dst` has.
         dst: the host, any `sparsekd.dst` method of `model`; from here on `step` calls it.
         total_steps: iterations of the whole run.
-        cycle_fraction: share of them to spend on cycles, at most; without room for one, the run
-            is the host's.
+        cycle_fraction: largest share of them to spend on cycles; without room for one, the run is
+            the host's alone.
         cycle_steps: iterations of a cycle.
         lr: learning rate at both ends of a cycle, and in its middle.
         drop_fraction: fraction of a layer's weights that the update of a cycle moves.
@@ -181,11 +181,11 @@ class SupTickets:
         self._folded = 0
 
     def attach(self, *wrappers: DistributedDataParallel) -> None:
-        """Name the DistributedDataParallel wrappers of the model, as `Updater.attach` does."""
+        """Register the DistributedDataParallel wrappers of the model, as `Updater.attach` does."""
         self.dst.attach(*wrappers)
 
     def step(self) -> bool:
-        """Count one iteration, which `dst` does, and set its learning rate within the cycles.
+        """Run `dst.step` for one iteration, with the learning rate of the cycle set before it.
 
         Returns:
             True if this iteration rewired the topology instead of stepping.
@@ -213,7 +213,7 @@ class SupTickets:
             A new network; without cycles, a copy of the one in training.
 
         Raises:
-            RuntimeError: the run has not come to `total_steps`.
+            RuntimeError: the run has not reached `total_steps`.
         """
         if self.dst.iteration < self.cycles.total_steps:
             raise RuntimeError(
@@ -229,7 +229,7 @@ class SupTickets:
         return merged.train(self.model.training)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, the host's state included."""
+        """Return the state that a resumed run needs, the host's included."""
         return {
             "dst": self.dst.state_dict(),
             "folded": self._folded,
@@ -252,7 +252,7 @@ class SupTickets:
             self._merged.load_state_dict(state["merged"])
 
     def _collect(self) -> None:
-        """Fold the network as it is into the average, if the last iteration completed a ticket."""
+        """Fold the current network into the average, if the last iteration completed a ticket."""
         if self._folded == self.cycles.tickets(self.dst.iteration):
             return
         if self._merged is None:
@@ -265,7 +265,7 @@ class SupTickets:
 
 
 def _in_cycles(host: UpdateSchedule, cycles: Cycles, drop_fraction: float) -> UpdateSchedule:
-    """Follow the host's schedule in the first phase, then update once a cycle, at its start."""
+    """Return the host's schedule for the first phase, then one update at the start of each cycle."""
 
     def schedule(iteration: int) -> float | None:
         if iteration <= cycles.first_phase:

@@ -1,4 +1,4 @@
-"""Superposition: the average of sparse networks, on the union of their supports, pruned back."""
+"""Superposition: the average of sparse networks on the union of their supports, pruned back."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ def superpose(
 ) -> nn.Module:
     """Average sparse networks weight by weight and prune the result back to an exact count.
 
-    A weight that a network does not store counts as 0. The result lives on the union of the
-    supports, so nothing larger than the stored weights and one layer's mask is ever formed.
-    Everything dense is averaged alike: biases, normalisation parameters and running statistics,
-    layers that are not sparse; counters are those of the last network. Running statistics of an
-    average are no statistics of the averaged network: refresh them, for instance with
-    `torch.optim.swa_utils.update_bn`.
+    A weight that a network does not store counts as 0. The result has the union of the supports, so
+    memory stays at the stored weights plus the mask of one layer. Dense tensors are averaged too:
+    biases, normalisation parameters, running statistics, layers that are not sparse. Counters are
+    those of the last network. The averaged running statistics are not those of the averaged
+    network: recompute them, for instance with `torch.optim.swa_utils.update_bn`.
 
     Args:
         models: at least one, of one architecture; topologies may differ. They are only read.
@@ -76,10 +75,10 @@ def superpose(
 
 
 def warn_of_dead_layers(model: nn.Module) -> None:
-    """Name the layers and output channels of a superposed network that have no weight left.
+    """Warn about layers and output channels of a superposed network that have no weight left.
 
     Args:
-        model: pruned back.
+        model: a network with sparse modules.
     """
     alive = {name: m.topology.crow_indices.diff() > 0 for name, m in sparse_modules(model)}
     warn_of_dead(alive, stacklevel=3)
@@ -103,7 +102,7 @@ def check_average(average: str, beta: float = 0.5) -> None:
 
 
 def check_superposable(model: nn.Module) -> None:
-    """Check that the union of masks has the layout of each.
+    """Check that unions of masks keep the layout of every layer.
 
     Args:
         model: a network with sparse modules.
@@ -116,7 +115,7 @@ def check_superposable(model: nn.Module) -> None:
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
-    """Copy a network without its gradients; the CUDA graphs of the network know nothing of it."""
+    """Copy a network without gradients; recorded CUDA graphs do not refer to the copy."""
     twin = copy.deepcopy(model)
     twin.zero_grad(set_to_none=True)
     for _, module in sparse_modules(twin):
@@ -128,13 +127,13 @@ def blank_copy(model: nn.Module) -> nn.Module:
 def fold_(
     merged: nn.Module, model: nn.Module, average: Average, count: int, beta: float = 0.5
 ) -> None:
-    """Move an average of `count` networks on by one more, in place, on the union of supports.
+    """Fold one more network into an average of `count`, in place, on the union of supports.
 
     Args:
         merged: the average so far; its topologies grow.
         model: the network to fold in; only read.
         average: as in `superpose`.
-        count: how many networks the average is of.
+        count: number of networks in the average so far.
         beta: as in `superpose`.
 
     Raises:
@@ -171,7 +170,7 @@ def _move_(mean: Tensor, new: Tensor, average: Average, count: int, beta: float)
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, each once, less those that store a sparse weight."""
+    """Return parameters and buffers, without those that store a sparse weight."""
     everything = dict(model.named_parameters()) | dict(model.named_buffers())
     sparse = {
         f"{name}.{leaf}" if name else leaf
@@ -182,7 +181,7 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Map the name of every weight to its shape, as if none were sparse."""
+    """Map the name of every weight to its dense shape."""
     dense = {name: tuple(tensor.shape) for name, tensor in _dense_tensors(model).items()}
     sparse = {n: tuple(module.topology.shape) for n, module in sparse_modules(model)}
     return dense | {f"the sparse weight of {name!r}": shape for name, shape in sparse.items()}
@@ -198,13 +197,12 @@ def _stored_at(mine: SparseModule, theirs: SparseModule) -> Tensor:
 def prune_back_(model: nn.Module, nnz: int) -> None:
     """Keep the `nnz` largest magnitudes of all sparse modules together, in place.
 
-    Among equals the earlier layer, then the lower position stays. Where fewer are stored, all stay.
-    Of layouts with tiles those of largest mean magnitude stay, as near to `nnz` weights as they
-    come.
+    Ties go to the earlier layer, then to the lower position. If fewer are stored, all stay. Layouts
+    with tiles keep those of largest mean magnitude, as close to `nnz` weights as whole tiles allow.
 
     Args:
-        model: a network with sparse modules; without one nothing happens.
-        nnz: how many weights stay.
+        model: a network with sparse modules; without any, nothing happens.
+        nnz: number of weights to keep.
 
     Raises:
         ValueError: a weight is NaN.

@@ -1,4 +1,4 @@
-"""BatchNorm over the batch of all ranks: torch's on GPUs, one of our own on CPUs."""
+"""BatchNorm over the batch of all ranks: torch's on GPUs, our own on CPUs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sparsekd.train.distributed import ranks
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Normalise by the statistics of all ranks' images, on CPUs.
+    """BatchNorm with the statistics of all ranks' images, on CPUs.
 
-    Two small collectives a forward pass and two a backward pass; shares may differ in size.
+    Forward and backward take two small collectives each. Ranks may have shares of different size.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -51,7 +51,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronize(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm of a model that of all ranks; parameters and buffers stay the same.
+    """Make every BatchNorm of a model use the batch of all ranks, with parameters and buffers kept.
 
     Args:
         model: changed in place, unless it is itself a BatchNorm on a GPU.

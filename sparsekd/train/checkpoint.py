@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, and that say so when they are damaged."""
+"""Checkpoint files: written completely or not at all, and refused when they are damaged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+    """Write a file so that a reader finds the old content or the new, never a part of it.
 
     In a distributed run rank 0 writes, and the others do nothing.
 
@@ -52,13 +52,13 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Hash names, types, shapes and bytes of all tensors, whatever their order.
+    """Hash names, dtypes, shapes and bytes of all tensors, independent of their order.
 
     Args:
         state: a state dict of plain tensors.
 
     Returns:
-        SHA-256 in hexadecimal; equal exactly for bit-equal states.
+        SHA-256 in hexadecimal; equal if and only if the states are bit-equal.
 
     Example:
         >>> state_hash({"a": torch.zeros(2)}) == state_hash({"a": torch.zeros(2)})
@@ -90,7 +90,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Load the state dict that `save_model` wrote and check it against its hash.
+    """Load a state dict that `save_model` wrote, and check its hash.
 
     Args:
         path: the file to read.
@@ -135,7 +135,7 @@ def save_training(path: str | os.PathLike[str], state: Mapping[str, Any]) -> Non
 
 
 def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load what `save_training` wrote.
+    """Load a state that `save_training` wrote, and check its checksum.
 
     Args:
         path: the file to read.

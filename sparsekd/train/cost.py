@@ -1,4 +1,4 @@
-"""What training costs in operations while the topology changes."""
+"""Operations of training while the topology changes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sparsekd.nn import sparse_modules
 
 
 class StepCost:
-    """Tell at any moment how many operations a network takes to train on an image.
+    """Operations of a training step per image, for a network whose topology may change.
 
-    Counted as in `sparsekd.flops.count`: three forward passes. What forms dense gradients for
-    growth, and a teacher, comes on top.
+    Counted as in `sparsekd.flops.count`: three times the forward pass. Dense gradients for growth
+    and the passes of a teacher are not included.
 
     Args:
-        model: the network; `per_image` reads the topology it then has.
+        model: the network; `per_image` reads its current topology.
         image_shape: channels, height, width.
 
     Example:
@@ -35,7 +35,7 @@ class StepCost:
         self._train = self._count.train
 
     def per_image(self) -> int:
-        """Return the operations of a forward and backward pass with the topology as it is."""
+        """Count the operations of forward and backward with the current topology."""
         nnz = {name: module.topology.nnz for name, module in self._sparse.items()}
         if nnz != self._nnz:
             self._nnz, self._train = nnz, self._count.at(nnz).train

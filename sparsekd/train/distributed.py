@@ -1,8 +1,8 @@
-"""Train in several processes: who they are, and what they have to agree on.
+"""Training in several processes: their ranks, and the few collectives the trainer needs.
 
 torchrun starts the processes; each trains on its share of every batch. Every rank runs the same
 code and comes to the same decisions; rank 0 alone writes files. Without torchrun there is one rank,
-and nothing here does anything.
+and all of this does nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class LostRank(RuntimeError):
-    """Report that another process of the job has died or cannot be reached."""
+    """A process of the job that has died or cannot be reached."""
 
 
 @contextmanager
@@ -55,28 +55,28 @@ def process_group() -> Iterator[None]:
 
 
 def rank() -> int:
-    """Return the number of this process, 0 where there is only one."""
+    """Return the rank of this process, 0 if there is only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def ranks() -> int:
-    """Return how many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def wait() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
     if ranks() > 1:
         dist.barrier()
 
 
 def any_rank(flag: bool) -> bool:
-    """Say, on every rank, whether `flag` is set on any of them."""
+    """Return, on every rank, whether `flag` is set on any of them."""
     return bool(total({"flags": float(flag)})["flags"])
 
 
 def total(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the sums of numbers over all ranks."""
+    """Sum numbers over all ranks, key by key."""
     if ranks() == 1:
         return dict(sums)
     numbers = torch.tensor(list(sums.values()), dtype=torch.float64)
@@ -85,7 +85,7 @@ def total(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def collect(tensor: Tensor) -> list[Tensor]:
-    """Return a tensor of equal shape everywhere as it is on every rank, in their order."""
+    """Gather a tensor from every rank, in the order of ranks; its shape is the same everywhere."""
     if ranks() == 1:
         return [tensor]
     everyone = [torch.empty_like(tensor) for _ in range(ranks())]
@@ -94,5 +94,5 @@ def collect(tensor: Tensor) -> list[Tensor]:
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """Return what to call instead of a model so that its gradients are those of all ranks."""
+    """Wrap a model so that its gradients are averaged over all ranks; one rank needs no wrapper."""
     return DistributedDataParallel(model) if ranks() > 1 else model

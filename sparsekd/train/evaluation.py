@@ -1,4 +1,4 @@
-"""What a model makes of a split it does not train on."""
+"""Evaluation of a model on a split it does not train on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsekd.modes import in_mode
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Hold the mean loss and the accuracy on a split."""
+    """Mean loss and accuracy on a split."""
 
     loss: float
     accuracy: float
@@ -52,7 +52,7 @@ def correct_predictions(logits: Tensor, target: Tensor) -> int:
 
     Args:
         logits: of a batch.
-        target: class indices, or a probability of each class; its largest is the class then.
+        target: class indices, or a probability of each class, of which the largest counts.
 
     Shape:
         ``logits`` ``[N, C]``, ``target`` ``[N]`` or ``[N, C]``.

@@ -1,4 +1,4 @@
-"""Stop a run cleanly: a first Ctrl-C asks, the training loop answers at the next step."""
+"""Clean interruption of a run: the first Ctrl-C sets a flag, which the training loop checks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sparsekd.train import distributed
 
 
 class Interrupted(Exception):
-    """Report that a run stopped on request after it had saved its state."""
+    """The end of a run that was asked to stop and has saved its state."""
 
 
 class StopRequest:
-    """Turn SIGINT and SIGTERM into a flag while the context is open.
+    """A flag that SIGINT and SIGTERM set while the context is open.
 
-    A second signal acts at once, as it would without this context; the state saved last is intact
-    because every file is written atomically.
+    A second signal acts immediately, as it would without this context; the state saved last is
+    intact, because every file is written atomically.
 
     Example:
         >>> with StopRequest() as stop:
@@ -42,14 +42,14 @@ class StopRequest:
         self._restore()
 
     def asked(self) -> bool:
-        """Say whether any process was asked to stop; in a distributed run every rank calls it."""
+        """Return whether any process was asked to stop; all ranks of a run must call it."""
         return distributed.any_rank(self.signal is not None)
 
     def check(self, note: str = "") -> None:
-        """Raise if a stop was asked for; call it where nothing needs to be saved.
+        """Raise if a stop was asked for; call it where nothing is left to save.
 
         Args:
-            note: what to add to the message.
+            note: text to append to the message.
 
         Raises:
             Interrupted: a stop was asked for.

@@ -1,4 +1,4 @@
-"""The training loop: SGD over epochs, resumable in the middle of any of them."""
+"""The training loop: SGD over epochs, resumable in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from sparsekd.train.progress import Reporter
 
 
 class Objective(Protocol):
-    """Map logits and the batch they came from to the loss of a given epoch."""
+    """The loss of an epoch, as a function of the logits and the batch they came from."""
 
     def __call__(self, logits: Tensor, x: Tensor, y: Tensor, epoch: int) -> Tensor: ...
 
 
 class DynamicTopology(Protocol):
-    """A `sparsekd.dst` method: `step` is True where it rewired instead of letting SGD step.
+    """A `sparsekd.dst` method: `step` returns True if it rewired, and SGD is then to skip its step.
 
-    One with `attach`, as those of `sparsekd.dst` have it, is told the DistributedDataParallel
-    wrapper that trains the model.
+    If it has a method `attach`, as those of `sparsekd.dst` do, the trainer passes it the
+    DistributedDataParallel wrapper of the model.
     """
 
     def step(self) -> bool: ...
@@ -51,7 +51,7 @@ class DynamicTopology(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Train on labels alone.
+    """Cross entropy with the labels: the objective of a run without a teacher.
 
     Args:
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
@@ -72,7 +72,7 @@ def derive_seed(seed: int, *purpose: object) -> int:
 
     Args:
         seed: of the run.
-        *purpose: what the numbers are for.
+        *purpose: what the random numbers are for.
 
     Returns:
         A seed for `torch.Generator.manual_seed`.
@@ -125,29 +125,29 @@ def to_channels_last(model: nn.Module) -> nn.Module:
 
 
 class Trainer:
-    """Train a model on a split, epoch by epoch, and resume bit-equal after any interruption.
+    """The training of a model on a split, epoch by epoch, resumed bit-equal after an interruption.
 
-    The order of the data and its augmentation are a function of the seed and the epoch alone, so
-    runs that differ only in their loss see the same batches. With a `folder`, the state is saved
-    there after every epoch and on an interruption; a Trainer built again with the same arguments
-    goes on from it, to the very numbers of an uninterrupted run with the same thread count.
+    The order of the data and its augmentation depend on the seed and the epoch alone, so runs that
+    differ only in their loss see the same batches. With a `folder`, the state is saved there after
+    every epoch and on an interruption; a Trainer built again with the same arguments continues from
+    it, and reaches the same numbers as an uninterrupted run with the same number of threads.
 
     In a distributed run every rank builds the same Trainer: each trains on its share of every batch
     of `config.batch_size` images, and rank 0 writes the state.
 
     Args:
-        model: trained in place; optimized and in channels_last as the configuration says.
+        model: trained in place; `optimize` and channels_last are applied if `config` says so.
         data: the training split.
         config: hyper-parameters.
         seed: of data order, augmentation and dropout.
-        start_epoch: first epoch of the schedule to run: k after rewinding to epoch k.
+        start_epoch: first epoch of the schedule to run; k after rewinding to epoch k.
         objective: the loss; cross entropy by default.
         validation: a split to evaluate after each epoch, never used to select anything.
         dst: a dynamic-topology method attached to the model.
-        optimizer: by default the SGD of the configuration; give the one `dst` was built with.
+        optimizer: by default the SGD of `config`; pass the one `dst` was built with.
         keep: called with the number of epochs done and the model before an epoch counts as done;
             a resume may call it again for the same epoch.
-        folder: where to keep the state of the unfinished run.
+        folder: for the state of the unfinished run.
         reporter: receives progress.
         stop: checked after every step.
 
@@ -363,7 +363,7 @@ class Trainer:
             self.optimizer.step()
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Let gradients go to the other ranks with the last backward pass of a step only."""
+        """Return a context in which gradients are reduced over ranks only if `last` is set."""
         if last or not isinstance(self._called, DistributedDataParallel):
             return nullcontext()
         return self._called.no_sync()

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 class MetricsLog:
-    """Append rows to a JSON-lines file that survives a crash in the middle of a write.
+    """A JSON-lines file of rows that survives a crash in the middle of a write.
 
     Args:
         path: the file; created with the first row.
@@ -33,7 +33,7 @@ class MetricsLog:
         self.path = Path(path)
 
     def append(self, row: Row) -> None:
-        """Append one row and force it to disk; in a distributed run rank 0 does.
+        """Append one row and flush it to disk; in a distributed run only rank 0 writes.
 
         Args:
             row: JSON-serialisable.
@@ -47,7 +47,7 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     def rows(self) -> list[Row]:
-        """Read all complete rows; a last line cut short by a crash does not count.
+        """Read all complete rows; a last line cut short by a crash is ignored.
 
         Returns:
             The rows in order.
@@ -70,7 +70,7 @@ class MetricsLog:
         """Rewrite the file, atomically, with the rows that meet a condition.
 
         Args:
-            condition: says of each row whether it stays.
+            condition: row -> whether it stays.
         """
         if self.path.exists():
             write_atomic(self.path, b"".join(_encode(r) for r in self.rows() if condition(r)))

@@ -1,4 +1,4 @@
-"""Show how training goes: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of training: live bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _SECONDS_BETWEEN_LINES = 60
 
 
 class Reporter:
-    """Receive what a training run reports, and show nothing: the base of `ProgressReporter`.
+    """The interface through which a training run reports; this base class shows nothing.
 
     Example:
         >>> Reporter().message("nothing to see")
     """
 
     def plan(self, epochs: int) -> None:
-        """Announce how many epochs all runs to come have together."""
+        """Announce the total number of epochs of all runs to come."""
 
     def run(self, name: str, epochs: int, epoch: int, done: int = 0) -> None:
-        """Announce a run, its last epoch, the one it goes on from, and how many are done."""
+        """Announce a run: its number of epochs, the epoch it starts at, and how many are done."""
 
     def step(self, done: int, steps: int, loss: float, accuracy: float, images: int) -> None:
-        """Report a step: its number in the epoch and the epoch's mean loss and accuracy so far."""
+        """Report a step: its number in the epoch, and the epoch's mean loss and accuracy so far."""
 
     def epoch(self, epoch: int, summary: str) -> None:
         """Report a finished epoch, counted from 0."""
@@ -35,12 +35,12 @@ class Reporter:
 
 
 class ProgressReporter(Reporter):
-    """Show two live bars with loss, accuracy, images/s, epoch and total ETA.
+    """Two live bars with loss, accuracy, images/s, epoch and total ETA.
 
-    Where the console is not a terminal, print a line after every epoch and every minute instead.
+    If the console is not a terminal, a line is printed after every epoch and every minute instead.
 
     Args:
-        console: where to print; standard output by default.
+        console: to print on; standard output by default.
 
     Example:
         >>> with ProgressReporter() as reporter:
