@@ -265,7 +265,7 @@ class SupTickets:
 
 
 def _in_cycles(host: UpdateSchedule, cycles: Cycles, drop_fraction: float) -> UpdateSchedule:
-    """Return the host's schedule for the first phase, then one update at the start of each cycle."""
+    """Return the host's schedule for the first phase, then one update per cycle, at its start."""
 
     def schedule(iteration: int) -> float | None:
         if iteration <= cycles.first_phase:
