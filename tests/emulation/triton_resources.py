@@ -31,12 +31,13 @@ TARGETS = {
 # Bytes of shared memory that a block may have.
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 REGISTERS = 65536  # of a multiprocessor; a block has to fit
-MATRIX_INSTRUCTION = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|v_s?mfma_\w+|v_mfma_\w+)\b")
+# In PTX, of which every one becomes an instruction of tensor cores, and in AMD's assembly.
+MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async\S+|mma\.sync\S+|tcgen05\.mma\S+|v_s?mfma_\w+")
 SETTINGS = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), "TRITON_DEFAULT_FP_FUSION": "1"}
 
 
 class Usage(NamedTuple):
-    """Hold what a kernel uses on a GPU."""
+    """What a kernel uses on a GPU."""
 
     registers: int  # of a thread
     spilled: int  # bytes of a thread, or on AMD registers
@@ -59,15 +60,14 @@ def usage(kernel: Any, dtype: str, target: str) -> Usage:
     """Compile a kernel and return what it uses."""
     built = compiled(kernel, dtype, target)
     threads = kernel.num_warps * TARGETS[target].warp_size
+    text = _assembly(built, target)
     if target.startswith("gfx"):
-        text = built.asm["amdgcn"]
         registers, spilled = _number(r"\.vgpr_count: +(\d+)", text), 0
         for kind in ("vgpr", "sgpr"):
             spilled += _number(rf"\.{kind}_spill_count: +(\d+)", text)
     else:
-        report = _tool("cuobjdump", built.asm["cubin"], "--dump-resource-usage")
+        report = _resource_usage(built.asm["cubin"])
         registers, spilled = _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report)
-        text = _tool("nvdisasm", built.asm["cubin"], "-c") if kernel.uses_mma else ""
     multiplies = len(MATRIX_INSTRUCTION.findall(text))
     return Usage(registers, spilled, built.metadata.shared, multiplies, threads)
 
@@ -77,10 +77,12 @@ def matrix_instructions(kernel: Any, dtype: str, target: str) -> set[str]:
 
     How many columns one has at once, N of sm_90's, does not matter to a sum.
     """
-    built = compiled(kernel, dtype, target)
-    text = built.asm["amdgcn" if target.startswith("gfx") else "ptx"]
-    found = re.findall(r"wgmma\.mma_async\S+|mma\.sync\S+|tcgen05\.mma\S+|v_s?mfma_\w+", text)
+    found = MATRIX_INSTRUCTION.findall(_assembly(compiled(kernel, dtype, target), target))
     return {re.sub(r"n\d+k", "k", instruction) for instruction in found}
+
+
+def _assembly(built: Any, target: str) -> str:
+    return built.asm["amdgcn" if target.startswith("gfx") else "ptx"]
 
 
 def _number(pattern: str, text: str) -> int:
@@ -89,11 +91,11 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def _tool(name: str, cubin: bytes, option: str) -> str:
+def _resource_usage(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [TOOLS / name, option, file.name]
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
