@@ -24,7 +24,7 @@ from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify
 from sparsekd.ops import backend
-from sparsekd.ops.dispatch.processor import select_isa
+from sparsekd.ops.cpu.processor import select_isa
 from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
 

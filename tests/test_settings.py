@@ -14,8 +14,8 @@ import torch
 import sparsekd as skd
 from sparsekd import settings
 from sparsekd.errors import BackendError, SettingError
+from sparsekd.ops.cpu.processor import select_isa
 from sparsekd.ops.dispatch import backends
-from sparsekd.ops.dispatch.processor import select_isa
 
 ROOT = Path(__file__).parents[1]
 WRONG = [

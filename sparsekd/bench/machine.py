@@ -15,7 +15,7 @@ import torch
 
 import sparsekd as skd
 from sparsekd.memory import keep_memory_warm
-from sparsekd.ops.dispatch.processor import cpu_name
+from sparsekd.ops.cpu.processor import cpu_name
 
 _RIVALS = ("sparseprop", "sparselab")
 

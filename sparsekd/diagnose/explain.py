@@ -18,7 +18,7 @@ from sparsekd.diagnose.inputs import example_inputs, tensors_in
 from sparsekd.errors import BackendError, ShapeError
 from sparsekd.modes import in_mode
 from sparsekd.ops import observe
-from sparsekd.ops.dispatch import kinds
+from sparsekd.ops.dispatch import cache_key
 from sparsekd.ops.dispatch.backends import module, running
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class _Watcher:
         backend, tile = running(op, args), _tile_size(op, args)
         self.tiles.setdefault(name, tile)
         # Backend and tiles hang on the structure, of which these are the sizes only.
-        alike = op, backend, tile, kinds.sizes_of(args)
+        alike = op, backend, tile, cache_key.sizes_of(args)
         if alike not in self._known:
             self._known[alike] = time_pass(op, args, backend)
         passes = self.found.setdefault(name, {})

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from sparsekd.ops.dispatch.backends import backend, info
+from sparsekd.ops.gpu.structure import prepare_plans
 from sparsekd.ops.norm import batch_moments, norm_act, norm_act_backward
 from sparsekd.ops.register import (
     call_conv2d,
@@ -19,17 +16,6 @@ from sparsekd.ops.register import (
     linear_dgrad,
     linear_wgrad,
 )
-
-try:
-    from sparsekd.ops.cuda.plans import prepare_plans
-except ImportError:  # without the compiled module no GPU kernel has plans
-
-    def prepare_plans(
-        crow: Tensor, col: Tensor, new_crow: Tensor, new_col: Tensor
-    ) -> Callable[[], None]:
-        """Return what has nothing to do."""
-        return lambda: None
-
 
 __all__ = [
     "backend",
@@ -46,4 +32,5 @@ __all__ = [
     "linear_wgrad",
     "norm_act",
     "norm_act_backward",
+    "prepare_plans",
 ]

@@ -25,9 +25,9 @@ from sparsekd._torch import (
 )
 from sparsekd.errors import UnsupportedError
 from sparsekd.ops import checks, growth, observe, transforms
-from sparsekd.ops.direct import intercepted, plain
 from sparsekd.ops.dispatch.backends import asked, choose, choose_measured, followed, forced
-from sparsekd.ops.dispatch.kinds import serial, sizes_of
+from sparsekd.ops.dispatch.cache_key import serial, sizes_of
+from sparsekd.ops.eager import intercepted, plain
 from sparsekd.ops.memory_format import memory_format_of
 from sparsekd.ops.schemas import SCHEMAS
 
@@ -129,7 +129,7 @@ def _save(ctx: Any, inputs: list[Any], first_rest: int) -> None:
 
 
 def _calls(ctx: Any, grad: Tensor) -> SimpleNamespace:
-    """Return what a backward pass calls: kernels where its forward could, see `direct`."""
+    """Return what a backward pass calls: kernels where its forward could, see `eager`."""
     direct = ctx.direct and type(grad) is Tensor and not torch.is_grad_enabled()
     return _kernels if direct and not (intercepted() or transformed(grad)) else _overloads
 
@@ -318,7 +318,7 @@ def _eager(
 ) -> Callable[..., Tensor]:
     """Register a product; return a function like its op that takes short cuts where it can.
 
-    They lead past the dispatcher, see `direct`, and to torch's own layer, derivative included,
+    They lead past the dispatcher, see `eager`, and to torch's own layer, derivative included,
     where a backend has a function for weights without zeros.
     """
     run = _product(name, backward, setup)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsekd.ops.cuda import plans as cuda_plans
+from sparsekd.ops.gpu import structure as gpu_structure
 
 
 def plan_tensors() -> list[Tensor]:
     """Return every tensor that the plans of all structures consist of."""
-    known = [made._plans.values() for made, _ in cuda_plans._known.values()]
+    known = [made._plans.values() for made, _ in gpu_structure._known.values()]
     leaves = tree_leaves([kept.plan for plans in known for kept in plans])
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

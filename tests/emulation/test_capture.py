@@ -11,7 +11,7 @@ from recorded import plan_tensors
 from torch import Tensor, nn
 
 import sparsekd as skd
-from sparsekd.ops.cuda import plans as cuda_plans
+from sparsekd.ops.gpu import structure as gpu_structure
 
 
 class Recorder:
@@ -65,14 +65,14 @@ def test_a_recorded_forward_pass_follows_a_rewire(on_cuda, monkeypatch: pytest.M
 def test_plans_stay_where_they_are_and_say_what_fresh_ones_do(on_cuda) -> None:
     torch.manual_seed(0)
     conv, x = layer(), torch.randn(5, 6, 7, 7, requires_grad=True)
-    cuda_plans._known.clear()
+    gpu_structure._known.clear()
     conv(x).sum().backward()
     before = [(tensor.data_ptr(), tensor.shape) for tensor in plan_tensors()]
     mask = conv.topology.mask().flatten()
     conv.rewire(mask[torch.randperm(mask.numel())].view(conv.topology.shape))
     assert [(tensor.data_ptr(), tensor.shape) for tensor in plan_tensors()] == before
     renewed = [tensor.clone() for tensor in plan_tensors()]
-    cuda_plans._known.clear()
+    gpu_structure._known.clear()
     conv(x).sum().backward()
     assert all(map(torch.equal, plan_tensors(), renewed))
 

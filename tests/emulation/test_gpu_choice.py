@@ -23,10 +23,10 @@ from triton_backend import float32_products
 import sparsekd as skd
 from sparsekd import Topology
 from sparsekd.errors import BackendError, UnsupportedError
-from sparsekd.ops.cuda import plans as cuda_plans
-from sparsekd.ops.dispatch import backends, gpu_choice
-from sparsekd.ops.dispatch.gpu_choice import Chooser, Measured
+from sparsekd.ops.dispatch import backends, gpu_chooser
+from sparsekd.ops.dispatch.gpu_chooser import Chooser, Measured
 from sparsekd.ops.dispatch.store import Store
+from sparsekd.ops.gpu import structure as gpu_structure
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ class Stopwatch:
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure products however small."""
-    monkeypatch.setattr(gpu_choice, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(gpu_chooser, "LEAST_PRODUCTS", 1)
 
 
 def operands(tile: tuple[int, int], dtype: torch.dtype) -> tuple[Topology, Tensor, Tensor]:
@@ -185,10 +185,10 @@ def test_structure_decides_between_equals(on_gpu, any_size, monkeypatch) -> None
 
 def test_the_way_not_taken_leaves_no_plans(on_gpu, any_size, monkeypatch) -> None:
     choose_with(monkeypatch, Stopwatch(cuda=1.0, triton=2.0))
-    cuda_plans._known.clear()
+    gpu_structure._known.clear()
     args = linear_args()
     backends.running("linear", args)
-    (structure,) = [known for known, _ in cuda_plans._known.values()]
+    (structure,) = [known for known, _ in gpu_structure._known.values()]
     assert {key[0] for key in structure._plans} == {"structure", "whether there are tiles"}
 
 

@@ -230,13 +230,13 @@ def test_an_index_tensor_modified_after_its_first_use_is_refused(on_cuda) -> Non
 def test_a_structure_is_validated_once_and_forgotten_with_its_tensors(
     on_cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsekd.ops.cuda import plans as cuda_plans
+    from sparsekd.ops.gpu import structure as gpu_structure
 
     known: dict = {}
     made = []
-    real = cuda_plans.Structure
-    monkeypatch.setattr(cuda_plans, "_known", known)
-    monkeypatch.setattr(cuda_plans, "Structure", lambda *args: made.append(1) or real(*args))
+    real = gpu_structure.Structure
+    monkeypatch.setattr(gpu_structure, "_known", known)
+    monkeypatch.setattr(gpu_structure, "Structure", lambda *args: made.append(1) or real(*args))
 
     def use(topology: Topology) -> None:
         args = topology.crow_indices, topology.col_indices

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsekd as skd
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn import sparse_modules
-from sparsekd.ops.cuda import plans as cuda_plans
+from sparsekd.ops.gpu import structure as gpu_structure
 
 
 def network() -> nn.Module:
@@ -93,7 +93,7 @@ def test_threads_meet_new_structures_at_once() -> None:
         found = []
         for _ in range(count):
             found.append((torch.tensor([0, 1]).int(), torch.tensor([0]).int()))
-            cuda_plans.find_structure(*found[-1], 1, 1)
+            gpu_structure.find_structure(*found[-1], 1, 1)
         return found
 
     living, before = structures(300), sys.getswitchinterval()
@@ -103,7 +103,7 @@ def test_threads_meet_new_structures_at_once() -> None:
             list(threads.map(lambda _: len(structures(200)), range(4)))
     finally:
         sys.setswitchinterval(before)
-    assert len(cuda_plans._known) >= len(living)
+    assert len(gpu_structure._known) >= len(living)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -21,11 +21,12 @@ from sparsekd.testing import relative_error
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
-from sparsekd.ops.cuda import kept as kept_plans
-from sparsekd.ops.cuda import plans as cuda_plans
-from sparsekd.ops.cuda.plans import Conv, Structure, find_structure
-from sparsekd.ops.triton import runs, shared, tiles
-from sparsekd.ops.triton.tiles import Lists
+from sparsekd.ops.gpu import convolution, gather_plans, plan_cache
+from sparsekd.ops.gpu import structure as gpu_structure
+from sparsekd.ops.gpu.convolution import Conv
+from sparsekd.ops.gpu.structure import Structure, find_structure
+from sparsekd.ops.triton import shared_plans, tile_plans, tile_size
+from sparsekd.ops.triton.tile_plans import Lists
 
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "bcsr": ({"layout": "bcsr"}, {"tile_product", "tile_sample"}),
@@ -63,7 +64,7 @@ def other_mask(layer: skd.nn.SparseModule, seed: int) -> Tensor:
 def conv_of(layer: skd.nn.SparseConv2d) -> Conv:
     sides = [side for side in layer.padding for _ in range(2)]
     geometry = layer.stride, sides, layer.dilation, layer.groups
-    return cuda_plans.conv_of(layer.topology.shape, *geometry)
+    return convolution.conv_of(layer.topology.shape, *geometry)
 
 
 def make_plans(structure: Structure, conv: Conv, size: tuple[int, int] = (5, 4)) -> None:
@@ -74,11 +75,15 @@ def make_plans(structure: Structure, conv: Conv, size: tuple[int, int] = (5, 4))
         for d in (0, 1)
     )  # fmt: skip
     structure.rows(), structure.cols()
-    structure.forward(conv, size, out), structure.input_gradient(conv, size, out)
-    shared.forward(structure, conv, size, out), shared.input_gradient(structure, conv, size, out)
+    gather_plans.forward(structure, conv, size, out)
+    gather_plans.input_gradient(structure, conv, size, out)
+    (
+        shared_plans.forward(structure, conv, size, out),
+        shared_plans.input_gradient(structure, conv, size, out),
+    )
     for padded in (False, True):
-        tiles.forward(structure, conv, 32, padded=padded)
-        tiles.input_gradient(structure, conv, size, 32, padded=padded)
+        tile_plans.forward(structure, conv, 32, padded=padded)
+        tile_plans.input_gradient(structure, conv, size, 32, padded=padded)
 
 
 def plan(layer: skd.nn.SparseModule, conv: Conv, make: Callable[..., Any] = make_plans) -> None:
@@ -105,7 +110,7 @@ def random_grid(rows: int, cols: int, each: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def no_structures() -> None:
-    cuda_plans._known.clear()
+    gpu_structure._known.clear()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,7 +123,7 @@ def test_plans_stay_where_they_are_and_say_what_fresh_ones_do(case: str) -> None
         layer.rewire(other_mask(layer, seed))
         assert [(tensor.data_ptr(), tensor.shape) for tensor in plan_tensors()] == before
     renewed = [tensor.clone() for tensor in plan_tensors()]
-    cuda_plans._known.clear()
+    gpu_structure._known.clear()
     plan(layer, conv)
     assert all(map(torch.equal, plan_tensors(), renewed))
 
@@ -178,7 +183,11 @@ def test_recorded_launches_follow_tiles_that_spread(ptx, on_triton, monkeypatch)
     crowded = torch.cat([random_grid(32, 4, 3), torch.zeros(32, 4)], 1)
     layer, conv = linear_of(tiled(crowded, 1, 16))
     found: list[Lists] = []
-    plan(layer, conv, lambda made, conv: found.append(tiles.forward(made, conv, 32, padded=True)))
+    plan(
+        layer,
+        conv,
+        lambda made, conv: found.append(tile_plans.forward(made, conv, 32, padded=True)),
+    )
     assert (int(found[0].lists[-1]), len(found[0].owners)) == (8, 16)
     other, x = tiled(random_grid(32, 8, 3), 1, 16), torch.randn(3, 128, 1, 1)
     assert_recorded_steps_follow(layer, conv, x, other, monkeypatch)
@@ -229,13 +238,13 @@ def test_structures_of_equal_nnz_have_plans_of_equal_shapes(drawn) -> None:
     structure = Structure(first.crow_indices, first.col_indices, first.rows, first.cols)
     make_plans(structure, conv)
     changed = structure.changed(second.crow_indices, second.col_indices)
-    assume(runs.find_runs(changed, conv) == runs.find_runs(structure, conv))
+    assume(tile_size.find_runs(changed, conv) == tile_size.find_runs(structure, conv))
     for key, kept in structure._plans.items():
         old, new = kept.plan, changed._plans[key].plan
         if old is None or key[0] in ("tiles", "tiles of the input gradient"):
-            assert new is None or kept_plans.fits(old, new), key
+            assert new is None or plan_cache.fits(old, new), key
         else:
-            assert kept_plans.fits(old, new), key
+            assert plan_cache.fits(old, new), key
         for lists in lists_of(new):
             used = lists.lists[-1]
             assert not lists.owners[used:].any()
@@ -251,25 +260,25 @@ REFUSED = {
     "tiles that are mostly zeros": (
         tiled(torch.cat([random_grid(64, 4, 1), torch.zeros(64, 28)], 1), 1, 16),
         tiled(random_grid(64, 32, 1), 1, 16),
-        lambda structure, conv: tiles.forward(structure, conv, 32, padded=True),
+        lambda structure, conv: tile_plans.forward(structure, conv, 32, padded=True),
         "tiles, of which the new structure has none, or too few values in each",
     ),
     "smaller tiles": (
         tiled(random_grid(4, 4, 2), 32, 16),
         tiled(random_grid(8, 4, 2), 16, 16),
-        lambda structure, conv: tiles.forward(structure, conv, 32),
+        lambda structure, conv: tile_plans.forward(structure, conv, 32),
         "tiles, of which the new structure has others in size or number",
     ),
     "smaller groups of rows": (
         tiled(random_grid(2, 64, 32), 32, 1),
         tiled(random_grid(4, 64, 32), 16, 1),
-        lambda structure, conv: shared.forward(structure, conv, *POINT),
+        lambda structure, conv: shared_plans.forward(structure, conv, *POINT),
         "shared columns, of which the new structure has others in size or number",
     ),
     "no groups of channels": (
         tiled(random_grid(64, 4, 1), 1, 16),
         random_grid(64, 64, 16).bool(),
-        lambda structure, conv: shared.input_gradient(structure, conv, *POINT),
+        lambda structure, conv: shared_plans.input_gradient(structure, conv, *POINT),
         "shared columns of the input gradient, of which the new structure has none",
     ),
 }

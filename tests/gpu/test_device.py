@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sparsekd as skd
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn import sparse_modules
-from sparsekd.ops.direct import plain
+from sparsekd.ops.eager import plain
 from sparsekd.testing import (
     LayerCase,
     assert_layer_matches_dense,

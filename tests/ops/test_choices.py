@@ -16,8 +16,8 @@ import sparsekd
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd.ops.dispatch import choices as choices_module
 from sparsekd.ops.dispatch import store
+from sparsekd.ops.dispatch.cache_key import Key
 from sparsekd.ops.dispatch.choices import Choice, Choices, default_path, surroundings
-from sparsekd.ops.dispatch.kinds import Key
 
 SPARSE = Choice("cpp", 1.0, 2.0, 0.1, 100, when=1.0)
 DENSE = Choice("dense", 3.0, 1.0, 0.1, 100, when=2.0)

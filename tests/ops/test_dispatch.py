@@ -19,10 +19,9 @@ from sparsekd.nn import SparseConv2d, SparseLinear
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd.ops import observe, register
 from sparsekd.ops.cpu import cpp, dense
-from sparsekd.ops.dispatch import kinds
-from sparsekd.ops.dispatch import measured as dispatch
+from sparsekd.ops.dispatch import auto, cache_key
+from sparsekd.ops.dispatch.auto import Dispatcher
 from sparsekd.ops.dispatch.choices import Choice, Choices
-from sparsekd.ops.dispatch.measured import Dispatcher
 
 BACKENDS = {"cpp": cpp, "dense": dense}
 CONV = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
@@ -39,7 +38,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def start_process(monkeypatch: pytest.MonkeyPatch, path: Path | None) -> None:
     made = Dispatcher(Choices(path))
-    monkeypatch.setattr(dispatch, "dispatcher", lambda: made)
+    monkeypatch.setattr(auto, "dispatcher", lambda: made)
     for kernel in vars(register._kernels).values():
         if hasattr(kernel, "_known"):
             monkeypatch.setattr(kernel, "_known", {})
@@ -57,7 +56,7 @@ def races(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         forward = run[-1] in ("conv2d", "linear")
         return {"cpp": [1.0], "dense": [1.2]} if forward else {"cpp": [1.2], "dense": [1.0]}
 
-    monkeypatch.setattr(dispatch, "interleave", decide)
+    monkeypatch.setattr(auto, "interleave", decide)
     return run
 
 
@@ -253,16 +252,16 @@ def test_a_named_backend_is_not_measured(races: list[str], calls: list[str], nam
 
 
 def test_a_real_race_gives_what_the_sparse_kernels_give() -> None:
-    auto = step(layer())
+    chosen = step(layer())
     with skd.backend("cpp"):
         sparse = step(layer())
-    for a, b in zip(auto, sparse, strict=True):
+    for a, b in zip(chosen, sparse, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert len(dispatch.choices()) == 3
+    assert len(auto.choices()) == 3
 
 
 def test_a_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="sparsekd.ops.dispatch.measured"):
+    with caplog.at_level("INFO", logger="sparsekd.ops.dispatch.auto"):
         step(layer())
     assert len(caplog.records) == 3
     assert "conv2d_wgrad float32 threads=1" in caplog.text
@@ -277,7 +276,7 @@ def test_the_plans_of_a_layer_that_runs_dense_are_given_back(
             call()
         return {"cpp": [2.0], "dense": [1.0]}
 
-    monkeypatch.setattr(dispatch, "interleave", decide)
+    monkeypatch.setattr(auto, "interleave", decide)
     conv = layer(0.2)
     before = ops.info()["cpp"]["cached_bytes"]
     step(conv)
@@ -320,9 +319,9 @@ def test_the_choice_of_an_op_can_be_asked_for() -> None:
         torch.ones(1, 32, 4, 4), torch.ones(topology.nnz), topology.crow_indices,
         topology.col_indices, None, [32, 32, 3, 3], *CONV,
     )  # fmt: skip
-    assert dispatch.choose("conv2d", args) == Choice("cpp")
-    assert dispatch.backend_of("conv2d", args) is cpp
-    assert kinds.products("conv2d", args) == 16 * 32 * 32 * 9
+    assert auto.choose("conv2d", args) == Choice("cpp")
+    assert auto.backend_of("conv2d", args) is cpp
+    assert cache_key.products("conv2d", args) == 16 * 32 * 32 * 9
 
 
 def test_layers_of_equal_shape_but_other_tiles_have_choices_of_their_own(
@@ -335,7 +334,7 @@ def test_layers_of_equal_shape_but_other_tiles_have_choices_of_their_own(
         tiled = cpp.tile_size(args[2], args[3], [128, 128], 1) != (1, 1)
         return {"cpp": [1.0 if tiled else 3.0], "dense": [2.0]}
 
-    monkeypatch.setattr(dispatch, "interleave", decide)
+    monkeypatch.setattr(auto, "interleave", decide)
     ran: list[str] = []
     for name, module in BACKENDS.items():
         run = module.linear
@@ -363,7 +362,7 @@ def test_explain_shows_the_backend_that_runs(monkeypatch: pytest.MonkeyPatch) ->
         tiled = cpp.tile_size(args[2], args[3], [128, 128], 1) != (1, 1)
         return {"cpp": [1.0 if tiled else 3.0], "dense": [2.0]}
 
-    monkeypatch.setattr(dispatch, "interleave", decide)
+    monkeypatch.setattr(auto, "interleave", decide)
     layers = [
         SparseLinear(128, 128, sparsity=0.75, layout=layout, seed=0) for layout in ("bcsr", "csr")
     ]
@@ -390,16 +389,16 @@ def test_what_cannot_be_made_dense_runs_sparse(
 
 def test_serial_numbers_of_structures_do_not_pile_up() -> None:
     gc.collect()
-    before = len(kinds._serials)
+    before = len(cache_key._serials)
     crow = torch.tensor([0, 1], dtype=torch.int32)
     for _ in range(50):
         col = torch.tensor([0], dtype=torch.int32)
-        first = kinds.serial(crow, col)
-        assert kinds.serial(crow, col) == first
+        first = cache_key.serial(crow, col)
+        assert cache_key.serial(crow, col) == first
         col.zero_()
-        assert kinds.serial(crow, col) != first
+        assert cache_key.serial(crow, col) != first
     del col
-    assert len(kinds._serials) <= before
+    assert len(cache_key._serials) <= before
     with torch.inference_mode():
         col = torch.tensor([0], dtype=torch.int32)
-    assert kinds.serial(crow, col) == kinds.serial(crow, col)
+    assert cache_key.serial(crow, col) == cache_key.serial(crow, col)

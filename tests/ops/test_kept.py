@@ -17,9 +17,10 @@ from sparsekd.ops.dispatch import backends
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
-from sparsekd.ops.cuda import kept as kept_plans
-from sparsekd.ops.cuda import plans as cuda_plans
-from sparsekd.ops.cuda.plans import Conv, Structure, find_structure
+from sparsekd.ops.gpu import gather_plans, plan_cache
+from sparsekd.ops.gpu import structure as gpu_structure
+from sparsekd.ops.gpu.convolution import Conv
+from sparsekd.ops.gpu.structure import Structure, find_structure
 
 MIB = 1 << 20
 
@@ -144,14 +145,14 @@ CROW, COL = torch.tensor([0, 2, 2, 3]).int(), torch.tensor([0, 3, 1]).int()
 @pytest.fixture
 def structures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Structure]]:
     """Make three structures, the only ones that are known while their indices are held."""
-    monkeypatch.setattr(cuda_plans, "_known", {})
+    monkeypatch.setattr(gpu_structure, "_known", {})
     held = [(CROW.clone(), COL.clone()) for _ in range(3)]
     yield [find_structure(crow, col, 3, 4) for crow, col in held]
     held.clear()
 
 
 def plan(structure: Structure, size: int) -> Any:
-    return structure.forward(POINTWISE, (size, size), (size, size))
+    return gather_plans.forward(structure, POINTWISE, (size, size), (size, size))
 
 
 def test_a_structure_keeps_the_latest_of_its_gpu_plans(structures: list[Structure]) -> None:
@@ -163,8 +164,8 @@ def test_a_structure_keeps_the_latest_of_its_gpu_plans(structures: list[Structur
     for size in range(10, 300):
         plan(structure, size)
         assert plan(structure, 1) is first, "it is used all the time"
-    assert len(structure._plans) == kept_plans.MOST_PLANS
-    assert cuda_plans.info()["plans"] == kept_plans.MOST_PLANS + 1
+    assert len(structure._plans) == plan_cache.MOST_PLANS
+    assert gpu_structure.info()["plans"] == plan_cache.MOST_PLANS + 1
     again = plan(structure, 5)
     assert again.window.height == 5
     assert torch.equal(again.offset, plan(other, 5).offset)
@@ -174,19 +175,19 @@ def test_a_structure_keeps_the_latest_of_its_gpu_plans(structures: list[Structur
 def test_all_structures_together_keep_so_many_bytes(
     structures: list[Structure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_plans, "LATEST_PLANS", 2)
+    monkeypatch.setattr(plan_cache, "LATEST_PLANS", 2)
     plan(structures[0], 1)
-    each = cuda_plans.info()["bytes"]
-    monkeypatch.setattr(kept_plans, "MOST_BYTES", 10 * each)
+    each = gpu_structure.info()["bytes"]
+    monkeypatch.setattr(plan_cache, "MOST_BYTES", 10 * each)
     for size in range(1, 20):
         for structure in structures:
             plan(structure, size)
-        assert cuda_plans.info()["bytes"] <= 10 * each
+        assert gpu_structure.info()["bytes"] <= 10 * each
     assert all(len(structure._plans) >= 2 for structure in structures)
-    monkeypatch.setattr(kept_plans, "MOST_BYTES", 0)
+    monkeypatch.setattr(plan_cache, "MOST_BYTES", 0)
     latest = [plan(structure, 19) for structure in structures]
     plan(structures[0], 20)
-    assert cuda_plans.info()["bytes"] == 6 * each, "the latest of each stay in any case"
+    assert gpu_structure.info()["bytes"] == 6 * each, "the latest of each stay in any case"
     assert [plan(structure, 19) for structure in structures][1:] == latest[1:]
 
 
@@ -199,7 +200,7 @@ def test_what_a_recorded_graph_reads_stays(
         patch.setattr(torch.cuda, "is_initialized", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert plan(structure, 1) is recorded
-    monkeypatch.setattr(kept_plans, "MOST_BYTES", 0)
+    monkeypatch.setattr(plan_cache, "MOST_BYTES", 0)
     for size in range(3, 300):
         plan(structure, size)
     assert plan(structure, 1) is recorded
@@ -213,7 +214,7 @@ def test_plans_made_between_preparing_and_rewiring_follow(structures: list[Struc
     crow, col = torch.tensor([0, 1, 2, 3]).int(), torch.tensor([2, 2, 0]).int()
     changed = structure.changed(crow, col)
     plan(structure, 2)
-    structure.adopt(changed, structure.versions)
+    structure.replace(changed, structure.versions)
     fresh = Structure(crow, col, 3, 4)
     for size in (1, 2):
         ours, expected = plan(structure, size), plan(fresh, size)

@@ -10,7 +10,7 @@ from sparsekd.diagnose.breakeven import _with_density
 from sparsekd.sparsity.tiles import random_tiles, tile_counts
 
 dispatch = pytest.importorskip(
-    "sparsekd.ops.dispatch.measured", reason="the compiled module is not built"
+    "sparsekd.ops.dispatch.auto", reason="the compiled module is not built"
 )
 
 

@@ -14,9 +14,9 @@ pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd.nn import SparseLinear
 from sparsekd.ops import register
 from sparsekd.ops.cpu import cpp, dense
-from sparsekd.ops.dispatch import measured as dispatch
+from sparsekd.ops.dispatch import auto
+from sparsekd.ops.dispatch.auto import Dispatcher
 from sparsekd.ops.dispatch.choices import Choice, Choices
-from sparsekd.ops.dispatch.measured import Dispatcher
 from sparsekd.ops.dispatch.watch import Watch
 from sparsekd.timing import time
 
@@ -44,7 +44,7 @@ class Machine:
 
     def start_process(self) -> None:
         made = Dispatcher(Choices(self.path))
-        self._patch.setattr(dispatch, "dispatcher", lambda: made)
+        self._patch.setattr(auto, "dispatcher", lambda: made)
         self._patch.setattr(register._kernels.linear, "_known", {})
 
     def timed(self, name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -123,12 +123,12 @@ def test_a_spread_as_large_as_the_gain_is_never_pinned(machine: Machine) -> None
         "dense": lambda n: (10.0, 19.0, 13.0, 26.0, 15.0)[n * 7 // 3 % 5],
     }
     assert (sparse.run(), vague.run()) == ("cpp", "dense")  # by density
-    for choices in (dispatch.choices(), Choices(machine.path)):
+    for choices in (auto.choices(), Choices(machine.path)):
         choices.get("", 0)
         assert [len(choices), choices.info()["undecided"]] == [2, 2]
     machine.ms = {"cpp": 9.0, "dense": 6.0}
     assert (sparse.run(1500), vague.run(1500)) == ("dense", "dense")
-    assert dispatch.choices().info() == {"path": str(machine.path), "known": 2, "undecided": 0}
+    assert auto.choices().info() == {"path": str(machine.path), "known": 2, "undecided": 0}
 
 
 def test_a_noisy_race_does_not_undo_a_choice() -> None:
@@ -146,7 +146,7 @@ def test_races_take_a_small_share_of_the_time(
 ) -> None:
     """Also where timings never settle, and where every run is slower than any race."""
     machine.ms = {"cpp": cold, "dense": cold * ms}
-    interleave, racing = dispatch.interleave, []
+    interleave, racing = auto.interleave, []
 
     def noted(calls: Any) -> Any:
         before, usual = len(machine.runs), machine.ms
@@ -156,7 +156,7 @@ def test_races_take_a_small_share_of_the_time(
         racing.append(len(machine.runs) - before)
         return times
 
-    monkeypatch.setattr(dispatch, "interleave", noted)
+    monkeypatch.setattr(auto, "interleave", noted)
     runs = 5000
     Work(machine).run(runs)
     assert len(machine.runs) == runs + sum(racing)
@@ -174,4 +174,4 @@ def test_a_size_close_to_a_measured_one_is_raced_once_it_is_worth_it(machine: Ma
     assert len(machine.runs) == raced + 20  # what the first size tells
     machine.ms["dense"] = 0.5
     assert work.run(800) == "dense"
-    assert len(dispatch.choices()) == 2
+    assert len(auto.choices()) == 2

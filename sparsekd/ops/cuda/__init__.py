@@ -1,1 +1,1 @@
-"""The kernels of csrc/cuda, and the plans that all GPU kernels read."""
+"""The backend "cuda": the kernels of csrc/cuda."""

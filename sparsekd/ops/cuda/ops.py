@@ -16,13 +16,10 @@ from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.cuda.plans import (
-    Plan,
-    conv_of,
-    find_structure,
-    new_input_gradient,
-    structure_of,
-)
+from sparsekd.ops.gpu import gather_plans
+from sparsekd.ops.gpu.convolution import conv_of, new_input_gradient
+from sparsekd.ops.gpu.gather_plans import GatherPlan
+from sparsekd.ops.gpu.structure import find_structure, structure_of
 from sparsekd.ops.memory_format import memory_format_of, pixels
 
 NAME = "cuda"
@@ -60,7 +57,7 @@ def _inside(packed: Tensor, padding: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _gather(
-    plan: Plan,
+    plan: GatherPlan,
     values: Tensor,
     bias: Tensor | None,
     x: Tensor,
@@ -96,7 +93,8 @@ def conv2d(
         return reference.conv2d(
             x, values, crow, col, bias, weight_shape, stride, padding, dilation, groups
         )
-    plan = structure_of(x, crow, col, weight_shape).forward(conv, x.shape[2:], size)
+    structure = structure_of(x, crow, col, weight_shape)
+    plan = gather_plans.forward(structure, conv, x.shape[2:], size)
     packed = _pack(x, conv.padding)
     y = packed.new_empty((channels, *size, packed.shape[3]))
     _gather(plan, values, bias, packed, conv.padding, y)
@@ -122,7 +120,7 @@ def conv2d_dgrad(
             grad, values, crow, col, input_shape, weight_shape, stride, padding, dilation, groups
         )
     structure = structure_of(grad, crow, col, weight_shape)
-    plan = structure.input_gradient(conv, size, grad.shape[2:])
+    plan = gather_plans.input_gradient(structure, conv, size, grad.shape[2:])
     packed = _pack(grad, plan.padding)
     shape = channels, *size, packed.shape[3]
     dx = new_input_gradient(packed, shape, len(plan.phases), conv, size)
@@ -148,7 +146,7 @@ def conv2d_wgrad(
             grad, x, crow, col, weight_shape, stride, padding, dilation, groups
         )
     structure = structure_of(x, crow, col, weight_shape)
-    plan = structure.forward(conv, x.shape[2:], grad.shape[2:])
+    plan = gather_plans.forward(structure, conv, x.shape[2:], grad.shape[2:])
     upper, packed = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
     nnz, (high, wide, lanes) = col.shape[0], upper.shape[1:]
     parts = _library.size("parts", x.dtype, nnz, high * wide, lanes)

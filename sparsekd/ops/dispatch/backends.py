@@ -60,7 +60,7 @@ _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("auto", "sparsekd.ops.dispatch.measured", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
+        Backend("auto", "sparsekd.ops.dispatch.auto", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
         Backend("cpp", "sparsekd.ops.cpu.cpp", "cpu", _CPU_DTYPES, _BUILD),
         Backend("dense", "sparsekd.ops.cpu.dense", "cpu", _CPU_DTYPES, _BUILD, "cpp"),
         Backend("reference", "sparsekd.ops.reference", None, None, "it is always there"),
@@ -274,4 +274,4 @@ def info() -> dict[str, Any]:
 
 
 def _gpu_plans() -> dict[str, int]:
-    return importlib.import_module("sparsekd.ops.cuda.plans").info()
+    return importlib.import_module("sparsekd.ops.gpu.structure").info()

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import sparsekd._C as _C
-from sparsekd.ops.dispatch.kinds import DENSITY_STEP, Key, steps_apart
-from sparsekd.ops.dispatch.processor import cpu_name
+from sparsekd.ops.cpu.processor import cpu_name
+from sparsekd.ops.dispatch.cache_key import DENSITY_STEP, Key, steps_apart
 from sparsekd.ops.dispatch.store import Store, path_of
 
 _FORMAT = 2

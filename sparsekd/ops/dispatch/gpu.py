@@ -1,4 +1,4 @@
-"""What CUDA tensors get: the kernels of csrc/cuda or Triton's, whichever `gpu_choice` chooses.
+"""What CUDA tensors get: the kernels of csrc/cuda or Triton's, whichever `gpu_chooser` chooses.
 
 Where only one of them can run it runs everything.
 """
@@ -24,9 +24,9 @@ def chooser() -> Any:
     """Return what chooses in this process, None where there is no choice."""
     if len(_modules) < len(_found):
         return None
-    from sparsekd.ops.dispatch import gpu_choice  # which needs Triton
+    from sparsekd.ops.dispatch import gpu_chooser  # which needs Triton
 
-    return gpu_choice.chooser(_modules)
+    return gpu_chooser.chooser(_modules)
 
 
 def backend_of(op: str, args: tuple[Any, ...]) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.kernels import grow
-from sparsekd.ops.cuda.plans import find_structure
+from sparsekd.ops.gpu.structure import find_structure
 
 
 class LargestK:

@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from sparsekd.kernels import config, gather, gemm, values
-from sparsekd.ops.cuda.plans import Plan, Window
-from sparsekd.ops.triton.tiles import Lists
+from sparsekd.ops.gpu.gather_plans import GatherPlan, Window
+from sparsekd.ops.triton.tile_plans import Lists
 from sparsekd.ops.triton.tuning import Launch, Work, tuner
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -178,7 +178,7 @@ def shared_sample(lists: Lists, sites: Tensor, grad: Tensor, x: Tensor, precisio
     return partial
 
 
-def row_product(plan: Plan, of: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
+def row_product(plan: GatherPlan, of: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
     """Write a product row by row; maps are packed."""
     lanes, rows = x.shape[-1], plan.order.shape[0]
     positions = plan.window.height * plan.window.width * lanes

@@ -18,20 +18,15 @@ from torch import Tensor
 from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape, geometry
-from sparsekd.ops.cuda.plans import (
-    Conv,
-    Plan,
-    Structure,
-    Window,
-    conv_of,
-    new_input_gradient,
-    structure_of,
-)
+from sparsekd.ops.gpu import gather_plans
+from sparsekd.ops.gpu.convolution import Conv, conv_of, new_input_gradient
+from sparsekd.ops.gpu.gather_plans import GatherPlan, Window
+from sparsekd.ops.gpu.structure import Structure, structure_of
 from sparsekd.ops.memory_format import memory_format_of, pixels
-from sparsekd.ops.triton import launch, shared, tiles
+from sparsekd.ops.triton import launch, shared_plans, tile_plans
 from sparsekd.ops.triton.growth import LargestK
-from sparsekd.ops.triton.runs import SMALLEST, Runs, find_runs
-from sparsekd.ops.triton.shared import SharedPlan
+from sparsekd.ops.triton.shared_plans import SharedPlan
+from sparsekd.ops.triton.tile_size import SMALLEST, Runs, find_runs
 from sparsekd.ops.triton.tuning import info as tuning
 
 NAME = "triton"
@@ -177,7 +172,7 @@ class Traits(NamedTuple):
         Columns that lie anywhere are only worth the copies of the maps that they need where the
         products run on tensor cores.
         """
-        if tiles.is_tiled(self.structure, self.conv):
+        if tile_plans.is_tiled(self.structure, self.conv):
             return True
         return self.arithmetic != "ieee" and 2 * self.runs.rows >= SMALLEST
 
@@ -225,7 +220,7 @@ def _precision(x: Tensor, setting: str) -> str:
 
 def _most_k(dtype: torch.dtype) -> int:
     """Return the most inputs of a chunk: 128 bytes of them."""
-    return tiles.LARGEST_K * 2 // dtype.itemsize
+    return tile_plans.LARGEST_K * 2 // dtype.itemsize
 
 
 def _product(
@@ -238,15 +233,15 @@ def _product(
 ) -> Tensor:
     shape, most = conv2d_shape(x.shape, *conv), _most_k(x.dtype)
     bias = None if bias is None else bias.contiguous()
-    lists = tiles.forward(structure, conv, most)
+    lists = tile_plans.forward(structure, conv, most)
     if lists is None:
         sizes = x.shape[2:], shape[2:]
-        grouped = shared.forward(structure, conv, *sizes)
-        lists = None if grouped else tiles.forward(structure, conv, most, padded=True)
+        grouped = shared_plans.forward(structure, conv, *sizes)
+        lists = None if grouped else tile_plans.forward(structure, conv, most, padded=True)
         if lists is None:
             packed = _pack(x, conv.padding)
             y = packed.new_empty((*shape[1:], x.shape[0]))
-            plan = grouped or structure.forward(conv, *sizes)
+            plan = grouped or gather_plans.forward(structure, conv, *sizes)
             _gather(plan, values, bias, packed, y, precision)
             return _unpack(y, memory_format_of(x))
     batch, rows, high, wide = shape
@@ -269,13 +264,13 @@ def _input_gradient(
 ) -> Tensor:
     batch, channels, *size = input_shape
     key, most = (size[0], size[1]), _most_k(grad.dtype)
-    phases = tiles.input_gradient(structure, conv, key, most)
+    phases = tile_plans.input_gradient(structure, conv, key, most)
     if phases is None:
-        grouped = shared.input_gradient(structure, conv, size, grad.shape[2:])
+        grouped = shared_plans.input_gradient(structure, conv, size, grad.shape[2:])
         if grouped is None:
-            phases = tiles.input_gradient(structure, conv, key, most, padded=True)
+            phases = tile_plans.input_gradient(structure, conv, key, most, padded=True)
         if phases is None:
-            rows = structure.input_gradient(conv, size, grad.shape[2:])
+            rows = gather_plans.input_gradient(structure, conv, size, grad.shape[2:])
             packed = _pack(grad, rows.padding)
             plans = grouped or rows.phases
             dx = new_input_gradient(packed, (channels, *size, batch), len(plans), conv, size)
@@ -299,14 +294,14 @@ def _sample(grad: Tensor, x: Tensor, structure: Structure, conv: Conv, precision
     nnz, most = structure.col.shape[0], _most_k(x.dtype)
     if nnz == 0:
         return x.new_empty(0)
-    lists = tiles.forward(structure, conv, most)
+    lists = tile_plans.forward(structure, conv, most)
     if lists is None:
         sizes = x.shape[2:], grad.shape[2:]
-        grouped = shared.forward(structure, conv, *sizes)
-        lists = None if grouped else tiles.forward(structure, conv, most, padded=True)
+        grouped = shared_plans.forward(structure, conv, *sizes)
+        lists = None if grouped else tile_plans.forward(structure, conv, most, padded=True)
         if lists is None:
             maps = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
-            plan = grouped or structure.forward(conv, *sizes)
+            plan = grouped or gather_plans.forward(structure, conv, *sizes)
             return _gather_sample(structure, plan, *maps, precision)
     access = launch.Access(not _is_flat(conv), conv.stride)
     maps = _flat(_channels_inner(grad), access), _flat(_channels_inner(x), access)
@@ -357,7 +352,7 @@ def _unpack(packed: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def _gather(
-    plan: Plan | SharedPlan,
+    plan: GatherPlan | SharedPlan,
     values: Tensor,
     bias: Tensor | None,
     x: Tensor,
@@ -374,10 +369,10 @@ def _gather(
 
 
 def _gather_sample(
-    structure: Structure, plan: Plan | SharedPlan, grad: Tensor, x: Tensor, precision: str
+    structure: Structure, plan: GatherPlan | SharedPlan, grad: Tensor, x: Tensor, precision: str
 ) -> Tensor:
     window, nnz = plan.window, structure.col.shape[0]
-    sites = structure.once(("sites", window), lambda made: made.upload(_sites(window)))
+    sites = structure.plan(("sites", window), lambda made: made.upload(_sites(window)))
     if isinstance(plan, SharedPlan):
         partial = launch.shared_sample(plan.lists, sites, grad, x, precision)
         return launch.add_parts(partial, plan.lists.places, x, nnz)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.errors import UnsupportedError
-from sparsekd.ops.cuda.plans import Conv, Structure, axis_phases
-from sparsekd.ops.triton.runs import SMALLEST, Axis, find_runs, power_of_two, side
+from sparsekd.ops.gpu.convolution import Conv, axis_phases
+from sparsekd.ops.gpu.structure import Structure
+from sparsekd.ops.triton.tile_size import SMALLEST, Axis, find_runs, power_of_two, side
 
 LARGEST_N, LARGEST_K = 128, 64
 _LEAST_FILL = 0.25  # of the tiles of a new plan
@@ -54,7 +55,7 @@ def is_tiled(structure: Structure, conv: Conv) -> bool:
     def make(structure: Structure) -> bool:
         return _sides(structure, conv, (LARGEST_N, LARGEST_K), padded=False) is not None
 
-    return structure.once(("whether there are tiles", conv), make)
+    return structure.plan(("whether there are tiles", conv), make)
 
 
 def forward(structure: Structure, conv: Conv, most_k: int, *, padded: bool = False) -> Lists | None:
@@ -81,7 +82,7 @@ def forward(structure: Structure, conv: Conv, most_k: int, *, padded: bool = Fal
         every = torch.ones(len(i), dtype=torch.bool)
         return _lists(structure, conv, cut, every, offsets, sampled=True)
 
-    return structure.once(key, make)
+    return structure.plan(key, make)
 
 
 def input_gradient(
@@ -99,7 +100,7 @@ def input_gradient(
         cut = _cut(structure, conv, (most_k, LARGEST_N), padded, fill, transposed=True)
         return None if cut is None else _input_gradient(structure, conv, size, cut)
 
-    return structure.once(key, make)
+    return structure.plan(key, make)
 
 
 def _input_gradient(

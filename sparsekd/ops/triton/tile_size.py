@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.ops.cuda.plans import Conv, Structure
+from sparsekd.ops.gpu.convolution import Conv
+from sparsekd.ops.gpu.structure import Structure
 
 SMALLEST = 16  # side of the smallest product on tensor cores
 
@@ -39,7 +40,7 @@ def find_runs(structure: Structure, conv: Conv) -> Runs:
         wholes = conv.weight_shape[0] // conv.groups, conv.weight_shape[1]
         return found if held is None else Runs(*map(_kept, held, found, wholes))
 
-    return structure.once(key, make)
+    return structure.plan(key, make)
 
 
 def _kept(held: int, found: int, whole: int) -> int:

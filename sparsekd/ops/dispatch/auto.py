@@ -23,9 +23,9 @@ from torch import Tensor
 
 from sparsekd.ops.checks import geometry
 from sparsekd.ops.cpu import cpp, dense
-from sparsekd.ops.dispatch import kinds
+from sparsekd.ops.dispatch import cache_key
+from sparsekd.ops.dispatch.cache_key import Key
 from sparsekd.ops.dispatch.choices import Choice, Choices, default_path
-from sparsekd.ops.dispatch.kinds import Key
 from sparsekd.ops.dispatch.single import Single
 from sparsekd.ops.dispatch.watch import Watch
 from sparsekd.timing import interleave, spread
@@ -68,7 +68,7 @@ class Dispatcher:
         return Runner(self, chosen, op, args)
 
     def _look_up(self, op: str, args: tuple[Any, ...]) -> Choice | Watch:
-        nnz, products = args[3].shape[0], kinds.products(op, args)
+        nnz, products = args[3].shape[0], cache_key.products(op, args)
         if nnz == 0 or products < LEAST_PRODUCTS:
             return Choice("cpp")
         if nnz == math.prod(geometry(op, args)[0]):
@@ -100,7 +100,7 @@ class Dispatcher:
             if not watch.due:  # another thread has done it
                 return
             key, before = key_of(op, args), watch.choice
-            made, race_ms = self._race(op, args, kinds.products(op, args), before)
+            made, race_ms = self._race(op, args, cache_key.products(op, args), before)
             if not watch.takes(made):
                 made = before
             elif made.measured:
@@ -147,7 +147,7 @@ class Runner:
         self, dispatcher: Dispatcher, watch: Watch, op: str, args: tuple[Any, ...]
     ) -> None:
         self._dispatcher, self._watch, self._op = dispatcher, watch, op
-        self._products = kinds.products(op, args)
+        self._products = cache_key.products(op, args)
         setattr(self, op, self._run)
 
     def _run(self, *args: Any) -> Tensor:
@@ -171,7 +171,7 @@ def _log(key: Key, choice: Choice) -> None:
     if choice.measured:
         logger.info(
             "%s at density %.3g: sparse %.3f ms, dense %.3f ms, spread %.0f %%; it runs %s%s",
-            key.kind, kinds.DENSITY_STEP ** key.step[0],
+            key.kind, cache_key.DENSITY_STEP ** key.step[0],
             choice.cpp_ms, choice.dense_ms, 100 * choice.spread,
             "sparse" if choice.backend == "cpp" else "dense",
             " from now on" if choice.decided else " until that can be told apart",
@@ -226,7 +226,7 @@ def key_of(op: str, args: tuple[Any, ...]) -> Key:
         op: one of `OPS`.
         args: those of its schema.
     """
-    return kinds.key(op, args, tile_size(op, args), f"threads={torch.get_num_threads()}")
+    return cache_key.key(op, args, tile_size(op, args), f"threads={torch.get_num_threads()}")
 
 
 def tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from sparsekd.ops.cuda.plans import Conv, Plan, Structure, Window
-from sparsekd.ops.triton.runs import Axis, power_of_two
-from sparsekd.ops.triton.tiles import LARGEST_N, Lists, affordable, upload_lists, well_filled
+from sparsekd.ops.gpu import gather_plans
+from sparsekd.ops.gpu.convolution import Conv
+from sparsekd.ops.gpu.gather_plans import GatherPlan, Window
+from sparsekd.ops.gpu.structure import Structure
+from sparsekd.ops.triton.tile_plans import LARGEST_N, Lists, affordable, upload_lists, well_filled
+from sparsekd.ops.triton.tile_size import Axis, power_of_two
 
 COLUMNS = 16  # of a chunk
 
@@ -41,9 +44,9 @@ def forward(
         if not rows:
             return None
         axis = Axis(conv.groups, conv.weight_shape[0] // conv.groups, rows)
-        return _shared(structure, structure.forward(conv, *sizes), axis)
+        return _shared(structure, gather_plans.forward(structure, conv, *sizes), axis)
 
-    return structure.once(("shared columns", conv, *sizes), make)
+    return structure.plan(("shared columns", conv, *sizes), make)
 
 
 def input_gradient(
@@ -57,13 +60,13 @@ def input_gradient(
         if not channels:
             return None
         axis = Axis(conv.groups, conv.weight_shape[1], channels)
-        phases = structure.input_gradient(conv, *sizes).phases
+        phases = gather_plans.input_gradient(structure, conv, *sizes).phases
         return tuple(_shared(structure, phase, axis) for phase in phases)
 
-    return structure.once(("shared columns of the input gradient", conv, *sizes), make)
+    return structure.plan(("shared columns of the input gradient", conv, *sizes), make)
 
 
-def _shared(structure: Structure, plan: Plan, axis: Axis) -> SharedPlan:
+def _shared(structure: Structure, plan: GatherPlan, axis: Axis) -> SharedPlan:
     crow = plan.crow.cpu().long()
     rows, values = len(crow) - 1, int(crow[-1])
     outputs = axis.first_and_count(torch.arange(axis.parts * axis.groups))

@@ -22,8 +22,8 @@ from triton.runtime.errors import TritonError
 
 from sparsekd import cuda_library
 from sparsekd.errors import BackendError, UnsupportedError
-from sparsekd.ops.dispatch import kinds
-from sparsekd.ops.dispatch.kinds import Key
+from sparsekd.ops.dispatch import cache_key
+from sparsekd.ops.dispatch.cache_key import Key
 from sparsekd.ops.dispatch.store import Store, path_of
 from sparsekd.ops.triton import tuning as triton_tuning
 from sparsekd.ops.triton.tuning import Clock
@@ -90,7 +90,7 @@ class Chooser:
         x, other, _, col = args[:4]
         traits = self._modules["triton"].traits(op, args)
         size, nnz = math.prod(traits.conv.weight_shape), col.shape[0]
-        step = kinds.density_step(nnz / size) if nnz else None
+        step = cache_key.density_step(nnz / size) if nnz else None
         sizes = x.shape, x.stride(), other.shape, other.stride()
         facts = op, sizes, x.dtype, x.device, *traits[1:], step
         best = self._best.get(facts)
@@ -99,19 +99,19 @@ class Chooser:
         if len(self._best) >= _MOST_KNOWN:  # inputs of ever new shapes
             self._best.clear()
         by_structure = "triton" if traits.suits else "cuda"
-        if step is None or kinds.products(op, args) < LEAST_PRODUCTS:
+        if step is None or cache_key.products(op, args) < LEAST_PRODUCTS:
             return self._best.setdefault(facts, by_structure)
         with torch.cuda.device_of(x):
             clock = self._clock_on(x.device)
             if clock is None:
                 return by_structure
             on = triton_tuning.name_of(x.device)
-            key = kinds.key(op, args, traits.runs, traits.arithmetic)
+            key = cache_key.key(op, args, traits.runs, traits.arithmetic)
             key = key._replace(kind=f"{key.kind} on {on}")
             with self._lock:  # measurements must not disturb each other
                 known = self.store.get(*key) or self._like(key)
                 if known is None:
-                    with traits.structure.trial():
+                    with traits.structure.temporary_plans():
                         known = self._measure(op, args, clock, by_structure)
                     if known is not None:
                         known = self.store.add(*key, known)
@@ -122,7 +122,7 @@ class Chooser:
         """Return a clear result of nearly the same sizes and density, None if there is none."""
         near = []
         for step, measured in self.store.of_kind(key.kind):
-            density, sizes = kinds.steps_apart(key.step, step)
+            density, sizes = cache_key.steps_apart(key.step, step)
             close = abs(density) <= _NEAR_DENSITY and sizes <= _NEAR_SIZES
             if close and measured.lead > _CLEAR:
                 near.append((sizes + abs(density) / 2, measured))

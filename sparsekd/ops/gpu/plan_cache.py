@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from sparsekd.ops.cuda.plans import Structure
 
 MOST_PLANS = 64
 """Of one structure. An input size takes two to five, so those of ten sizes stay."""
@@ -26,17 +23,17 @@ MOST_BYTES = 256 << 20
 clock = itertools.count(1)
 
 
-class Kept:
+class CachedPlan:
     """A plan that is kept between calls.
 
     Args:
-        make: makes it, and is asked again when the structure changes.
+        make: makes it of a structure, and is asked again when the structure changes.
         plan: what it made.
     """
 
     __slots__ = ("bytes", "make", "pinned", "plan", "used")
 
-    def __init__(self, make: Callable[[Structure], Any], plan: Any) -> None:
+    def __init__(self, make: Callable[[Any], Any], plan: Any) -> None:
         self.make, self.plan = make, plan
         self.bytes = tensor_bytes(plan)
         self.used = next(clock)
@@ -48,10 +45,10 @@ class Kept:
         self.bytes = tensor_bytes(self.plan)
 
 
-Plans = dict[Hashable, Kept]  # of one structure
+Plans = dict[Hashable, CachedPlan]  # of one structure
 
 
-def take_surplus(added_to: Plans, every: Iterable[Plans]) -> list[Kept]:
+def take_surplus(added_to: Plans, every: Iterable[Plans]) -> list[CachedPlan]:
     """Take out the plans that are too many, and return them.
 
     Args:
@@ -73,7 +70,7 @@ def take_surplus(added_to: Plans, every: Iterable[Plans]) -> list[Kept]:
     return taken
 
 
-def _oldest(plans: Plans, most: int) -> list[tuple[Hashable, Kept]]:
+def _oldest(plans: Plans, most: int) -> list[tuple[Hashable, CachedPlan]]:
     """Return those beyond the latest that may be given up, the oldest first."""
     ordered = sorted(plans.items(), key=lambda item: item[1].used)
     return [(key, kept) for key, kept in ordered[: max(len(plans) - most, 0)] if not kept.pinned]

@@ -1,0 +1,1 @@
+"""What both GPU backends share: validated structures, and the plans that kernels read."""

@@ -1,0 +1,63 @@
+"""What GPU plans know of a convolution: its parameters, and which taps an input pixel meets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Conv(NamedTuple):
+    """Parameters of a convolution that plans depend on."""
+
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def conv_of(
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Conv:
+    """Return a schema's lists as a Conv, which can be part of a key."""
+    return Conv(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+class AxisPhase(NamedTuple):
+    """The pixels of an axis that meet the same taps: `first`, and every stride-th after it.
+
+    `output[t]` is the output position in which tap `t`, if it `reaches` them, meets the first one.
+    """
+
+    first: int
+    pixels: int
+    reaches: Tensor
+    output: Tensor
+
+
+def axis_phases(size: int, before: int, kernel: int, stride: int, dilation: int) -> list[AxisPhase]:
+    """Return the phases of an axis that taps reach; a stride longer than the kernel has others."""
+    taps = torch.arange(kernel) * dilation
+    reached = set(((taps - before) % stride).tolist())
+    found = []
+    for first in sorted(first for first in reached if first < size):
+        distance = first + before - taps
+        output = torch.div(distance, stride, rounding_mode="floor")
+        pixels = len(range(first, size, stride))
+        found.append(AxisPhase(first, pixels, distance % stride == 0, output))
+    return found
+
+
+def new_input_gradient(
+    like: Tensor, shape: Sequence[int], phases: int, conv: Conv, size: Sequence[int]
+) -> Tensor:
+    """Return memory for an input gradient that so many phases write: zeros unless they are all."""
+    every = min(conv.stride[0], size[0]) * min(conv.stride[1], size[1])
+    return like.new_empty(shape) if phases == every else like.new_zeros(shape)
