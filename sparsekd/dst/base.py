@@ -21,7 +21,7 @@ from sparsekd.dst.grid import Grid, check_method
 from sparsekd.dst.schedules import UpdateSchedule
 from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn import SparseModule, sparse_modules
-from sparsekd.nn.sharded import check_own
+from sparsekd.nn.distributed import check_own
 from sparsekd.ops.growth import Block
 from sparsekd.optim import check_remappable, remap_
 from sparsekd.optim.following import Followed

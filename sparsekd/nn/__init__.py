@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from sparsekd.nn import init
 from sparsekd.nn.base import SparseModule, sparse_modules
-from sparsekd.nn.capture import make_capturable
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.conv1d import SparseConv1D
-from sparsekd.nn.convert import densify, sparsify
+from sparsekd.nn.convert import densify, relayout, sparsify
+from sparsekd.nn.cuda_graphs import make_capturable
+from sparsekd.nn.distributed import keep_indices_local
 from sparsekd.nn.fuse import optimize, unfuse
 from sparsekd.nn.linear import SparseLinear
-from sparsekd.nn.parallel import keep_indices_local
-from sparsekd.nn.relayout import relayout
 from sparsekd.sparsity import Survey, survey
 
 __all__ = [

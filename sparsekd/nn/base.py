@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +13,11 @@ from torch.compiler import is_compiling
 from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn import copies
-from sparsekd.nn.dynamic import expect_other_lengths
-from sparsekd.nn.in_place import prepare_in_place
+from sparsekd.nn.cuda_graphs import prepare_in_place
+from sparsekd.nn.distributed import check_own, check_whole
 from sparsekd.nn.init import kaiming_
-from sparsekd.nn.scatter import scatter_dense
-from sparsekd.nn.sharded import check_own, check_whole
-from sparsekd.nn.state import INDICES, mismatch, note_shape, size_problems
+from sparsekd.nn.state import note_shape, read_state
+from sparsekd.nn.stored import INDICES, StoredWeight
 from sparsekd.nn.weight import label, weight_of
 from sparsekd.ops import observe
 from sparsekd.topology import Topology, TopologyDelta
@@ -28,8 +26,8 @@ _Sparse = TypeVar("_Sparse", bound="SparseModule")
 _Dense = TypeVar("_Dense", bound=nn.Module)
 
 
-class SparseModule(nn.Module):
-    """Hold a weight as its nonzeros: `values` at the positions of `topology`.
+class SparseModule(StoredWeight):
+    """A layer whose weight is stored as its nonzeros: `values` at the positions of `topology`.
 
     The buffers `crow_indices` and `col_indices` are what a checkpoint stores and what the forward
     pass reads; `topology` is the validated structure made of these very tensors.
@@ -45,28 +43,6 @@ class SparseModule(nn.Module):
         device: device of the parameters and buffers.
         dtype: dtype of the parameters.
     """
-
-    values: nn.Parameter
-    bias: nn.Parameter | None
-    crow_indices: Tensor
-    col_indices: Tensor
-    _layout = Layout()
-
-    known_as = ""
-    """Name that `sparsify` found the layer under; messages use it."""
-
-    asked_sparsity: float | None = None
-    """Sparsity over all layers that `sparsify` or a pruning method was asked for, if one was."""
-
-    capturable = False
-    """Whether a rewire writes into the tensors at hand, as a recorded CUDA graph needs it; see
-    `sparsekd.make_capturable`."""
-
-    # See `sparsekd.nn.copies`.
-    _copies: weakref.WeakSet[SparseModule] | None = None
-    _is_copy = False
-    _made_at: Tensor | None = None
-    _left_at: Tensor | None = None
 
     def __init__(
         self,
@@ -87,7 +63,7 @@ class SparseModule(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(topology.rows, **kind)) if bias else None
         )
-        self._adopt(topology, self.values.device)
+        self._set_topology(topology, self.values.device)
 
     @property
     def topology(self) -> Topology:
@@ -108,54 +84,11 @@ class SparseModule(nn.Module):
         except TopologyError as error:
             hint = f". {copies.ADVICE}" if overwritten else ""
             raise TopologyError(f"{error}{hint}") from None
-        topology = self._adopt(self._recognise(found), crow.device)
+        topology = self._set_topology(self._known_or(found), crow.device)
         if overwritten:
             copies.moved(self)
             copies.warn_overwritten(self)
         return topology
-
-    @property
-    def layout(self) -> Layout:
-        """Structure that every mask of this module has; `sparsekd.relayout` changes it."""
-        return self._layout
-
-    def _recognise(self, found: Topology) -> Topology:
-        """Return the known topology where `found` has its positions, so that its version stays.
-
-        Raises:
-            TopologyError: it does not, and does not fit the layout.
-        """
-        known = self._topology
-        if known.owns(known.crow_indices, known.col_indices) and found == known:
-            return known
-        problem = None if self.layout.name == "csr" else self.layout.problem(found.mask())
-        if problem is not None:
-            raise TopologyError(f"col_indices: {problem}")
-        return found
-
-    def _adopt(self, topology: Topology, device: torch.device) -> Topology:
-        """Make `topology` the structure of this module, its own tensors being the buffers."""
-        if device.type != "meta":
-            topology = topology.to(device)
-        self._topology = topology
-        for name in INDICES:
-            self.register_buffer(name, getattr(topology, name).to(device))
-        return topology
-
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """Shape of `weight`, and of the dense counterpart's: mostly `topology.shape`."""
-        return self._turned_shape(self.weight_shape)
-
-    # The dense counterpart may store its weight in another order than `topology` has. These two
-    # turn a weight, and a shape, from either into the other.
-    @staticmethod
-    def _turned(weight: Tensor) -> Tensor:
-        return weight
-
-    @staticmethod
-    def _turned_shape(shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(shape)
 
     def dense_weight(self) -> Tensor:
         """Return the weight as a dense tensor with stored zeros.
@@ -173,7 +106,7 @@ class SparseModule(nn.Module):
         """
         topology = self.topology
         check_whole(self, topology.nnz, "dense_weight()")
-        weight = scatter_dense(self.values, topology.flat_indices(), topology.shape)
+        weight = super().dense_weight()
         observe.show_gradient(weight, topology.crow_indices)
         return weight
 
@@ -264,27 +197,10 @@ class SparseModule(nn.Module):
 
     def _replace(self, delta: TopologyDelta) -> None:
         grad = None if self.values.grad is None else delta.carry(self.values.grad)
-        self._store(delta.carry(self.values.detach()))
+        self._set_values(delta.carry(self.values.detach()))
         self.values.grad = grad
-        self._adopt(delta.new, self.crow_indices.device)
+        self._set_topology(delta.new, self.crow_indices.device)
         copies.moved(self)
-
-    def _store(self, new: Tensor) -> None:
-        """Make `new`, of any length, the contents of the Parameter `values`; drop its gradient.
-
-        Never in place: a state_dict taken earlier goes on holding values that fit its indices.
-        """
-        values = self.values
-        values.grad = None
-        if values.shape != new.shape:
-            expect_other_lengths()
-            # The node that accumulates this parameter's gradient remembers its shape while any
-            # graph of an earlier forward pass lives; only a change of dtype makes torch forget it.
-            other = torch.float32 if values.dtype != torch.float32 else torch.float64
-            values.data = new.new_empty(0, dtype=other)
-        values.data = new
-        # A graph that saved the old contents must refuse to run backward, not use the new ones.
-        torch.autograd.graph.increment_version(values)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -346,7 +262,7 @@ class SparseModule(nn.Module):
         crow = self.crow_indices
         # Undefined after to_empty, and the topology is to own what it describes.
         if crow is not before and not crow.is_meta and (before.is_meta or not known.written):
-            self._adopt(known, crow.device)
+            self._set_topology(known, crow.device)
         return self
 
     def _load_from_state_dict(
@@ -360,42 +276,26 @@ class SparseModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load values of any topology, or a dense `weight`; all of this module's state or none."""
-        own = {name: state_dict.get(prefix + name) for name in ("values", "bias", *INDICES)}
-        rest = {k: v for k, v in state_dict.items() if k not in {prefix + n for n in INDICES}}
-        topology: Topology | None = None
-        problems = size_problems(self, prefix, own, local_metadata)
-        if own["values"] is None and prefix + "weight" in rest:
-            weight = rest.pop(prefix + "weight")
-            if tuple(weight.shape) != self.dense_shape:
-                problems.append(mismatch(prefix + "weight", weight.shape, self.dense_shape))
-            elif not problems:
-                topology = self.topology
-                flat = topology.flat_indices().to(weight.device)
-                rest[prefix + "values"] = self._turned(weight.detach()).reshape(-1)[flat]
-        elif not problems and all(own[name] is not None for name in ("values", *INDICES)):
-            topology = self._stored_topology(prefix, own)
-        if problems:
-            error_msgs.extend(problems)
-            if strict and own["values"] is not None:
-                absent = (
-                    name for name in own if own[name] is None and getattr(self, name) is not None
-                )
-                missing_keys.extend(prefix + name for name in absent)
+        state = read_state(self, state_dict, prefix, local_metadata)
+        if state.problems:
+            error_msgs.extend(state.problems)
+            if strict:
+                missing_keys.extend(state.absent)
             return
-        if topology is not None:
+        if state.topology is not None:
             assign = local_metadata.get("assign_to_params_buffers", False)
-            where = rest[prefix + "values"] if assign else self.values
-            if topology is self._topology:
+            where = state.rest[prefix + "values"] if assign else self.values
+            if state.topology is self._topology:
                 copies.in_step(self)
             else:
                 check_own(self, "loading another topology", prefix[:-1])
-                self._store(self.values.detach().new_empty(topology.nnz))
+                self._set_values(self.values.detach().new_empty(state.topology.nnz))
                 copies.moved(self)
-            self._adopt(topology, where.device)
+            self._set_topology(state.topology, where.device)
         super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state.rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if topology is not None:
+        if state.topology is not None:
             missing_keys[:] = [k for k in missing_keys if k not in {prefix + n for n in INDICES}]
 
     def _save_to_state_dict(
@@ -404,25 +304,6 @@ class SparseModule(nn.Module):
         copies.check(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         note_shape(self, destination, prefix)
-
-    def _stored_topology(self, prefix: str, own: dict[str, Any]) -> Topology:
-        """Check a checkpoint's structure; the current one is kept if the positions are the same."""
-        try:
-            found = Topology(
-                own["crow_indices"].detach(),
-                own["col_indices"].detach(),
-                self.weight_shape,
-                version=self._topology.version + 1,
-            )
-            known = self._recognise(found)
-        except TopologyError as error:
-            raise TopologyError(f"{prefix}{error}") from None
-        if own["values"].shape != (found.nnz,):
-            raise TopologyError(
-                f"{prefix}values: expected shape [{found.nnz}], one entry per nonzero, "
-                f"got {list(own['values'].shape)}"
-            )
-        return known
 
     def _fill_dense(self, dense: _Dense) -> _Dense:
         """Give a dense module on the meta device this module's weight, bias and mode."""

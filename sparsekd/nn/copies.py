@@ -13,14 +13,13 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sparsekd.nn.base import SparseModule
+from sparsekd.nn.stored import StoredWeight
 
 ADVICE = (
     "Averages over parameters and buffers (torch.optim.swa_utils.AveragedModel, timm's ModelEma, a "
@@ -32,7 +31,7 @@ ADVICE = (
 class Source:
     """The module that a copy is made of, on its way to the copy; a pickle forgets it."""
 
-    def __init__(self, module: SparseModule) -> None:
+    def __init__(self, module: StoredWeight) -> None:
         self.module = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
@@ -41,7 +40,7 @@ class Source:
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, ()
 
-    def link(self, twin: SparseModule) -> None:
+    def link(self, twin: StoredWeight) -> None:
         """Make `twin` a copy that its source tells when it moves."""
         if twin.values is not self.module.values:
             twin._is_copy = True
@@ -50,7 +49,7 @@ class Source:
             self.module._copies.add(twin)
 
 
-def moved(module: SparseModule) -> None:
+def moved(module: StoredWeight) -> None:
     """Tell the copies of a module that its nonzeros have moved, and that itself is up to date."""
     in_step(module)
     for twin in module._copies or ():
@@ -64,12 +63,12 @@ def moved(module: SparseModule) -> None:
                 )
 
 
-def in_step(module: SparseModule) -> None:
+def in_step(module: StoredWeight) -> None:
     """Note that the values of a module belong to its topology, whatever its source does."""
     module._left_at = module._made_at = None
 
 
-def check(module: SparseModule, *, in_forward: bool = False) -> None:
+def check(module: StoredWeight, *, in_forward: bool = False) -> None:
     """Warn if a module's values were written, or its indices replaced, behind its back.
 
     Args:
@@ -90,7 +89,7 @@ def check(module: SparseModule, *, in_forward: bool = False) -> None:
 
 
 @contextmanager
-def converting(module: SparseModule) -> Iterator[None]:
+def converting(module: StoredWeight) -> Iterator[None]:
     """Let the values of a module change dtype or device."""
     check(module)
     yield
@@ -99,7 +98,7 @@ def converting(module: SparseModule) -> Iterator[None]:
             setattr(module, name, _state(module))
 
 
-def warn_overwritten(module: SparseModule) -> None:
+def warn_overwritten(module: StoredWeight) -> None:
     """Warn that the index buffers of a module were overwritten with other positions."""
     _warn(
         f"{module}: something wrote other positions into its index buffers. {ADVICE}. If all "
@@ -108,7 +107,7 @@ def warn_overwritten(module: SparseModule) -> None:
     )
 
 
-def _state(module: SparseModule) -> Tensor:
+def _state(module: StoredWeight) -> Tensor:
     # Not a version counter, which misses what is written through `.data`.
     return module.values.detach().sum(dtype=torch.float64).nan_to_num(nan=0.5)
 

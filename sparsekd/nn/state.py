@@ -1,24 +1,23 @@
-"""What the tensors of a checkpoint say of the layer they come from."""
+"""The state_dict of a sparse module: sizes that have to agree, and topologies that need not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekd.csr import validate
 from sparsekd.errors import TopologyError
+from sparsekd.nn.stored import INDICES, StoredWeight
+from sparsekd.topology import Topology
 
-if TYPE_CHECKING:
-    from sparsekd.nn.base import SparseModule
-
-INDICES = ("crow_indices", "col_indices")
 _SHAPE = "weight_shape"
 
 
-def note_shape(module: SparseModule, state_dict: Any, prefix: str) -> None:
+def note_shape(module: StoredWeight, state_dict: Any, prefix: str) -> None:
     """Add the topology's shape to the metadata of a state_dict; indices do not tell the columns.
 
     Args:
@@ -31,24 +30,86 @@ def note_shape(module: SparseModule, state_dict: Any, prefix: str) -> None:
         metadata[_SHAPE] = list(module.weight_shape)
 
 
-def size_problems(
-    module: SparseModule,
+@dataclass(frozen=True)
+class LayerState:
+    """What a checkpoint has for a sparse module."""
+
+    rest: dict[str, Any]
+    """What torch loads: all but the indices, a dense `weight` turned into `values`."""
+
+    topology: Topology | None
+    """Where the values of `rest` belong; None if there are none."""
+
+    problems: list[str]
+    """Lines for torch's report where sizes do not agree; nothing is loaded then."""
+
+    absent: list[str]
+    """Keys of a sparse state that are missing, None of them where the weight is dense."""
+
+
+def read_state(
+    module: StoredWeight, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+) -> LayerState:
+    """Read a module's part of a checkpoint: values of any topology, or a dense `weight`.
+
+    Args:
+        module: to load into; it is not changed.
+        state_dict: the checkpoint.
+        prefix: of the module's keys.
+        metadata: of the module in the checkpoint.
+
+    Raises:
+        TopologyError: the indices are damaged.
+    """
+    own = {name: state_dict.get(prefix + name) for name in ("values", "bias", *INDICES)}
+    rest = {k: v for k, v in state_dict.items() if k not in {prefix + n for n in INDICES}}
+    topology: Topology | None = None
+    absent: list[str] = []
+    problems = _size_problems(module, prefix, own, metadata)
+    if own["values"] is not None:
+        absent = [n for n in own if own[n] is None and getattr(module, n) is not None]
+    if own["values"] is None and prefix + "weight" in rest:
+        weight = rest.pop(prefix + "weight")
+        if tuple(weight.shape) != module.dense_shape:
+            problems.append(_mismatch(prefix + "weight", weight.shape, module.dense_shape))
+        elif not problems:
+            topology = module.topology
+            flat = topology.flat_indices().to(weight.device)
+            rest[prefix + "values"] = module._turned(weight.detach()).reshape(-1)[flat]
+    elif not problems and all(own[name] is not None for name in ("values", *INDICES)):
+        topology = _stored_topology(module, prefix, own)
+    return LayerState(rest, topology, problems, [prefix + name for name in absent])
+
+
+def _stored_topology(module: StoredWeight, prefix: str, own: Mapping[str, Any]) -> Topology:
+    """Check a checkpoint's structure; the current one is kept if the positions are the same."""
+    try:
+        found = Topology(
+            own["crow_indices"].detach(),
+            own["col_indices"].detach(),
+            module.weight_shape,
+            version=module._topology.version + 1,
+        )
+        known = module._known_or(found)
+    except TopologyError as error:
+        raise TopologyError(f"{prefix}{error}") from None
+    if own["values"].shape != (found.nnz,):
+        raise TopologyError(
+            f"{prefix}values: expected shape [{found.nnz}], one entry per nonzero, "
+            f"got {list(own['values'].shape)}"
+        )
+    return known
+
+
+def _size_problems(
+    module: StoredWeight,
     prefix: str,
     own: Mapping[str, Tensor | None],
     metadata: Mapping[str, Any],
 ) -> list[str]:
-    """Return what torch would say of the tensors of a layer of another size.
+    """Return torch's report of the tensors of a layer of another size, none where sizes agree.
 
     Indices that are of no layer at all are no matter of size, and not looked for here.
-
-    Args:
-        module: to load into.
-        prefix: of its keys.
-        own: its tensors in the checkpoint, by name; None for those that are not there.
-        metadata: of the module in the checkpoint.
-
-    Returns:
-        Lines for `error_msgs`, none where sizes agree.
     """
     values, crow, col = own["values"], own["crow_indices"], own["col_indices"]
     if values is not None and (crow is None) is not (col is None):
@@ -67,22 +128,12 @@ def size_problems(
         return bias
     weight = []
     if shape and noted:
-        weight = [mismatch(prefix + "weight", module._turned_shape(shape), module.dense_shape)]
+        weight = [_mismatch(prefix + "weight", module._turned_shape(shape), module.dense_shape)]
     return _differing(module, prefix, own, ("values", "bias", *INDICES)) + weight
 
 
-def mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
-    """Say that sizes differ in the words of torch, which tools look for.
-
-    Args:
-        key: of the tensor.
-        got: its shape in the checkpoint.
-        expected: its shape in the model.
-
-    Example:
-        >>> mismatch("fc.bias", (3,), (2,))[:26]
-        'size mismatch for fc.bias:'
-    """
+def _mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
+    """Report that sizes differ in the words of torch, which tools look for."""
     return (
         f"size mismatch for {key}: copying a param with shape {torch.Size(got)} from checkpoint, "
         f"the shape in current model is {torch.Size(expected)}."
@@ -90,13 +141,13 @@ def mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
 
 
 def _differing(
-    module: SparseModule, prefix: str, own: Mapping[str, Tensor | None], names: Sequence[str]
+    module: StoredWeight, prefix: str, own: Mapping[str, Tensor | None], names: Sequence[str]
 ) -> list[str]:
     found = []
     for name in names:
         got, mine = own[name], getattr(module, name)
         if got is not None and mine is not None and got.shape != mine.shape:
-            found.append(mismatch(prefix + name, got.shape, mine.shape))
+            found.append(_mismatch(prefix + name, got.shape, mine.shape))
     return found
 
 

@@ -14,7 +14,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,7 @@ from torch import Tensor
 
 from sparsekd.csr import flat_indices
 from sparsekd.errors import UnsupportedError
-from sparsekd.nn.scatter import scatter_dense
-
-if TYPE_CHECKING:
-    from sparsekd.nn.base import SparseModule
+from sparsekd.nn.stored import StoredWeight, scatter_dense
 
 _FREE_ATTRIBUTES = (
     *("shape", "dtype", "device", "requires_grad", "ndim", "layout", "itemsize", "nbytes"),
@@ -139,13 +136,13 @@ class LazyWeight(DenseView):
     """The dense weight of a sparse layer, computed by each use that needs its numbers."""
 
     # The layer holds this object (see `weight_of`), which therefore must not hold the layer.
-    _layer: Callable[[], SparseModule | None]
+    _layer: Callable[[], StoredWeight | None]
     _tables: tuple[dict[str, Any], dict[str, Any]]
     _turned: Callable[[Tensor], Tensor]
     _topology_shape: list[int]
 
     @staticmethod
-    def of_layer(layer: SparseModule) -> LazyWeight:
+    def of_layer(layer: StoredWeight) -> LazyWeight:
         """Make the weight of a layer."""
         values = layer.values
         weight = Tensor._make_wrapper_subclass(
@@ -247,7 +244,7 @@ _weights: weakref.WeakKeyDictionary[Any, LazyWeight] = weakref.WeakKeyDictionary
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def weight_of(layer: SparseModule) -> Tensor:
+def weight_of(layer: StoredWeight) -> Tensor:
     """Return the weight of a sparse layer for code that expects one.
 
     Args:
@@ -274,7 +271,7 @@ def weight_of(layer: SparseModule) -> Tensor:
     return weight
 
 
-def label(layer: SparseModule) -> str:
+def label(layer: StoredWeight) -> str:
     """Return what to call a layer in a message: its class, and its name or sizes.
 
     Args:
@@ -289,7 +286,7 @@ def label(layer: SparseModule) -> str:
     return f"{kind} {layer.known_as!r}" if layer.known_as else f"{kind}({layer.extra_repr()})"
 
 
-def warn_of_dense(layer: SparseModule) -> None:
+def warn_of_dense(layer: StoredWeight) -> None:
     """Warn, once a layer, that something computes with its dense weight.
 
     Args:

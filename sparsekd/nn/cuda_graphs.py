@@ -1,10 +1,16 @@
-"""Prepare a model for CUDA graphs, which know tensors by their addresses."""
+"""Rewires that a recorded CUDA graph goes on with, as it knows tensors by their addresses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
-from sparsekd.nn.base import sparse_modules
+from sparsekd import ops
+from sparsekd.errors import UnsupportedError
+from sparsekd.nn import copies
+from sparsekd.nn.stored import StoredWeight
+from sparsekd.topology import TopologyDelta
 
 
 def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
@@ -40,9 +46,49 @@ def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
         >>> layer.values.data_ptr() == place, layer.topology.version
         (True, 1)
     """
-    found = [module for _, module in sparse_modules(model)]
+    found = [module for module in model.modules() if isinstance(module, StoredWeight)]
     if not found:
         raise ValueError(f"model: expected sparse modules, got a {type(model).__name__} without")
     for module in found:
         module.capturable = capturable
     return model
+
+
+def prepare_in_place(module: StoredWeight, delta: TopologyDelta) -> Callable[[], None]:
+    """Return what writes a new topology, and what survives, into the tensors of a module.
+
+    Args:
+        module: whose topology is `delta.old`.
+        delta: the way to the new topology.
+
+    Raises:
+        UnsupportedError: a tensor would not keep its place.
+    """
+    new = delta.new
+    if new.nnz != delta.old.nnz:
+        raise _refusal(module, f"it keeps its {delta.old.nnz} nonzeros, got {new.nnz}")
+    crow, col = module.crow_indices, module.col_indices
+    try:
+        move_plans = ops.prepare_plans(crow, col, new.crow_indices, new.col_indices)
+    except UnsupportedError as error:
+        raise _refusal(module, str(error)) from None
+
+    def write() -> None:
+        crow.copy_(new.crow_indices)
+        col.copy_(new.col_indices)
+        move_plans()
+        values = module.values
+        values.copy_(delta.carry(values.detach()))
+        if values.grad is not None:
+            values.grad.copy_(delta.carry(values.grad))
+        module._topology = new._moved(crow, col)
+        copies.moved(module)
+
+    return write
+
+
+def _refusal(module: StoredWeight, problem: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"mask: capturable {module} cannot take it in place: {problem}. Nothing has changed; call "
+        "make_capturable(model, False), drop the CUDA graphs, rewire, and record anew"
+    )

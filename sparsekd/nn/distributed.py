@@ -1,4 +1,4 @@
-"""Sparse modules of which this process holds a part: those that FSDP has sharded."""
+"""Sparse modules in several processes: what goes over the wire, and what FSDP has sharded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,35 @@ import sys
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sparsekd.errors import UnsupportedError
+from sparsekd.nn.stored import INDICES, StoredWeight
+
+
+def keep_indices_local(model: nn.Module) -> nn.Module:
+    """Leave the indices of sparse modules out of what DistributedDataParallel broadcasts.
+
+    They are buffers, which it sends from rank 0 before every forward pass: as many bytes again as
+    the gradients. `sparsify` calls this; a model built from sparse modules needs the call before it
+    is wrapped. Ranks get equal indices from equal seeds, and every update checks that they are.
+
+    Args:
+        model: the module that is going to be wrapped.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> model = keep_indices_local(torch.nn.Sequential(skd.nn.SparseLinear(4, 2)))
+    """
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, module in model.named_modules():
+        if isinstance(module, StoredWeight):
+            ignored |= {f"{name}.{index}" if name else index for index in INDICES}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
+    return model
 
 
 def sharding(module: nn.Module) -> str | None:
