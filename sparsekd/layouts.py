@@ -129,6 +129,37 @@ class Layout:
             return self.block, self.block
         return self.group or 1, self.block or 1
 
+    @property
+    def fixed_density(self) -> float | None:
+        """Density that the layout prescribes for every layer; None if it allows any."""
+        return None if self.n is None or self.m is None else self.n / self.m
+
+    @property
+    def in_cells(self) -> bool:
+        """Whether tiles compete within cells only: groups of rows ("fanin") or runs ("nm")."""
+        return self.name in ("fanin", "nm")
+
+    @property
+    def even(self) -> bool:
+        """Whether all cells that have any tiles have equally many, and so change together."""
+        return self.name == "fanin"
+
+    def cells(self, grid: Sequence[int]) -> tuple[int, int, int, int]:
+        """View a grid of tiles as `[rows, cells of a row, tiles of a cell, taps]`.
+
+        Runs are whole in this view: channels are to be padded to a multiple of `m`.
+        """
+        rows, channels, *kernel = grid
+        if self.m is not None:
+            return rows, -(-channels // self.m), self.m, math.prod(kernel)
+        return rows, 1, channels * math.prod(kernel), 1
+
+    def cell_of(self, positions: Tensor, grid: Sequence[int]) -> Tensor:
+        """Map flat positions in a grid of tiles to the numbers of their cells."""
+        if self.m is not None:
+            return self.runs(grid).tile_of(positions)
+        return positions // max(math.prod(grid[1:]), 1)
+
     def tiling(self, shape: Sequence[int]) -> Tiling:
         """Cut a weight of this shape into tiles no larger than the weight."""
         rows, channels = (min(n, max(whole, 1)) for n, whole in zip(self.tile, shape, strict=False))

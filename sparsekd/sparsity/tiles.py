@@ -28,9 +28,9 @@ def check_fixed_density(layout: Layout, sparsity: float) -> None:
     Raises:
         ValueError: `sparsity` is not 1 - n/m.
     """
-    if layout.n is None or layout.m is None:
+    if layout.fixed_density is None:
         return
-    zeros = 1 - layout.n / layout.m
+    zeros = 1 - layout.fixed_density
     if abs(check_sparsity(sparsity) - zeros) > 1e-9:
         raise ValueError(
             f"sparsity: layout {str(layout)!r} keeps {layout.n} of {layout.m} weights, "
@@ -69,7 +69,7 @@ def tile_counts(
         {'a': 10, 'b': 27}
     """
     check_fixed_density(layout, sparsity)
-    if layout.name == "nm":
+    if layout.fixed_density is not None:
         kept = {n: layout.runs(shape).areas().clamp(max=layout.n) for n, shape in shapes.items()}
         return {name: int(count.sum()) for name, count in kept.items()}
     densities = layer_densities(shapes, sparsity, distribution)
@@ -110,19 +110,14 @@ def best_tiles(score: Tensor, layout: Layout, count: int) -> Tensor:
         tensor([[ True, False, False],
                 [ True, False, False]])
     """
-    if layout.name not in ("fanin", "nm"):
+    if not layout.in_cells:
         return topk_mask(score, count)
     if score.isnan().any():
         raise ValueError("score: expected numbers, got NaN")
-    whole, (out, inner, *kernel) = score, score.shape
-    if layout.name == "fanin":
-        cells, keep = (out, 1, math.prod((inner, *kernel)), 1), count // max(out, 1)
-    else:
-        assert layout.n is not None
-        assert layout.m is not None
-        ends = score.new_full((out, -inner % layout.m, *kernel), -math.inf)
-        whole = torch.cat([score, ends], 1)
-        cells, keep = (out, whole.shape[1] // layout.m, layout.m, math.prod(kernel)), layout.n
+    out, inner, *kernel = score.shape
+    cells, keep = layout.cells(score.shape), layout.n or count // max(out, 1)
+    ends = score.new_full((out, -inner % (layout.m or 1), *kernel), -math.inf)
+    whole = torch.cat([score, ends], 1)
     best = whole.reshape(cells).sort(dim=2, descending=True, stable=True).indices[:, :, :keep]
     kept = torch.zeros(cells, dtype=torch.bool, device=score.device).scatter_(2, best, True)
     return kept.view(whole.shape)[:, :inner].contiguous()
@@ -143,7 +138,7 @@ def random_tiles(
         Bool tensor of that shape.
     """
     tiling = layout.tiling(shape)
-    if layout.name in ("fanin", "nm"):
+    if layout.in_cells:
         noise = torch.rand(tiling.grid, generator=generator, device="cpu")
         return tiling.expand(best_tiles(noise, layout, count))
     return tiling.expand(random_mask(tiling.grid, count, generator=generator))
@@ -251,7 +246,7 @@ def global_layout_masks(
     tilings = {name: layout.tiling(score.shape) for name, score in scores.items()}
     means = {n: tilings[n].pool(s) / tilings[n].areas(s.device) for n, s in scores.items()}
     count = dict.fromkeys(scores, 0)
-    if layout.name != "nm":
+    if layout.fixed_density is None:
         count = _largest_overall(means, tilings, nnz, layout)
     return {n: tilings[n].expand(best_tiles(means[n], layout, count[n])) for n in scores}
 
@@ -285,7 +280,7 @@ def _largest_overall(
 
 def _step(shape: Sequence[int], layout: Layout) -> int:
     """Return the number of tiles that are added or removed together."""
-    return layout.tiling(shape).grid[0] if layout.name == "fanin" else 1
+    return layout.tiling(shape).grid[0] if layout.even else 1
 
 
 def fan_in_masks(
