@@ -9,18 +9,6 @@ namespace sparsekd {
 // Ordered: a later one is preferred. kScalar is the oracle and is never chosen by itself.
 enum class Isa { kScalar, kGeneric, kAvx2, kAvx512 };
 
-// One entry for each instruction set that the engines are compiled for; dispatch and tests read this table.
-#if defined(__x86_64__)
-#define SPARSEKD_FOR_EACH_ENGINE(X) X(generic, kGeneric) X(avx2, kAvx2) X(avx512, kAvx512)
-#else
-#define SPARSEKD_FOR_EACH_ENGINE(X) X(generic, kGeneric)
-#endif
-
-// prefix joined with the SPARSEKD_ENGINE that a source defines: the name of its table entry.
-#define SPARSEKD_JOIN(a, b) a##b
-#define SPARSEKD_EXPAND(a, b) SPARSEKD_JOIN(a, b)
-#define SPARSEKD_ENGINE_NAME(prefix) SPARSEKD_EXPAND(prefix, SPARSEKD_ENGINE)
-
 const char* isa_name(Isa isa);
 std::vector<Isa> available_isas();
 Isa current_isa();

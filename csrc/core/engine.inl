@@ -1,6 +1,20 @@
-// What the engines share; each engine.inl includes it inside its anonymous namespace, so that every
-// instruction set has its own, compiled for itself.
+// What the kernels of all ops share. Each source that CMakeLists.txt compiles once for each instruction set
+// includes it first; SPARSEKD_ENGINE (of enum Isa) and SPARSEKD_VECTOR_BYTES come from there.
+//
+// In these sources everything has internal linkage and no library template is instantiated that could also be
+// emitted elsewhere: a function compiled for AVX-512 must never be the one the linker keeps for everybody.
+#include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
+#include "core/engine.h"
+#include "core/parallel.h"
+
+namespace sparsekd {
+namespace {
+
+constexpr Isa kIsa = Isa::SPARSEKD_ENGINE;
 constexpr int kVectorBytes = SPARSEKD_VECTOR_BYTES;
 
 // The sums of a panel that are kept at once: registers hold them beside the inputs and a weight.
@@ -52,3 +66,6 @@ inline void transpose8(__m256 r[8]) {
   r[7] = _mm256_permute2f128_ps(u3, u7, 0x31);
 }
 #endif
+
+}  // namespace
+}  // namespace sparsekd

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <set>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -14,7 +15,12 @@
 #include "core/conv/engine.h"
 #include "core/cpu.h"
 #include "core/error.h"
+#include "core/grow/outer.h"
+#include "core/grow/scan.h"
+#include "core/linear/engine.h"
+#include "core/norm/engine.h"
 #include "core/parallel.h"
+#include "core/peak/peak.h"
 #include "core/structure.h"
 #include "tests/harness.h"
 
@@ -80,6 +86,16 @@ void test_convolution(int cases) {
     }
   }
   set_isa("auto");
+}
+
+// Of the tables that an op has for each instruction set, no two are the same.
+template <class Table>
+void test_engines(const char* name) {
+  std::set<const Table*> tables;
+  for (Isa isa : available_isas()) tables.insert(&engine<Table>(isa));
+  // The oracle has the generic one.
+  check(tables.size() == available_isas().size() - 1,
+        std::string(name) + ": a table for each instruction set");
 }
 
 void test_validation() {
@@ -231,6 +247,12 @@ int main() {
   test_panels();
   test_peak();
   test_norm();
+  test_engines<ConvEngine<float>>("convolution");
+  test_engines<LinearEngine<float>>("linear");
+  test_engines<NormEngine<float>>("norm");
+  test_engines<OuterEngine<float>>("dense weight gradient");
+  test_engines<ScanEngine<float>>("growth");
+  test_engines<PeakEngine>("peak");
   test_convolution<float>(250);
   test_convolution<double>(130);
   test_linear();

@@ -24,7 +24,7 @@ void test_peak() {
   for (Isa isa : available_isas()) {
     set_isa(isa_name(isa));
     const std::string name = std::string("peak loops, ") + isa_name(isa);
-    const PeakLoops& loops = peak_loops();
+    const PeakEngine& loops = engine<PeakEngine>();
     // Each of the chains' lanes counts to 1000: half as many additions as operations.
     check(loops.multiply_add(1000) == 1000.0f * static_cast<float>(loops.flops / 2), name + ": multiply-add");
     for (int64_t steps : {1, 2, 7}) {

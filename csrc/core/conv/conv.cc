@@ -9,23 +9,6 @@
 namespace sparsekd {
 namespace {
 
-const Engine* find_engine(Isa isa) {
-  switch (isa) {
-#define SPARSEKD_CASE(name, isa) \
-  case Isa::isa:                 \
-    return &engine_##name;
-    SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
-#undef SPARSEKD_CASE
-    default:
-      return nullptr;
-  }
-}
-
-void run_gather(const Engine& e, const GatherCall<float>& call) { e.gather_f32(call); }
-void run_gather(const Engine& e, const GatherCall<double>& call) { e.gather_f64(call); }
-void run_wgrad(const Engine& e, const WgradCall<float>& call) { e.wgrad_f32(call); }
-void run_wgrad(const Engine& e, const WgradCall<double>& call) { e.wgrad_f64(call); }
-
 // A 1x1 convolution does not care where a row ends. In channels_last, rows of few pixels keep a window of all
 // channels small; otherwise long runs of each channel are what memory likes. Both views must have rows
 // without gaps between them.
@@ -103,8 +86,8 @@ View4<T> phase_view(const View4<T>& y, const GatherPlan& p) {
 
 // Returns whether all results are finite.
 template <class T>
-bool run_plans(const Engine& engine, const GatherPlans& plans, const View4<const T>& in, const T* values,
-               const T* bias, const View4<T>& out, int threads) {
+bool run_plans(const ConvEngine<T>& kernels, const GatherPlans& plans, const View4<const T>& in,
+               const T* values, const T* bias, const View4<T>& out, int threads) {
   bool finite = true;
   if (!plans.covers) fill(out, bias, threads);
   for (const GatherPlan& plan : plans.phases) {
@@ -116,7 +99,7 @@ bool run_plans(const Engine& engine, const GatherPlans& plans, const View4<const
         ordered[k] = values[plan.slot[k]];
     };
     parallel(nnz > 16384 ? threads : 1, threads, order);
-    run_gather(engine, GatherCall<T>{in, phase, &plan, ordered, bias, threads, &finite});
+    kernels.gather({in, phase, &plan, ordered, bias, threads, &finite});
   }
   return finite;
 }
@@ -155,12 +138,13 @@ void conv_fprop(const ConvGeometry& geometry, const Structure& s, View4<const T>
                 const T* bias, View4<T> y, int threads) {
   ConvGeometry g = geometry;
   if (empty(g)) return;
-  if (const Engine* engine = find_engine(current_isa())) {
+  if (const Isa isa = current_isa(); isa != Isa::kScalar) {
+    const ConvEngine<T>& kernels = engine<ConvEngine<T>>(isa);
     refold(g, x, y);
-    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kFprop, g, engine->tile_pixels),
-                                           [&] { return fprop_plan(g, s, engine->tile_pixels); });
+    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kFprop, g, kernels.tile_pixels),
+                                           [&] { return fprop_plan(g, s, kernels.tile_pixels); });
     if (plans) {
-      if (!run_plans(*engine, *plans, x, values, bias, y, threads))
+      if (!run_plans(kernels, *plans, x, values, bias, y, threads))
         exact::conv_fprop(g, s, x, values, bias, y, threads);
       return;
     }
@@ -173,12 +157,13 @@ void conv_dgrad(const ConvGeometry& geometry, const Structure& s, View4<const T>
                 View4<T> dx, int threads) {
   ConvGeometry g = geometry;
   if (g.batch == 0 || g.in_h == 0 || g.in_w == 0) return;
-  if (const Engine* engine = find_engine(current_isa())) {
+  if (const Isa isa = current_isa(); isa != Isa::kScalar) {
+    const ConvEngine<T>& kernels = engine<ConvEngine<T>>(isa);
     refold(g, dx, grad);
-    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kDgrad, g, engine->tile_pixels),
-                                           [&] { return dgrad_plan(g, s, engine->tile_pixels); });
+    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kDgrad, g, kernels.tile_pixels),
+                                           [&] { return dgrad_plan(g, s, kernels.tile_pixels); });
     if (plans) {
-      if (!run_plans<T>(*engine, *plans, grad, values, nullptr, dx, threads))
+      if (!run_plans<T>(kernels, *plans, grad, values, nullptr, dx, threads))
         exact::conv_dgrad(g, s, grad, values, dx, threads);
       return;
     }
@@ -191,12 +176,12 @@ void conv_wgrad(const ConvGeometry& geometry, const Structure& s, View4<const T>
                 T* dvalues, int threads) {
   ConvGeometry g = geometry;
   if (empty(g) || s.nnz == 0) return std::fill(dvalues, dvalues + s.nnz, T(0));
-  if (const Engine* engine = find_engine(current_isa())) {
+  if (const Isa isa = current_isa(); isa != Isa::kScalar) {
     refold(g, x, grad);
     const auto plan = s.plan<WgradPlan>(plan_key(Pass::kWgrad, g, 0), [&] { return wgrad_plan(g, s); });
     if (plan) {
       if (static_cast<int64_t>(plan->outside.size()) < s.nnz)
-        run_wgrad(*engine, WgradCall<T>{grad, x, &s, plan.get(), dvalues, threads});
+        engine<ConvEngine<T>>(isa).wgrad({grad, x, &s, plan.get(), dvalues, threads});
       for (const int32_t slot : plan->outside) dvalues[slot] = T(0);
       return exact::conv_wgrad(g, s, grad, x, dvalues, threads);
     }

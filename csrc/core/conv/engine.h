@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "core/conv/plan.h"
-#include "core/cpu.h"
+#include "core/engine.h"
 
 namespace sparsekd {
 
@@ -27,17 +27,15 @@ struct WgradCall {
   int threads;
 };
 
-struct Engine {
+template <class T>
+struct ConvEngine {
   int64_t tile_pixels;  // output pixels that stay in registers over a list of nonzeros
-  void (*gather_f32)(const GatherCall<float>&);
-  void (*gather_f64)(const GatherCall<double>&);
-  void (*wgrad_f32)(const WgradCall<float>&);
-  void (*wgrad_f64)(const WgradCall<double>&);
-};
+  void (*gather)(const GatherCall<T>&);
+  void (*wgrad)(const WgradCall<T>&);
 
-#define SPARSEKD_DECLARE(name, isa) extern const Engine engine_##name;
-SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_DECLARE)
-#undef SPARSEKD_DECLARE
+  template <Isa>
+  static const ConvEngine compiled;
+};
 
 // How the work of one call is cut. A lane computes one virtual image: a strip of rows of a real one, so that
 // small batches fill the lanes too. Lanes come in groups; a group's rows come in chunks.

@@ -30,20 +30,6 @@ Span within(Span all, int64_t shift, int64_t stride, int64_t in) {
   return {std::max(all.begin, begin), std::min(all.end, end)};
 }
 
-const OuterEngine& engine() {
-  switch (current_isa()) {
-#define SPARSEKD_CASE(name, isa) \
-  case Isa::isa:                 \
-    return outer_##name;
-    SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
-#undef SPARSEKD_CASE
-    default:
-      return outer_generic;
-  }
-}
-const OuterKernels<float>& kernels(float) { return engine().f32; }
-const OuterKernels<double>& kernels(double) { return engine().f64; }
-
 template <class T>
 View4<const T> channels_of(View4<const T> view, Span channels) {
   view.data += channels.begin * view.stride_c;
@@ -67,7 +53,7 @@ template <class T>
 struct Factor {
   View4<const T> view;
   int64_t block;
-  typename OuterKernels<T>::Pack pack;
+  typename OuterEngine<T>::Pack pack;
   int64_t blocks = ceil_div(view.c, block);
   int64_t panel = 0;  // elements from one packed block to the next
   T* panels = nullptr;
@@ -90,7 +76,7 @@ template <class T>
 class Product {
  public:
   Product(const ConvGeometry& geometry, const View4<const T>& grad, const View4<const T>& x,
-          const OuterKernels<T>& k, const typename OuterKernels<T>::Rows& rows)
+          const OuterEngine<T>& k, const typename OuterEngine<T>::Rows& rows)
       : g_(geometry),
         grad_{grad, rows.block, rows.pack},
         x_{x, k.channel_block, k.pack_channels},
@@ -173,7 +159,7 @@ class Product {
 
   ConvGeometry g_;
   Factor<T> grad_, x_;
-  typename OuterKernels<T>::Multiply multiply_;
+  typename OuterEngine<T>::Multiply multiply_;
   int64_t chunk_images_, chunk_rows_;
   Span images_, out_rows_, in_rows_;  // of the chunk at hand
 };
@@ -193,7 +179,7 @@ struct Sharing {
 template <class T>
 void add_product(const ConvGeometry& g, const View4<const T>& grad, const View4<const T>& x, T* out,
                  int64_t pitch, int threads) {
-  const OuterKernels<T>& k = kernels(T());
+  const OuterEngine<T>& k = engine<OuterEngine<T>>();
   const auto& rows = grad.c > k.narrow.block ? k.wide : k.narrow;
   const int64_t row_blocks = ceil_div(grad.c, rows.block), channel_blocks = ceil_div(x.c, k.channel_block);
   const int64_t taps = g.kernel_h * g.kernel_w, block = rows.block * k.channel_block;

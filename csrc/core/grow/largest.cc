@@ -14,20 +14,6 @@
 namespace sparsekd {
 namespace {
 
-const ScanEngine& engine() {
-  switch (current_isa()) {
-#define SPARSEKD_CASE(name, isa) \
-  case Isa::isa:                 \
-    return scan_##name;
-    SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
-#undef SPARSEKD_CASE
-    default:
-      return scan_generic;
-  }
-}
-const ScanKernels<float>& kernels(float) { return engine().f32; }
-const ScanKernels<double>& kernels(double) { return engine().f64; }
-
 template <class T>
 struct Candidate {
   T score;
@@ -52,7 +38,7 @@ bool offer_row(const T* values, const Structure& kept, int64_t row, int64_t begi
   for (int64_t from = begin; from < end; from += kChunk) {
     const int64_t count = std::min(kChunk, end - from);
     const T* value = values + (from - begin);
-    int64_t nan = kernels(T()).prepare(value, count, magnitude, score);
+    int64_t nan = engine<ScanEngine<T>>().prepare(value, count, magnitude, score);
     for (; col < last && *col < from + count; ++col) {
       T& taken = score[*col - from];
       nan -= taken != taken;
@@ -69,15 +55,15 @@ bool offer_row(const T* values, const Structure& kept, int64_t row, int64_t begi
 template <class T>
 void BestK<T>::offer(const T* score, int64_t count, int32_t first) {
   make_room(count);
-  size_ += kernels(T()).collect(score, nullptr, first, count, bar_, scores_.data() + size_,
-                                positions_.data() + size_);
+  size_ += engine<ScanEngine<T>>().collect(score, nullptr, first, count, bar_, scores_.data() + size_,
+                                           positions_.data() + size_);
 }
 
 template <class T>
 void BestK<T>::offer(const BestK& other) {
   make_room(other.size_);
-  size_ += kernels(T()).collect(other.scores_.data(), other.positions_.data(), 0, other.size_, bar_,
-                                scores_.data() + size_, positions_.data() + size_);
+  size_ += engine<ScanEngine<T>>().collect(other.scores_.data(), other.positions_.data(), 0, other.size_,
+                                           bar_, scores_.data() + size_, positions_.data() + size_);
 }
 
 template <class T>
@@ -116,8 +102,8 @@ bool BestK<T>::raise_bar() {
   for (int64_t i = 0; i < size_; ++i) reach += scores_[i] >= bar;
   if (reach < k_ || reach > size_ - size_ / 16) return false;
   bar_ = bar;
-  size_ = kernels(T()).collect(scores_.data(), positions_.data(), 0, size_, bar, scores_.data(),
-                               positions_.data());
+  size_ = engine<ScanEngine<T>>().collect(scores_.data(), positions_.data(), 0, size_, bar, scores_.data(),
+                                          positions_.data());
   return true;
 }
 

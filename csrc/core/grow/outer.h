@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "core/conv/engine.h"
+#include "core/engine.h"
 
 namespace sparsekd {
 
@@ -15,7 +15,7 @@ struct Walk {
 };
 
 template <class T>
-struct OuterKernels {
+struct OuterEngine {
   // dst[block * block_stride + p * B + i] = src[(block * B + i) * stride_c + p * stride_p] for `pixels`
   // pixels p and all blocks of B channels; the last block is filled up with zeros.
   using Pack = void (*)(const T* src, int64_t stride_c, int64_t stride_p, int64_t channels, int64_t pixels,
@@ -31,15 +31,9 @@ struct OuterKernels {
   Rows narrow, wide;      // one vector of output channels to a block, or two
   int64_t channel_block;  // X
   Pack pack_channels;
-};
 
-struct OuterEngine {
-  OuterKernels<float> f32;
-  OuterKernels<double> f64;
+  template <Isa>
+  static const OuterEngine compiled;
 };
-
-#define SPARSEKD_DECLARE(name, isa) extern const OuterEngine outer_##name;
-SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_DECLARE)
-#undef SPARSEKD_DECLARE
 
 }  // namespace sparsekd

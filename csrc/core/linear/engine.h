@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "core/conv/engine.h"
+#include "core/engine.h"
 #include "core/linear/linear.h"
 #include "core/linear/plan.h"
 
@@ -28,20 +28,17 @@ struct SddmmCall {
   int threads;
 };
 
+template <class T>
 struct LinearEngine {
-  void (*spmm_f32)(const SpmmCall<float>&);
-  void (*spmm_f64)(const SpmmCall<double>&);
+  void (*spmm)(const SpmmCall<T>&);
   // Multiply with the transpose, given the blocks of the matrix itself and no bias:
   // out[n, c] = sum over the nonzeros k of column c of values[k] * in[n, row of k].
-  void (*spmm_transposed_f32)(const SpmmCall<float>&);
-  void (*spmm_transposed_f64)(const SpmmCall<double>&);
-  void (*sddmm_f32)(const SddmmCall<float>&);
-  void (*sddmm_f64)(const SddmmCall<double>&);
-};
+  void (*spmm_transposed)(const SpmmCall<T>&);
+  void (*sddmm)(const SddmmCall<T>&);
 
-#define SPARSEKD_DECLARE(name, isa) extern const LinearEngine linear_engine_##name;
-SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_DECLARE)
-#undef SPARSEKD_DECLARE
+  template <Isa>
+  static const LinearEngine compiled;
+};
 
 // A tile is up to kWideBytes of batch rows, computed together: one input of a packed tile holds that many
 // bytes, one element for each batch row. What is left of a batch goes into narrower tiles.

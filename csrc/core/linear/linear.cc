@@ -8,26 +8,6 @@
 namespace sparsekd {
 namespace {
 
-const LinearEngine* find_engine(Isa isa) {
-  switch (isa) {
-#define SPARSEKD_CASE(name, isa) \
-  case Isa::isa:                 \
-    return &linear_engine_##name;
-    SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
-#undef SPARSEKD_CASE
-    default:
-      return nullptr;
-  }
-}
-
-void run_spmm(const LinearEngine& e, const SpmmCall<float>& call) { e.spmm_f32(call); }
-void run_spmm(const LinearEngine& e, const SpmmCall<double>& call) { e.spmm_f64(call); }
-void run_sddmm(const LinearEngine& e, const SddmmCall<float>& call) { e.sddmm_f32(call); }
-void run_sddmm(const LinearEngine& e, const SddmmCall<double>& call) { e.sddmm_f64(call); }
-
-void run_transposed(const LinearEngine& e, const SpmmCall<float>& call) { e.spmm_transposed_f32(call); }
-void run_transposed(const LinearEngine& e, const SpmmCall<double>& call) { e.spmm_transposed_f64(call); }
-
 enum class Plan : int64_t { kLinearRows = 100, kLinearTranspose, kLinearWay };
 std::vector<int64_t> plan_key(Plan plan, int64_t block) { return {static_cast<int64_t>(plan), block}; }
 
@@ -94,21 +74,23 @@ template <class T>
 void linear_fprop(const Structure& s, View2<const T> x, const T* values, const T* bias, View2<T> y,
                   int threads) {
   if (y.rows == 0 || y.cols == 0) return;
-  const LinearEngine* const engine = find_engine(current_isa());
-  if (!engine) return scalar::linear_fprop(s, x, values, bias, y);
+  const Isa isa = current_isa();
+  if (isa == Isa::kScalar) return scalar::linear_fprop(s, x, values, bias, y);
   const auto blocks = rows_plan(s);
-  run_spmm(*engine, SpmmCall<T>{x, y, blocks.get(), values, bias, useful_threads(x.rows, s.nnz, threads)});
+  engine<LinearEngine<T>>(isa).spmm(
+      {x, y, blocks.get(), values, bias, useful_threads(x.rows, s.nnz, threads)});
 }
 
 template <class T>
 void linear_dgrad(const Structure& s, View2<const T> grad, const T* values, View2<T> dx, int threads) {
   if (dx.rows == 0 || dx.cols == 0) return;
-  const LinearEngine* const engine = find_engine(current_isa());
-  if (!engine) return scalar::linear_dgrad(s, grad, values, dx);
+  const Isa isa = current_isa();
+  if (isa == Isa::kScalar) return scalar::linear_dgrad(s, grad, values, dx);
+  const LinearEngine<T>& kernels = engine<LinearEngine<T>>(isa);
   threads = useful_threads(grad.rows, s.nnz, threads);
   if (way_plan(s)->by_rows) {
     const auto blocks = rows_plan(s);
-    return run_transposed(*engine, SpmmCall<T>{grad, dx, blocks.get(), values, nullptr, threads});
+    return kernels.spmm_transposed({grad, dx, blocks.get(), values, nullptr, threads});
   }
   const int64_t block = block_size(s, true);
   const auto plan =
@@ -120,17 +102,18 @@ void linear_dgrad(const Structure& s, View2<const T> grad, const T* values, View
       ordered[k] = values[slot[k]];
   };
   parallel(threads, threads, order);
-  run_spmm(*engine, SpmmCall<T>{grad, dx, &plan->blocks, ordered, nullptr, threads});
+  kernels.spmm({grad, dx, &plan->blocks, ordered, nullptr, threads});
 }
 
 template <class T>
 void linear_wgrad(const Structure& s, View2<const T> grad, View2<const T> x, T* dvalues, int threads) {
   if (s.nnz == 0) return;
   if (x.rows == 0) return std::fill(dvalues, dvalues + s.nnz, T(0));
-  const LinearEngine* const engine = find_engine(current_isa());
-  if (!engine) return scalar::linear_wgrad(s, grad, x, dvalues);
+  const Isa isa = current_isa();
+  if (isa == Isa::kScalar) return scalar::linear_wgrad(s, grad, x, dvalues);
   const auto blocks = rows_plan(s);
-  run_sddmm(*engine, SddmmCall<T>{grad, x, blocks.get(), dvalues, useful_threads(x.rows, s.nnz, threads)});
+  engine<LinearEngine<T>>(isa).sddmm(
+      {grad, x, blocks.get(), dvalues, useful_threads(x.rows, s.nnz, threads)});
 }
 
 #define SPARSEKD_INSTANTIATE(T)                                                                       \

@@ -1,6 +1,6 @@
 // What an instruction set must provide: each of the four passes over one slot's share of the maps.
 #pragma once
-#include "core/cpu.h"
+#include "core/engine.h"
 #include "core/norm/norm.h"
 
 namespace sparsekd {
@@ -62,20 +62,14 @@ struct SpreadPass {
 };
 
 template <class T>
-struct NormKernels {
+struct NormEngine {
   void (*moments)(const Maps&, Range, const T* x, const Moments&);
   void (*apply)(const Maps&, Range, const ApplyPass<T>&);
   void (*reduce)(const Maps&, Range, const ReducePass<T>&);
   void (*spread)(const Maps&, Range, const SpreadPass<T>&);
-};
 
-struct NormEngine {
-  NormKernels<float> f32;
-  NormKernels<double> f64;
+  template <Isa>
+  static const NormEngine compiled;
 };
-
-#define SPARSEKD_DECLARE(name, isa) extern const NormEngine norm_engine_##name;
-SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_DECLARE)
-#undef SPARSEKD_DECLARE
 
 }  // namespace sparsekd

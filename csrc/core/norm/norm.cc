@@ -11,29 +11,6 @@
 namespace sparsekd {
 namespace {
 
-const NormEngine& engine() {
-  switch (current_isa()) {
-#define SPARSEKD_CASE(name, isa) \
-  case Isa::isa:                 \
-    return norm_engine_##name;
-    SPARSEKD_FOR_EACH_ENGINE(SPARSEKD_CASE)
-#undef SPARSEKD_CASE
-    default:
-      return norm_engine_generic;
-  }
-}
-
-template <class T>
-const NormKernels<T>& kernels();
-template <>
-const NormKernels<float>& kernels() {
-  return engine().f32;
-}
-template <>
-const NormKernels<double>& kernels() {
-  return engine().f64;
-}
-
 // How many threads the work is worth; a slot is one thread's share, so that each reads in its second pass
 // what it read in the first.
 int slots_for(const Maps& m, int threads) {
@@ -89,7 +66,8 @@ void norm_moments(const Maps& maps, const T* x, T* mean, T* var, int threads) {
     double* at = partial.data() + 3 * width * slot;
     return Moments{at, at + width, at + 2 * width};
   };
-  for_slots(maps, slots, [&](int slot, Range range) { kernels<T>().moments(maps, range, x, of(slot)); });
+  for_slots(maps, slots,
+            [&](int slot, Range range) { engine<NormEngine<T>>().moments(maps, range, x, of(slot)); });
   for (int64_t channel = 0; channel < maps.channels; ++channel) {
     double count = 0, centre = 0, squares = 0;
     for (int slot = 0; slot < slots; ++slot)
@@ -113,7 +91,7 @@ void norm_forward(const Norm<T>& n, const T* x, const T* residual, T* y, int thr
   const ApplyPass<T> pass{
       x, residual, k.mean.data(), k.scale.data(), k.shift.data(), n.relu, streams<T>(n.maps), y};
   for_slots(n.maps, slots_for(n.maps, threads),
-            [&](int, Range range) { kernels<T>().apply(n.maps, range, pass); });
+            [&](int, Range range) { engine<NormEngine<T>>().apply(n.maps, range, pass); });
 }
 
 template <class T>
@@ -128,9 +106,9 @@ void norm_backward(const Norm<T>& n, const NormGradients<T>& g, int threads) {
     std::vector<double> partial(2 * width * slots);
     for_slots(n.maps, slots, [&](int slot, Range range) {
       double* at = partial.data() + 2 * width * slot;
-      kernels<T>().reduce(n.maps, range,
-                          {g.grad, g.x, g.y, k.mean.data(), k.scale.data(), k.shift.data(), mask, stream,
-                           g.dresidual, at, at + width});
+      engine<NormEngine<T>>().reduce(n.maps, range,
+                                     {g.grad, g.x, g.y, k.mean.data(), k.scale.data(), k.shift.data(), mask,
+                                      stream, g.dresidual, at, at + width});
     });
     for (int slot = 0; slot < slots; ++slot)
       for (int64_t c = 0; c < width; ++c) {
@@ -162,7 +140,7 @@ void norm_backward(const Norm<T>& n, const NormGradients<T>& g, int threads) {
                            behind_mask ? Mask::kNone : mask,
                            stream,
                            g.dx};
-  for_slots(n.maps, slots, [&](int, Range range) { kernels<T>().spread(n.maps, range, pass); });
+  for_slots(n.maps, slots, [&](int, Range range) { engine<NormEngine<T>>().spread(n.maps, range, pass); });
 }
 
 #define SPARSEKD_INSTANTIATE(T)                                               \

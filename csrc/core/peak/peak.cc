@@ -8,7 +8,6 @@
 #include <memory>
 #include <new>
 
-#include "core/cpu.h"
 #include "core/parallel.h"
 
 namespace sparsekd {
@@ -52,23 +51,15 @@ struct Free {
 
 }  // namespace
 
-const PeakLoops& peak_loops() {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::kAvx512) return peak_loops_avx512();
-  if (current_isa() == Isa::kAvx2) return peak_loops_avx2();
-#endif
-  return peak_loops_generic();
-}
-
 double peak_flops(int threads, double seconds) {
-  const PeakLoops& loops = peak_loops();
+  const PeakEngine& loops = engine<PeakEngine>();
   constexpr int64_t kRounds = 100000;
   return rate(threads, seconds, static_cast<double>(kRounds * loops.flops),
               [&](int) { use(loops.multiply_add(kRounds)); });
 }
 
 double read_bandwidth(int64_t bytes, int threads, double seconds) {
-  const PeakLoops& loops = peak_loops();
+  const PeakEngine& loops = engine<PeakEngine>();
   const int64_t count = ((bytes + 3) / 4 + kPeakStep - 1) / kPeakStep * kPeakStep;
   // One block: the size of each thread's part is a multiple of 64 bytes, so every part is aligned.
   std::unique_ptr<float, Free> data(

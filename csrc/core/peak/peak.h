@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "core/engine.h"
+
 namespace sparsekd {
 
 // Float32 operations per second of `threads` threads that do nothing but independent fused multiply-adds
@@ -13,21 +15,17 @@ double peak_flops(int threads, double seconds);
 // is rounded up to whole steps of the reading loop.
 double read_bandwidth(int64_t bytes, int threads, double seconds);
 
-// The two loops, one pair for each instruction set.
-struct PeakLoops {
+// The two loops.
+struct PeakEngine {
   // Adds 1 to every accumulator `rounds` times by fused multiply-adds and returns their sum.
   float (*multiply_add)(int64_t rounds);
   int64_t flops;  // of one round
   // Adds up `count` floats at a 64-byte boundary; `count` is a multiple of kPeakStep.
   float (*add_up)(const float* data, int64_t count);
+
+  template <Isa>
+  static const PeakEngine compiled;
 };
 constexpr int64_t kPeakStep = 256;
-
-const PeakLoops& peak_loops_generic();
-#if defined(__x86_64__)
-const PeakLoops& peak_loops_avx2();
-const PeakLoops& peak_loops_avx512();
-#endif
-const PeakLoops& peak_loops();  // of the current instruction set
 
 }  // namespace sparsekd

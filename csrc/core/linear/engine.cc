@@ -1,21 +1,10 @@
-// The linear engine, compiled once for each instruction set by generic.cc, avx2.cc and avx512.cc, which
-// define SPARSEKD_ENGINE (its name) and SPARSEKD_VECTOR_BYTES.
-//
-// Everything here has internal linkage and instantiates no library template that could also be emitted
-// elsewhere: a function compiled for AVX-512 must never be the one the linker keeps for everybody.
-#include <cstring>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "core/engine.inl"
 
-#include "core/cpu.h"
 #include "core/linear/engine.h"
-#include "core/parallel.h"
 
 namespace sparsekd {
 namespace {
 
-#include "core/engine.inl"
 #include "core/linear/pack.inl"
 
 // Eight independent sums hide the latency of two fused multiply-adds a cycle.
@@ -71,7 +60,11 @@ inline int64_t tile_offset(const Tiles& tiles, int64_t tile) {
 
 }  // namespace
 
-extern const LinearEngine SPARSEKD_ENGINE_NAME(linear_engine_) = {
-    spmm<float>, spmm<double>, spmm_transposed<float>, spmm_transposed<double>, sddmm<float>, sddmm<double>};
+template <class T>
+template <Isa>
+const LinearEngine<T> LinearEngine<T>::compiled{sparsekd::spmm<T>, sparsekd::spmm_transposed<T>,
+                                                sparsekd::sddmm<T>};
+template const LinearEngine<float> LinearEngine<float>::compiled<kIsa>;
+template const LinearEngine<double> LinearEngine<double>::compiled<kIsa>;
 
 }  // namespace sparsekd

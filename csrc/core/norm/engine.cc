@@ -1,20 +1,11 @@
-// The passes of BatchNorm, compiled once for each instruction set by generic.cc, avx2.cc and avx512.cc, which
-// define SPARSEKD_ENGINE (its name) and SPARSEKD_VECTOR_BYTES. Everything has internal linkage: a function
-// compiled for AVX-512 must never be the one the linker keeps for everybody.
-#include <cstring>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "core/engine.inl"
 
 #include "core/norm/engine.h"
-#include "core/parallel.h"
 
 #define SPARSEKD_INLINE __attribute__((always_inline))
 
 namespace sparsekd {
 namespace {
-
-#include "core/engine.inl"
 
 constexpr int64_t kAheadBytes = 4096;  // the hardware's own prefetchers alone: twice as slow backward
 constexpr int64_t kBlock = 64;         // rows, or vectors of a plane, that are summed in T before a double
@@ -349,11 +340,13 @@ void spread(const Maps& maps, Range range, const SpreadPass<T>& s) {
   if (s.stream) finish_streams();
 }
 
-template <class T>
-constexpr NormKernels<T> kKernels = {moments<T>, apply<T>, reduce<T>, spread<T>};
-
 }  // namespace
 
-extern const NormEngine SPARSEKD_ENGINE_NAME(norm_engine_) = {kKernels<float>, kKernels<double>};
+template <class T>
+template <Isa>
+const NormEngine<T> NormEngine<T>::compiled{sparsekd::moments<T>, sparsekd::apply<T>, sparsekd::reduce<T>,
+                                            sparsekd::spread<T>};
+template const NormEngine<float> NormEngine<float>::compiled<kIsa>;
+template const NormEngine<double> NormEngine<double>::compiled<kIsa>;
 
 }  // namespace sparsekd

@@ -1,16 +1,10 @@
-// The kernels of outer.h, compiled once for each instruction set by generic.cc, avx2.cc and avx512.cc, which
-// define SPARSEKD_ENGINE (its name) and SPARSEKD_VECTOR_BYTES.
-//
-// Everything here has internal linkage and instantiates no library template that could also be emitted
-// elsewhere: a function compiled for AVX-512 must never be the one the linker keeps for everybody.
-#include <cstring>
-
 #include "core/grow/outer.h"
+
+#include "core/engine.inl"
 
 namespace sparsekd {
 namespace {
 
-constexpr int kVectorBytes = SPARSEKD_VECTOR_BYTES;
 // Two vectors of output channels times these input channels are the accumulators: 16 of 32 registers with
 // AVX-512, else 8 of 16. Both hide the latency of two fused multiply-adds a cycle.
 constexpr int kChannelBlock = kVectorBytes == 64 ? 8 : 4;
@@ -129,14 +123,16 @@ void pack(const T* src, int64_t stride_c, int64_t stride_p, int64_t channels, in
                         dst + full * block_stride);
 }
 
-template <class T>
-constexpr OuterKernels<T> kernels() {
-  constexpr int L = kLanes<T>, X = kChannelBlock;
-  return {{L, pack<T, L, L>, multiply<T, 1>}, {2 * L, pack<T, 2 * L, L>, multiply<T, 2>}, X, pack<T, X, X>};
-}
-
 }  // namespace
 
-extern const OuterEngine SPARSEKD_ENGINE_NAME(outer_) = {kernels<float>(), kernels<double>()};
+template <class T>
+template <Isa>
+const OuterEngine<T> OuterEngine<T>::compiled{
+    {kLanes<T>, sparsekd::pack<T, kLanes<T>, kLanes<T>>, sparsekd::multiply<T, 1>},
+    {2 * kLanes<T>, sparsekd::pack<T, 2 * kLanes<T>, kLanes<T>>, sparsekd::multiply<T, 2>},
+    kChannelBlock,
+    sparsekd::pack<T, kChannelBlock, kChannelBlock>};
+template const OuterEngine<float> OuterEngine<float>::compiled<kIsa>;
+template const OuterEngine<double> OuterEngine<double>::compiled<kIsa>;
 
 }  // namespace sparsekd

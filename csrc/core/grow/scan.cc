@@ -1,9 +1,6 @@
-// The kernels of scan.h, compiled once for each instruction set by generic.cc, avx2.cc and avx512.cc.
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include "core/grow/scan.h"
+
+#include "core/engine.inl"
 
 namespace sparsekd {
 namespace {
@@ -60,13 +57,12 @@ int64_t collect<float>(const float* score, const int32_t* position, int32_t firs
 }
 #endif
 
-template <class T>
-constexpr ScanKernels<T> scan_kernels() {
-  return {prepare<T>, collect<T>};
-}
-
 }  // namespace
 
-extern const ScanEngine SPARSEKD_ENGINE_NAME(scan_) = {scan_kernels<float>(), scan_kernels<double>()};
+template <class T>
+template <Isa>
+const ScanEngine<T> ScanEngine<T>::compiled{sparsekd::prepare<T>, sparsekd::collect<T>};
+template const ScanEngine<float> ScanEngine<float>::compiled<kIsa>;
+template const ScanEngine<double> ScanEngine<double>::compiled<kIsa>;
 
 }  // namespace sparsekd

@@ -1,12 +1,12 @@
-// The loops of peak.h, compiled once for each instruction set by a source that defines SPARSEKD_PEAK_LOOPS
-// (the function's name) and SPARSEKD_VECTOR_BYTES. Internal linkage throughout, as in the engine.
+#include "core/engine.inl"
+
 #include "core/peak/peak.h"
 
 namespace sparsekd {
 namespace {
 
-typedef float Vec __attribute__((vector_size(SPARSEKD_VECTOR_BYTES)));
-constexpr int kLanes = SPARSEKD_VECTOR_BYTES / 4;
+typedef float Vec __attribute__((vector_size(kVectorBytes)));
+constexpr int kLanes = kVectorBytes / 4;
 // Enough for two fused multiply-adds a cycle at a latency of five, and no more than AVX2 has registers.
 constexpr int kChains = 12;
 
@@ -43,9 +43,8 @@ float add_up(const float* data, int64_t count) {
 
 }  // namespace
 
-const PeakLoops& SPARSEKD_PEAK_LOOPS() {
-  static constexpr PeakLoops loops{multiply_add, 2 * kChains * kLanes, add_up};
-  return loops;
-}
+template <Isa>
+const PeakEngine PeakEngine::compiled{sparsekd::multiply_add, 2 * kChains * kLanes, sparsekd::add_up};
+template const PeakEngine PeakEngine::compiled<kIsa>;
 
 }  // namespace sparsekd

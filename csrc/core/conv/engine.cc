@@ -1,20 +1,9 @@
-// The engine, compiled once for each instruction set by generic.cc, avx2.cc and avx512.cc, which define
-// SPARSEKD_ENGINE (its name) and SPARSEKD_VECTOR_BYTES.
-//
-// Everything here has internal linkage and instantiates no library template that could also be emitted
-// elsewhere: a function compiled for AVX-512 must never be the one the linker keeps for everybody.
-#include <cstring>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "core/engine.inl"
 
 #include "core/conv/engine.h"
-#include "core/parallel.h"
 
 namespace sparsekd {
 namespace {
-
-#include "core/engine.inl"
 
 constexpr int kVectors = static_cast<int>(kPixelBytes) / kVectorBytes;  // vectors to a pixel
 // Eight independent accumulators hide the latency of two fused multiply-adds a cycle.
@@ -352,7 +341,10 @@ void gather(const GatherCall<T>& call) {
 
 }  // namespace
 
-extern const Engine SPARSEKD_ENGINE_NAME(engine_) = {kTilePixels, gather<float>, gather<double>, wgrad<float>,
-                                                     wgrad<double>};
+template <class T>
+template <Isa>
+const ConvEngine<T> ConvEngine<T>::compiled{kTilePixels, sparsekd::gather<T>, sparsekd::wgrad<T>};
+template const ConvEngine<float> ConvEngine<float>::compiled<kIsa>;
+template const ConvEngine<double> ConvEngine<double>::compiled<kIsa>;
 
 }  // namespace sparsekd

@@ -1,3 +1,0 @@
-#define SPARSEKD_ENGINE avx2
-#define SPARSEKD_VECTOR_BYTES 32
-#include "core/conv/engine.inl"

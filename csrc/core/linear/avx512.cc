@@ -1,3 +1,0 @@
-#define SPARSEKD_ENGINE avx512
-#define SPARSEKD_VECTOR_BYTES 64
-#include "core/linear/engine.inl"

@@ -1,3 +1,0 @@
-#define SPARSEKD_ENGINE generic
-#define SPARSEKD_VECTOR_BYTES 16
-#include "core/linear/engine.inl"
