@@ -86,7 +86,7 @@ setup(
         "sparsekd.kernels",
     ],
     package_dir={"sparsekd.kernels": "kernels"},
-    package_data={"sparsekd": ["py.typed"]},
+    package_data={"sparsekd": ["py.typed", "cuda_api.h"]},
     ext_modules=[Extension("sparsekd._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,8 +1,13 @@
-"""The library of CUDA kernels, csrc/cuda/api.h: load it, call it on torch's current stream."""
+"""The library of CUDA kernels: load it, call it on torch's current stream.
+
+Its header, csrc/cuda/api.h, comes with the package and says what each function takes. Calls are
+checked against it, since C itself would take any arguments for others.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +18,81 @@ from torch import Tensor
 from sparsekd.errors import BackendError
 
 PATH = Path(__file__).resolve().with_name("libsparsekd_cuda.so")
+HEADER = PATH.with_name("cuda_api.h")  # csrc/cuda/api.h
 OLDEST = (8, 0)  # compute capability that the library has code for
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+PREFIX = "sparsekd_cuda_"
+
+
+class _Address:
+    """Parameter that takes a tensor of a dtype, any for None, or None for the null pointer."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+
+    def from_param(self, value: Tensor | None) -> ctypes.c_void_p | None:
+        if value is None:
+            return None
+        if not isinstance(value, Tensor):
+            raise TypeError(f"expected a tensor or None, got {value!r}")
+        if self._dtype not in (None, value.dtype):
+            raise TypeError(f"expected a tensor of {self._dtype}, got {value.dtype}")
+        return ctypes.c_void_p(value.data_ptr())
+
+
+class _Dtype:
+    """Parameter that takes a torch dtype and passes its code."""
+
+    def from_param(self, value: torch.dtype) -> ctypes.c_int64:
+        if value not in DTYPES:
+            raise TypeError(f"expected one of {[*DTYPES]}, got {value!r}")
+        return ctypes.c_int64(DTYPES[value])
+
+
+_PARAMETERS = {
+    "int": ctypes.c_int,
+    "int64_t": ctypes.c_int64,
+    "void*": _Address(None),
+    "float*": _Address(torch.float32),
+    "int32_t*": _Address(torch.int32),
+    "uint64_t*": _Address(torch.int64),  # torch has few ops on unsigned integers
+}
+# Parameters that are what their name says. torch has the address of a stream as an integer.
+_NAMED = {"dtype": _Dtype(), "stream": ctypes.c_size_t}
+_RESULTS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "char*": ctypes.c_char_p}
+
+
+def signatures(header: str) -> dict[str, tuple[Any, list[Any]]]:
+    """Return the result and the parameters of each function that a header declares, for ctypes.
+
+    Args:
+        header: text in the style of csrc/cuda/api.h.
+
+    Raises:
+        ValueError: a declaration is unlike those, or has a type that no parameter here stands for.
+
+    Example:
+        >>> signatures("SPARSEKD_API int sparsekd_cuda_half(int64_t count); // of it")
+        {'sparsekd_cuda_half': (<class 'ctypes.c_int'>, [<class 'ctypes.c_long'>])}
+    """
+    code = re.sub(r"//.*|#.*|\bconst\b", "", header)
+    found = {}
+    for declaration in code.split("SPARSEKD_API")[1:]:
+        try:
+            result, name, inside = re.findall(r"^([^(]+?)(\w+)\(([^)]*)\);", declaration)[0]
+            words = [part.rsplit(maxsplit=1) for part in inside.split(",") if part.strip()]
+            types = [_NAMED.get(word) or _PARAMETERS[kind.strip()] for kind, word in words]
+            found[name] = _RESULTS[result.strip()], types
+        except (IndexError, KeyError, ValueError) as error:
+            raise ValueError(f"header: cannot read{declaration}") from error
+    return found
 
 
 class Library:
-    """Call the library's functions by name, without the prefix that they have in common.
+    """The library's functions by name, without the prefix that they have in common.
 
-    Tensors become their addresses, dtypes their codes, None the null pointer.
+    Tensors become their addresses, dtypes their codes, None the null pointer. Arguments that are
+    too few, too many or not what the header says raise TypeError or ctypes.ArgumentError.
 
     Args:
         path: of the shared library.
@@ -31,16 +103,16 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
-        self._functions.sparsekd_cuda_error.restype = ctypes.c_char_p
+        for name, (result, parameters) in signatures(HEADER.read_text()).items():
+            function = getattr(self._functions, name)
+            function.restype, function.argtypes = result, parameters
         code = self._functions.sparsekd_cuda_driver()
         if code:
             raise OSError(self._reason(code))
 
     def size(self, name: str, *args: Any) -> int:
         """Return what a function that only computes a size returns."""
-        function = self._functions[f"sparsekd_cuda_{name}"]
-        function.restype = ctypes.c_int64
-        return function(*map(_argument, args))
+        return self._call(getattr(self._functions, PREFIX + name), args)
 
     def run(self, name: str, device: torch.device, *args: Any) -> None:
         """Queue a function's work behind what is queued on the device's current stream.
@@ -48,18 +120,22 @@ class Library:
         Raises:
             BackendError: CUDA refused it; the text has CUDA's reason.
         """
-        function = self._functions[f"sparsekd_cuda_{name}"]
-        code = self._queue(function, device, list(map(_argument, args)))
+        code = self._queue(getattr(self._functions, PREFIX + name), device, args)
         if code:
             raise BackendError(f"{name}: {self._reason(code)}")
 
     def _reason(self, code: int) -> str:
         return f"CUDA error {code}, {self._functions.sparsekd_cuda_error(code).decode()}"
 
-    def _queue(self, function: Any, device: torch.device, args: list[Any]) -> int:
+    def _queue(self, function: Any, device: torch.device, args: tuple[Any, ...]) -> int:
         with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            return function(*args, ctypes.c_void_p(stream))
+            return self._call(function, (*args, torch.cuda.current_stream(device).cuda_stream))
+
+    def _call(self, function: Any, args: tuple[Any, ...]) -> int:
+        expected = len(function.argtypes)
+        if len(args) != expected:  # ctypes lets C functions have more
+            raise TypeError(f"{function.__name__}: expected {expected} arguments, got {len(args)}")
+        return function(*args)
 
 
 def load() -> Library:
@@ -97,11 +173,3 @@ def library_for(device: torch.device) -> Library | None:
         return load()
     except ImportError:
         return None
-
-
-def _argument(value: Any) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(DTYPES[value] if isinstance(value, torch.dtype) else value)

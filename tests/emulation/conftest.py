@@ -95,8 +95,8 @@ def compile_to_ptx() -> Compile:
 class Emulated(cuda_library.Library):
     """Call the emulated library, which has neither devices nor streams."""
 
-    def _queue(self, function: Any, device: torch.device, args: list[Any]) -> int:
-        return function(*args, None)
+    def _queue(self, function: Any, device: torch.device, args: tuple[Any, ...]) -> int:
+        return self._call(function, (*args, 0))
 
     def set_order(self, order: str, seed: int = 1) -> None:
         """Choose in which order the threads of a block take their turns."""

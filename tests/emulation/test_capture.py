@@ -21,7 +21,7 @@ class Recorder:
         self.calls: list[Callable[[], int]] = []
         queue = library._queue
 
-        def record(function: Any, device: torch.device, args: list[Any]) -> int:
+        def record(function: Any, device: torch.device, args: tuple[Any, ...]) -> int:
             self.calls.append(lambda: queue(function, device, args))
             return queue(function, device, args)
 

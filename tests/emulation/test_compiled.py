@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsekd import cuda_library
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 
@@ -72,7 +74,6 @@ def test_the_library_loads_and_exports_nothing_but_its_functions() -> None:
         pytest.skip("the CUDA kernels are not built")
     names = subprocess.run(["nm", "-D", "--defined-only", built], capture_output=True, text=True)
     exported = {line.split()[-1] for line in names.stdout.splitlines()}
-    declared = set(re.findall(r"\b(sparsekd_cuda_\w+)\(", (SOURCES / "api.h").read_text()))
-    assert exported == declared
+    assert exported == set(cuda_library.signatures(cuda_library.HEADER.read_text()))
     probe = f"import ctypes; ctypes.CDLL({str(built)!r}).sparsekd_cuda_lanes"
     subprocess.run([sys.executable, "-c", probe], check=True, env={**os.environ, "LD_PRELOAD": ""})

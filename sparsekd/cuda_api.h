@@ -1,0 +1,1 @@
+../csrc/cuda/api.h
