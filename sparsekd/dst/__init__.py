@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsekd.dst.acdc import ACDC
-from sparsekd.dst.base import LayerUpdate, Updater
+from sparsekd.dst.base import Updater
 from sparsekd.dst.gmp import GMP
 from sparsekd.dst.granet import GraNet
 from sparsekd.dst.itop import ITOP, Exploration
@@ -14,6 +14,7 @@ from sparsekd.dst.set import SET
 from sparsekd.dst.snfs import SNFS
 from sparsekd.dst.srigl import SRigL
 from sparsekd.dst.static import Static
+from sparsekd.dst.tile_grid import LayerUpdate
 from sparsekd.dst.topkast import TopKAST
 
 __all__ = [

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import grid
+from sparsekd.dst import tile_grid
 from sparsekd.dst.base import Updater
-from sparsekd.dst.schedules import check_positive, never
+from sparsekd.dst.dynamics import check_positive, never
 from sparsekd.sparsity import check_sparsity, target_nnz
 from sparsekd.topology import Topology
 
@@ -86,7 +86,7 @@ class ACDC(Updater):
             return {name: (0, t.numel - t.nnz) for name, t in tiles.items()}
         surplus = max(0, self.nnz() - self.target(self.iteration))
         score = {name: self.tile_score(name) for name in layers}
-        gone = grid.smallest_overall(self.grids(), score, surplus)
+        gone = tile_grid.smallest_overall(self.grids(), score, surplus)
         return {name: (drop, 0) for name, drop in gone.items()}
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
@@ -96,4 +96,4 @@ class ACDC(Updater):
     def _due(self, iteration: int) -> float | None:
         begun = bool(self.phases) and iteration >= self.phases[0][0]
         off = abs(self.nnz() - self.target(iteration)) if begun else 0
-        return 0.0 if off and off > grid.slack(self.grids()) else None
+        return 0.0 if off and off > tile_grid.slack(self.grids()) else None

@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,38 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparsekd.dst import growers, replicas, scores
-from sparsekd.dst.capture import GradientCapture, describe_foreign
-from sparsekd.dst.entries import Entries
-from sparsekd.dst.grid import Grid, check_method
-from sparsekd.dst.schedules import UpdateSchedule
-from sparsekd.errors import CheckpointError, UnsupportedError
+from sparsekd.dst.dynamics import UpdateSchedule
+from sparsekd.dst.gradients import DenseGradients, NonFiniteGradient, describe_foreign, is_finite
+from sparsekd.dst.rewiring import Rewiring
+from sparsekd.dst.tile_grid import LayerUpdate, TileGrid, check_method
+from sparsekd.errors import CheckpointError
 from sparsekd.nn import SparseModule, sparse_modules
 from sparsekd.nn.distributed import check_own
 from sparsekd.ops.growth import Block
-from sparsekd.optim import check_remappable, remap_
-from sparsekd.optim.following import Followed
+from sparsekd.optim import check_remappable
 from sparsekd.optim.groups import warn_if_undecayed
-from sparsekd.sparsity import warn_of_dead
 from sparsekd.topology import Topology
-
-
-class NonFiniteGradient(ArithmeticError):
-    """Stop an update, before it changes anything, whose gradients rank nothing."""
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """Count what one update did to one layer.
-
-    Args:
-        dropped: weights that the drop rule took out.
-        grown: positions that the grow rule put in.
-        regrown: how many of `grown` were among the dropped, and so kept their value.
-    """
-
-    dropped: int
-    grown: int
-    regrown: int
 
 
 class Updater:
@@ -126,7 +104,6 @@ class Updater:
         skip_sgd_on_update: bool = True,
     ) -> None:
         self.model = replicas.unwrap(model)
-        self._wrappers = replicas.Wrappers(model)
         self.modules = dict(sparse_modules(self.model))
         if not self.modules:
             raise ValueError(
@@ -137,19 +114,17 @@ class Updater:
             check_own(module, f"dst.{type(self).__name__}", name)
         check_method(type(self), {name: m.layout for name, m in self.layers().items()})
         self.optimizer = optimizer
-        self._grids: dict[str, Grid] = {}
+        self._grids: dict[str, TileGrid] = {}
         for name in self.layers():
             check_remappable(optimizer, self.modules[name].values, name=f"{name}.values")
         warn_if_undecayed(optimizer, [module.values for module in self.layers().values()])
-        self._followed = Followed(self.modules, optimizer)
+        self._rewiring = Rewiring(model, self.modules, optimizer, type(self).__name__)
         self.skip_sgd_on_update = skip_sgd_on_update
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration = 0
         self.last_update: dict[str, LayerUpdate] = {}
         self._compared = False
-        self._known_dead: set[str] = set()
-        self._capture = GradientCapture(self.modules)
-        self._foreign: dict[str, None] = {}
+        self._gradients = DenseGradients(self.modules)
         self.schedule = schedule
 
     @property
@@ -176,7 +151,7 @@ class Updater:
         Raises:
             ValueError: one is no DistributedDataParallel, or of another model.
         """
-        self._wrappers.name(*wrappers)
+        self._rewiring.wrappers.name(*wrappers)
 
     @property
     def due(self) -> bool:
@@ -209,7 +184,7 @@ class Updater:
             self._compare_ranks()
         self.iteration += 1
         fraction = self.schedule(self.iteration)
-        self._settle()
+        self._gradients.settle()
         try:
             rewired = fraction is not None and self.update(fraction)
             self._warn_of_foreign()
@@ -247,17 +222,10 @@ class Updater:
             return False
         finally:
             self._grids.clear()
-        for name in plan:
-            check_remappable(self.optimizer, self.modules[name].values, name=f"{name}.values")
-        prepared = [self._prepare(name, mask) for name, mask in plan.items()]
-        before = {name: self.modules[name].topology.nnz for name in plan}
-        wrappers = self._wrappers_to_fit(plan)
-        for rewire in prepared:
-            rewire()
-        self._followed.settle()
-        self._warn_of_dead(before)
+        before = self._rewiring.apply(plan, self._prepare)
+        if not self.ablates:
+            self._rewiring.warn_of_dead(before)
         self._compare_ranks()
-        replicas.rebuild_buckets(wrappers)
         return bool(plan)
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
@@ -272,7 +240,7 @@ class Updater:
     def catch_up(self, changed: Sequence[str]) -> None:
         """Carry optimizer state of layers that something else than `update` has rewired."""
         for name in changed:
-            self._followed.carry(name)
+            self._rewiring.followed.carry(name)
         self._compared = False
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
@@ -307,31 +275,22 @@ class Updater:
             grown = growers.largest_in_cells(self.ranking(name), kept, grid.cell_of, quota)
         else:
             grown = self.grow(name, kept, grow)
-        positions = tiles.flat_indices()
-        gone = positions[dropped]
-        flat = torch.zeros(tiles.numel, dtype=torch.bool, device=tiles.device)
-        flat[positions] = True
-        flat[gone] = False
-        flat[grown] = True
-        regrown = gone[flat[gone]]
-        self.last_update[name] = LayerUpdate(
-            *(int(grid.areas(moved).sum()) for moved in (gone, grown, regrown))
-        )
-        return grid.expand(flat.view(tiles.shape))
+        mask, self.last_update[name] = grid.exchange(dropped, grown)
+        return mask
 
-    def grid(self, name: str) -> Grid:
+    def grid(self, name: str) -> TileGrid:
         """Return layer `name` in the tiles of its layout; itself where a tile is one weight."""
         module = self.modules[name]
         topology, known = module.topology, self._grids.get(name)
         if known is None or known.topology is not topology or known.layout != module.layout:
-            known = self._grids[name] = Grid(topology, module.layout)
+            known = self._grids[name] = TileGrid(topology, module.layout)
         return known
 
     def tile_score(self, name: str) -> Tensor:
         """Return the mean of `drop_score` over each tile of layer `name`."""
         return self.grid(name).pool(self.drop_score(name))
 
-    def grids(self) -> dict[str, Grid]:
+    def grids(self) -> dict[str, TileGrid]:
         """Return the grids of the layers that take part."""
         return {name: self.grid(name) for name in self.layers()}
 
@@ -362,9 +321,7 @@ class Updater:
 
         Its entries at the nonzeros are those of `values.grad`.
         """
-        gradient, entries = self._capture.take(name)
-        self._complete(name, (0, 0, gradient), entries)
-        return gradient
+        return self._gradients.take(name)
 
     def gradient_blocks(self, name: str) -> Iterator[Block]:
         """Yield that gradient in rectangles, `(row, column, entries)`, instead of storing it.
@@ -374,35 +331,15 @@ class Updater:
         of several weights, there is one rectangle, the mean magnitude of each.
         """
         grid = self.grid(name)
+        blocks = self._gradients.blocks(name)
         if grid.single:
-            return self._finite_blocks(name)
-        return iter(
-            [(0, 0, grid.pool_magnitude(self._finite_blocks(name), self.modules[name].values))]
-        )
-
-    def _finite_blocks(self, name: str) -> Iterator[Block]:
-        blocks, entries = self._capture.blocks(name)
-        for block in blocks:
-            self._complete(name, block, entries)
-            yield block
-
-    def _complete(self, name: str, block: Block, entries: Entries) -> None:
-        """Average a rectangle of the gradient over all ranks, and put in what `.grad` holds."""
-        row, col, numbers = block
-        if not _finite(replicas.mean_(numbers)) or not _finite(entries.values):
-            raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
-        entries.write_into(row, col, numbers)
-        if entries.foreign:
-            self._foreign[name] = None
-
-    def _settle(self) -> None:
-        """Let what was captured follow `.grad` to what the loop has made of it."""
-        self._foreign |= dict.fromkeys(n for n in self._capture.settle() if n in self.layers())
+            return blocks
+        return iter([(0, 0, grid.pool_magnitude(blocks, self.modules[name].values))])
 
     def _warn_of_foreign(self) -> None:
-        if self._foreign:
-            message = describe_foreign(type(self).__name__, self._foreign)
-            self._foreign.clear()
+        if self._gradients.foreign:
+            message = describe_foreign(type(self).__name__, self._gradients.foreign)
+            self._gradients.foreign.clear()
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def layers(self) -> dict[str, SparseModule]:
@@ -419,7 +356,7 @@ class Updater:
 
     def has_gradient(self, name: str) -> bool:
         """Return whether layer `name` took part in the backward passes that `.grad` adds up."""
-        return name in self._capture
+        return name in self._gradients
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, next to the model's and the optimizer's state."""
@@ -451,11 +388,11 @@ class Updater:
         self._prepare_next()
 
     def _follow(self) -> None:
-        if changed := self._followed.changed():
+        if changed := self._rewiring.followed.changed():
             self.catch_up(changed)
 
     def _prepare_next(self) -> None:
-        self._capture.switch(on=self._collects(self.iteration + 1))
+        self._gradients.switch(on=self._collects(self.iteration + 1))
 
     def _collects(self, iteration: int) -> bool:
         """Say whether `gradient(name)` is asked for in this iteration."""
@@ -463,47 +400,13 @@ class Updater:
 
     def _check_finite(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not _finite(parameter.grad):
+            if parameter.grad is not None and not is_finite(parameter.grad):
                 raise NonFiniteGradient(f"the gradient of {name} is not finite")
 
     def _compare_ranks(self) -> None:
-        replicas.check_topologies({name: m.topology for name, m in self.modules.items()})
+        self._rewiring.compare_ranks()
         self._compared = True
 
-    def _warn_of_dead(self, before: Mapping[str, int]) -> None:
-        """Name layers and output channels that an update has left without a weight, each once.
-
-        Where as many weights come as go, channels empty and fill all the time.
-        """
-        topologies = {name: self.modules[name].topology for name in before}
-        alive = {n: t.crow_indices.diff() > 0 for n, t in topologies.items() if t.nnz < before[n]}
-        if alive and not self.ablates:
-            warn_of_dead(alive, self._known_dead, stacklevel=5)
-
-    def _wrappers_to_fit(self, plan: Mapping[str, Tensor]) -> list[DistributedDataParallel]:
-        """Return the wrappers whose buckets will not fit once layers have these masks."""
-        if not replicas.several() or all(
-            int(mask.sum()) == self.modules[name].topology.nnz for name, mask in plan.items()
-        ):
-            return []
-        return self._wrappers.for_change(type(self).__name__)
-
     def _prepare(self, name: str, mask: Tensor) -> Callable[[], None]:
-        """Return what rewires one layer."""
-        module = self.modules[name]
-        try:
-            rewire_module = module.prepare_rewire(mask)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{name}: {error}") from None
-
-        def rewire() -> None:
-            remap_(self.optimizer, module.values, rewire_module())
-
-        return rewire
-
-
-def _finite(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided:  # the gradient of an embedding: what it stores
-        tensor = (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
-    # A finite sum has finite terms and is found faster; an infinite one may have overflowed.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+        """Return what rewires one layer; raise where it cannot take the mask."""
+        return self._rewiring.prepare(name, mask)

@@ -7,9 +7,9 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import grid
+from sparsekd.dst import tile_grid
 from sparsekd.dst.base import Updater
-from sparsekd.dst.schedules import check_positive, never
+from sparsekd.dst.dynamics import check_positive, never
 from sparsekd.sparsity import Polynomial, check_sparsity, target_nnz
 
 
@@ -80,7 +80,7 @@ class GMP(Updater):
             self, model, optimizer, schedule=never, seed=seed, skip_sgd_on_update=skip_sgd_on_update
         )
         self.initial_sparsity = 1 - self.nnz() / max(self.numel(), 1)
-        if self.nnz() < target_nnz(self.numel(), sparsity) - grid.slack(self.grids()):
+        if self.nnz() < target_nnz(self.numel(), sparsity) - tile_grid.slack(self.grids()):
             raise ValueError(
                 f"sparsity: expected at least the model's, {self.initial_sparsity:.4g}, "
                 f"got {sparsity!r}"
@@ -105,14 +105,14 @@ class GMP(Updater):
         target = min(self.target(self.iteration), total)
         if self.scope == "global":
             score = {name: self.tile_score(name) for name in grids}
-            return grid.smallest_overall(grids, score, total - target)
+            return tile_grid.smallest_overall(grids, score, total - target)
         density = target / max(self.numel(), 1)
         quota = {name: density * self.modules[name].topology.numel for name in grids}
         stored = {name: grids[name].tiles.nnz for name in grids}
-        kept = grid.in_tiles(grids, quota, stored, target)
+        kept = tile_grid.in_tiles(grids, quota, stored, target)
         return {name: stored[name] - kept[name] for name in grids}
 
     def _due(self, iteration: int) -> float | None:
         if iteration % self.every or self.nnz() <= self.target(iteration):
             return None
-        return 0.0 if self.nnz() - self.target(iteration) > grid.slack(self.grids()) else None
+        return 0.0 if self.nnz() - self.target(iteration) > tile_grid.slack(self.grids()) else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
+from sparsekd.dst.dynamics import Periodic, check_fraction, check_positive
 from sparsekd.dst.gmp import GMP
 from sparsekd.dst.rigl import RigL
-from sparsekd.dst.schedules import Periodic, check_fraction, check_positive
 from sparsekd.sparsity import Cosine
 
 

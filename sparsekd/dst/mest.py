@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import grid, growers, scores
+from sparsekd.dst import growers, scores, tile_grid
 from sparsekd.dst.base import Updater
-from sparsekd.dst.schedules import Periodic, check_fraction, check_positive
+from sparsekd.dst.dynamics import Periodic, check_fraction, check_positive
 from sparsekd.ops.growth import Block
 from sparsekd.sparsity import target_nnz
 from sparsekd.topology import Topology
@@ -113,7 +113,7 @@ class MEST(Updater):
         total = target_nnz(self.numel(), sparsity)
         share = total / max(sum(self.proportions.values()), 1)
         quota = {name: share * weights for name, weights in self.proportions.items()}
-        return grid.in_tiles(self.grids(), quota, room, total)
+        return tile_grid.in_tiles(self.grids(), quota, room, total)
 
 
 def elasticity(progress: float) -> float:

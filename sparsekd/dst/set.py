@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from sparsekd.dst import growers
 from sparsekd.dst.base import Updater
-from sparsekd.dst.schedules import cosine
+from sparsekd.dst.dynamics import cosine
 from sparsekd.layouts import LAYOUTS
 from sparsekd.ops.growth import Block
 from sparsekd.topology import Topology

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import growers
-from sparsekd.dst.base import NonFiniteGradient
+from sparsekd.dst.dynamics import check_fraction
+from sparsekd.dst.gradients import NonFiniteGradient
 from sparsekd.dst.redistribution import Counts, check_equal_tiles, mean_magnitude, redistribute
-from sparsekd.dst.schedules import check_fraction
 from sparsekd.dst.set import SET
 from sparsekd.ops.growth import Block
 from sparsekd.topology import Topology
@@ -74,7 +74,7 @@ class SNFS(SET):
 
     def step(self) -> bool:
         """Average this iteration's gradients, then do as `Updater.step`."""
-        self._settle()
+        self._gradients.settle()
         for name in self.layers():
             if super().has_gradient(name):
                 self._average(name)

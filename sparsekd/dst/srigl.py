@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from sparsekd.csr import row_indices
 from sparsekd.dst import growers, scores
-from sparsekd.dst.base import LayerUpdate
+from sparsekd.dst.dynamics import check_fraction
 from sparsekd.dst.rigl import RigL
-from sparsekd.dst.schedules import check_fraction
+from sparsekd.dst.tile_grid import LayerUpdate
 
 
 class SRigL(RigL):

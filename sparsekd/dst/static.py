@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst.base import Updater
-from sparsekd.dst.schedules import never
+from sparsekd.dst.dynamics import never
 from sparsekd.layouts import LAYOUTS
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekd.dst import replicas, scores
+from sparsekd.dst import scores
 from sparsekd.dst.backward_only import BackwardOnly
 from sparsekd.dst.base import Updater
-from sparsekd.dst.schedules import Periodic, check_fraction
+from sparsekd.dst.dynamics import Periodic, check_fraction
 from sparsekd.errors import OptimizerStateError
 from sparsekd.sparsity import Constant, allocate, topk_mask
 
@@ -90,13 +90,9 @@ class TopKAST(Updater):
         self._sizes = {name: (inner[name], max(inner[name], outer[name])) for name in shapes}
         self._loaded = False
         self._outside = BackwardOnly(self.layers(), optimizer)
-        plan = self.plan(0.0)
-        wrappers = self._wrappers_to_fit(plan) if self._wrappers.named else []
         with torch.no_grad():
-            for name, mask in plan.items():
-                self._prepare(name, mask)()
-        self._followed.settle()
-        replicas.rebuild_buckets(wrappers)
+            wrapped = self._rewiring.wrappers.named
+            self._rewiring.apply(self.plan(0.0), self._prepare, wrapped=wrapped)
 
     @property
     def extra(self) -> dict[str, nn.Parameter]:
@@ -107,7 +103,7 @@ class TopKAST(Updater):
     def step(self) -> bool:
         """Add the penalty to the gradients and choose anew if it is due; always False."""
         if self.iteration + 1 < self.until:
-            self._foreign |= dict.fromkeys(self._outside.settle())
+            self._gradients.foreign |= dict.fromkeys(self._outside.settle())
         else:
             self._outside.stop()
         self._outside.reduce_gradients()
@@ -129,7 +125,7 @@ class TopKAST(Updater):
                 "topology, but not the weights in training and at rest beside it; load the states "
                 "of model, optimizer and method together"
             )
-        self._followed.settle()
+        self._rewiring.followed.settle()
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
         """Return the mask of A for every layer: its largest weights, those at rest included."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparsekd import dst
-from sparsekd.dst.schedules import Periodic
+from sparsekd.dst.dynamics import Periodic
 from sparsekd.sparsity import Constant
 from sparsekd.tickets.methods import Method
 from sparsekd.tickets.sup import Cycles, SupTickets

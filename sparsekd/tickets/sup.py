@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from sparsekd.dst import Updater, replicas
-from sparsekd.dst.schedules import UpdateSchedule, check_fraction, check_positive
+from sparsekd.dst.dynamics import UpdateSchedule, check_fraction, check_positive
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import sparse_modules
 from sparsekd.tickets.superposition import (

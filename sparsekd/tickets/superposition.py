@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.dst import scores
-from sparsekd.dst.grid import Grid, smallest_overall
+from sparsekd.dst.tile_grid import TileGrid, smallest_overall
 from sparsekd.errors import ShapeError
 from sparsekd.layouts import check_layouts
 from sparsekd.nn import SparseModule, sparse_modules
@@ -225,7 +225,7 @@ def prune_back_(model: nn.Module, nnz: int) -> None:
 
 
 def _prune_tiles_(modules: Mapping[str, SparseModule], surplus: int) -> None:
-    grids = {name: Grid(module.topology, module.layout) for name, module in modules.items()}
+    grids = {name: TileGrid(module.topology, module.layout) for name, module in modules.items()}
     score = {n: g.pool(scores.magnitude(modules[n].values)) for n, g in grids.items()}
     for name, count in smallest_overall(grids, score, surplus).items():
         grid = grids[name]

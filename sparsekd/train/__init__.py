@@ -14,14 +14,9 @@ from sparsekd.train.checkpoint import (
 from sparsekd.train.config import Training
 from sparsekd.train.evaluation import Evaluation, evaluate
 from sparsekd.train.interrupt import Interrupted, StopRequest
-from sparsekd.train.loop import (
-    CrossEntropy,
-    Trainer,
-    derive_seed,
-    make_optimizer,
-    to_channels_last,
-)
+from sparsekd.train.loop import Trainer, derive_seed, make_optimizer, to_channels_last
 from sparsekd.train.metrics import MetricsLog, Row
+from sparsekd.train.objective import CrossEntropy
 from sparsekd.train.progress import ProgressReporter, Reporter
 
 __all__ = [

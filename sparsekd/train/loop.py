@@ -7,13 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsekd.data import Split
@@ -28,13 +27,8 @@ from sparsekd.train.cost import StepCost
 from sparsekd.train.evaluation import correct_predictions, evaluate
 from sparsekd.train.interrupt import StopRequest
 from sparsekd.train.metrics import Row
+from sparsekd.train.objective import CrossEntropy, Objective
 from sparsekd.train.progress import Reporter
-
-
-class Objective(Protocol):
-    """The loss of an epoch, as a function of the logits and the batch they came from."""
-
-    def __call__(self, logits: Tensor, x: Tensor, y: Tensor, epoch: int) -> Tensor: ...
 
 
 class DynamicTopology(Protocol):
@@ -47,24 +41,6 @@ class DynamicTopology(Protocol):
     def step(self) -> bool: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """Cross entropy with the labels: the objective of a run without a teacher.
-
-    Args:
-        label_smoothing: as in `torch.nn.functional.cross_entropy`.
-
-    Example:
-        >>> objective = CrossEntropy()
-        >>> loss = objective(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 1]), epoch=0)
-    """
-
-    label_smoothing: float = 0.0
-
-    def __call__(self, logits: Tensor, x: Tensor, y: Tensor, epoch: int) -> Tensor:
-        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
 
 def derive_seed(seed: int, *purpose: object) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sparsekd.nn import densify, sparse_modules, unfuse
 from sparsekd.timing import interleave
-from sparsekd.train.loop import Objective, to_channels_last
+from sparsekd.train.loop import to_channels_last
+from sparsekd.train.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -151,12 +151,12 @@ def followed_gradient(rank: int, world: int) -> dict[str, tuple[float, list[str]
                 parameter.grad *= factor
             if how == "noisy":
                 parameter.grad += 0.01 * torch.arange(len(parameter.flatten())).view_as(parameter)
-        updater._settle()
+        updater._gradients.settle()
         differences = [0.0]
         for name in updater.modules:
             expected = twin.get_submodule(name).weight.grad.flatten(1)
             differences.append((updater.gradient(name) - expected).abs().max().item())
-        result[how] = max(differences), list(updater._foreign)
+        result[how] = max(differences), list(updater._gradients.foreign)
     return result
 
 

@@ -86,7 +86,7 @@ def test_several_calls_and_several_backward_passes_add_up(make_network):
         x = torch.randn(8, 6, dtype=torch.float64)
         for net in (model, twin):
             net(x).square().sum().backward()
-    record = dst._capture._records["layer"]
+    record = dst._gradients._records["layer"]
     assert record.size <= 4 * 8 * 6  # earlier passes have been summed, not kept
     assert_like_dense(dst, twin)
 
@@ -167,7 +167,7 @@ def test_forwards_without_a_backward_leave_nothing(make_network):
     with torch.no_grad():
         model(x)
     model.eval()(x)
-    assert len(dst._capture) == 0
+    assert len(dst._gradients) == 0
 
 
 def test_without_a_backward_pass_the_update_is_an_error(make_network):
@@ -193,16 +193,16 @@ def test_operands_are_kept_on_update_iterations_only(make_network):
     for _ in range(10):
         dst.optimizer.zero_grad()
         model(torch.randn(2, 4, 6, 6, dtype=torch.float64)).square().sum().backward()
-        collected.append(len(dst._capture))
+        collected.append(len(dst._gradients))
         dst.step()
-        assert len(dst._capture) == 0
+        assert len(dst._gradients) == 0
     assert collected == [0, 0, 3, 0, 0, 3, 0, 0, 0, 0]
 
 
 def test_set_never_collects(make_network):
     model = make_network()
     dst = SET(model, torch.optim.SGD(model.parameters(), lr=0.1), every=1, until=100)
-    assert dst._capture not in observe.listeners
+    assert dst._gradients not in observe.listeners
 
 
 def test_no_dense_gradient_of_a_layer_is_ever_stored(make_network, monkeypatch):
@@ -229,7 +229,7 @@ def test_the_operands_are_not_copied(make_network):
     grads = []
     model[3].register_full_backward_hook(lambda module, gx, gy: grads.append(gy[0].data_ptr()))
     model(torch.randn(2, 4, 6, 6, dtype=torch.float64)).square().sum().backward()
-    ((grad, _, _),) = dst._capture._records["3"].operands
+    ((grad, _, _),) = dst._gradients._records["3"].operands
     assert [grad.tensor.data_ptr()] == grads
 
 
@@ -262,8 +262,8 @@ def test_an_operand_that_is_overwritten_is_found_out(make_network):
 def test_an_updater_that_is_gone_listens_no_more(make_network):
     model = make_network()
     dst = rigl(model)
-    assert dst._capture in observe.listeners
-    capture = weakref.ref(dst._capture)
+    assert dst._gradients in observe.listeners
+    capture = weakref.ref(dst._gradients)
     del dst
     gc.collect()
     assert capture() is None
@@ -317,4 +317,4 @@ def test_a_gradient_op_outside_a_backward_pass_does_not_count():
     torch.ops.sparsekd.linear_wgrad(
         torch.ones(2, 4), torch.ones(2, 6), layer.crow_indices, layer.col_indices, [4, 6]
     )
-    assert len(dst._capture) == 0
+    assert len(dst._gradients) == 0

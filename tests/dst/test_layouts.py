@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import sparsekd as skd
 from sparsekd import Layout, dst
 from sparsekd.dst import Updater
-from sparsekd.dst.grid import Grid, slack
+from sparsekd.dst.tile_grid import TileGrid, slack
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn import SparseConv2d, SparseLinear, sparse_modules
 
@@ -76,7 +76,7 @@ def start_of(layout: Layout, make: Make) -> float:
 
 
 def tile_counts(model: nn.Module) -> dict[str, int]:
-    return {n: Grid(m.topology, m.layout).tiles.nnz for n, m in sparse_modules(model)}
+    return {n: TileGrid(m.topology, m.layout).tiles.nnz for n, m in sparse_modules(model)}
 
 
 def at_positions(module: Any, per_weight: Tensor) -> Tensor:
@@ -413,10 +413,10 @@ def test_srigl_ablates_groups_of_rows():
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     updater = dst.SRigL(model, opt, every=1, until=9)
     updater.schedule = lambda iteration: 0.4
-    tiles = Grid(layer.topology, layout).tiles.nnz
+    tiles = TileGrid(layer.topology, layout).tiles.nnz
     model(torch.randn(6, 40)).square().sum().backward()
     assert updater.step()
-    grid = Grid(layer.topology, layout)
+    grid = TileGrid(layer.topology, layout)
     assert grid.tiles.crow_indices.diff().tolist() == [0, 0, *[tiles // 4] * 4]
     layout.check(layer.topology.mask())
 

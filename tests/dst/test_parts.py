@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekd import Topology
-from sparsekd.dst import growers, schedules, scores
+from sparsekd.dst import dynamics, growers, scores
 
 
 def test_the_cosine_starts_at_the_fraction_falls_and_ends_at_zero():
-    schedule = schedules.cosine(0.3, every=1, until=100)
+    schedule = dynamics.cosine(0.3, every=1, until=100)
     fractions = [schedule.fraction(t) for t in range(101)]
     assert fractions[0] == 0.3
     assert fractions[100] == 0
@@ -24,7 +24,7 @@ def test_the_cosine_starts_at_the_fraction_falls_and_ends_at_zero():
 
 
 def test_updates_come_every_so_often_and_stop_before_until():
-    schedule = schedules.cosine(0.3, every=10, until=40)
+    schedule = dynamics.cosine(0.3, every=10, until=40)
     assert [t for t in range(1, 100) if schedule(t) is not None] == [10, 20, 30]
 
 
@@ -41,7 +41,7 @@ def test_updates_come_every_so_often_and_stop_before_until():
 )
 def test_schedules_refuse_arguments_out_of_range(wrong, named):
     with pytest.raises(ValueError, match=f"{named}: expected .* got"):
-        schedules.cosine(**({"drop_fraction": 0.3, "every": 10, "until": 40} | wrong))
+        dynamics.cosine(**({"drop_fraction": 0.3, "every": 10, "until": 40} | wrong))
 
 
 @given(st.lists(st.integers(0, 4), max_size=40), st.data())

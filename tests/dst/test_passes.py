@@ -219,7 +219,7 @@ def assert_gradients(updater: methods.Updater, twin: nn.Module) -> None:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_gradient_is_the_dense_one(loop):
     _, twin, updater = run(loop)
-    updater._settle()
+    updater._gradients.settle()
     updater._warn_of_foreign()
     assert_gradients(updater, twin)
 
@@ -438,8 +438,8 @@ def test_nothing_of_a_pass_that_wrote_nothing_is_kept():
     x = batch(0).requires_grad_()
     for _ in range(3):
         torch.autograd.grad(model(x).square().sum(), x)
-    assert all(not record.passes._pending for record in updater._capture._records.values())
-    assert len(updater._capture) == 0
+    assert all(not record.passes._pending for record in updater._gradients._records.values())
+    assert len(updater._gradients) == 0
 
 
 def test_other_values_at_the_same_positions_do_not_count():
@@ -450,7 +450,7 @@ def test_other_values_at_the_same_positions_do_not_count():
     updater = METHODS["RigL"](model, torch.optim.SGD([model[0].values], lr=0.1))
     others = {n: torch.ones_like(p).requires_grad_() for n, p in model.named_parameters()}
     torch.func.functional_call(model, others, torch.ones(2, 8)).sum().backward()
-    assert len(updater._capture) == 0
+    assert len(updater._gradients) == 0
     twin = densify(copy.deepcopy(model))
     for net in (model, twin):
         net(torch.ones(2, 8)).sum().backward()

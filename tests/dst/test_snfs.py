@@ -50,7 +50,7 @@ def test_gradients_are_collected_until_the_last_update_only(make_network, train)
     dst = snfs(model)
     collecting = []
     for _ in range(11):
-        collecting.append(dst._capture in observe.listeners)
+        collecting.append(dst._gradients in observe.listeners)
         train(dst, 1)
     assert collecting == [True] * 8 + [False] * 3
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsekd import dst
-from sparsekd.dst.base import _finite
+from sparsekd.dst.gradients import is_finite
 from sparsekd.nn import SparseLinear
 
 METHODS = {
@@ -68,11 +68,11 @@ def test_a_gradient_that_is_not_finite_skips_the_update(embedding, method, bad):
 def test_every_layout_of_a_gradient(convert, bad):
     x = torch.eye(4)
     x[2, 2] = bad
-    assert _finite(convert(x)) == (bad == 1)
+    assert is_finite(convert(x)) == (bad == 1)
 
 
 def test_duplicates_and_nothing():
     twice = torch.sparse_coo_tensor([[1, 1]], [3e38, 3e38], (4,))
-    assert not _finite(twice)  # their sum, which the optimizer takes, overflows
-    assert _finite(torch.sparse_coo_tensor([[1, 1]], [3e38, -3e38], (4,)))
-    assert _finite(torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.int64), [], (4,)))
+    assert not is_finite(twice)  # their sum, which the optimizer takes, overflows
+    assert is_finite(torch.sparse_coo_tensor([[1, 1]], [3e38, -3e38], (4,)))
+    assert is_finite(torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.int64), [], (4,)))

@@ -1,4 +1,11 @@
-"""The dense weight gradient of one iteration, formed only when asked for, one layer at a time."""
+"""The dense gradient that growth ranks: formed when asked for, one layer at a time.
+
+A layer's backward computes the weight gradient at the nonzeros only. Growth also ranks the entries
+where nothing is stored, so the operands of that product, the gradient of the output and the input,
+are held until the update and multiplied then, tile by tile. Which products count is decided by
+`values.grad`: those of the backward passes that it adds up (`Passes`), times whatever hooks and
+other ranks have made of it since (`_Nonzeros`).
+"""
 
 from __future__ import annotations
 
@@ -10,16 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd.dst.entries import Entries
+from sparsekd.csr import row_indices
+from sparsekd.dst import replicas
 from sparsekd.dst.passes import Passes
 from sparsekd.nn import SparseModule
 from sparsekd.ops import growth, observe
 from sparsekd.topology import Topology
 
+AGREE = 2.0**-7
+"""Relative error below which gradients of several ranks count as their mean: the error of half
+precision, to which communication hooks compress."""
+
+FEW = 8
+"""Entries below which two gradients may be multiples of each other by chance."""
+
+
+class NonFiniteGradient(ArithmeticError):
+    """A gradient with NaN or infinity, by which no position can be ranked."""
+
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor that must not change; a copy where it might."""
+    """An operand that must stay as it is until the update; a copy where it might not."""
 
     tensor: Tensor
     version: int
@@ -132,20 +151,57 @@ class _Record:
             self.earlier = dense.clone() if self.earlier is None else self.earlier + dense
 
 
-class GradientCapture:
-    """Collect the operands of every weight gradient while it is on.
+class _Nonzeros:
+    """What a dense gradient has to be at the nonzeros: the gradient of a layer's values.
 
-    The operands are seen where the weight gradient at the nonzeros is computed, so a layer that
-    runs several times, several backward passes, checkpointing, autocast, padding modes and
-    compiled models need no care; forwards without a backward leave nothing. What is held are the
-    tensors themselves, which costs no memory at the peak of a backward pass: the activations that
-    it frees on the way are as large. Compiled code reuses its buffers, so there copies are held,
-    and also of tensors that no operation made, such as the model's input.
+    Besides what the loop does to `.grad`, which `Passes` follows, a hook of the values may have
+    scaled what the passes added to it. A term that depends on the values alone, such as weight
+    decay in the loss, adds to the entries and leaves the rest of the gradient as it is. Under
+    `torch.distributed` the collective that averages all of it is part of making this.
 
-    A pass counts once it has accumulated into `values.grad`, and until that is zeroed; see
-    `Passes`. The gradient comes tile by tile, each the sum over all calls of the layer. Only where
-    several backward passes add up (gradient accumulation) and their operands together would be
-    larger than a dense gradient is one stored: that of all passes but the last.
+    Args:
+        topology: of the layer.
+        grad: of its values.
+        left: what the backward passes of this process have left in it.
+        added: the entries of the gradient that is made of their operands.
+    """
+
+    def __init__(self, topology: Topology, grad: Tensor, left: Tensor, added: Tensor) -> None:
+        self._row = row_indices(topology.crow_indices, topology.nnz)
+        self._col = topology.col_indices.long()
+        self.values, self.foreign = grad.detach(), False
+        if replicas.several():
+            everything = torch.stack([t.detach().double() for t in (grad, left, added)])
+            self.values, left, added = replicas.mean_(everything)
+            self.foreign = _factor(self.values, left) is None
+        factor = _factor(self.values, added) if topology.nnz >= FEW else None
+        if factor is None and replicas.several():
+            factor = _factor(self.values, left)
+        self.factor = 1.0 if factor is None or abs(factor - 1) <= AGREE else factor
+
+    def write_into(self, row: int, col: int, block: Tensor) -> None:
+        """Bring a rectangle of the gradient that the passes have added up to what `.grad` says."""
+        if self.factor != 1.0:
+            block.mul_(self.factor)
+        rows, cols = self._row - row, self._col - col
+        inside = (rows >= 0) & (rows < block.shape[0]) & (cols >= 0) & (cols < block.shape[1])
+        block[rows[inside], cols[inside]] = self.values[inside].to(block.dtype)
+
+
+class DenseGradients:
+    """Dense gradients of sparse layers, made of the operands that backward passes leave.
+
+    Operands are taken where the weight gradient at the nonzeros is computed, so a layer that runs
+    several times, several backward passes, checkpointing, autocast, padding modes and compiled
+    models need no care; a forward without a backward leaves nothing. The tensors themselves are
+    held, which costs no memory at the peak of a backward pass: the activations that it frees on the
+    way are as large. Compiled code reuses its buffers, so its operands are copied, and so are
+    tensors that no operation made, such as the model's input.
+
+    A pass counts after it has accumulated into `values.grad`, and until that is zeroed; see
+    `Passes`. The gradient comes tile by tile, each the sum over all calls of the layer. A dense
+    gradient is stored only where several backward passes add up (gradient accumulation) and their
+    operands together would be larger: that of all passes but the last.
 
     Args:
         modules: the sparse modules to watch, by name.
@@ -156,9 +212,11 @@ class GradientCapture:
         self._records: dict[str, _Record] = {}
         self._taken: set[str] = set()
         self._on = False
+        self.foreign: dict[str, None] = {}
+        """Layers whose `.grad` holds what no backward pass has written."""
 
     def switch(self, on: bool) -> None:
-        """Forget everything and start, or stop, collecting."""
+        """Forget all operands, and start or stop collecting them."""
         for record in self._records.values():
             record.passes.close()
         self._records.clear()
@@ -172,35 +230,38 @@ class GradientCapture:
     def __len__(self) -> int:
         return sum(name in self for name in self._records)
 
-    def settle(self) -> list[str]:
-        """Follow what the loop has done to `.grad` since the last backward pass.
-
-        Returns:
-            The layers whose `.grad` is not what backward passes have added up in this iteration,
-            times one number.
-        """
+    def settle(self) -> None:
+        """Follow what the loop has done to `.grad` since the last backward pass."""
         for record in self._records.values():
             record.passes.close()
             record.follow()
-        if not self._on:
-            return []
-        return [name for name, module in self._modules.items() if self._is_foreign(name, module)]
+        if self._on:
+            for name, module in self._modules.items():
+                if module.values.requires_grad and self._is_foreign(name, module):
+                    self.foreign[name] = None
 
-    def take(self, name: str) -> tuple[Tensor, Entries]:
-        """Return the dense gradient of layer `name`, `[rows, cols]`, and forget its operands.
+    def take(self, name: str) -> Tensor:
+        """Return the gradient of layer `name`, the mean over all ranks, and forget its operands.
 
-        Under `torch.distributed` it is that of this process; the entries, which are to be written
-        into it, are averaged.
+        Shape:
+            `[rows, columns]`
+
+        Raises:
+            NonFiniteGradient: an entry is NaN or infinite.
         """
         record = self._pop(name)
         record.fold()
         assert record.earlier is not None
-        return record.earlier, self._entries(name, record)
+        self._complete(name, (0, 0, record.earlier), self._nonzeros(name, record))
+        return record.earlier
 
-    def blocks(self, name: str) -> tuple[Iterator[growth.Block], Entries]:
-        """Return that gradient in rectangles, each overwritten by the next, and its entries."""
+    def blocks(self, name: str) -> Iterator[growth.Block]:
+        """Yield that gradient in rectangles, each overwritten by the next."""
         record = self._pop(name)
-        return record.blocks(), self._entries(name, record)
+        nonzeros = self._nonzeros(name, record)
+        for block in record.blocks():
+            self._complete(name, block, nonzeros)
+            yield block
 
     def saw(self, op: str, args: tuple[Any, ...]) -> None:
         """Hold the operands of a weight gradient, if it is that of a watched layer."""
@@ -235,9 +296,37 @@ class GradientCapture:
         self._taken.add(name)
         return record
 
-    def _entries(self, name: str, record: _Record) -> Entries:
+    def _nonzeros(self, name: str, record: _Record) -> _Nonzeros:
         module = self._modules[name]
         grad, left = module.values.grad, record.passes.left
         assert grad is not None  # or else the record would be empty
         assert left is not None
-        return Entries(module.topology, grad, left, record.entries(module.topology))
+        return _Nonzeros(module.topology, grad, left, record.entries(module.topology))
+
+    def _complete(self, name: str, block: growth.Block, nonzeros: _Nonzeros) -> None:
+        """Average a rectangle of the gradient over all ranks, and put in what `.grad` holds."""
+        row, col, numbers = block
+        if not is_finite(replicas.mean_(numbers)) or not is_finite(nonzeros.values):
+            raise NonFiniteGradient(f"the dense gradient of {name} is not finite")
+        nonzeros.write_into(row, col, numbers)
+        if nonzeros.foreign:
+            self.foreign[name] = None
+
+
+def _factor(grad: Tensor, of: Tensor) -> float | None:
+    """Return the factor from one gradient to another, None where it is no multiple of it."""
+    grad, of = grad.double(), of.double()
+    length = float(of.norm())
+    if not length:
+        return None if bool(grad.any()) else 1.0
+    factor = float(torch.dot(grad / length, of / length))
+    near = float((grad - factor * of).norm()) <= AGREE * float(grad.norm())
+    return factor if near and factor else None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether every number is finite; of a sparse tensor, every number that it stores."""
+    if tensor.layout != torch.strided:  # the gradient of an embedding
+        tensor = (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
+    # A finite sum has finite terms and is found faster; an infinite one may have overflowed.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -19,7 +20,22 @@ from sparsekd.topology import Topology
 _CELLED = ("fanin", "nm")
 
 
-class Grid:
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What one update did to one layer, in weights.
+
+    Args:
+        dropped: weights that the drop rule took out.
+        grown: positions that the grow rule put in.
+        regrown: how many of `grown` were among the dropped, and so kept their value.
+    """
+
+    dropped: int
+    grown: int
+    regrown: int
+
+
+class TileGrid:
     """Show a layer as a weight with one number a tile, and say how tiles come and go.
 
     `tiles` is the structure of that weight: the layer's own where a tile is one weight. Rules that
@@ -34,7 +50,7 @@ class Grid:
 
     Example:
         >>> mask = Layout("bcsr", block=2).tiling((4, 4)).expand(torch.eye(2, dtype=torch.bool))
-        >>> grid = Grid(Topology.from_mask(mask), Layout("bcsr", block=2))
+        >>> grid = TileGrid(Topology.from_mask(mask), Layout("bcsr", block=2))
         >>> grid.tiles.nnz, grid.tiles.shape
         (2, torch.Size([2, 2]))
     """
@@ -150,6 +166,27 @@ class Grid:
             return positions // max(self.tiles.cols, 1)
         return self.layout.runs(self.tiles.shape).tile_of(positions)
 
+    def exchange(self, dropped: Tensor, grown: Tensor) -> tuple[Tensor, LayerUpdate]:
+        """Return the weight's mask once some tiles have gone and others come.
+
+        Args:
+            dropped: slots of the tiles that go.
+            grown: positions of the tiles that come; those among the dropped stay.
+
+        Returns:
+            The mask, and what was exchanged.
+        """
+        tiles = self.tiles
+        positions = tiles.flat_indices()
+        gone = positions[dropped]
+        flat = torch.zeros(tiles.numel, dtype=torch.bool, device=tiles.device)
+        flat[positions] = True
+        flat[gone] = False
+        flat[grown] = True
+        moved = gone, grown, gone[flat[gone]]
+        update = LayerUpdate(*(int(self.areas(part).sum()) for part in moved))
+        return self.expand(flat.view(tiles.shape)), update
+
     def expand(self, tiles: Tensor) -> Tensor:
         """Return the weight's mask for a mask of tiles."""
         return tiles if self.single else self.tiling.expand(tiles)
@@ -164,7 +201,7 @@ class Grid:
 
 
 def smallest_overall(
-    grids: Mapping[str, Grid], score: Mapping[str, Tensor], weights: int
+    grids: Mapping[str, TileGrid], score: Mapping[str, Tensor], weights: int
 ) -> dict[str, int]:
     """Count by layer the tiles of lowest score of all layers together.
 
@@ -188,7 +225,7 @@ def smallest_overall(
 
 
 def in_tiles(
-    grids: Mapping[str, Grid], weights: Mapping[str, float], room: Mapping[str, int], total: int
+    grids: Mapping[str, TileGrid], weights: Mapping[str, float], room: Mapping[str, int], total: int
 ) -> dict[str, int]:
     """Turn real numbers of weights into numbers of tiles that come near a total.
 
@@ -209,7 +246,7 @@ def in_tiles(
     return {name: count[name] * grid.quantum for name, grid in grids.items()}
 
 
-def slack(grids: Mapping[str, Grid]) -> int:
+def slack(grids: Mapping[str, TileGrid]) -> int:
     """Return how far from a target, in weights, whole tiles may leave the layers."""
     return max((grid.grain for grid in grids.values()), default=1) // 2
 
