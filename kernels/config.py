@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """Hold the positions of a block, its warps, and the stages of its software pipeline."""
+    """Positions of a block, its warps, and the stages of its software pipeline."""
 
     positions: int
     num_warps: int

@@ -14,6 +14,14 @@ Rows that share their columns come in lists of at most BN, their columns in chun
     owners  int32 [E]       list of each chunk
     offsets int32 [E, BK]   -1 behind the last column of a list, and in chunks behind the last list
     weight        [E, BN, BK], zeros there and behind the last row
+
+Shared columns are multiplied as in gemm.py: BP x BN sums of a product, or BN x BK of a sample, stay
+in registers, and only the loads differ, as every column is an address of its own. Single rows keep
+BP sums over their nonzeros, their samples sums of BN nonzeros by one block of positions. Each of
+their multiply-adds loads an input, so reads from L2 limit the speed, as in csrc/cuda/gather.cuh.
+
+Tests (tests/emulation): test_triton_ops.py compares with dense torch, test_triton_mutants.py plants
+mistakes in these kernels, test_triton_compiled.py compiles every instance in table.py.
 """
 
 from __future__ import annotations

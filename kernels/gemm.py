@@ -12,6 +12,15 @@ channels seen at one offset (dy, dx). `lists` says which chunks belong to which 
 The input pixel of output (y, x) at offset (dy, dx) is (y * stride_y + dy, x * stride_x + dx); one
 outside the map counts as zero. Lists and chunks start at channels that are multiples of ALIGN.
 EVEN_N says that no list is ragged, EVEN_K that no chunk is; their channels then need no mask.
+
+A program of a product keeps BP x BN float32 sums in registers over all chunks of a list, and loads
+BP x BK inputs and BN x BK weights a chunk for one `tl.dot`. A program of a sample keeps the BN x BK
+sums of one chunk over its part of the positions. Where blocks are small, reads from L2 limit the
+speed, as each input serves BN outputs only; with BN of 128 it is memory or the tensor cores, as
+in dense convolutions (benchmarks/gpu_roofline.py). Sizes come from config.py.
+
+Tests (tests/emulation): test_triton_ops.py compares with dense torch, test_triton_mutants.py plants
+mistakes in these kernels, test_triton_compiled.py requires tensor cores and no spills.
 """
 
 from __future__ import annotations

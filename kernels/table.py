@@ -28,7 +28,7 @@ _STRIDES = {f"{maps}_{axis}" for maps in "xyg" for axis in ("image", "row", "pix
 
 @dataclass(frozen=True)
 class Kernel:
-    """Name one instance of a kernel.
+    """One instance of a kernel.
 
     Args:
         name: unique, of letters, digits and underscores.

@@ -1,4 +1,10 @@
-"""Values between row-major order and the order of a plan, and the second stage of samples."""
+"""Values between row-major order and the order of a plan, and the second stage of samples.
+
+Both kernels are gathers over blocks of BLOCK values, with BLOCK sums in registers where parts are
+added. They touch no more than a weight's nonzeros, in a fixed order, and memory limits their speed.
+
+Tests (tests/emulation): the products and samples of test_triton_ops.py go through them.
+"""
 
 from __future__ import annotations
 

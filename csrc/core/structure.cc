@@ -1,3 +1,11 @@
+// Validated copies of index arrays, found by the addresses of the arrays.
+//
+// Each call compares its arrays with the copy, which reads both at memory speed; that is the price of not
+// trusting them. What is new is copied first and validated after, outside the lock, so nothing can change in
+// between; of several threads that do so, the first to finish gives all the others its copy and so its
+// plans. Whenever new copies amount to an eighth of all, those of tensors that are gone are removed. Tests:
+// test_validation and test_cache (core_tests.cc) for faults and arrays changed in place, cache_tests.cc for
+// owners, bounds and threads.
 #include "core/structure.h"
 
 #include <algorithm>

@@ -1,5 +1,11 @@
-// Moving maps between strided tensors and the packed form, through tiles in shared memory, so that both sides
-// are read and written along their own fast dimension.
+// Moving maps between strided tensors and the packed form.
+//
+// A block of 256 threads transposes a tile of 32 pixels by 32 images through shared memory, so that both
+// sides are read and written along their own fast dimension; its rows are one element longer, which spreads
+// columns over all banks. Each element is read and written once, and memory bandwidth limits the speed.
+//
+// Tests (tests/emulation): test_ops.py packs maps of all memory formats, test_mutants.py plants mistakes in
+// this file.
 #pragma once
 #include "device.cuh"
 

@@ -21,7 +21,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
 class Usage(NamedTuple):
-    """Hold what ptxas says of a kernel."""
+    """Registers and memory of a kernel, as ptxas reports them."""
 
     kernel: str
     registers: int

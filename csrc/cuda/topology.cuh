@@ -1,9 +1,14 @@
 // Where nonzeros are: a mask becomes rows of columns, and these become columns of rows.
 //
-// A warp takes a row of the mask, and ballots say how many nonzeros the lower lanes have. For the transpose,
-// a column has a word of marks for every 32 rows, a bit for each of them. The place of a nonzero in its
-// column is the number of marks in the words before, and below its row in its own: every nonzero finds it by
-// itself, and nothing is sorted.
+// A warp takes a row of the mask, in vectors of 16 bytes where rows allow, and ballots say how many nonzeros
+// the lower lanes have. For the transpose, a column has a word of marks for every 32 rows, a bit for each of
+// them. The place of a nonzero in its column is the number of marks in the words before, and below its row
+// in its own: every nonzero finds it by itself, and nothing is sorted. Nothing is reused, so memory limits
+// the speed: the mask is read twice, to count and to list, and the marks are scattered accesses, one to set
+// and one to read a nonzero.
+//
+// Tests (tests/emulation): test_cuda_topology.py compares with the mask and with torch's ops,
+// test_mutants.py plants mistakes in this file.
 #pragma once
 #include "device.cuh"
 

@@ -1,3 +1,20 @@
+// Convolution as a gather: an output is its bias plus the sum, over the nonzeros of its channel, of value
+// times an input at a fixed offset from where the output reads. fprop is one such call, dgrad one for each
+// phase of the stride, on the transposed weight; plan.cc has made the lists of offsets.
+//
+// Lanes are images: a packed pixel holds one channel of 16 images in float, of 8 in double, so a nonzero is
+// one broadcast and aligned multiply-adds wherever it lies. Tiles are kTilePixels pixels of an output row,
+// or of several rows that are narrow. The tile of one channel, eight vectors at most, stays in registers
+// over the nonzeros that the channel has in one block of input channels; between blocks the sums of all
+// channels wait in a buffer. Rows of the input are packed once a chunk, into a window that rolls down the
+// map.
+//
+// The load ports limit the speed: a single channel loads an input for every multiply-add, so blocks are cut
+// to keep what a tile reads of them in L1. A panel of up to four channels shares each load and is limited by
+// the multipliers instead.
+//
+// Tests: test_convolution (core_tests.cc) compares every instruction set with scalar.cc, test_nonfinite and
+// test_far_reach (border_tests.cc) cover padding and what lies beyond it, test_schedule how the work is cut.
 #include "core/engine.inl"
 
 #include "core/conv/engine.h"

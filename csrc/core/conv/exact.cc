@@ -1,3 +1,10 @@
+// Recomputes results that are not finite, term by term; exact.h says why the engines need it.
+//
+// The lists of taps are made as for a plan, but by channel only and with the tap's position instead of an
+// offset, so that each term can be asked whether it lies inside the map. Nothing is tiled: the scan for what
+// is not finite reads the result once, at memory speed, and fprop and dgrad skip it where the engine has
+// found none; a sum stops as soon as it is NaN. Tests: test_nonfinite (border_tests.cc) compares with
+// scalar.cc.
 #include "core/conv/exact.h"
 
 #include <algorithm>

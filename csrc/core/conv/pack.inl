@@ -1,4 +1,13 @@
-// Part of engine.inl: moving pixels between strided tensors and the packed, image-interleaved form.
+// Moving pixels between strided tensors and the packed form, whose lanes are images. Part of engine.cc.
+//
+// This is a transposition: eight neighbouring elements, channels in channels_last and pixels of a row in
+// contiguous maps, of each of 16 images become eight packed pixels, in registers, 8 x 8 at a time. Maps that
+// have neither stride 1 go element by element. It is limited by memory bandwidth, so in channels_last a
+// float result leaves in whole cache lines, 16 channels of a pixel at once, past the caches if it would not
+// stay in them.
+//
+// Tests: test_convolution (core_tests.cc) has contiguous maps, channels_last and neither, small batches,
+// stride and dilation.
 
 // One of the images computed together: where its data starts and which virtual row it begins at.
 template <class T>

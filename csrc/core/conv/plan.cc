@@ -1,3 +1,16 @@
+// What a topology becomes for one input size: lists of offsets in the order in which the engine reads them.
+//
+// An axis of the window keeps only the positions that some output reads, so that neither a long stride nor
+// dilation makes it large. Every nonzero then is one byte offset from where its output begins to read.
+// Offsets are sorted by block of input channels, then by output channel, by counting. A block has as many
+// channels as fit 5/6 of L1 with the pixels that a tile reads of them, and more where lists would average
+// fewer than four nonzeros, too few to pay for loading and storing a tile. For dgrad input and output
+// channels swap, taps change sign, and each phase of the stride gets its own lists. Neighbouring channels
+// whose lists in a block are equal become a panel.
+//
+// Planning takes linear time, about as long as the product itself, so plans are cached (plan_cache.h).
+// Tests: test_far_reach (border_tests.cc) checks that windows and phases hold no more than is read,
+// test_enormous_views (core_tests.cc) that sizes do not overflow, panel_tests.cc the panels.
 #include "core/conv/plan.h"
 
 #include <algorithm>

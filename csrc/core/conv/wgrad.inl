@@ -1,6 +1,16 @@
-// Part of engine.inl: the weight gradient at the nonzeros. A few nonzeros of one output channel keep one
-// accumulator each over a strip of positions, so one gradient load serves all of them; those of a panel of
-// channels share the loads of the input as well.
+// The weight gradient at the nonzeros: each is the sum over images and positions of an output gradient times
+// the input at the offset of the nonzero. Part of engine.cc.
+//
+// A strip of up to 32 positions (16 where an output reads one pixel) is packed, gradient and input. In it
+// the nonzeros of a channel in one block of input channels go in groups of up to 12, each with a vector of
+// its own that stays in registers over the strip; one load of the gradient serves the group. Only then are
+// the lanes of each vector added up, with AVX2 those of eight vectors at once. In a panel of channels the
+// loads of the input are shared too, by up to kPanelSums vectors in all.
+//
+// As in the gather, single channels load an input for every multiply-add and are limited by the load ports,
+// and blocks of input channels are cut for L1. Each thread has its own array of sums; they are added in a
+// fixed order. Tests: test_convolution (core_tests.cc) compares with scalar.cc and expects the same bits
+// from a second run.
 
 // More accumulators share a gradient load among more nonzeros; these leave registers for the loads.
 template <int Outs>

@@ -1,3 +1,14 @@
+// A tile of the dense weight gradient: output channels times input channels times all taps.
+//
+// A chunk of positions, images or rows of one, at most 1024 and what half of L2 holds, is packed into blocks
+// of channels. Then every pair of blocks runs through outer.cc for every tap, whose sums stay in registers
+// over the chunk. Padding is never packed: a tap visits only the positions whose input exists. The
+// multipliers limit the speed, and chunks are long enough that loading and storing the sums does not.
+//
+// Threads take parts of the positions, each with sums of its own that are added in order, and beyond two
+// threads pieces of the tile. So results depend on the number of threads, but not on scheduling. Tests:
+// test_tiles (growth_tests.cc) compares with the plain loops below, test_tile_limits has tiles that leave
+// the weight.
 #include "core/grow/dense_wgrad.h"
 
 #include <algorithm>

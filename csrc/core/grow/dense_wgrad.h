@@ -18,7 +18,7 @@ struct WeightTile {
 void check_tile(const ConvGeometry&, const WeightTile&);
 
 // grad [batch, Co, out_h, out_w], x [batch, Ci, in_h, in_w] -> out [rows, channels * kernel_h * kernel_w], to
-// which the tile's gradient is added. Results are the same bit for bit for any number of threads. Throws
+// which the tile's gradient is added. Results are the same bit for bit for the same number of threads. Throws
 // ShapeError when the tile leaves the weight.
 template <class T>
 void conv_wgrad_tile(const ConvGeometry&, View4<const T> grad, View4<const T> x, const WeightTile&, T* out,

@@ -1,3 +1,13 @@
+// The k best of many scores without sorting them.
+//
+// A buffer keeps the candidates, k and half as many more (at least 4096), behind a bar that at least k of
+// them reach. Once it is full, the bar rises to about the score of rank k, taken from a sample of 512 with
+// three standard deviations to spare; what falls below is dropped. So one compare soon rejects most scores
+// (scan.cc), and reading them takes the time. Only at the end are the candidates near the k-th compared with
+// each other, by score and then position, so the chosen set depends on nothing but the scores. Each thread
+// has a buffer of its own.
+//
+// Tests: test_largest (growth_tests.cc) compares with a full sort: ties, rectangles in any order, NaN.
 #include "core/grow/largest.h"
 
 #include <algorithm>

@@ -1,3 +1,12 @@
+// Sums of outer products, the kernels of dense_wgrad.cc: a block of output channels times a block of input
+// channels, over many positions.
+//
+// The sums stay in registers over all positions of a chunk: two vectors of output channels (one where there
+// are few) times eight input channels with AVX-512, times four otherwise; that is 16 accumulators of 32
+// registers or 8 of 16. A position is two vector loads and a broadcast for each input channel, for twice as
+// many multiply-adds as broadcasts, so the multipliers limit the speed and not the loads. Packing transposes
+// channels of a map into blocks in registers, square blocks of one vector's length. Tests: test_tiles
+// (growth_tests.cc).
 #include "core/grow/outer.h"
 
 #include "core/engine.inl"

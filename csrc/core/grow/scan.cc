@@ -1,3 +1,11 @@
+// Scores in order, the kernels of largest.cc: magnitudes and a count of NaN, then those that reach a bar,
+// with their positions.
+//
+// Nothing stays in registers but the bar and a count. With AVX-512 one compare rejects 16 scores, or a
+// compressing store keeps those that pass; elsewhere every score is written and the end moves only past good
+// ones, so there is no branch to predict. What limits the speed is reading the scores from memory the first
+// time: largest.cc cuts chunks that the second pass finds in L1. Tests: test_largest (growth_tests.cc)
+// compares with a full sort, ties and NaN included.
 #include "core/grow/scan.h"
 
 #include "core/engine.inl"

@@ -1,3 +1,14 @@
+// Products of a batch with a sparse matrix: with its rows (spmm.inl: fprop, and dgrad on the transpose),
+// with its columns by way of the rows (spmm_transposed.inl: dgrad of panels), and with another batch at the
+// nonzeros (sddmm.inl: wgrad).
+//
+// Lanes are rows of the batch. Tiles are 256 bytes of them, 64 floats or 32 doubles; what is left goes into
+// tiles of 64 and 16 bytes. A tile is packed as [column][row of the batch], so a nonzero, whatever its
+// column, is one run of aligned vectors: with AVX-512 four to a wide tile, with AVX2 eight, otherwise 16.
+//
+// Tests: test_layer (linear_tests.cc) compares every instruction set with scalar.cc, for batches that need
+// every kind of tile, and expects the same bits from any number of threads; test_cut_batch and test_blocks
+// check how work is cut.
 #include "core/engine.inl"
 
 #include "core/linear/engine.h"

@@ -1,5 +1,11 @@
-// Part of engine.inl: moving rows of a batch between strided matrices and packed tiles. A packed tile holds
-// for each column the elements of L batch rows, one after another.
+// Moving rows of a batch between strided matrices and packed tiles, which hold for each column the elements
+// of L batch rows. Part of engine.cc.
+//
+// Where rows are contiguous this transposes blocks of 8 x 8 in registers, where columns are it copies, and
+// otherwise it goes element by element. It is limited by memory bandwidth, and on the way out by the
+// associativity of L1, since rows often lie a power of two apart. So 256 outputs are written at a time, in
+// whole cache lines, past the caches if the result would not stay in them. Tests: test_layer
+// (linear_tests.cc) has matrices of all three kinds.
 
 // dst[j * dst_stride + i] = src[i * src_stride + j] for i, j < 8.
 template <class T>

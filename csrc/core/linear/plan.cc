@@ -1,3 +1,8 @@
+// Rows cut into blocks of columns, and the transpose.
+//
+// A pass over the indices notes where each row crosses from one block into the next, which the rising
+// columns of a row allow without sorting; the transpose is made by counting the nonzeros of each column.
+// Both take linear time and are limited by memory. Tests: test_blocks (linear_tests.cc) checks the cuts.
 #include "core/linear/plan.h"
 
 #include <algorithm>

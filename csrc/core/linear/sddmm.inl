@@ -1,6 +1,10 @@
-// Part of engine.inl: products of two batches at the nonzeros of a sparse matrix. The left row of a tile
-// stays in registers for all nonzeros of a row; eight nonzeros at a time share the work of adding up their
-// vectors.
+// Products of two batches at the nonzeros of a sparse matrix. Part of engine.cc.
+//
+// Eight nonzeros of a row go together: the left row of a tile is loaded once for them, each of their eight
+// sums is one vector over the whole tile, and the lanes of all eight are added up by one transposition.
+// Every multiply-add loads one input, and these loads limit the speed; both batches are packed, about 8 MiB
+// at a time, so that they come from a cache. Threads take parts of the rows with equally many nonzeros and
+// add the tiles in order, so results do not depend on the threads. Tests: test_layer (linear_tests.cc).
 
 // out[u] += the sum of the elements of sum[u], for u < 8.
 template <class T, int B>

@@ -1,6 +1,14 @@
-// Part of engine.inl: the product of a batch with the rows of a sparse matrix. The sums of one row, or of a
-// panel of rows, stay in registers over all nonzeros of a block; a nonzero is one broadcast and N fused
-// multiply-adds.
+// The product of a batch with the rows of a sparse matrix. Part of engine.cc.
+//
+// The sums of one output for a tile of the batch stay in registers over the nonzeros that the row has in one
+// block of columns: a wide tile is four vectors with AVX-512, of which two nonzeros at a time have one set
+// each, eight with AVX2, and eight in each of two passes with 16-byte vectors. A nonzero is one broadcast
+// and as many multiply-adds. A panel of rows shares the loads of the input, with up to kPanelSums sums.
+//
+// The load ports limit the speed, as a single row loads an input for every multiply-add; blocks of columns
+// are cut so that inputs come from L1 or close to it. Threads take whole tiles, or, where there are few,
+// parts of the rows with equally many nonzeros. No sum is shared, so results do not depend on the threads.
+// Tests: test_layer (linear_tests.cc).
 
 // sums[row] = (start[row] if given, else sums[row]) + the products of one list, for Rows rows that share it
 // and whose values stand `next` apart.

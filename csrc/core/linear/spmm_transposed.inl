@@ -1,7 +1,11 @@
-// Part of engine.inl: the product of a batch with the transpose of a sparse matrix, row by row of the matrix
-// itself. A panel's rows of the batch stay in registers while its list is walked; what they add to an output
-// is summed up before that output is written back. Where rows come in panels but columns do not, this spares
-// most of the loads that the rows of the transpose would make, one for each multiplication.
+// The product of a batch with the transpose of a sparse matrix, row by row of the matrix itself, for
+// matrices whose rows come in panels but whose columns do not. Part of engine.cc.
+//
+// A panel's rows of the batch stay in registers while its list is walked, up to 16 vectors with AVX-512 and
+// 8 otherwise. For each column the panel adds all its products to the sum of that output, which waits in a
+// buffer, before it writes it back. So a panel of four loads and stores a vector for four multiply-adds,
+// where the rows of the transpose, which share nothing, load one for each. Threads take whole tiles or,
+// where there are few, parts of the outputs. Tests: test_shared_rows (linear_tests.cc) makes such matrices.
 
 // sums[col - begin] += the products of the left rows with a list, for Rows rows that share it and whose
 // values stand `next` apart.

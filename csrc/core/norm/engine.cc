@@ -1,3 +1,17 @@
+// The four passes of BatchNorm over maps: moments, apply, reduce and spread (engine.h).
+//
+// All are limited by memory bandwidth, and each reads and writes an element once. There is no tile: a vector
+// is loaded, combined with the coefficients of its channels, and stored or added to a sum. In channels_last
+// neighbours are channels, and coefficients and sums of a row, more than 128 columns, wait in L1; in
+// contiguous maps they are those of one channel, and each of its sums is two vectors in registers. Sums of
+// 64 rows, or 64 vectors of a plane, are kept in T and then added to doubles, so that large maps keep their
+// precision.
+//
+// What helps with memory: asking for lines 4 KiB ahead, stores past the caches where a map would not stay in
+// them, and, in apply and spread, going from the last rows to the first, since the pass before has just left
+// the last ones in the caches.
+//
+// Tests: norm_tests.cc compares every instruction set, layout and number of threads with loops in double.
 #include "core/engine.inl"
 
 #include "core/norm/engine.h"
