@@ -1,21 +1,33 @@
-"""Private names of torch, each behind a name that says what it is for.
+"""Private names of torch, each behind a name that says what it is for; no other file uses any.
 
-`tests/test_torch_names.py` has a test for each, which fails by name once a torch changes it.
+What runs once an op is torch's own function under another name, so it costs no further call.
+`tests/test_torch_names.py` has a test for each, which fails by name when torch changes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable, forward_ad, profiler
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # noqa: F401
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode  # noqa: F401
+
+# -- transforms of torch.func, forward-mode differentiation ----------------------------------------
 
 _peek = torch._C._functorch.peek_interpreter_stack
 _set_single_level = torch._C._functorch.set_single_level_autograd_function_allowed
 _get_single_level = torch._C._functorch.get_single_level_autograd_function_allowed
-
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_compiling = torch.compiler.is_compiling
 
@@ -30,7 +42,7 @@ def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
-def transformed(tensor: torch.Tensor) -> bool:
+def transformed(tensor: Tensor) -> bool:
     """Return whether `tensor` may have a tangent, or be one of a batch that a transform hides.
 
     Batches are made by torch.func.vmap and, another kind, by `is_grads_batched` and
@@ -54,11 +66,6 @@ def apply_at_this_level(node: type[torch.autograd.Function], *args: Any) -> Any:
         _set_single_level(before)
 
 
-def without_tangent(tensor: Any) -> Any:
-    """Return a tensor without its tangent of the innermost level; anything else as it is."""
-    return forward_ad.unpack_dual(tensor).primal if isinstance(tensor, torch.Tensor) else tensor
-
-
 @contextmanager
 def derivatives_of_outer_levels() -> Iterator[None]:
     """Record derivatives in an autograd.Function, where torch turns that off.
@@ -68,3 +75,185 @@ def derivatives_of_outer_levels() -> Iterator[None]:
     """
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
+
+
+# -- the dispatcher: who else sees a call, and going past its keys ---------------------------------
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+
+jit_trace = torch._C._get_tracing_state
+"""Return the graph that torch.jit.trace is recording, None outside of it."""
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context in which calls do not reach Autograd kernels."""
+
+KeySet = torch._C.DispatchKeySet
+"""What an Autograd kernel is told of the keys that a call still has before it."""
+
+after_autograd: KeySet = torch._C._after_autograd_keyset
+"""The keys that come after Autograd's."""
+
+plain_tensors = torch._C.DisableTorchFunctionSubclass
+"""A context in which subclasses of Tensor are taken for tensors."""
+
+
+def intercepted() -> bool:
+    """Return whether calls are seen: by the profiler, FLOP counters, fake tensors, other modes."""
+    return bool(_dispatch_modes() or _function_modes() or profiler._is_profiler_enabled)
+
+
+def without_autocast(device: str) -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes contexts in which calls on `device` do not reach autocast."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+    return partial(torch._C._ExcludeDispatchKeyGuard, KeySet(key))
+
+
+# -- backward passes -------------------------------------------------------------------------------
+
+current_pass = torch._C._current_graph_task_id
+"""Return the number of the backward pass that is running, -1 outside of any."""
+
+
+def at_end_of_pass(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass that is running has ended."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def running_function() -> type[torch.autograd.Function] | None:
+    """Return the autograd.Function whose backward is running, None if there is none."""
+    return getattr(type(torch._C._current_autograd_node()), "_forward_cls", None)
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+
+_tensor: Any = Tensor  # what mypy takes for plain attributes
+
+version_of: Callable[[Tensor], int] = _tensor._version.__get__
+"""Return how often a tensor, or one that shares its memory, has been written into in place."""
+
+wrapper_tensor = Tensor._make_wrapper_subclass
+"""Make an instance of a subclass of Tensor that has no memory of its own."""
+
+FREE_ATTRIBUTES = ("_base", "_backward_hooks")
+FREE_METHODS = ("_is_view",)
+"""Attributes and methods that a tensor answers without looking at its memory."""
+
+STORAGE_METHODS = ("_typed_storage",)
+"""Methods that hand out a tensor's memory."""
+
+storage_id: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
+"""Return a number that a storage, be it empty, has to itself while it lives."""
+
+
+def onednn_computes(dtype: torch.dtype) -> bool:
+    """Return whether this processor has instructions with which oneDNN computes in a dtype."""
+    tests = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype not in tests or tests[dtype]()
+
+
+ATTENTION_OPS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+TRILINEAR_OP = "_trilinear"
+CUDNN_RNN_OP = "_cudnn_rnn"
+"""Ops of aten that torch's FLOP counter does not know: of attention, nn.Bilinear, RNNs on GPUs."""
+
+
+# -- modules ---------------------------------------------------------------------------------------
+
+REGISTERED = ("_parameters", "_buffers", "_modules")
+_CALL_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the very dicts of a module's parameters, buffers and children.
+
+    They say what has several names, may be held without the module, and changed.
+    """
+    return module._parameters, module._buffers, module._modules
+
+
+def take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Move forward and backward hooks; the very dicts, so that their handles keep working."""
+    for name in _CALL_HOOKS:
+        setattr(new, name, getattr(old, name))
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Return whether calling a module is no more than its class's forward."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def metadata_of(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a state_dict says of each module besides its tensors; empty where it does not."""
+    return getattr(state_dict, "_metadata", {})
+
+
+# -- torch.compile and data parallelism ------------------------------------------------------------
+
+COMPILED_MODULE = ("torch._dynamo.eval_frame", "OptimizedModule")
+"""Where the class is that torch.compile wraps a module in; importing it takes seconds."""
+
+COMPILED_PREFIX = "_orig_mod."
+"""What the names of parameters in such a wrapper begin with."""
+
+
+def compiler_imported() -> bool:
+    """Return whether anything has imported torch.compile's machinery, as compiling does."""
+    return "torch._dynamo" in sys.modules
+
+
+def rebuild_buckets(wrapper: DistributedDataParallel) -> None:
+    """Lay out a wrapper's gradient buckets for the sizes that its parameters have now.
+
+    That is what unpickling a wrapper does, with the process group and the comm hooks it has. The
+    public way is a new wrapper, which the caller, who holds the old one, would have to make.
+    """
+    wanted, sparse = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(wanted)
+    wrapper._ddp_init_helper(wanted, sparse, names, wrapper.static_graph)
+    for hook, state in wrapper._comm_hooks:
+        dist._register_comm_hook(wrapper.reducer, state, hook)
+
+
+def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Let wrappers around `model` neither reduce nor broadcast these parameters and buffers too."""
+    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
+
+
+def fsdp_flattened(parameter: Any) -> bool:
+    """Return whether FullyShardedDataParallel has put a parameter into its flat one."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+# -- and one of Python -----------------------------------------------------------------------------
+
+environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+"""The environment variables; `os.environ.get` takes too long for every call of an op."""
+
+
+def environment_key(name: str) -> Any:
+    """Return what `environment` has a variable under."""
+    return name if environment is os.environ else os.environ.encodekey(name)

@@ -123,8 +123,8 @@ def dense_parts(model: nn.Module) -> Iterator[DensePart]:
     names: dict[Tensor, list[str]] = defaultdict(list)
     holders: dict[Tensor, nn.Module] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and not is_lazy(parameter) and parameter.ndim > 1:
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not is_lazy(parameter) and parameter.ndim > 1:
                 names[parameter].append(f"{prefix}.{leaf}" if prefix else leaf)
                 holders.setdefault(parameter, module)
     for parameter, aliases in names.items():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekd._torch import version_of
 from sparsekd.csr import checksum, compress, flat_indices, transpose, validate
 from sparsekd.errors import ShapeError, TopologyError
 
@@ -86,7 +87,7 @@ class Topology:
 
     def _own(self, crow: Tensor, col: Tensor, size: torch.Size, version: int) -> None:
         self._crow, self._col, self._shape, self._version = crow, col, size, int(version)
-        self._counters = (crow._version, col._version)
+        self._counters = version_of(crow), version_of(col)
         self._checksum = checksum(crow, col)
         self._hash: int | None = None
         self._transpose: TransposedCSR | None = None
@@ -261,13 +262,13 @@ class Topology:
         return (
             crow_indices is self._crow
             and col_indices is self._col
-            and (self._crow._version, self._col._version) == self._counters
+            and (version_of(crow_indices), version_of(col_indices)) == self._counters
         )
 
     @property
     def written(self) -> bool:
         """Whether something has written into the index tensors, be it the same numbers."""
-        return (self._crow._version, self._col._version) != self._counters
+        return (version_of(self._crow), version_of(self._col)) != self._counters
 
     def accept_if_equal(self) -> bool:
         """Take what was written into the index tensors for nothing if it changed no position.
@@ -278,7 +279,7 @@ class Topology:
             Whether the positions are the ones this topology was built with.
         """
         if self.written and bool(checksum(self._crow, self._col) == self._checksum):
-            self._counters = (self._crow._version, self._col._version)
+            self._counters = version_of(self._crow), version_of(self._col)
         return not self.written
 
     def _check_unmodified(self) -> None:

@@ -1,16 +1,42 @@
-"""What import-linter cannot see: who imports the compiled module."""
+"""What import-linter cannot see: who uses the compiled module, and what torch keeps private."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import sparsekd
 
 PACKAGE = Path(sparsekd.__file__).parent
+# torch documents that these are for modules to override; test_torch_names has a test of them.
+OVERRIDDEN = {"_apply", "_load_from_state_dict", "_save_to_state_dict"}
+
+
+def attributes_of_torch() -> set[str]:
+    """List the private attributes of what torch hands out, and of its modules."""
+    layer = nn.BatchNorm2d(1)
+    objects = [
+        *(layer, layer.weight, layer.weight.untyped_storage(), torch.optim.SGD([layer.weight])),
+        *(torch.ops.aten.add, torch.ops.aten.add.Tensor, (layer.weight * 1).grad_fn),
+        *(DistributedDataParallel, torch.autograd.Function, torch.library.Library),
+        *(
+            torch,
+            torch.autograd,
+            torch.autograd.profiler,
+            torch.autograd.forward_ad,
+            torch.compiler,
+        ),
+        *(torch.nn.modules.module, torch.nn.modules.batchnorm, torch.distributed, torch.optim),
+    ]
+    names = {name for thing in objects for name in dir(thing)}
+    return {n for n in names if n.startswith("_") and not n.endswith("__")} - {"_values"}
 
 
 def imported_names(path: Path) -> set[str]:
@@ -32,6 +58,62 @@ def test_only_ops_and_topology_import_the_compiled_module():
         if any(name.startswith("sparsekd._C") for name in imported_names(path))
     }
     assert users == {"ops", "topology.py"}
+
+
+def private_uses(tree: ast.AST, private: set[str]) -> Iterator[tuple[int, str]]:
+    """Yield line and name of what a source takes of torch's private names, as code or as text."""
+    slots = {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__slots__"
+        for name in ast.walk(node.value)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
+            path = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            yield from ((node.lineno, name) for name in path if name.startswith("_"))
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("torch.")]
+            yield from ((node.lineno, name) for name in names if "._" in name)
+        elif isinstance(node, ast.Attribute) and node.attr in private:
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            override = ast.unparse(node.value) == "super()" and node.attr in OVERRIDDEN
+            if not own and not override:
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            begins = node.value.startswith(("torch._", "_fsdp", "_ddp", "_orig_mod"))
+            if (begins or node.value in private) and node not in slots:
+                yield node.lineno, repr(node.value)
+
+
+def test_private_names_of_torch_are_used_in_one_file_alone():
+    private, folders = attributes_of_torch(), (PACKAGE, PACKAGE.parent / "benchmarks")
+    assert {"_C", "_version", "_modules", "_cdata", "_opname", "_forward_hooks"} <= private
+    found = [
+        f"{path.relative_to(PACKAGE.parent)}:{line}: {name}"
+        for folder in folders
+        for path in [*folder.rglob("*.py"), *(folder / "kernels").glob("*.py")]  # a link
+        if path != PACKAGE / "_torch.py"
+        for line, name in private_uses(ast.parse(path.read_text()), private)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from torch.utils._pytree import tree_leaves",
+        "from torch.nn.modules.module import _has_any_global_hook",
+        "import torch._dynamo",
+        "torch._C._current_graph_task_id()",
+        "for child in model._modules.values(): pass",
+        "seen = tensor._version",
+        "getattr(parameter, '_fsdp_flattened', False)",
+        "'torch._dynamo' in sys.modules",
+    ],
+)
+def test_private_names_of_torch_are_found(source):
+    assert list(private_uses(ast.parse(source), attributes_of_torch()))
 
 
 def test_a_checkout_on_the_path_is_no_package_kernels(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsekd._torch import onednn_computes
 from sparsekd.bench import csr, rivals
 from sparsekd.bench.cases import LayerCase
 from sparsekd.nn import SparseConv2d, SparseLinear
@@ -215,7 +216,7 @@ def laid_out(
 
 def bf16_missing() -> str | None:
     """Say why bfloat16 is not worth a race here: without instructions for it, it is emulated."""
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if onednn_computes(torch.bfloat16):
         return None
     return "this processor, or the instruction set it is held to, has no bfloat16"
 

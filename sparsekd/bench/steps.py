@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd as skd
+from sparsekd._torch import COMPILED_PREFIX
 from sparsekd.bench import rivals
 from sparsekd.bench.arms import bf16_missing
 from sparsekd.bench.cases import ModelCase, dense_ends
@@ -94,7 +95,7 @@ class StepRun(NamedTuple):
         """Train one step; return the loss and the gradient of every parameter at the nonzeros."""
         found = {"loss": self.call()}
         for name, parameter in self.model.named_parameters():
-            layer, _, kind = name.removeprefix("_orig_mod.").rpartition(".")
+            layer, _, kind = name.removeprefix(COMPILED_PREFIX).rpartition(".")
             grad = parameter.grad
             if grad is None:
                 continue
@@ -155,7 +156,7 @@ def _dense_optimized(contest: Contest) -> StepRun:
 
 def _dense_compiled(contest: Contest) -> StepRun:
     model, x = _channels_last(contest)
-    torch._dynamo.reset()  # graphs of the network before this one only take memory
+    torch.compiler.reset()  # graphs of the network before this one only take memory
     compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
     return _run(compiled, x, contest.y)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekd._torch import version_of
 from sparsekd.csr import row_indices
 from sparsekd.dst import replicas
 from sparsekd.dst.passes import Passes
@@ -46,10 +47,10 @@ class _Held:
     @classmethod
     def of(cls, tensor: Tensor, lasting: bool) -> _Held:
         tensor = tensor.detach() if lasting else tensor.detach().clone()
-        return cls(tensor, tensor._version)
+        return cls(tensor, version_of(tensor))
 
     def unchanged(self) -> Tensor:
-        if self.tensor._version != self.version:
+        if version_of(self.tensor) != self.version:
             raise RuntimeError(
                 "an operand of the weight gradient was modified in place after the backward pass; "
                 "growth by gradient needs it until step() returns"

@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from sparsekd._torch import at_end_of_pass, current_pass, version_of
 from sparsekd.dst import replicas
-from sparsekd.ops import observe
 
 _Part = TypeVar("_Part")
 
@@ -64,7 +64,7 @@ class Passes(Generic[_Part]):
                 if passes is not None:
                     passes._pending.pop(backward_pass, None)
 
-            observe.at_end_of_pass(ended)
+            at_end_of_pass(ended)
         self._pending[backward_pass].append(part)
 
     def follow(self) -> float:
@@ -98,7 +98,7 @@ class Passes(Generic[_Part]):
             self._hook = None
 
     def _accumulated(self) -> None:
-        parts = self._pending.pop(observe.current_pass(), None)
+        parts = self._pending.pop(current_pass(), None)
         grad = self.values.grad
         if parts is None or grad is None:
             return
@@ -107,7 +107,7 @@ class Passes(Generic[_Part]):
 
     def _note(self, grad: Tensor) -> None:
         self.left = grad.detach().clone()
-        self._noted = (grad, grad._version)
+        self._noted = (grad, version_of(grad))
 
     def _factor(self, grad: Tensor | None) -> float | None:
         """Return by what `grad` differs from what is noted, None where that is no factor."""
@@ -115,7 +115,7 @@ class Passes(Generic[_Part]):
             return 0.0
         if torch.equal(grad.detach(), self.left):
             tensor, version = self._noted
-            written = grad is not tensor or grad._version != version
+            written = grad is not tensor or version_of(grad) != version
             # A gradient of exactly 0 that was written to: zeroed, as far as anybody can tell.
             return 0.0 if written and not self.left.any() else 1.0
         if not grad.any():

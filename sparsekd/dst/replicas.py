@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparsekd import _torch
 from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.topology import Topology
 
@@ -170,17 +171,4 @@ def rebuild_buckets(wrappers: Iterable[DistributedDataParallel]) -> None:
         wrappers: of models whose parameters have changed in size.
     """
     for wrapper in wrappers:
-        _lay_out_again(wrapper)
-
-
-def _lay_out_again(wrapper: DistributedDataParallel) -> None:
-    """Do what unpickling a wrapper does, with the process group and the comm hooks it has.
-
-    This alone uses what torch keeps private of its wrapper. The public way is a new wrapper, which
-    the caller, who holds the old one, would have to make at every change of size.
-    """
-    wanted, sparse = wrapper._build_params_for_reducer()
-    names = wrapper._build_debug_param_to_name_mapping(wanted)
-    wrapper._ddp_init_helper(wanted, sparse, names, wrapper.static_graph)
-    for hook, state in wrapper._comm_hooks:
-        dist._register_comm_hook(wrapper.reducer, state, hook)
+        _torch.rebuild_buckets(wrapper)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsekd._torch import take_hooks
 from sparsekd.coverage import NAMED_FROM
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.layouts import Layout
@@ -15,7 +16,7 @@ from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.conv1d import SparseConv1D
 from sparsekd.nn.distributed import keep_indices_local
-from sparsekd.nn.held import replace_held
+from sparsekd.nn.held import replace_everywhere
 from sparsekd.nn.init import kaiming_
 from sparsekd.nn.linear import SparseLinear
 from sparsekd.sparsity import (
@@ -37,17 +38,6 @@ from sparsekd.sparsity import (
 
 CRITERIA = ("random", "magnitude")
 INITS = ("keep", "sparse")
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 @torch.no_grad()
@@ -182,7 +172,7 @@ def densify(model: nn.Module) -> nn.Module:
             dense = module.to_dense()
             if module.bias is not None:
                 dense.register_parameter("bias", module.bias)
-            _take_hooks(dense, module)
+            take_hooks(dense, module)
             replacements[module] = dense
     return _replace(model, replacements, "densify")
 
@@ -232,15 +222,9 @@ def _sparse_twin(layer: nn.Module, mask: Tensor, layout: Layout) -> SparseModule
         sparse = SparseLinear.from_dense(layer, mask, layout=layout)
     else:
         sparse = SparseConv1D.from_dense(layer, mask, layout=layout)
-    sparse.register_parameter("bias", layer._parameters["bias"])
-    _take_hooks(sparse, layer)
+    sparse.register_parameter("bias", dict(layer.named_parameters()).get("bias"))
+    take_hooks(sparse, layer)
     return sparse
-
-
-def _take_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Move forward and backward hooks; the very dicts, so that their handles keep working."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
 
 
 def _warn_of_dense(
@@ -273,11 +257,7 @@ def _warn_of_dense(
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], call: str) -> nn.Module:
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-    if left := replace_held(model, replacements):
+    if left := replace_everywhere(model, replacements):
         warnings.warn(
             f"{call} cannot give every holder of a layer the new one. These keep the old layer, "
             "which is not trained any more; let them look it up in the model when they need it:"

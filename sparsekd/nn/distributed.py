@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from sparsekd._torch import fsdp_flattened, leave_out_of_ddp
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn.stored import INDICES, StoredWeight
 
@@ -29,11 +29,8 @@ def keep_indices_local(model: nn.Module) -> nn.Module:
         >>> import torch, sparsekd as skd
         >>> model = keep_indices_local(torch.nn.Sequential(skd.nn.SparseLinear(4, 2)))
     """
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    for name, module in model.named_modules():
-        if isinstance(module, StoredWeight):
-            ignored |= {f"{name}.{index}" if name else index for index in INDICES}
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
+    names = [name for name, module in model.named_modules() if isinstance(module, StoredWeight)]
+    leave_out_of_ddp(model, [f"{name}.{index}".lstrip(".") for name in names for index in INDICES])
     return model
 
 
@@ -44,7 +41,7 @@ def sharding(module: nn.Module) -> str | None:
     if distributed is not None and isinstance(values, distributed.DTensor):
         return "fully_shard"
     # FSDP1 marks the parameters it flattens, or puts views of the flat one in their place.
-    if "values" in vars(module) or getattr(values, "_fsdp_flattened", False):
+    if "values" in vars(module) or fsdp_flattened(values):
         return "FullyShardedDataParallel"
     return None
 

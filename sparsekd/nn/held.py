@@ -1,4 +1,4 @@
-"""References to replaced layers outside of the tree of modules: lists, dicts, other objects.
+"""Replacing layers of a model, in its tree of modules and in lists, dicts and other objects.
 
 A layer may also be held where `named_modules` does not look. Left there, the old layer keeps
 computing with its dense weight, which nothing trains. What the attributes of the model's modules
@@ -17,21 +17,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_REGISTERED = ("_parameters", "_buffers", "_modules")
+from sparsekd._torch import REGISTERED, registered
+
 _OPAQUE = (str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, range)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)  # fail by themselves when used
 _LIMIT = 1_000_000  # objects looked at, for a model that holds its data set
 _DEPTH = 60
 
 
-def replace_held(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> list[str]:
-    """Replace layers where attributes of a model's modules hold them outside of the module tree.
+def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> list[str]:
+    """Replace layers in a model's tree of modules and wherever attributes of its modules hold them.
 
     Lists, dicts, sets, deques, tuples, partials, bound methods and plain objects are put right, in
     place where they are mutable. Objects are never searched for, only reached.
 
     Args:
-        model: after the layers in its tree of modules were replaced.
+        model: changed in place; a layer that is to be replaced itself stays as it is.
         replacements: old layer -> new one.
 
     Returns:
@@ -41,7 +42,7 @@ def replace_held(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
         >>> old, new = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> model = nn.Module()
         >>> model.layers = [old]
-        >>> replace_held(model, {old: new}), model.layers[0] is new
+        >>> replace_everywhere(model, {old: new}), model.layers[0] is new
         ([], True)
     """
     search = _Search(replacements)
@@ -52,7 +53,7 @@ def replace_held(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
 class _Search:
     def __init__(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
         self.new = dict(replacements)
-        stored = (m._parameters.get(name) for m in replacements for name in ("weight", "values"))
+        stored = (registered(m)[0].get(name) for m in replacements for name in ("weight", "values"))
         self.weights = {id(weight) for weight in stored if weight is not None}
         self.left: list[str] = []
         # Object and what takes its place, by id; the object too, or its id would be taken again.
@@ -64,12 +65,13 @@ class _Search:
         if id(module) in self.seen:
             return
         self.seen[id(module)] = module, module
-        for name, child in list(module._modules.items()):
+        children = registered(module)[2]
+        for name, child in list(children.items()):
             if child in self.new:
-                module._modules[name] = self.new[child]
-            elif child is not None:
+                child = children[name] = self.new[child]
+            if child is not None:
                 self.module(child, f"{path}.{name}")
-        self._table(vars(module), f"{path}.", "", _REGISTERED)
+        self._table(vars(module), f"{path}.", "", REGISTERED)
 
     def _table(self, table: dict[Any, Any], before: str, after: str, skip: Any = ()) -> None:
         for key, value in list(table.items()):

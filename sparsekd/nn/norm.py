@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
 from sparsekd import ops
-from sparsekd._torch import transformed
+from sparsekd._torch import is_bare, transformed
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
@@ -52,18 +51,6 @@ def norm_act(
     if residual is not None:
         y = y + residual
     return y if act is None else act(y)
-
-
-def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module is no more than its class's forward."""
-    return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
 
 
 def _is_relu(act: Callable[[Tensor], Tensor] | None) -> bool:

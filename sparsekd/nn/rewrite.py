@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsekd._torch import registered
 from sparsekd.nn.norm import is_relu_function, norm_act
 from sparsekd.nn.sites import NORM_ACT, RELU, Sites, rewrite
 
@@ -78,7 +79,7 @@ def _resolve(expression: ast.expr, module: nn.Module, self_name: str) -> list[An
             found
             for owner in owners
             if isinstance(owner, nn.Module)
-            for table in (owner._modules, vars(owner))
+            for table in (registered(owner)[2], vars(owner))
             if (found := table.get(expression.attr)) is not None
         ]
     if isinstance(expression, ast.Subscript):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekd._torch import metadata_of
 from sparsekd.csr import validate
 from sparsekd.errors import TopologyError
 from sparsekd.nn.stored import INDICES, StoredWeight
@@ -25,7 +26,7 @@ def note_shape(module: StoredWeight, state_dict: Any, prefix: str) -> None:
         state_dict: being filled.
         prefix: of the module's keys.
     """
-    metadata = getattr(state_dict, "_metadata", {}).get(prefix[:-1])
+    metadata = metadata_of(state_dict).get(prefix[:-1])
     if metadata is not None:
         metadata[_SHAPE] = list(module.weight_shape)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from sparsekd.nn.norm import is_bare
+from sparsekd._torch import is_bare
 
 
 def stays_whole(module: nn.Module, forward: Callable[..., Tensor], x: Proxy) -> bool:

@@ -13,7 +13,7 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from sparsekd import _torch
 from sparsekd.csr import flat_indices
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn.stored import StoredWeight, scatter_dense
@@ -29,13 +30,13 @@ _FREE_ATTRIBUTES = (
     *("shape", "dtype", "device", "requires_grad", "ndim", "layout", "itemsize", "nbytes"),
     *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_sparse_csr"),
     *("is_nested", "is_quantized", "is_mkldnn", "is_leaf", "grad_fn", "output_nr"),
-    *("retains_grad", "_base", "_backward_hooks"),
+    *("retains_grad", *_torch.FREE_ATTRIBUTES),
 )
 _FREE_METHODS = (
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "__len__"),
     *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "get_device", "is_tensor"),
     *("storage_offset", "has_names", "is_inference", "is_conj", "is_neg", "__hash__", "type"),
-    "_is_view",
+    *_torch.FREE_METHODS,
 )
 _FREE: frozenset[Any] = frozenset(
     # What C calls for an attribute; two of them for one attribute are equal.
@@ -45,13 +46,13 @@ _OPERATORS = ("add", "sub", "mul", "matmul", "truediv", "div", "floordiv", "mod"
 _IN_PLACE_OPERATORS = {
     f"__i{name}__" for name in (*_OPERATORS, "and", "or", "xor", "lshift", "rshift")
 } | {"__setitem__"}
-_ADDRESSES = ("data_ptr", "const_data_ptr", "untyped_storage", "storage", "_typed_storage")
+_ADDRESSES = ("data_ptr", "const_data_ptr", "untyped_storage", "storage", *_torch.STORAGE_METHODS)
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _TENSOR: Any = Tensor  # what mypy takes for plain attributes
 _SETTERS: dict[Any, str] = {
     getattr(_TENSOR, name).__set__: name for name in ("data", "grad", "real", "imag")
 }
-_GET_GRAD, _GET_VERSION = _TENSOR.grad.__get__, _TENSOR._version.__get__
+_GET_GRAD = _TENSOR.grad.__get__
 _SET_REQUIRES_GRAD = _TENSOR.requires_grad.__set__
 
 
@@ -64,7 +65,7 @@ class DenseView(Tensor):
     @staticmethod
     def of(inner: Tensor, label: str) -> DenseView:
         """Make a view that stands for `inner`."""
-        view = Tensor._make_wrapper_subclass(
+        view = _torch.wrapper_tensor(
             DenseView,
             inner.shape,
             strides=inner.stride(),
@@ -137,7 +138,7 @@ class LazyWeight(DenseView):
 
     # The layer holds this object (see `weight_of`), which therefore must not hold the layer.
     _layer: Callable[[], StoredWeight | None]
-    _tables: tuple[dict[str, Any], dict[str, Any]]
+    _tables: Sequence[dict[str, Any]]
     _turned: Callable[[Tensor], Tensor]
     _topology_shape: list[int]
 
@@ -145,7 +146,7 @@ class LazyWeight(DenseView):
     def of_layer(layer: StoredWeight) -> LazyWeight:
         """Make the weight of a layer."""
         values = layer.values
-        weight = Tensor._make_wrapper_subclass(
+        weight = _torch.wrapper_tensor(
             LazyWeight,
             layer.dense_shape,
             dtype=values.dtype,
@@ -153,7 +154,7 @@ class LazyWeight(DenseView):
             requires_grad=values.requires_grad,
         )
         weight._layer = weakref.ref(layer)
-        weight._tables = layer._parameters, layer._buffers
+        weight._tables = _torch.registered(layer)[:2]
         weight._turned, weight._topology_shape = layer._turned, list(layer.weight_shape)
         weight._label = label(layer)
         _refuse_gradients(weight)
@@ -175,7 +176,7 @@ class LazyWeight(DenseView):
         return values
 
     def _fits(self, values: Tensor) -> bool:
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch.plain_tensors():
             return (
                 self.dtype == values.dtype
                 and self.device == values.device
@@ -207,8 +208,8 @@ class LazyWeight(DenseView):
             # One number stands for all: only shape, dtype and device are looked at.
             number = self._stored.detach().new_zeros(())
             return func(number.expand(self.shape), *args[1:], **kwargs)
-        if func == _GET_VERSION:
-            return self._stored._version
+        if func == _torch.version_of:
+            return _torch.version_of(self._stored)
         if func == _SET_REQUIRES_GRAD or name == "requires_grad_":
             flag = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
             self._stored.requires_grad_(flag)
@@ -344,7 +345,7 @@ def _refuse_gradients(tensor: DenseView) -> None:
             "of its `topology`"
         )
 
-    with torch._C.DisableTorchFunctionSubclass():
+    with _torch.plain_tensors():
         if tensor.requires_grad:
             tensor.register_hook(refuse)
 
@@ -370,7 +371,7 @@ def _map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor.is_inference() else _torch.version_of(tensor)
 
 
 def _address(tensor: Tensor) -> int:

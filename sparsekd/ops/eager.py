@@ -12,15 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import profiler
 
-from sparsekd._torch import in_forward_ad, in_transform
+from sparsekd._torch import in_forward_ad, in_transform, intercepted, jit_trace
 
 _PLAIN = (Tensor, nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_tracing = torch._C._get_tracing_state
 _autocast = torch.is_autocast_enabled
 
 
@@ -40,10 +36,5 @@ def plain(args: tuple[Any, ...]) -> bool:
         and not intercepted()
         and not in_transform()
         and not in_forward_ad()
-        and _tracing() is None
+        and jit_trace() is None
     )
-
-
-def intercepted() -> bool:
-    """Return whether calls are seen: by the profiler, FLOP counters, fake tensors, other modes."""
-    return bool(_dispatch_modes() or _function_modes() or profiler._is_profiler_enabled)

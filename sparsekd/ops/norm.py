@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd._torch import transformed
+from sparsekd._torch import KeySet, after_autograd, below_autograd, transformed
 from sparsekd.ops import checks, reference
 from sparsekd.ops.memory_format import memory_format_of
 from sparsekd.ops.register import kernel, library, register_autograd
@@ -60,9 +60,9 @@ norm_act = _ops.norm_act.default
 norm_act_backward = _ops.norm_act_backward.default
 
 
-def _moments_are_constants(keyset: torch._C.DispatchKeySet, x: Tensor) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return batch_moments.redispatch(keyset & torch._C._after_autograd_keyset, x)
+def _moments_are_constants(keyset: KeySet, x: Tensor) -> tuple[Tensor, Tensor]:
+    with below_autograd():
+        return batch_moments.redispatch(keyset & after_autograd, x)
 
 
 library.impl("batch_moments", _moments_are_constants, "Autograd", with_keyset=True)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+from sparsekd._torch import current_pass, running_function
 
 
 class Listener(Protocol):
@@ -146,22 +147,11 @@ def weight_gradient(
     return WeightGradient(name, current, grad, x, geometry)
 
 
-def current_pass() -> int:
-    """Return the number of the backward pass that is running, -1 outside of any."""
-    return torch._C._current_graph_task_id()
-
-
-def at_end_of_pass(callback: Callable[[], None]) -> None:
-    """Call back when the backward pass that is running has ended."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
 def lasting() -> bool:
     """Say whether the operands of the call at hand will stay as they are.
 
     They do where the call is the backward pass of one of our own autograd nodes: autograd never
     writes into a tensor that somebody else holds. Compiled code reuses its buffers.
     """
-    node = torch._C._current_autograd_node()
-    forward = getattr(type(node), "_forward_cls", None)
-    return forward is not None and forward.__module__.startswith("sparsekd.")
+    function = running_function()
+    return function is not None and function.__module__.startswith("sparsekd.")

@@ -16,18 +16,22 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsekd._torch import (
+    KeySet,
+    after_autograd,
     apply_at_this_level,
+    below_autograd,
     derivatives_of_outer_levels,
     in_forward_ad,
     in_transform,
+    intercepted,
     transformed,
-    without_tangent,
+    without_autocast,
 )
 from sparsekd.errors import UnsupportedError
 from sparsekd.ops import checks, growth, observe, transforms
 from sparsekd.ops.dispatch.backends import asked, choose, choose_measured, followed, forced
 from sparsekd.ops.dispatch.cache_key import serial, sizes_of
-from sparsekd.ops.eager import intercepted, plain
+from sparsekd.ops.eager import plain
 from sparsekd.ops.memory_format import memory_format_of
 from sparsekd.ops.schemas import SCHEMAS
 
@@ -237,7 +241,7 @@ def _linear_wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
 
 
 def register_autograd(
-    op: torch._ops.OpOverload,
+    op: Any,
     backward: Callable[..., Any],
     setup: Callable[..., None],
     jvp: Callable[..., Any] | None = None,
@@ -249,13 +253,13 @@ def register_autograd(
     what now runs under autograd; it takes the dispatcher's key set, None to go past the dispatcher,
     and the operands.
     """
-    name = op._opname
+    name = op.__name__.partition(".")[0]  # without that of the overload
 
-    def below(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Any:
+    def below(keyset: KeySet | None, *args: Any) -> Any:
         if keyset is None:
             return getattr(_kernels, name)(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with below_autograd():
+            return op.redispatch(keyset & after_autograd, *args)
 
     class Node(torch.autograd.Function):
         @staticmethod
@@ -285,12 +289,12 @@ def register_autograd(
             if jvp is None:
                 raise UnsupportedError(f"{name}: has no forward-mode derivative")
             with derivatives_of_outer_levels():
-                primals = map(without_tangent, (*ctx.saved_tensors, *ctx.others))
+                primals = map(transforms.without_tangent, (*ctx.saved_tensors, *ctx.others))
                 return jvp(list(primals), tangents[:-1])
 
     Node.__name__ = Node.__qualname__ = f"Sparsekd_{name}"
 
-    def run(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Any:
+    def run(keyset: KeySet | None, *args: Any) -> Any:
         if in_forward_ad() or (
             torch.is_grad_enabled()
             and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
@@ -351,7 +355,7 @@ _product("linear_wgrad", _linear_wgrad_backward, _linear_wgrad_setup)
 
 
 def _autocast(op: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+    done = without_autocast(device)
 
     def run(*args: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
@@ -361,7 +365,7 @@ def _autocast(op: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
             lowered = isinstance(arg, Tensor) and arg.is_floating_point()
             return arg.to(dtype) if lowered and arg.dtype != torch.float64 else arg
 
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        with done():
             return op(*map(cast, args))
 
     return run

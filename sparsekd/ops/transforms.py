@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparsekd.ops import checks
 
@@ -40,6 +41,11 @@ def jvp(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
         return sum(parts[1:], start=parts[0]) if parts else None
 
     return rule
+
+
+def without_tangent(tensor: Any) -> Any:
+    """Return a tensor without its tangent of the innermost level; anything else as it is."""
+    return forward_ad.unpack_dual(tensor).primal if isinstance(tensor, Tensor) else tensor
 
 
 def vmap(name: str, op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sparsekd._torch import BatchNorm
 from sparsekd.modes import in_mode
 from sparsekd.sparsity.dead import living_rows, warn_of_dead
 from sparsekd.sparsity.distributions import allocate
@@ -199,7 +200,7 @@ def synaptic_flow(model: nn.Module, x: Tensor, masks: Mapping[str, Tensor]) -> _
     tensors = {name: t.detach().abs().double() for name, t in model.named_parameters()}
     tensors |= {n: t.double() if t.is_floating_point() else t for n, t in model.named_buffers()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             tensors |= _identity(name, module)
     weights = {}
     for name, mask in masks.items():
@@ -213,7 +214,7 @@ def synaptic_flow(model: nn.Module, x: Tensor, masks: Mapping[str, Tensor]) -> _
     return _products(weights, _gradients(flow, weights))
 
 
-def _identity(name: str, norm: nn.modules.batchnorm._BatchNorm) -> dict[str, Tensor]:
+def _identity(name: str, norm: BatchNorm) -> dict[str, Tensor]:
     """Return the tensors with which a BatchNorm changes nothing but rounding."""
     values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - norm.eps}
     own = {key: getattr(norm, key) for key in values}

@@ -53,9 +53,8 @@ def survey(model: nn.Module) -> Survey:
             names[module].append(name)
     holders: dict[Tensor, set[nn.Module]] = defaultdict(set)
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders[parameter].add(module)
+        for parameter in module.parameters(recurse=False):
+            holders[parameter].add(module)
     found = Survey({}, {}, {}, defaultdict(list), [])
     for module, aliases in names.items():
         found.aliases[aliases[0]] = aliases
@@ -113,12 +112,13 @@ def _kinds() -> tuple[type[nn.Module], ...]:
 def _reason_to_leave(module: nn.Module, holders: Mapping[Tensor, set[nn.Module]]) -> str | None:
     if type(module) not in _kinds():
         return f"{type(module).__name__} may compute something else than its base class"
-    weight = module._parameters.get("weight")
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
     if weight is None:
         return "its weight is computed (weight_norm, spectral_norm or pruning hooks)"
     if not weight.is_floating_point() or weight.layout != torch.strided:
         return f"its weight is {weight.dtype}, {weight.layout}"
-    if set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules:
+    if parameters.keys() - {"weight", "bias"} or [*module.buffers(), *module.children()]:
         return "it holds parameters, buffers or modules besides weight and bias"
     if "forward" in vars(module):
         return "its forward has been replaced"

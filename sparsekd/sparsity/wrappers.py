@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from sparsekd._torch import COMPILED_MODULE
 from sparsekd.errors import UnsupportedError
 
 
@@ -51,7 +52,7 @@ def _wrappers() -> Iterator[tuple[Any, str, str]]:
     averaged = imported("torch.optim.swa_utils", "AveragedModel")
     if averaged is not None:
         yield averaged, "the model it averages", "make a new AveragedModel of that"
-    compiled = imported("torch._dynamo.eval_frame", "OptimizedModule")
+    compiled = imported(*COMPILED_MODULE)
     if compiled is not None:
         yield compiled, "the module that was compiled", "torch.compile the result"
     for name in ("FullyShardedDataParallel", "FSDPModule"):

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from sparsekd._torch import BatchNorm
 from sparsekd.errors import ShapeError
 from sparsekd.train.distributed import ranks
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """BatchNorm with the statistics of all ranks' images, on CPUs.
 
     Forward and backward take two small collectives each. Ranks may have shares of different size.
@@ -67,6 +68,6 @@ def synchronize(model: nn.Module) -> nn.Module:
     if next(model.parameters()).device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.__class__ = SyncBatchNorm
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,6 +12,7 @@ from torch import nn
 from torch.compiler import set_stance
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsekd._torch import compiler_imported
 from sparsekd.diagnose.flops.formulas import FORMULAS
 from sparsekd.diagnose.flops.rows import FlopCount
 from sparsekd.diagnose.flops.weights import Attribution
@@ -88,7 +88,7 @@ def _layer_by_layer() -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     # The call imports the compiler, which takes seconds; where nothing did, nothing is compiled.
-    compiles = "torch._dynamo" in sys.modules
+    compiles = compiler_imported()
     try:
         with warnings.catch_warnings(), set_stance("force_eager") if compiles else nullcontext():
             # The counter's hooks on all modules fire twice for a compiled one, which is harmless.

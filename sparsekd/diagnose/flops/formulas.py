@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sparsekd._torch import ATTENTION_OPS, CUDNN_RNN_OP, TRILINEAR_OP
+
 Shape = Sequence[int]
 
 aten = torch.ops.aten
@@ -58,13 +60,12 @@ _NAMES: dict[str, Callable[..., int]] = {
     "dot": _dot,
     "vdot": _dot,
     "addbmm": _addbmm,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_fused_attention_overrideable": _attention,
-    "_trilinear": _trilinear,
+    **dict.fromkeys(ATTENTION_OPS, _attention),
+    TRILINEAR_OP: _trilinear,
     "mkldnn_rnn_layer": _onednn_layer,
-    "_cudnn_rnn": _cudnn_layers,
+    CUDNN_RNN_OP: _cudnn_layers,
     "miopen_rnn": _cudnn_layers,
 }
 FORMULAS = {getattr(aten, name): f for name, f in _NAMES.items() if hasattr(aten, name)}
-RECURRENT = ("aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn")
+RECURRENT = ("aten::mkldnn_rnn_layer", f"aten::{CUDNN_RNN_OP}", "aten::miopen_rnn")
 """Ops that multiply by all matrices among their operands, where others have one."""

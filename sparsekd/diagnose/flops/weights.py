@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsekd._torch import DispatchMode
 from sparsekd.diagnose.flops.formulas import RECURRENT
 from sparsekd.diagnose.flops.rows import FlopCount, LayerFlops, ProductFlops
+from sparsekd.diagnose.inputs import tensors_in
 
 _LAYERS = (
     nn.Linear,
@@ -63,7 +63,7 @@ class _Weight:
         return next(iter(self.labels.values()))
 
 
-class Attribution(TorchDispatchMode):
+class Attribution(DispatchMode):
     """Give what a FLOP counter counts to the weights of a model; entered after the counter.
 
     Args:
@@ -123,9 +123,9 @@ class Attribution(TorchDispatchMode):
         op = func.name().split(".")[0]
         # One without nonzeros or without inputs counts, with no operations.
         if flops or getattr(func, "overloadpacket", None) in self._counter.flop_registry:
-            self._attribute(op, flops, _tensors(_factors(op, args)), result)
+            self._attribute(op, flops, list(tensors_in(_factors(op, args))), result)
         else:
-            self._follow(op, _tensors((args, kwargs)), result)
+            self._follow(op, list(tensors_in((args, kwargs))), result)
         return result
 
     def _follow(self, op: str, operands: list[Tensor], result: Any) -> None:
@@ -136,7 +136,7 @@ class Attribution(TorchDispatchMode):
         known = [source for source in sources if source is not None]
         weights = [(tensor.numel(), weight) for tensor, weight in known if weight is not None]
         weight = max(weights, key=lambda pair: pair[0])[1] if weights else None
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if len(known) == len(sources):
                 self._known[id(tensor)] = tensor, weight
             else:
@@ -176,10 +176,6 @@ class Attribution(TorchDispatchMode):
         sofar = self._layers.get(key)
         calls = row.positions if sofar is None else sofar.positions + row.positions
         self._layers[key] = replace(row, positions=calls)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _factors(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

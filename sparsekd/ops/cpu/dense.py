@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparsekd._C as _C
+from sparsekd._torch import onednn_computes, without_autocast
 from sparsekd.ops import borders
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.cpu import cpp
@@ -27,18 +28,14 @@ from sparsekd.ops.memory_format import matrix, memory_format_of, rows_cols
 
 NAME = "dense"
 
-_BELOW_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_below_autocast = without_autocast("cpu")
 _NONE = [0, 0]
 
 
 @cache
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     """Return `dtype` where oneDNN computes it with float32 sums, else the dtype to convert to."""
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return torch.float32 if dtype in native and not native[dtype]() else dtype
+    return dtype if onednn_computes(dtype) else torch.float32
 
 
 def _product(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -211,7 +208,7 @@ def linear(
     bias: Tensor | None,
     weight_shape: list[int],
 ) -> Tensor:
-    with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+    with _below_autocast():
         return F.linear(x, _densify(values, crow, col, weight_shape), bias).contiguous()
 
 
@@ -220,7 +217,7 @@ def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
     # A backward pass may run inside autocast, which must not lower what came out of it.
-    with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+    with _below_autocast():
         return (grad @ _densify(values, crow, col, weight_shape)).contiguous()
 
 
@@ -228,7 +225,7 @@ def linear_dgrad(
 def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+    with _below_autocast():
         return _gather(matrix(grad).T @ matrix(x), crow, col)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsekd import settings
+from sparsekd._torch import environment, environment_key
 from sparsekd.errors import BackendError, UnsupportedError
 
 VARIABLE = "SPARSEKD_BACKEND"
@@ -72,9 +73,7 @@ BACKENDS = {
 
 # Of the thread or the asyncio task at hand: contexts of others may end in any order.
 _override: ContextVar[str | None] = ContextVar("sparsekd.backend", default=None)
-# os.environ.get raises and catches a KeyError inside; too slow for every call of an op.
-_environment = getattr(os.environ, "_data", os.environ)
-_KEY = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "_data") else VARIABLE
+_KEY = environment_key(VARIABLE)
 
 
 @cache
@@ -108,7 +107,7 @@ def _get(name: str) -> Backend:
 def forced() -> str | None:
     """Return the backend asked for by `backend(...)` or SPARSEKD_BACKEND, None for automatic."""
     override = _override.get()
-    if override is not None or _KEY not in _environment:
+    if override is not None or _KEY not in environment:
         return override
     return os.environ[VARIABLE] or None
 

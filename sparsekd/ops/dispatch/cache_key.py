@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekd._torch import version_of
 from sparsekd.ops.checks import conv2d_shape, geometry
 from sparsekd.ops.memory_format import memory_format_of
 
@@ -114,7 +115,7 @@ def serial(crow: Tensor, col: Tensor) -> int:
     """
     where = crow.data_ptr(), col.data_ptr()
     try:
-        version = col._version
+        version = version_of(col)
     except RuntimeError:  # an inference tensor does not count what is written into it
         version = -1
     known = _serials.get(where)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sparsekd._torch import storage_id, version_of
 from sparsekd.csr import row_indices, validate
 from sparsekd.errors import UnsupportedError
 from sparsekd.ops.gpu.plan_cache import CachedPlan, clock, fits, has_tensors, take_surplus
@@ -172,7 +173,7 @@ def _refusal(key: Any, new: Any) -> str:
 
 def _versions(crow: Tensor, col: Tensor) -> tuple[int, ...]:
     """Return what changes with the tensors; nothing does for those of torch's inference mode."""
-    return tuple(0 if t.is_inference() else t._version for t in (crow, col))
+    return tuple(0 if t.is_inference() else version_of(t) for t in (crow, col))
 
 
 def _recording() -> bool:
@@ -226,7 +227,7 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
     """
     storages = [tensor.untyped_storage() for tensor in (crow, col)]
     key = (
-        *[storage._cdata for storage in storages], rows, cols, crow.shape, col.shape,
+        *map(storage_id, storages), rows, cols, crow.shape, col.shape,
         crow.stride(), col.stride(), crow.storage_offset(), col.storage_offset(),
     )  # fmt: skip
     known = _known.get(key)
@@ -276,7 +277,7 @@ def prepare_plans(
     Raises:
         UnsupportedError: a plan would not keep its place.
     """
-    wanted = tuple(tensor.untyped_storage()._cdata for tensor in (crow, col))
+    wanted = tuple(storage_id(tensor.untyped_storage()) for tensor in (crow, col))
     with _lock:
         known = [structure for key, (structure, _) in _known.items() if key[:2] == wanted]
     changed = [structure.changed(new_crow, new_col) for structure in known]
