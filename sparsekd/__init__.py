@@ -18,8 +18,7 @@ from sparsekd import (
     sparsity,
     tickets,
 )
-from sparsekd.coverage import coverage
-from sparsekd.diagnose import explain, flops
+from sparsekd.diagnose import coverage, explain, flops
 from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify

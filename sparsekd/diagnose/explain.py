@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd.coverage import Coverage, coverage
 from sparsekd.diagnose.breakeven import PassTimes, time_pass
+from sparsekd.diagnose.coverage import Coverage, coverage
 from sparsekd.diagnose.inputs import example_inputs, tensors_in
 from sparsekd.errors import BackendError, ShapeError
 from sparsekd.modes import in_mode
+from sparsekd.nn import sparse_modules
 from sparsekd.ops import observe
 from sparsekd.ops.dispatch import cache_key
 from sparsekd.ops.dispatch.backends import module, running
@@ -240,7 +241,7 @@ def explain(
     """
     make = partial(_random, memory_format=memory_format)
     inputs, named = example_inputs(model, args, kwargs, make)
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "crow_indices")}
+    layers = dict(sparse_modules(model))
     with _progress(len(layers)) as advance:
         watcher = _Watcher(layers, advance)
         with observe.listeners.before(watcher), in_mode(model, training=False), torch.enable_grad():

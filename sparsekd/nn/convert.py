@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd._torch import take_hooks
-from sparsekd.coverage import NAMED_FROM
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, sparse_modules
@@ -19,7 +18,9 @@ from sparsekd.nn.distributed import keep_indices_local
 from sparsekd.nn.held import replace_everywhere
 from sparsekd.nn.init import kaiming_
 from sparsekd.nn.linear import SparseLinear
+from sparsekd.nn.stored import parameter_count
 from sparsekd.sparsity import (
+    NAMED_FROM,
     Survey,
     allocate,
     dense_parameters,
@@ -120,7 +121,7 @@ def sparsify(
     _check_choice("init", init, INITS)
     refuse_wrappers(model, "sparsify")
     skip = [skip] if isinstance(skip, str) else list(skip)
-    found = survey(model)
+    found = survey(model, parameter_count(model))
     skipped = skipped_layers(found, skip)
     layers = {name: m for name, m in found.convertible.items() if name not in skipped}
     if masks is not None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sparsekd.errors import TopologyError
 from sparsekd.layouts import Layout
@@ -121,6 +122,23 @@ class StoredWeight(nn.Module):
         values.data = new
         # A graph that saved the old contents must refuse to run backward, not use the new ones.
         torch.autograd.graph.increment_version(values)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters of a model, the zeros of its sparse layers included.
+
+    Args:
+        model: any module; parameters of lazy modules, which have no size yet, do not count.
+
+    Example:
+        >>> import sparsekd as skd
+        >>> parameter_count(skd.nn.SparseLinear(4, 2, sparsity=0.5, bias=False))
+        8
+    """
+    sizes = {id(p): p.numel() for p in model.parameters() if not is_lazy(p)}
+    stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
+    sizes |= {id(module.values): math.prod(module.weight_shape) for module in stored}
+    return sum(sizes.values())
 
 
 def scatter_dense(values: Tensor, flat: Tensor, shape: Sequence[int]) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from sparsekd import data, models
-from sparsekd.coverage import coverage
-from sparsekd.diagnose import flops
+from sparsekd.diagnose import coverage, flops
 from sparsekd.errors import DataError
 from sparsekd.layouts import Layout
 from sparsekd.nn import sparse_modules

@@ -18,6 +18,7 @@ from sparsekd.sparsity.masks import (
 from sparsekd.sparsity.rounding import apportion, check_sparsity, nearest_prefix, target_nnz
 from sparsekd.sparsity.schedules import Constant, Cosine, Polynomial, Schedule
 from sparsekd.sparsity.survey import (
+    NAMED_FROM,
     Survey,
     conv1d_class,
     dense_parameters,
@@ -40,6 +41,7 @@ from sparsekd.sparsity.wrappers import refuse_wrappers
 
 __all__ = [
     "DISTRIBUTIONS",
+    "NAMED_FROM",
     "Constant",
     "Cosine",
     "ErdosRenyi",

@@ -9,11 +9,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from sparsekd.coverage import NAMED_FROM, DensePart, dense_parts
 from sparsekd.sparsity.wrappers import imported, refuse_wrappers
 
+NAMED_FROM = 0.01
+"""Share of a model's weights from which on a parameter that stays dense is worth naming."""
+
 _OTHERS = 4  # parameters of other modules that an error names
+
+
+class DensePart(NamedTuple):
+    """A parameter of two or more dimensions that is stored densely.
+
+    `names` are all it has in the model, `share` is its part of all weights, zeros included, and
+    `holder` the module that has it.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    share: float
+    holder: nn.Module
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
 
 
 class Survey(NamedTuple):
@@ -32,11 +53,12 @@ class Survey(NamedTuple):
     others: list[DensePart]
 
 
-def survey(model: nn.Module) -> Survey:
+def survey(model: nn.Module, total: int | None = None) -> Survey:
     """List the layers of a model that `sparsify` converts, and those it leaves alone and why.
 
     Args:
         model: any module; it is only read.
+        total: number of parameters that shares are of, by default those that the model stores.
 
     Returns:
         The layers by name; one that occurs several times appears once, under its first name.
@@ -64,11 +86,37 @@ def survey(model: nn.Module) -> Survey:
         else:
             found.convertible[aliases[0]] = module
     first = {alias: name for name, aliases in found.aliases.items() for alias in aliases}
-    for part in dense_parts(model):
+    for part in dense_parts(model, total):
         paths = (path for name in part.names for path in _around(name))
         owner = next((first[path] for path in paths if path in first), None)
         (found.others if owner is None else found.weights[owner]).append(part)
     return found
+
+
+def dense_parts(model: nn.Module, total: int | None = None) -> Iterator[DensePart]:
+    """Yield the parameters of two or more dimensions of a model, each once, in its order.
+
+    Args:
+        model: any module; weights of sparse layers, which are stored in one dimension, do not
+            occur.
+        total: number of parameters that shares are of, by default those that the model stores.
+
+    Example:
+        >>> [part.name for part in dense_parts(nn.GRU(4, 4, bias=False))]
+        ['weight_ih_l0', 'weight_hh_l0']
+    """
+    if total is None:
+        total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    holders: dict[Tensor, nn.Module] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not is_lazy(parameter) and parameter.ndim > 1:
+                names[parameter].append(f"{prefix}.{leaf}" if prefix else leaf)
+                holders.setdefault(parameter, module)
+    for parameter, aliases in names.items():
+        share = parameter.numel() / max(total, 1)
+        yield DensePart(tuple(aliases), tuple(parameter.shape), share, holders[parameter])
 
 
 def conv1d_class() -> Any:

@@ -38,7 +38,7 @@ def count(model: nn.Module, *args: Any, **kwargs: Any) -> FlopCount:
     meta device it costs no time.
 
     Args:
-        model: any network; layers with `topology` and `values` count as sparse.
+        model: any network, with sparse layers or without.
         *args: its inputs, the batch dimension included. A tuple or list of integers stands for
             zeros of this shape.
         **kwargs: inputs by name. `args=` and `kwargs=` alone may hold all of them, as a tuple and

@@ -21,6 +21,7 @@ from sparsekd._torch import DispatchMode
 from sparsekd.diagnose.flops.formulas import RECURRENT
 from sparsekd.diagnose.flops.rows import FlopCount, LayerFlops, ProductFlops
 from sparsekd.diagnose.inputs import tensors_in
+from sparsekd.nn import SparseModule
 
 _LAYERS = (
     nn.Linear,
@@ -48,13 +49,13 @@ class _Weight:
     """
 
     tensor: Tensor
-    sparse: Any = None
+    sparse: SparseModule | None = None
     labels: dict[nn.Module, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense weight."""
-        return tuple(self.tensor.shape) if self.sparse is None else _dense_shape(self.sparse)
+        return tuple(self.tensor.shape) if self.sparse is None else self.sparse.dense_shape
 
     def label(self, module: nn.Module | None) -> str:
         """Return the name that the running module gives it, else that of its first owner."""
@@ -144,14 +145,13 @@ class Attribution(DispatchMode):
 
     def _attribute(self, op: str, flops: int, factors: list[Tensor], result: Any) -> None:
         module = self._running[-1] if self._running else None
-        if module is not None and _is_sparse(module):
+        if isinstance(module, SparseModule):
             self._add_sparse(self._names[module], module, result)
             return
         found = [(t, self._known[id(t)][1]) for t in factors if id(t) in self._known]
         weights = [(t, w) for t, w in found if w is not None and (t.ndim > 1 or op in _SPARSE)]
-        if op in _SPARSE and weights and weights[0][1].sparse is not None:
-            weight = weights[0][1]
-            self._add_sparse(weight.label(module), weight.sparse, result)
+        if op in _SPARSE and weights and (sparse := weights[0][1].sparse) is not None:
+            self._add_sparse(weights[0][1].label(module), sparse, result)
             return
         if op not in RECURRENT:
             weights = weights[-1:]  # the input comes first, and may be a parameter as well
@@ -167,9 +167,9 @@ class Attribution(DispatchMode):
         for name, shape in parts:
             self._add(LayerFlops(name, shape, prod(shape), positions))
 
-    def _add_sparse(self, name: str, module: Any, result: Tensor) -> None:
+    def _add_sparse(self, name: str, module: SparseModule, result: Tensor) -> None:
         positions = result.numel() // max(module.topology.shape[0], 1)
-        self._add(LayerFlops(name, _dense_shape(module), module.topology.nnz, positions))
+        self._add(LayerFlops(name, module.dense_shape, module.topology.nnz, positions))
 
     def _add(self, row: LayerFlops) -> None:
         key = row.name, row.shape
@@ -188,19 +188,10 @@ def _factors(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[1:3] if op.startswith(("aten::add", "aten::baddbmm")) else args[:2]
 
 
-def _is_sparse(module: Any) -> bool:
-    return hasattr(module, "topology") and hasattr(module, "values")
-
-
-def _dense_shape(sparse: Any) -> tuple[int, ...]:
-    """Return the shape of the dense weight, which may be stored as [in, out]."""
-    return tuple(getattr(sparse, "dense_shape", sparse.topology.shape))
-
-
 def _weights(names: dict[nn.Module, str]) -> list[_Weight]:
     found: dict[int, _Weight] = {}
     for module, name in names.items():
-        sparse = module if _is_sparse(module) else None
+        sparse = module if isinstance(module, SparseModule) else None
         for key, parameter in module.named_parameters(recurse=False):
             values = sparse is not None and key == "values"
             weight = found.setdefault(id(parameter), _Weight(parameter, sparse if values else None))
@@ -213,7 +204,7 @@ def _label(name: str, key: str, module: nn.Module) -> str:
     owner, parametrized, rest = f".{name}.".partition(".parametrizations.")
     if parametrized:
         name, key = owner.strip("."), rest.split(".")[0]
-    if key == "weight" or isinstance(module, _LAYERS) or _is_sparse(module):
+    if key == "weight" or isinstance(module, (*_LAYERS, SparseModule)):
         return name
     return f"{name}.{key}".removeprefix(".")
 

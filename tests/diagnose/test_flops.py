@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import sparsekd as skd
 from sparsekd import models
 from sparsekd.diagnose import flops
 from sparsekd.nn import sparsify
@@ -43,43 +44,33 @@ def test_agrees_with_torch_on_dense_networks(name):
     assert flops.count(model, x.shape).forward == counter.get_total_flops()
 
 
-class Sparse(nn.Module):
-    """Stand in for any layer with a topology: only shape, nnz and the output's size matter."""
-
-    class Topology:
-        def __init__(self, shape: tuple[int, ...], nnz: int) -> None:
-            self.shape, self.nnz = shape, nnz
-
-    def __init__(self, dense: nn.Conv2d | nn.Linear, nnz: int) -> None:
-        super().__init__()
-        self.topology = self.Topology(tuple(dense.weight.shape), nnz)
-        self.values = nn.Parameter(torch.ones(nnz))
-        self.compute = [dense]  # in a list, so that it is no submodule
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.compute[0](x)
+def sparse(dense: nn.Conv2d | nn.Linear, nnz: int) -> nn.Module:
+    """Return a layer with the first `nnz` weights of a dense one."""
+    mask = (torch.arange(dense.weight.numel()) < nnz).view_as(dense.weight)
+    kind = skd.nn.SparseLinear if isinstance(dense, nn.Linear) else skd.nn.SparseConv2d
+    return kind.from_dense(dense, mask)
 
 
 @pytest.mark.parametrize("nnz", [0, 1, 37, 180])
 def test_sparse_layers_count_their_nonzeros(nnz):
     conv = nn.Conv2d(4, 10, 3, stride=2, padding=1, groups=2)
-    model = nn.Sequential(Sparse(conv, nnz), nn.ReLU(), nn.Flatten(), nn.Linear(10 * 4 * 6, 3))
+    model = nn.Sequential(sparse(conv, nnz), nn.ReLU(), nn.Flatten(), nn.Linear(10 * 4 * 6, 3))
     found = flops.count(model, (2, 4, 7, 12))
-    sparse, dense = found.layers
-    assert sparse == flops.LayerFlops("0", (10, 2, 3, 3), nnz, positions=2 * 4 * 6)
-    assert sparse.flops == 2 * nnz * 2 * 4 * 6
-    assert sparse.flops_dense == 2 * 180 * 2 * 4 * 6
-    assert sparse.density == nnz / 180
+    first, dense = found.layers
+    assert first == flops.LayerFlops("0", (10, 2, 3, 3), nnz, positions=2 * 4 * 6)
+    assert first.flops == 2 * nnz * 2 * 4 * 6
+    assert first.flops_dense == 2 * 180 * 2 * 4 * 6
+    assert first.density == nnz / 180
     assert dense.flops == 2 * 720 * 2
-    assert found.forward == sparse.flops + dense.flops
-    assert found.forward_dense == sparse.flops_dense + dense.flops
+    assert found.forward == first.flops + dense.flops
+    assert found.forward_dense == first.flops_dense + dense.flops
     assert found.nnz == nnz + 720
     for figure in (found.forward, found.forward_dense, found.train, found.train_dense):
         assert type(figure) is int
 
 
 def test_linear_layers_count_every_leading_position():
-    found = flops.count(Sparse(nn.Linear(6, 4), nnz=5), (2, 3, 7, 6))
+    found = flops.count(sparse(nn.Linear(6, 4), nnz=5), (2, 3, 7, 6))
     assert found.layers == (flops.LayerFlops("", (4, 6), 5, positions=42),)
     assert found.forward == 2 * 5 * 42
 
@@ -134,7 +125,7 @@ def test_a_network_without_layers_costs_nothing():
 
 
 def test_the_table_names_layers_and_totals():
-    model = nn.Sequential(Sparse(nn.Conv2d(3, 8, 3), 54), nn.Flatten(), nn.Linear(8 * 36, 10))
+    model = nn.Sequential(sparse(nn.Conv2d(3, 8, 3), 54), nn.Flatten(), nn.Linear(8 * 36, 10))
     text = str(flops.count(model, (1, 3, 8, 8)))
     header, first, second, total = text.splitlines()
     assert header.split() == ["layer", "weight", "nnz", "density", "positions", "FLOPs"]
@@ -153,7 +144,7 @@ def test_real_sparse_layers():
     assert found.nnz == round(0.1 * dense.nnz)
     rows = {row.name: row for row in found.layers}
     for name, module in model.named_modules():
-        if hasattr(module, "topology"):
+        if isinstance(module, skd.nn.SparseModule):
             assert rows[name].nnz == module.topology.nnz == module.values.numel()
     assert found.forward == sum(2 * row.nnz * row.positions for row in found.layers)
 

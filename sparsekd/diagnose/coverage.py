@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
-NAMED_FROM = 0.01
-"""Share of a model's weights from which on a parameter that stays dense is worth naming."""
+from sparsekd.nn import sparse_modules
+from sparsekd.nn.stored import parameter_count
+from sparsekd.sparsity.survey import DensePart, dense_parts
 
 _PRINTED = 12
-
-
-class DensePart(NamedTuple):
-    """A parameter of two or more dimensions that is stored densely.
-
-    `names` are all it has in the model, `share` is its part of all weights, zeros included, and
-    `holder` the module that has it.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    share: float
-    holder: nn.Module
-
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,7 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Say how much of a model is sparse.
+    """Return how much of a model is sparse.
 
     Args:
         model: any module.
@@ -100,36 +80,16 @@ def coverage(model: nn.Module) -> Coverage:
         >>> found.asked, found.converted, found.whole, found.dense[0].name
         (0.9, 0.9, 0.45, '1.weight')
     """
-    layers = _sparse_layers(model)
+    layers = [module for _, module in sparse_modules(model)]
     numel = [math.prod(layer.weight_shape) for layer in layers]
-    asked = [getattr(layer, "asked_sparsity", None) for layer in layers]
-    stored = sum(layer.values.numel() for layer in layers)
-    parts = sorted(dense_parts(model), key=lambda part: -part.share)
-    return Coverage(_mean(asked, numel), stored, sum(numel), _total(model), tuple(parts))
-
-
-def dense_parts(model: nn.Module) -> Iterator[DensePart]:
-    """Yield the parameters of two or more dimensions of a model, each once, in its order.
-
-    Args:
-        model: any module; weights of sparse layers, which are stored in one dimension, do not
-            occur.
-
-    Example:
-        >>> [part.name for part in dense_parts(nn.GRU(4, 4, bias=False))]
-        ['weight_ih_l0', 'weight_hh_l0']
-    """
-    total = max(_total(model), 1)
-    names: dict[Tensor, list[str]] = defaultdict(list)
-    holders: dict[Tensor, nn.Module] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if not is_lazy(parameter) and parameter.ndim > 1:
-                names[parameter].append(f"{prefix}.{leaf}" if prefix else leaf)
-                holders.setdefault(parameter, module)
-    for parameter, aliases in names.items():
-        share = parameter.numel() / total
-        yield DensePart(tuple(aliases), tuple(parameter.shape), share, holders[parameter])
+    total = parameter_count(model)
+    return Coverage(
+        asked=_mean([layer.asked_sparsity for layer in layers], numel),
+        nnz=sum(layer.values.numel() for layer in layers),
+        numel=sum(numel),
+        total=total,
+        dense=tuple(sorted(dense_parts(model, total), key=lambda part: -part.share)),
+    )
 
 
 def _mean(asked: Sequence[float | None], numel: Sequence[int]) -> float | None:
@@ -140,14 +100,3 @@ def _mean(asked: Sequence[float | None], numel: Sequence[int]) -> float | None:
     if len(set(known)) == 1:  # of one request: that number, without rounding
         return known[0]
     return sum(a * n for a, n in zip(known, numel, strict=True)) / max(sum(numel), 1)
-
-
-def _total(model: nn.Module) -> int:
-    """Return the number of parameters, the zeros of sparse layers included."""
-    sizes = {id(p): p.numel() for p in model.parameters() if not is_lazy(p)}
-    sizes |= {id(m.values): math.prod(m.weight_shape) for m in _sparse_layers(model)}
-    return sum(sizes.values())
-
-
-def _sparse_layers(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if hasattr(m, "weight_shape") and hasattr(m, "crow_indices")]

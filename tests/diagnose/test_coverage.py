@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparsekd as skd
-from sparsekd.coverage import Coverage
+from sparsekd.diagnose.coverage import Coverage
 
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
 
