@@ -1,14 +1,51 @@
-"""Functions on a compressed-row structure: make it, check it, list its positions, transpose it."""
+"""Functions on a compressed-row structure: make it, check it, list its positions, transpose it.
+
+On a GPU they run the kernels of `csrc/cuda` where these are there, else torch's.
+"""
 
 from __future__ import annotations
 
+import math
+import weakref
 import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsekd import cuda_library
 from sparsekd.errors import TopologyError
+
+try:  # torch comes first: the compiled module shares its OpenMP runtime
+    from sparsekd._C import release as _release
+except ImportError:
+    _release = None
+
+_INT32_MAX = 2**31 - 1
+
+
+class TransposedCSR(NamedTuple):
+    """A structure by columns, and where each of its slots lies in the original."""
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    permutation: Tensor
+
+
+def checked_shape(shape: Sequence[int]) -> torch.Size:
+    """Return the shape of a weight whose columns int32 can count; raise TopologyError otherwise."""
+    size = torch.Size(shape)
+    if len(size) < 2 or min(size) < 0:
+        raise TopologyError(
+            f"shape: expected two or more dimensions, none negative, got {tuple(shape)}"
+        )
+    if math.prod(size) > _INT32_MAX:
+        raise TopologyError(
+            f"shape: {tuple(size)} has {math.prod(size)} elements, "
+            f"too many for int32 indices (at most {_INT32_MAX})"
+        )
+    return size
 
 
 def compress(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +72,7 @@ def compress(mask: Tensor) -> tuple[Tensor, Tensor]:
     return crow, col
 
 
-def transpose(crow: Tensor, col: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+def transpose(crow: Tensor, col: Tensor, cols: int) -> TransposedCSR:
     """Return a structure by columns.
 
     Args:
@@ -53,12 +90,13 @@ def transpose(crow: Tensor, col: Tensor, cols: int) -> tuple[Tensor, Tensor, Ten
         order = torch.argsort(col, stable=True)
         starts = crow.new_zeros(cols + 1)
         torch.cumsum(torch.bincount(col, minlength=cols), 0, dtype=torch.int32, out=starts[1:])
-        return starts, row_indices(crow, nnz)[order].to(torch.int32), order.to(torch.int32)
+        rows_of = row_indices(crow, nnz)[order].to(torch.int32)
+        return TransposedCSR(starts, rows_of, order.to(torch.int32))
     starts, row, slot = crow.new_empty(cols + 1), crow.new_empty(nnz), crow.new_empty(nnz)
     size = library.size("transpose_scratch", rows, cols)
     scratch = torch.zeros(size, dtype=torch.uint8, device=crow.device)
     library.run("transpose", crow.device, rows, cols, crow, col, scratch, starts, row, slot)
-    return starts, row, slot
+    return TransposedCSR(starts, row, slot)
 
 
 def row_indices(crow: Tensor, nnz: int) -> Tensor:
@@ -136,6 +174,12 @@ def checksum(crow: Tensor, col: Tensor) -> int | Tensor:
     if crow.device.type == "cpu":
         return zlib.crc32(col.numpy().data, zlib.crc32(crow.numpy().data))
     return _mixed(crow) * 3 + _mixed(col)
+
+
+def forget_with(owner: object, crow: Tensor, col: Tensor) -> None:
+    """Let the compiled module forget what it keeps of a structure once `owner` is gone."""
+    if _release is not None and crow.device.type == "cpu":
+        weakref.finalize(owner, _release, crow, col).atexit = False
 
 
 def _mixed(indices: Tensor) -> Tensor:

@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekd import csr
 from sparsekd._torch import version_of
-from sparsekd.csr import checksum, compress, flat_indices, transpose, validate
 from sparsekd.errors import ShapeError, TopologyError
-
-try:  # torch comes first: the compiled module shares its OpenMP runtime
-    from sparsekd._C import release as _release_plan
-except ImportError:
-    _release_plan = None
-
-INT32_MAX = 2**31 - 1
-
-
-class TransposedCSR(NamedTuple):
-    """Hold the structure seen by columns, and where each of its slots lies in the original."""
-
-    crow_indices: Tensor
-    col_indices: Tensor
-    permutation: Tensor
 
 
 class Topology:
-    """Hold the positions of a weight's nonzeros: immutable, validated, comparable.
+    """Positions of a weight's nonzeros: immutable, validated, comparable.
 
     Rows are output channels (or output features); columns run over `C_in/groups * kh * kw` (or the
     input features) in the weight's own row-major order. So the values of a weight with this
@@ -43,7 +27,7 @@ class Topology:
         crow_indices: where each row starts in `col_indices`; integer, copied.
         col_indices: the columns of the nonzeros, ascending within a row; integer, copied.
         shape: shape of the weight, two dimensions or more.
-        version: how many rewires led here.
+        version: number of rewires since the first topology.
 
     Shape:
         - crow_indices: `[rows + 1]`
@@ -78,8 +62,8 @@ class Topology:
         *,
         version: int = 0,
     ) -> None:
-        size = _checked_shape(shape)
-        validate(crow_indices, col_indices, size[0], math.prod(size[1:]))
+        size = csr.checked_shape(shape)
+        csr.validate(crow_indices, col_indices, size[0], math.prod(size[1:]))
         with torch.inference_mode(False):  # an inference tensor would not count its mutations
             crow = crow_indices.detach().to(torch.int32, copy=True).contiguous()
             col = col_indices.detach().to(torch.int32, copy=True).contiguous()
@@ -88,17 +72,16 @@ class Topology:
     def _own(self, crow: Tensor, col: Tensor, size: torch.Size, version: int) -> None:
         self._crow, self._col, self._shape, self._version = crow, col, size, int(version)
         self._counters = version_of(crow), version_of(col)
-        self._checksum = checksum(crow, col)
+        self._checksum = csr.checksum(crow, col)
         self._hash: int | None = None
-        self._transpose: TransposedCSR | None = None
-        if _release_plan is not None and crow.device.type == "cpu":
-            weakref.finalize(self, _release_plan, crow, col).atexit = False
+        self._transpose: csr.TransposedCSR | None = None
+        csr.forget_with(self, crow, col)
 
     @classmethod
     def _adopt(cls, crow: Tensor, col: Tensor, shape: Sequence[int], version: int) -> Topology:
-        """Rebuild without copying, so that copies and pickles keep tensors shared as they were."""
-        size = _checked_shape(shape)
-        validate(crow, col, size[0], math.prod(size[1:]))
+        """Return a topology that shares these tensors. Pickles name this function."""
+        size = csr.checked_shape(shape)
+        csr.validate(crow, col, size[0], math.prod(size[1:]))
         topology = cls.__new__(cls)
         # A pickle may hold other integers, or strided ones; what we wrote stays as it is.
         crow, col = (indices.to(torch.int32).contiguous() for indices in (crow, col))
@@ -111,7 +94,7 @@ class Topology:
 
         Args:
             mask: bool tensor of the weight's shape.
-            version: how many rewires led here.
+            version: number of rewires since the first topology.
 
         Returns:
             The topology, on the device of `mask`.
@@ -125,9 +108,9 @@ class Topology:
         """
         if mask.dtype != torch.bool:
             raise TopologyError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-        size = _checked_shape(mask.shape)
+        size = csr.checked_shape(mask.shape)
         with torch.inference_mode(False):
-            crow, col = compress(mask.detach().reshape(size[0], math.prod(size[1:])))
+            crow, col = csr.compress(mask.detach().reshape(size[0], math.prod(size[1:])))
         topology = cls.__new__(cls)
         topology._own(crow, col, size, version)
         return topology
@@ -194,13 +177,9 @@ class Topology:
         return self._col
 
     def flat_indices(self) -> Tensor:
-        """Return the positions of the nonzeros in the flat weight.
-
-        Returns:
-            int64 `[nnz]`, ascending.
-        """
+        """Return the positions of the nonzeros in the flat weight, int64 `[nnz]`, ascending."""
         self._check_unmodified()
-        return flat_indices(self._crow, self._col, self.cols)
+        return csr.flat_indices(self._crow, self._col, self.cols)
 
     def mask(self) -> Tensor:
         """Return the nonzero positions as a bool tensor of the weight's shape."""
@@ -208,7 +187,7 @@ class Topology:
         mask[self.flat_indices()] = True
         return mask.view(self._shape)
 
-    def transpose(self) -> TransposedCSR:
+    def transpose(self) -> csr.TransposedCSR:
         """Return the structure by columns (computed once).
 
         Returns:
@@ -217,11 +196,11 @@ class Topology:
         """
         self._check_unmodified()
         if self._transpose is None:
-            self._transpose = TransposedCSR(*transpose(self._crow, self._col, self.cols))
+            self._transpose = csr.transpose(self._crow, self._col, self.cols)
         return self._transpose
 
     def rewire(self, mask: Tensor) -> tuple[Topology, TopologyDelta]:
-        """Return the topology of another mask and the way there.
+        """Return the topology of another mask, and the delta that leads to it.
 
         Args:
             mask: bool tensor of the weight's shape.
@@ -254,9 +233,9 @@ class Topology:
         return Topology(crow, self._col.to(device), self._shape, version=self._version)
 
     def owns(self, crow_indices: Tensor, col_indices: Tensor) -> bool:
-        """Say whether these are this topology's own tensors, still as they were when it was built.
+        """Return whether these are this topology's own tensors, as they were when it was built.
 
-        A module shares them as its buffers; this is how it notices that something else (a device
+        A module shares them as its buffers. This is how it notices that something else (a device
         move, an averaged model, a broadcast) has replaced or overwritten them.
         """
         return (
@@ -267,18 +246,16 @@ class Topology:
 
     @property
     def written(self) -> bool:
-        """Whether something has written into the index tensors, be it the same numbers."""
+        """Whether anything has written into the index tensors, even the same numbers."""
         return (version_of(self._crow), version_of(self._col)) != self._counters
 
     def accept_if_equal(self) -> bool:
-        """Take what was written into the index tensors for nothing if it changed no position.
+        """Return whether the positions are as they were built, whatever was written since.
 
-        A broadcast of buffers and a copy of an equal model write what is there already.
-
-        Returns:
-            Whether the positions are the ones this topology was built with.
+        A broadcast of buffers, or a copy from an equal model, writes what is there already; it no
+        longer counts as `written` then.
         """
-        if self.written and bool(checksum(self._crow, self._col) == self._checksum):
+        if self.written and bool(csr.checksum(self._crow, self._col) == self._checksum):
             self._counters = version_of(self._crow), version_of(self._col)
         return not self.written
 
@@ -328,7 +305,7 @@ class Topology:
 
 @dataclass(frozen=True, eq=False)
 class TopologyDelta:
-    """Say where each weight of a new topology was in the old one.
+    """Where each weight of a new topology was in the old one.
 
     Args:
         old: the topology before.
@@ -342,7 +319,7 @@ class TopologyDelta:
 
     @classmethod
     def between(cls, old: Topology, new: Topology) -> TopologyDelta:
-        """Return the way from one topology of a weight to another, whatever led there.
+        """Compare two topologies of one weight, whatever led from one to the other.
 
         Args:
             old: where the nonzeros were.
@@ -378,7 +355,7 @@ class TopologyDelta:
         return gone.nonzero().squeeze(1)
 
     def carry(self, tensor: Tensor, fill: float = 0) -> Tensor:
-        """Move one number per nonzero (values, a momentum) to the new topology.
+        """Move a tensor with one entry per nonzero (values, a momentum) to the new topology.
 
         Args:
             tensor: one entry per nonzero of the old topology.
@@ -417,17 +394,3 @@ def _sources(old: Topology, new: Topology, mask: Tensor) -> Tensor:
     # Survivors come in the same order in both.
     survivors = mask.reshape(-1)[before].nonzero().squeeze(1)
     return source.masked_scatter_(old.mask().view(-1)[after], survivors)
-
-
-def _checked_shape(shape: Sequence[int]) -> torch.Size:
-    size = torch.Size(shape)
-    if len(size) < 2 or min(size) < 0:
-        raise TopologyError(
-            f"shape: expected two or more dimensions, none negative, got {tuple(shape)}"
-        )
-    if math.prod(size) > INT32_MAX:
-        raise TopologyError(
-            f"shape: {tuple(size)} has {math.prod(size)} elements, "
-            f"too many for int32 indices (at most {INT32_MAX})"
-        )
-    return size

@@ -51,13 +51,13 @@ def imported_names(path: Path) -> set[str]:
     return found
 
 
-def test_only_ops_and_topology_import_the_compiled_module():
+def test_only_ops_and_csr_import_the_compiled_module():
     users = {
         path.relative_to(PACKAGE).parts[0]
         for path in PACKAGE.rglob("*.py")
         if any(name.startswith("sparsekd._C") for name in imported_names(path))
     }
-    assert users == {"ops", "topology.py"}
+    assert users == {"ops", "csr.py"}
 
 
 def private_uses(tree: ast.AST, private: set[str]) -> Iterator[tuple[int, str]]:
