@@ -27,8 +27,8 @@ from sparsekd.bench.cases import BASELINES, MODELS
 from sparsekd.bench.steps import STEP_ARMS, Contest, contest
 from sparsekd.ops import observe
 from sparsekd.ops.cpu import cpp, dense
-from sparsekd.ops.dispatch import auto
 from sparsekd.ops.dispatch.choices import surroundings
+from sparsekd.ops.dispatch.decisions import decide
 from sparsekd.timing import interleave
 
 PASSES = (
@@ -49,7 +49,7 @@ class Passes:
         """Note which backend is chosen for a call, and what each takes."""
         if op not in PASSES:
             return
-        self.chosen.append(auto.choose(op, args).backend)
+        self.chosen.append(decide(op, args).backend)
         if self.rounds:
             ways = {"cpp": getattr(cpp, op), "dense": getattr(dense, op)}
             calls = {name: partial(run, *args) for name, run in ways.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd.errors import BackendError
+from sparsekd.errors import BackendError, UnavailableError
 
 PATH = Path(__file__).resolve().with_name("libsparsekd_cuda.so")
 HEADER = PATH.with_name("cuda_api.h")  # csrc/cuda/api.h
@@ -142,21 +142,23 @@ def load() -> Library:
     """Return the library of this installation.
 
     Raises:
-        ImportError: it was not built, does not load, or has no GPU or driver that it can use; the
-            text says which.
+        UnavailableError: it was not built, does not load, or has no GPU or driver that it can
+            use; the text says which.
     """
     if not PATH.exists():
-        raise ImportError("this build has no CUDA kernels: it found no nvcc, or nvcc failed")
+        raise UnavailableError("this build has no CUDA kernels: it found no nvcc, or nvcc failed")
     if not torch.cuda.is_available():
-        raise ImportError("the CUDA kernels are built, but torch sees no CUDA device")
+        raise UnavailableError("the CUDA kernels are built, but torch sees no CUDA device")
     try:
         library = _opened(PATH)
     except OSError as error:
-        raise ImportError(f"the CUDA kernels do not load: {error}") from error
+        raise UnavailableError(f"the CUDA kernels do not load: {error}") from error
     newest = max(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
     if newest < OLDEST:
         wanted, found = (".".join(map(str, capability)) for capability in (OLDEST, newest))
-        raise ImportError(f"the CUDA kernels need compute capability {wanted}, the GPU has {found}")
+        raise UnavailableError(
+            f"the CUDA kernels need compute capability {wanted}, the GPU has {found}"
+        )
     return library
 
 
@@ -171,5 +173,5 @@ def library_for(device: torch.device) -> Library | None:
         return None
     try:
         return load()
-    except ImportError:
+    except UnavailableError:
         return None

@@ -23,6 +23,10 @@ class BackendError(SparsekdError, RuntimeError):
     """A backend that cannot run here; the message says how to get it."""
 
 
+class UnavailableError(SparsekdError, ImportError):
+    """A part of sparsekd that was not built, or whose device is not here; the text says which."""
+
+
 class SettingError(BackendError, ValueError):
     """An environment variable with an unknown value; the message lists the valid ones."""
 

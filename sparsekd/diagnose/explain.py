@@ -20,7 +20,8 @@ from sparsekd.modes import in_mode
 from sparsekd.nn import sparse_modules
 from sparsekd.ops import observe
 from sparsekd.ops.dispatch import cache_key
-from sparsekd.ops.dispatch.backends import module, running
+from sparsekd.ops.dispatch.backends import module
+from sparsekd.ops.dispatch.decisions import decide
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -187,7 +188,7 @@ class _Watcher:
         name = observe.owner(self.layers, args[2]) if op in PASSES else None
         if name is None:
             return False
-        backend, tile = running(op, args), _tile_size(op, args)
+        backend, tile = decide(op, args).backend, _tile_size(op, args)
         self.tiles.setdefault(name, tile)
         # Backend and tiles hang on the structure, of which these are the sizes only.
         alike = op, backend, tile, cache_key.sizes_of(args)

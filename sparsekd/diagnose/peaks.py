@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from sparsekd.errors import BackendError
-from sparsekd.ops.dispatch.backends import BACKENDS, info
+from sparsekd.ops import info
+from sparsekd.ops.dispatch.backends import BACKENDS, load
 
 _L3_PART = 2 << 20  # per thread: past any L2, and inside any L3
 _MEMORY_PART = 128 << 20  # per thread: past any L3
@@ -48,12 +49,11 @@ def measure_peaks(seconds: float = 0.3) -> Peaks:
         >>> measure_peaks(seconds=0.001).flops > 0
         True
     """
-    try:
-        from sparsekd.ops.cpu import cpp
-    except ImportError as error:
+    cpp, reason = load("cpp")
+    if cpp is None:
         raise BackendError(
-            f"peaks are measured by the compiled module ({error}): {BACKENDS['cpp'].how_to_get}"
-        ) from None
+            f"peaks are measured by the compiled module ({reason}): {BACKENDS['cpp'].how_to_get}"
+        )
     threads = torch.get_num_threads()
     each = seconds / 3
 

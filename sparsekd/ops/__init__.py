@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sparsekd.ops.dispatch.backends import backend, info
+from sparsekd.ops.dispatch.context import backend
+from sparsekd.ops.dispatch.info import info
 from sparsekd.ops.gpu.structure import prepare_plans
 from sparsekd.ops.norm import batch_moments, norm_act, norm_act_backward
 from sparsekd.ops.register import (

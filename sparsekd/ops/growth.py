@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.ops.dispatch.backends import choose
+from sparsekd.ops.dispatch.decisions import function
 
 Operands = tuple[Tensor, Tensor, list[Any]]
 """grad, x and what follows the structure in the schema of the weight-gradient op that took them."""
@@ -93,7 +93,7 @@ def gradient(operands: Sequence[Operands], earlier: Tensor | None = None) -> Ite
             if grad.numel() == 0:
                 continue  # an empty batch
             op = "conv2d_wgrad_tile" if geometry[1:] else "linear_wgrad_tile"
-            choose(op, grad)(grad, x, block, tile, *geometry)
+            function(op, grad)(grad, x, block, tile, *geometry)
         yield row, col, block
 
 
@@ -128,7 +128,7 @@ def largest(
     best: Any = None
     for row, column, scores in blocks:
         if best is None:
-            best = choose("LargestK", scores)(crow, col, *shape, k, scores.dtype)
+            best = function("LargestK", scores)(crow, col, *shape, k, scores.dtype)
         best.offer(scores, row, column, magnitude)
     return crow.new_empty(0, dtype=torch.int64) if best is None else best.positions()
 

@@ -26,8 +26,6 @@ from sparsekd.ops.memory_format import in_format_of, matrix, memory_format_of, p
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
 
-NAME = "reference"
-
 _PER_CHANNEL = (0, 2, 3)
 
 

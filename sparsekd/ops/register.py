@@ -29,8 +29,11 @@ from sparsekd._torch import (
 )
 from sparsekd.errors import UnsupportedError
 from sparsekd.ops import checks, growth, observe, transforms
-from sparsekd.ops.dispatch.backends import asked, choose, choose_measured, followed, forced
+from sparsekd.ops.dispatch.backends import Decision
 from sparsekd.ops.dispatch.cache_key import serial, sizes_of
+from sparsekd.ops.dispatch.context import asked, followed, forced
+from sparsekd.ops.dispatch.decisions import decide
+from sparsekd.ops.dispatch.decisions import function as function_for
 from sparsekd.ops.eager import plain
 from sparsekd.ops.memory_format import memory_format_of
 from sparsekd.ops.schemas import SCHEMAS
@@ -53,7 +56,7 @@ def kernel(name: str, function: Callable[..., Any] | None = None) -> Callable[..
         check(*args)
         if observe.listeners:
             observe.listeners.tell(name, args)
-        return (function or choose(name, args[0]))(*args)
+        return (function or function_for(name, args[0]))(*args)
 
     return run
 
@@ -69,23 +72,23 @@ class _Product:
     def __init__(self, name: str) -> None:
         self.name = name
         self._check = getattr(checks, name)
-        self._known: dict[tuple[Any, ...], Any] = {}
+        self._known: dict[tuple[Any, ...], Decision] = {}
 
     def __call__(self, *args: Any) -> Tensor:
         if observe.listeners:
             observe.listeners.tell(self.name, args)
-        return getattr(self.backend(args), self.name)(*args)
+        return self.decide(args).run(*args)
 
-    def backend(self, args: tuple[Any, ...]) -> Any:
-        """Return the module that runs these operands."""
+    def decide(self, args: tuple[Any, ...]) -> Decision:
+        """Return what runs these operands."""
         facts = forced(), torch.get_num_threads(), serial(args[2], args[3]), sizes_of(args)
-        backend = self._known.get(facts)
-        if backend is None:
+        decision = self._known.get(facts)
+        if decision is None:
             self._check(*args)
             if len(self._known) >= _MOST_KNOWN:  # inputs of ever new shapes
                 self._known.clear()
-            backend = self._known[facts] = choose_measured(self.name, args)
-        return backend
+            decision = self._known[facts] = decide(self.name, args)
+        return decision
 
 
 def _fake(name: str) -> Callable[..., Tensor]:
@@ -326,7 +329,7 @@ def _eager(
     where a backend has a function for weights without zeros.
     """
     run = _product(name, backward, setup)
-    op, product, whole_name = getattr(_overloads, name), getattr(_kernels, name), f"whole_{name}"
+    op, product = getattr(_overloads, name), getattr(_kernels, name)
 
     def call(*args: Any) -> Tensor:
         if not plain(args):
@@ -334,7 +337,7 @@ def _eager(
                 checks.refuse_onnx()
             return op(*args)
         if args[3].shape[0] == math.prod(args[5]) and not observe.listeners:
-            whole = getattr(product.backend(args), whole_name, None)
+            whole = product.decide(args).whole
             result = None if whole is None else whole(*args)
             if result is not None:
                 return result

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ import sparsekd as skd
 from sparsekd import Topology, cuda_library, functional, ops
 from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops import reference as reference_backend
-from sparsekd.ops.dispatch import backends
+from sparsekd.ops import register
+from sparsekd.ops.dispatch import backends, context, decisions
 
 TOPOLOGY = Topology.from_mask(torch.eye(3, dtype=torch.bool))
 
@@ -33,26 +36,27 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return original(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reference_backend, "linear", counted)
+    monkeypatch.setattr(register._kernels.linear, "_known", {})
     return calls
 
 
 def test_the_context_chooses_and_gives_back(reference_calls: list[str]) -> None:
-    before = backends.forced()
+    before = context.forced()
     with skd.backend("reference"):
         product()
-        assert backends.forced() == "reference"
+        assert context.forced() == "reference"
     assert len(reference_calls) == 1
-    assert backends.forced() == before
+    assert context.forced() == before
 
 
 def test_contexts_nest_and_survive_errors() -> None:
     with skd.backend("reference"):
         with pytest.raises(BackendError), skd.backend("triton"):
             pass
-        assert backends.forced() == "reference"
+        assert context.forced() == "reference"
         with pytest.raises(KeyError), skd.backend("reference"):
             raise KeyError
-        assert backends.forced() == "reference"
+        assert context.forced() == "reference"
 
 
 def test_the_environment_chooses(
@@ -131,6 +135,72 @@ def test_a_triton_that_cannot_compile_its_launcher_is_no_backend(
     assert "gcc" in reason
 
 
+@pytest.fixture
+def backend_of_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[str], None]]:
+    """Return a function that puts a module of this source in the place of the backend "cuda"."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def put(source: str) -> None:
+        (tmp_path / "replaced_backend.py").write_text(source)
+        entry = dataclasses.replace(backends.BACKENDS["cuda"], module="replaced_backend")
+        monkeypatch.setitem(backends.BACKENDS, "cuda", entry)
+        backends.load.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    backends.load.cache_clear()
+    sys.modules.pop("replaced_backend", None)
+
+
+@pytest.mark.parametrize(
+    "source, error, text",
+    [
+        ("from sparsekd.errors import Misspelt", ImportError, "cannot import name 'Misspelt'"),
+        ("import sparsekd.ops.misspelt", ModuleNotFoundError, "sparsekd.ops.misspelt"),
+        ("import triton_of_another_version", ModuleNotFoundError, "triton_of_another_version"),
+        ("from torch import a_name_that_is_gone", ImportError, "a_name_that_is_gone"),
+        ("1 / 0", ZeroDivisionError, "division by zero"),
+    ],
+)
+def test_a_fault_in_a_backend_is_not_a_backend_that_cannot_run(
+    backend_of_source: Callable[[str], None], source: str, error: type[Exception], text: str
+) -> None:
+    backend_of_source(source)
+    for ask in (ops.info, lambda: skd.backend("cuda").__enter__()):
+        with pytest.raises(error, match=text) as caught:
+            ask()
+        assert "replaced_backend.py" in {Path(entry.path).name for entry in caught.traceback}
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("import sparsekd._C", "sparsekd._C"),
+        ("import triton", "triton"),
+        (
+            "from sparsekd.errors import UnavailableError as E; raise E('no such GPU')",
+            "no such GPU",
+        ),
+    ],
+)
+def test_what_an_installation_may_lack_is_named(
+    backend_of_source: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    reason: str,
+) -> None:
+    for name in ("sparsekd._C", "triton"):
+        monkeypatch.setitem(sys.modules, name, None)
+    backend_of_source(source)
+    loaded, found = backends.load("cuda")
+    assert loaded is None
+    assert reason in found
+    with pytest.raises(BackendError, match=f"cannot run here .*{reason}"), skd.backend("cuda"):
+        pass
+
+
 def test_topologies_use_the_library_on_devices_that_it_has_code_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -183,7 +253,7 @@ def test_a_device_without_kernels_is_refused_with_advice(monkeypatch: pytest.Mon
         device = torch.device("cuda")
 
     with pytest.raises(BackendError, match=r"no backend for device 'cuda'.*move the model"):
-        backends.choose("linear", OnGpu())  # type: ignore[arg-type]
+        decisions.function("linear", OnGpu())  # type: ignore[arg-type]
 
 
 PROBE = """

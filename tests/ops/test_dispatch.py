@@ -21,7 +21,8 @@ from sparsekd.ops import observe, register
 from sparsekd.ops.cpu import cpp, dense
 from sparsekd.ops.dispatch import auto, cache_key
 from sparsekd.ops.dispatch.auto import Dispatcher
-from sparsekd.ops.dispatch.choices import Choice, Choices
+from sparsekd.ops.dispatch.choices import Choices
+from sparsekd.ops.dispatch.decisions import decide
 
 BACKENDS = {"cpp": cpp, "dense": dense}
 CONV = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
@@ -257,7 +258,7 @@ def test_a_real_race_gives_what_the_sparse_kernels_give() -> None:
         sparse = step(layer())
     for a, b in zip(chosen, sparse, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert len(auto.choices()) == 3
+    assert len(auto.dispatcher().choices) == 3
 
 
 def test_a_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -319,8 +320,9 @@ def test_the_choice_of_an_op_can_be_asked_for() -> None:
         torch.ones(1, 32, 4, 4), torch.ones(topology.nnz), topology.crow_indices,
         topology.col_indices, None, [32, 32, 3, 3], *CONV,
     )  # fmt: skip
-    assert auto.choose("conv2d", args) == Choice("cpp")
-    assert auto.backend_of("conv2d", args) is cpp
+    decision = decide("conv2d", args)
+    assert (decision.backend, decision.reason) == ("cpp", "few multiplications")
+    assert (decision.run, decision.key, decision.ms) == (cpp.conv2d, None, {})
     assert cache_key.products("conv2d", args) == 16 * 32 * 32 * 9
 
 

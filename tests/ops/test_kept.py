@@ -13,7 +13,6 @@ from torch import Tensor
 
 import sparsekd as skd
 from sparsekd import ops
-from sparsekd.ops.dispatch import backends
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
@@ -222,6 +221,6 @@ def test_plans_made_between_preparing_and_rewiring_follow(structures: list[Struc
 
 
 def test_information_names_what_is_kept() -> None:
-    found = backends.info()
+    found = ops.info()
     assert {"cached_structures", "cached_plans", "cached_bytes"} <= found["cpp"].keys()
     assert {"structures", "plans", "bytes"} == found["gpu_plans"].keys()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import sparsekd as skd
 from sparsekd import Topology, functional, ops
+from sparsekd.ops.dispatch import backends
 from sparsekd.ops.growth import Tile
 
 BACKENDS = ("reference", "cpp", "dense", "auto")
@@ -275,7 +276,7 @@ def test_the_dense_gradient_that_growth_ranks(backend: str, case: Case) -> None:
             given = tensors(case, batch, torch.float64)
             given[name] = spoil(given[name], value)
             wanted = expected(case, **given)["dvalues"].view(case.weight_shape)
-            found = _tile_sums(ops.backends.module(backend).conv2d_wgrad_tile, case, given)
+            found = _tile_sums(backends.module(backend).conv2d_wgrad_tile, case, given)
             assert_alike(found, wanted, f"{name}, batch {batch}")
 
 

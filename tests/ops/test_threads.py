@@ -24,7 +24,7 @@ from torch import Tensor
 import sparsekd as skd
 from sparsekd import ops
 from sparsekd.ops import observe
-from sparsekd.ops.dispatch import backends
+from sparsekd.ops.dispatch import backends, context
 from sparsekd.ops.dispatch.single import Single
 from sparsekd.ops.register import _Product
 from sparsekd.topology import Topology
@@ -80,25 +80,25 @@ def test_contexts_of_two_threads_end_in_any_order() -> None:
         with skd.backend("reference"):
             steps.done(0)
             steps.wait(1)  # the other has entered
-            inside = backends.forced()
-        after = backends.forced()
+            inside = context.forced()
+        after = context.forced()
         steps.done(2)
         return [inside, after]
 
     def second() -> list[str | None]:
         steps.wait(0)
-        before = backends.forced()
+        before = context.forced()
         with skd.backend("dense"):
             steps.done(1)
             steps.wait(2)  # the other has left
-            inside = backends.forced()
-        return [before, inside, backends.forced()]
+            inside = context.forced()
+        return [before, inside, context.forced()]
 
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.submit(first), pool.submit(second)
         assert one.result(60) == ["reference", None]
         assert two.result(60) == [None, "dense", None]
-    assert backends.forced() is None
+    assert context.forced() is None
 
 
 def test_each_thread_runs_the_backend_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_contexts_of_two_tasks_are_their_own() -> None:
         with skd.backend(name):
             for _ in range(3):
                 await asyncio.sleep(0)
-                seen.append(backends.forced())
+                seen.append(context.forced())
         return seen
 
     async def both() -> list[list[str | None]]:

@@ -123,12 +123,16 @@ def test_a_spread_as_large_as_the_gain_is_never_pinned(machine: Machine) -> None
         "dense": lambda n: (10.0, 19.0, 13.0, 26.0, 15.0)[n * 7 // 3 % 5],
     }
     assert (sparse.run(), vague.run()) == ("cpp", "dense")  # by density
-    for choices in (auto.choices(), Choices(machine.path)):
+    for choices in (auto.dispatcher().choices, Choices(machine.path)):
         choices.get("", 0)
         assert [len(choices), choices.info()["undecided"]] == [2, 2]
     machine.ms = {"cpp": 9.0, "dense": 6.0}
     assert (sparse.run(1500), vague.run(1500)) == ("dense", "dense")
-    assert auto.choices().info() == {"path": str(machine.path), "known": 2, "undecided": 0}
+    assert auto.info() == {
+        "path": str(machine.path),
+        "known": 2,
+        "undecided": 0,
+    }
 
 
 def test_a_noisy_race_does_not_undo_a_choice() -> None:
@@ -174,4 +178,4 @@ def test_a_size_close_to_a_measured_one_is_raced_once_it_is_worth_it(machine: Ma
     assert len(machine.runs) == raced + 20  # what the first size tells
     machine.ms["dense"] = 0.5
     assert work.run(800) == "dense"
-    assert len(auto.choices()) == 2
+    assert len(auto.dispatcher().choices) == 2

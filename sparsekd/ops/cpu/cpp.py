@@ -20,8 +20,6 @@ from sparsekd.ops.memory_format import matrix, memory_format_of
 if TYPE_CHECKING:
     from sparsekd.ops.growth import Tile
 
-NAME = "cpp"
-
 _HALF = (torch.bfloat16, torch.float16)
 _NARROW = 4  # input channels to a group, below which torch's own grouped kernels are faster
 

@@ -26,8 +26,6 @@ from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.cpu import cpp
 from sparsekd.ops.memory_format import matrix, memory_format_of, rows_cols
 
-NAME = "dense"
-
 _below_autocast = without_autocast("cpu")
 _NONE = [0, 0]
 

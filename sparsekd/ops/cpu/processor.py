@@ -47,7 +47,7 @@ def select_isa() -> None:
         return
     try:
         import sparsekd._C as _C
-    except ImportError:  # there are no kernels, and so nothing to choose
+    except ModuleNotFoundError:  # there are no kernels, and so nothing to choose
         return
     available = _C.info()["isas"]
     if wanted not in ("auto", *available):

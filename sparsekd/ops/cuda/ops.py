@@ -22,8 +22,6 @@ from sparsekd.ops.gpu.gather_plans import GatherPlan
 from sparsekd.ops.gpu.structure import find_structure, structure_of
 from sparsekd.ops.memory_format import memory_format_of, pixels
 
-NAME = "cuda"
-
 _library = cuda_library.load()
 _NO_PADDING = (0, 0, 0, 0)
 _POINTWISE = ([1, 1], [0, 0, 0, 0], [1, 1], 1)

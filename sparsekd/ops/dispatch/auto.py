@@ -1,10 +1,10 @@
-"""The automatic CPU backend: sparse kernels or a dense weight, by measurement, op by op.
+"""The backend "auto" of the CPU: sparse kernels or a dense weight, by measurement, op by op.
 
 An op on operands of a kind never seen before runs both ways, a few times in turn; the faster one is
 used from then on, in this process and, through the file of `choices`, in every later one. Where
-only sizes or the density are new, what was measured close by tells which one runs, and the race is
-held once it is paid for (see `watch`). Three rules need no clock. A small op always runs sparse: it
-takes microseconds either way, too few to tell apart. So does a weight without nonzeros. A large
+only sizes or the density are new, what was measured close by tells which one runs, and the two are
+timed when that is paid for (see `watch`). Three rules need no clock. A small op always runs sparse:
+it takes microseconds either way, too few to tell apart. So does a weight without nonzeros. A large
 weight without zeros always runs dense: there is nothing to skip.
 """
 
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from sparsekd.ops.checks import geometry
-from sparsekd.ops.cpu import cpp, dense
+from sparsekd.ops.cpu import cpp
 from sparsekd.ops.dispatch import cache_key
+from sparsekd.ops.dispatch.backends import BACKENDS, Decision
 from sparsekd.ops.dispatch.cache_key import Key
-from sparsekd.ops.dispatch.choices import Choice, Choices, default_path
+from sparsekd.ops.dispatch.choices import CHOICES, Choice, Choices, default_path
 from sparsekd.ops.dispatch.single import Single
 from sparsekd.ops.dispatch.watch import Watch
 from sparsekd.timing import interleave, spread
@@ -35,9 +36,6 @@ logger = logging.getLogger(__name__)
 LEAST_PRODUCTS = 1 << 22
 """Multiplications of the dense op below which it always runs sparse."""
 
-OPS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad", "linear", "linear_dgrad", "linear_wgrad")
-
-_BACKENDS = {"cpp": cpp, "dense": dense}
 _SPARSE_BELOW = 0.25
 """Density up to which the sparse kernels run where timings cannot tell."""
 _MOST_WATCHES = 4096
@@ -55,24 +53,19 @@ class Dispatcher:
         self._watches: dict[Key, Watch] = {}
         self._lock = threading.RLock()  # measurements must not disturb each other
 
-    def choose(self, op: str, args: tuple[Any, ...]) -> Choice:
-        """Return the choice for an op, measured now if nothing like it ever was."""
-        chosen = self._look_up(op, args)
-        return chosen.choice if isinstance(chosen, Watch) else chosen
+    def decide(self, op: str, args: tuple[Any, ...]) -> Decision:
+        """Return what runs a product, measured now if nothing like it ever was.
 
-    def runner(self, op: str, args: tuple[Any, ...]) -> Any:
-        """Return what runs an op: a backend, or a `Runner` where it is chosen by measurement."""
-        chosen = self._look_up(op, args)
-        if isinstance(chosen, Choice):
-            return _BACKENDS[chosen.backend]
-        return Runner(self, chosen, op, args)
-
-    def _look_up(self, op: str, args: tuple[Any, ...]) -> Choice | Watch:
+        Args:
+            op: one of `PRODUCTS`.
+            args: those of its schema.
+        """
         nnz, products = args[3].shape[0], cache_key.products(op, args)
         if nnz == 0 or products < LEAST_PRODUCTS:
-            return Choice("cpp")
+            rule = "the weight has no nonzeros" if nnz == 0 else "few multiplications"
+            return replace(BACKENDS["cpp"].decide(op, args), reason=rule)
         if nnz == math.prod(geometry(op, args)[0]):
-            return Choice("dense")
+            return replace(BACKENDS["dense"].decide(op, args), reason="the weight has no zeros")
         key = key_of(op, args)
         with self._lock:
             watch = self._watches.get(key)
@@ -81,18 +74,19 @@ class Dispatcher:
                 if len(self._watches) >= _MOST_WATCHES:  # operands of ever new kinds
                     self._watches.pop(next(iter(self._watches)))
                 self._watches[key] = watch
-        return watch
+        choice, timed = watch.choice, _Timed(self, watch, op, products)
+        return Decision(choice.backend, timed, None, choice.reason, key, choice.times)
 
     def _watch(self, key: Key, op: str, args: tuple[Any, ...], products: int) -> Watch:
         known = self.choices.get(*key) or self.choices.estimate(key, products)
         if known is not None:
             return Watch(known)
-        made, race_ms = self._race(op, args, products)
+        made, timing_ms = self._time(op, args, products)
         if made.measured:
             made = self.choices.add(*key, made)
             _log(key, made)
         _forget_plans(made, args)
-        return Watch(made, race_ms)
+        return Watch(made, timing_ms)
 
     def measure(self, watch: Watch, op: str, args: tuple[Any, ...]) -> None:
         """Measure work that is watched, now that this is due."""
@@ -100,17 +94,17 @@ class Dispatcher:
             if not watch.due:  # another thread has done it
                 return
             key, before = key_of(op, args), watch.choice
-            made, race_ms = self._race(op, args, cache_key.products(op, args), before)
+            made, timing_ms = self._time(op, args, cache_key.products(op, args), before)
             if not watch.takes(made):
                 made = before
             elif made.measured:
                 made = self.choices.add(*key, made, again=True)
-            watch.measured(made, race_ms)
+            watch.measured(made, timing_ms)
             _forget_plans(made, args)
             if watch.choice.backend != before.backend:
                 _log(key, watch.choice)
 
-    def _race(
+    def _time(
         self, op: str, args: tuple[Any, ...], products: int, before: Choice | None = None
     ) -> tuple[Choice, float]:
         """Time both backends; return the choice and the milliseconds that it took.
@@ -120,41 +114,35 @@ class Dispatcher:
         density = args[3].shape[0] / math.prod(geometry(op, args)[0])
         backend = "cpp" if density <= _SPARSE_BELOW else "dense"
         backend = backend if before is None else before.backend
-        calls = {name: partial(getattr(module, op), *args) for name, module in _BACKENDS.items()}
+        calls = {name: partial(BACKENDS[name].function(op), *args) for name in CHOICES}
         start = time.perf_counter()
         try:
             times = interleave(calls)
         except (MemoryError, RuntimeError) as error:  # a dense weight may be too large
             logger.warning("%s is not measured and runs sparse: %s", op, error)
             return Choice("cpp"), (time.perf_counter() - start) * 1e3
-        race_ms = (time.perf_counter() - start) * 1e3
+        timing_ms = (time.perf_counter() - start) * 1e3
         cpp_ms, dense_ms = (max(min(times[name]), 1e-6) for name in ("cpp", "dense"))
         made = Choice(
             backend, cpp_ms, dense_ms, max(map(spread, times.values())), products, time.time()
         )
         if made.decided:
             made = replace(made, backend="cpp" if cpp_ms < dense_ms else "dense")
-        return made, race_ms
+        return made, timing_ms
 
 
-class Runner:
-    """A backend for one op on operands that are equal but for their numbers, timed as it runs.
+class _Timed:
+    """A product on operands that are equal but for their numbers, timed as it runs."""
 
-    Its function has the name of the op, as those of the other backends.
-    """
+    def __init__(self, dispatcher: Dispatcher, watch: Watch, op: str, products: int) -> None:
+        self._dispatcher, self._watch, self._op, self._products = dispatcher, watch, op, products
+        self._functions = {name: BACKENDS[name].function(op) for name in CHOICES}
 
-    def __init__(
-        self, dispatcher: Dispatcher, watch: Watch, op: str, args: tuple[Any, ...]
-    ) -> None:
-        self._dispatcher, self._watch, self._op = dispatcher, watch, op
-        self._products = cache_key.products(op, args)
-        setattr(self, op, self._run)
-
-    def _run(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Tensor:
         watch = self._watch
         if watch.due:
             self._dispatcher.measure(watch, self._op, args)
-        run = getattr(_BACKENDS[watch.choice.backend], self._op)
+        run = self._functions[watch.choice.backend]
         start = time.perf_counter()
         result = run(*args)
         watch.ran((time.perf_counter() - start) * 1e3, self._products)
@@ -184,46 +172,21 @@ def dispatcher() -> Dispatcher:
     return Dispatcher(Choices(default_path()))
 
 
-def choices() -> Choices:
-    """Return the choices of this machine."""
-    return dispatcher().choices
+def decide(op: str, args: tuple[Any, ...]) -> Decision:
+    """Return what runs a product on operands like these, see `Dispatcher.decide`."""
+    return dispatcher().decide(op, args)
 
 
-def choose(op: str, args: tuple[Any, ...]) -> Choice:
-    """Return the choice for an op on operands like these, measured now if nothing like it ever was.
-
-    Args:
-        op: one of `OPS`.
-        args: those of its schema.
-    """
-    return dispatcher().choose(op, args)
-
-
-def runner(op: str, args: tuple[Any, ...]) -> Any:
-    """Return what runs an op on operands like these: its function there has the name of the op.
-
-    Args:
-        op: one of `OPS`.
-        args: those of its schema.
-    """
-    return dispatcher().runner(op, args)
-
-
-def backend_of(op: str, args: tuple[Any, ...]) -> Any:
-    """Return the module whose kernels run an op on operands like these.
-
-    Args:
-        op: one of `OPS`.
-        args: those of its schema.
-    """
-    return _BACKENDS[choose(op, args).backend]
+def info() -> dict[str, Any]:
+    """Return the file of choices, how many are known and how many are not decided."""
+    return dispatcher().choices.info()
 
 
 def key_of(op: str, args: tuple[Any, ...]) -> Key:
     """Return what the choice for an op on operands like these is looked up by.
 
     Args:
-        op: one of `OPS`.
+        op: one of `PRODUCTS`.
         args: those of its schema.
     """
     return cache_key.key(op, args, tile_size(op, args), f"threads={torch.get_num_threads()}")

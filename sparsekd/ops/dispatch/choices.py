@@ -18,12 +18,12 @@ import torch
 
 import sparsekd._C as _C
 from sparsekd.ops.cpu.processor import cpu_name
-from sparsekd.ops.dispatch.cache_key import DENSITY_STEP, Key, steps_apart
+from sparsekd.ops.dispatch import cache_key
+from sparsekd.ops.dispatch.cache_key import Key
 from sparsekd.ops.dispatch.store import Store, path_of
 
+CHOICES = ("cpp", "dense")
 _FORMAT = 2
-_CLEAR = 1.5  # times the other one: by far more than timings vary
-_NEAR_DENSITY, _NEAR_SIZES = 8, 6  # steps: half as many nonzeros again, eight times the size
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,22 @@ class Choice:
     @property
     def ms(self) -> float | None:
         """Time of what runs."""
-        return self.cpp_ms if self.backend == "cpp" else self.dense_ms
+        return self.times.get(self.backend)
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Milliseconds by backend, as far as they are known."""
+        found = {"cpp": self.cpp_ms, "dense": self.dense_ms}
+        return {name: ms for name, ms in found.items() if ms is not None}
+
+    @property
+    def reason(self) -> str:
+        """Where the choice comes from, in words."""
+        if not self.times:
+            return "the dense weight cannot run here"
+        if not self.measured:
+            return "estimated from measurements of similar work"
+        return "measured" if self.decided else "too close to tell apart"
 
     @property
     def measured(self) -> bool:
@@ -71,17 +86,17 @@ class Choice:
     @property
     def vague(self) -> bool:
         """Whether another measurement may well tell another backend."""
-        return not (self.decided if self.measured else self.lead > _CLEAR)
+        return not (self.decided if self.measured else self.lead > cache_key.CLEAR)
 
     @property
     def clear(self) -> bool:
         """Whether it was measured, and by far more than timings vary."""
-        return self.decided and self.lead > _CLEAR
+        return self.decided and self.lead > cache_key.CLEAR
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Choice:
         """Return what a line says; raises ValueError, KeyError or TypeError if it is damaged."""
-        if row["backend"] not in ("cpp", "dense"):
+        if row["backend"] not in CHOICES:
             raise ValueError("backend")
         times = [float(row[name]) for name in ("cpp_ms", "dense_ms", "spread", "when")]
         if not all(math.isfinite(time) and time >= 0 for time in times) or min(times[:2]) == 0:
@@ -121,12 +136,11 @@ class Choices(Store[Choice]):
         """
         near: list[tuple[float, Choice]] = []
         implied: list[tuple[float, Choice]] = []
-        for step, choice in self.of_kind(key.kind):
-            density, sizes = steps_apart(key.step, step)
-            if not choice.measured or sizes > _NEAR_SIZES:
+        for distance, density, choice in cache_key.nearby(key, self.of_kind(key.kind)):
+            if not choice.measured:
                 continue
-            found = sizes + abs(density) / 2, _scaled(choice, products, density)
-            if abs(density) <= _NEAR_DENSITY:
+            found = distance, _scaled(choice, products, density)
+            if abs(density) <= cache_key.NEAR_DENSITY:
                 near.append(found)
             elif choice.clear and (density < 0 if choice.backend == "cpp" else density > 0):
                 implied.append(found)
@@ -140,7 +154,10 @@ def _scaled(choice: Choice, products: int, density: int) -> Choice:
     if choice.cpp_ms is None or choice.dense_ms is None:
         return choice
     size = products / choice.products
-    cpp_ms, dense_ms = choice.cpp_ms * size * DENSITY_STEP**density, choice.dense_ms * size
+    cpp_ms, dense_ms = (
+        choice.cpp_ms * size * cache_key.DENSITY_STEP**density,
+        choice.dense_ms * size,
+    )
     scaled = replace(choice, cpp_ms=cpp_ms, dense_ms=dense_ms, products=products, when=0.0)
     if scaled.lead <= 1 + choice.spread:
         return scaled

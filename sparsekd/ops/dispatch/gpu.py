@@ -1,62 +1,66 @@
-"""What CUDA tensors get: the kernels of csrc/cuda or Triton's, whichever `gpu_chooser` chooses.
+"""The backend "gpu" of CUDA tensors: csrc/cuda or Triton's kernels, whichever `gpu_chooser` takes.
 
-Where only one of them can run it runs everything.
+Where only one of the two can run it runs everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from sparsekd.ops.dispatch import backends
+from sparsekd.errors import UnavailableError
+from sparsekd.ops.dispatch.backends import BACKENDS, PRODUCTS, Decision, load
 from sparsekd.ops.dispatch.single import Single
 
-_found = {name: backends.load(name) for name in ("cuda", "triton")}
-if all(loaded is None for loaded, _ in _found.values()):
-    raise ImportError("; ".join(reason for _, reason in _found.values()))
-_modules = {name: loaded for name, (loaded, _) in _found.items() if loaded is not None}
+_missing = {name: reason for name in ("cuda", "triton") if (reason := load(name)[1])}
+_there = [BACKENDS[name] for name in ("cuda", "triton") if name not in _missing]
+if not _there:
+    raise UnavailableError("; ".join(_missing.values()))
 
 
 @Single
 def chooser() -> Any:
     """Return what chooses in this process, None where there is no choice."""
-    if len(_modules) < len(_found):
+    if _missing:
         return None
     from sparsekd.ops.dispatch import gpu_chooser  # which needs Triton
 
-    return gpu_chooser.chooser(_modules)
+    return gpu_chooser.chooser()
 
 
-def backend_of(op: str, args: tuple[Any, ...]) -> Any:
-    """Return the module that runs a product on these operands.
+def decide(op: str, args: tuple[Any, ...]) -> Decision:
+    """Return what runs a product on operands like these.
+
+    Its function decides anew at every call: the choice depends on the structure of the weight and
+    on torch's settings of precision, and may wait until no CUDA graph is being recorded.
 
     Args:
         op: its name.
         args: those of its schema.
     """
     choice = chooser()
-    if choice is None:
-        return next(iter(_modules.values()))
-    return _modules[choice.choose(op, args)]
+    if choice is not None:
+        return replace(choice.decide(op, args), run=_DECIDING[op])
+    return replace(_there[0].decide(op, args), reason="the only backend that can run here")
 
 
-def choices() -> dict[str, Any]:
+def _deciding(op: str) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        return chooser().decide(op, args).run(*args)
+
+    return run
+
+
+_DECIDING = {op: _deciding(op) for op in PRODUCTS}
+
+
+def info() -> dict[str, Any]:
     """Return the path of the file of choices and how many are known; empty without a choice."""
     choice = chooser()
     return {} if choice is None else choice.store.info()
 
 
-def _product(op: str) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:
-        return getattr(backend_of(op, args), op)(*args)
-
-    return run
-
-
-conv2d, conv2d_dgrad, conv2d_wgrad, linear, linear_dgrad, linear_wgrad = map(
-    _product,
-    ("conv2d", "conv2d_dgrad", "conv2d_wgrad", "linear", "linear_dgrad", "linear_wgrad"),
-)
-LargestK = next(iter(_modules.values())).LargestK
+LargestK = _there[0].function("LargestK")

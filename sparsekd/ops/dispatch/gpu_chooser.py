@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from triton.runtime.errors import TritonError
 from sparsekd import cuda_library
 from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops.dispatch import cache_key
+from sparsekd.ops.dispatch.backends import BACKENDS, Decision, module
 from sparsekd.ops.dispatch.cache_key import Key
 from sparsekd.ops.dispatch.store import Store, path_of
 from sparsekd.ops.triton import tuning as triton_tuning
@@ -30,12 +31,11 @@ from sparsekd.ops.triton.tuning import Clock
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("cuda", "triton")
+CHOICES = ("cuda", "triton")
 LEAST_PRODUCTS = 1 << 26
 """Multiplications of the dense op below which a GPU takes microseconds either way."""
 _MOST_KNOWN = 4096
-_CLOSE, _CLEAR = 1.05, 1.5  # less than medians vary by, and by far more
-_NEAR_DENSITY, _NEAR_SIZES = 8, 6  # steps: half as many nonzeros again, eight times the size
+_CLOSE = 1.05  # less than medians vary by
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Measured:
     @classmethod
     def of(cls, row: dict[str, Any]) -> Measured:
         """Return what a line says; raises ValueError, KeyError or TypeError if it is damaged."""
-        if row["backend"] not in BACKENDS:
+        if row["backend"] not in CHOICES:
             raise ValueError("backend")
         return cls(row["backend"], float(row["cuda_ms"]), float(row["triton_ms"]))
 
@@ -63,44 +63,40 @@ class Chooser:
     """Choose between the two backends, by measurement where that is possible.
 
     Args:
-        modules: both of them, by name.
         store: what was measured before.
         clock_on: what times work on a device, None where it must not be timed.
     """
 
     def __init__(
-        self,
-        modules: Mapping[str, Any],
-        store: Store[Measured],
-        clock_on: Callable[[torch.device], Clock | None],
+        self, store: Store[Measured], clock_on: Callable[[torch.device], Clock | None]
     ) -> None:
-        self._modules = modules
         self.store = store
         self._clock_on = clock_on
-        self._best: dict[Any, str] = {}
+        self._known: dict[Any, Decision] = {}
         self._lock = threading.RLock()
 
-    def choose(self, op: str, args: tuple[Any, ...]) -> str:
-        """Return the name of the backend for a product on operands like these.
+    def decide(self, op: str, args: tuple[Any, ...]) -> Decision:
+        """Return what runs a product on operands like these.
 
         Args:
             op: its name.
             args: those of its schema.
         """
         x, other, _, col = args[:4]
-        traits = self._modules["triton"].traits(op, args)
+        traits = module("triton").traits(op, args)
         size, nnz = math.prod(traits.conv.weight_shape), col.shape[0]
         step = cache_key.density_step(nnz / size) if nnz else None
         sizes = x.shape, x.stride(), other.shape, other.stride()
         facts = op, sizes, x.dtype, x.device, *traits[1:], step
-        best = self._best.get(facts)
-        if best is not None:
-            return best
-        if len(self._best) >= _MOST_KNOWN:  # inputs of ever new shapes
-            self._best.clear()
-        by_structure = "triton" if traits.suits else "cuda"
+        decision = self._known.get(facts)
+        if decision is not None:
+            return decision
+        if len(self._known) >= _MOST_KNOWN:  # inputs of ever new shapes
+            self._known.clear()
+        name = "triton" if traits.suits else "cuda"
+        by_structure = replace(BACKENDS[name].decide(op, args), reason="structure of the weight")
         if step is None or cache_key.products(op, args) < LEAST_PRODUCTS:
-            return self._best.setdefault(facts, by_structure)
+            return self._known.setdefault(facts, by_structure)
         with torch.cuda.device_of(x):
             clock = self._clock_on(x.device)
             if clock is None:
@@ -112,20 +108,23 @@ class Chooser:
                 known = self.store.get(*key) or self._like(key)
                 if known is None:
                     with traits.structure.temporary_plans():
-                        known = self._measure(op, args, clock, by_structure)
+                        known = self._measure(op, args, clock, name)
                     if known is not None:
                         known = self.store.add(*key, known)
                         logger.info("%s at density %.3g: %s", key.kind, nnz / size, known)
-        return self._best.setdefault(facts, by_structure if known is None else known.backend)
+        if known is not None:
+            times = {"cuda": known.cuda_ms, "triton": known.triton_ms}
+            fastest = BACKENDS[known.backend].decide(op, args)
+            decision = replace(fastest, reason="measured", key=key, ms=times)
+        return self._known.setdefault(facts, decision or by_structure)
 
     def _like(self, key: Key) -> Measured | None:
         """Return a clear result of nearly the same sizes and density, None if there is none."""
-        near = []
-        for step, measured in self.store.of_kind(key.kind):
-            density, sizes = cache_key.steps_apart(key.step, step)
-            close = abs(density) <= _NEAR_DENSITY and sizes <= _NEAR_SIZES
-            if close and measured.lead > _CLEAR:
-                near.append((sizes + abs(density) / 2, measured))
+        near = [
+            (distance, measured)
+            for distance, density, measured in cache_key.nearby(key, self.store.of_kind(key.kind))
+            if abs(density) <= cache_key.NEAR_DENSITY and measured.lead > cache_key.CLEAR
+        ]
         return min(near, key=lambda found: found[0], default=(0.0, None))[1]
 
     def _measure(
@@ -135,9 +134,9 @@ class Chooser:
 
         Where they are too close to tell apart the backend is `otherwise`.
         """
-        runs = {name: partial(getattr(self._modules[name], op), *args) for name in BACKENDS}
+        calls = [partial(BACKENDS[name].function(op), *args) for name in CHOICES]
         try:
-            cuda, triton = (clock(runs[name]) for name in BACKENDS)
+            cuda, triton = map(clock, calls)
         except (TritonError, BackendError, UnsupportedError, torch.OutOfMemoryError) as error:
             logger.warning("%s is not measured, its structure decides: %s", op, error)
             return None
@@ -145,8 +144,8 @@ class Chooser:
         return measured if measured.lead > _CLOSE else replace(measured, backend=otherwise)
 
 
-def chooser(modules: Mapping[str, Any]) -> Chooser:
+def chooser() -> Chooser:
     """Return a chooser that measures on GPUs and keeps what it finds in the user's cache folder."""
     library = hashlib.sha256(cuda_library.PATH.read_bytes()).hexdigest()
     path = path_of("gpu", {**triton_tuning.surroundings(), "library": library})
-    return Chooser(modules, Store(path, Measured.of), triton_tuning.clock_on)
+    return Chooser(Store(path, Measured.of), triton_tuning.clock_on)

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsekd.errors import UnavailableError
 from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape, geometry
@@ -27,32 +28,32 @@ from sparsekd.ops.triton import launch, shared_plans, tile_plans
 from sparsekd.ops.triton.growth import LargestK
 from sparsekd.ops.triton.shared_plans import SharedPlan
 from sparsekd.ops.triton.tile_size import SMALLEST, Runs, find_runs
-from sparsekd.ops.triton.tuning import info as tuning
-
-NAME = "triton"
+from sparsekd.ops.triton.tuning import info
 
 __all__ = [
     "LargestK",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "info",
     "linear",
     "linear_dgrad",
     "linear_wgrad",
     "traits",
-    "tuning",
 ]
 
 
 def _require_device() -> None:
-    """Raise ImportError where Triton has nothing to run kernels on, its interpreter included."""
+    """Raise UnavailableError where Triton has neither a GPU nor its interpreter to run kernels."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:  # whatever its search for libcuda, or its C compiler, ends with
         reason = str(error).rstrip(".")
-        raise ImportError(f"Triton is installed, but has no GPU to run on: {reason}") from error
+        raise UnavailableError(
+            f"Triton is installed, but has no GPU to run on: {reason}"
+        ) from error
 
 
 _require_device()
