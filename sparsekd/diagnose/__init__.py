@@ -1,4 +1,4 @@
-"""What a model costs and why: which kernels run, when dense would win, FLOPs, a machine's roofs."""
+"""What a model costs and why: what is sparse, FLOPs, which kernels run, when dense would win."""
 
 from sparsekd.diagnose import flops
 from sparsekd.diagnose.coverage import coverage

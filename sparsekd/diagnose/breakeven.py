@@ -29,7 +29,7 @@ _TURNS, _MOST_MS = 5, 1000.0
 
 @dataclass(frozen=True)
 class PassTimes:
-    """Hold what a pass takes, in milliseconds; sums of passes add up.
+    """What a pass takes, in milliseconds; the times of several passes can be added.
 
     Args:
         backend: what runs it: "cpp", "dense" or "reference".
@@ -49,7 +49,7 @@ class PassTimes:
 
     @classmethod
     def zero(cls) -> PassTimes:
-        """Return what nothing takes."""
+        """Return the times of no pass, which sums start from."""
         return cls("", 0.0, 0.0, 0.0, 0.0, 0.0)
 
     def __add__(self, other: PassTimes) -> PassTimes:

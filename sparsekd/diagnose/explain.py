@@ -17,7 +17,7 @@ from sparsekd.diagnose.coverage import Coverage, coverage
 from sparsekd.diagnose.inputs import example_inputs, tensors_in
 from sparsekd.errors import BackendError, ShapeError
 from sparsekd.modes import in_mode
-from sparsekd.nn import sparse_modules
+from sparsekd.nn import SparseModule, sparse_modules
 from sparsekd.ops import observe
 from sparsekd.ops.dispatch import cache_key
 from sparsekd.ops.dispatch.backends import module
@@ -171,9 +171,9 @@ def _pair(times: PassTimes | None) -> str:
 
 
 class _Watcher:
-    """Time every pass of the model's sparse layers as it is called."""
+    """A listener that times every pass of a model's sparse layers as it is called."""
 
-    def __init__(self, layers: dict[str, Any], advance: Callable[[], None]) -> None:
+    def __init__(self, layers: dict[str, SparseModule], advance: Callable[[], None]) -> None:
         self.layers = layers
         self.found: dict[str, dict[str, PassTimes]] = {}
         self.tiles: dict[str, tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""Run a network once under torch's FLOP counter and tell what each of its weights costs."""
+"""Run a network once under torch's FLOP counter and divide its operations among the weights."""
 
 from __future__ import annotations
 

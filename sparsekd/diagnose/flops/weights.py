@@ -1,9 +1,9 @@
 """Which weight an operation belongs to.
 
-Every op of a run passes by. Views, casts and other functions of one parameter alone stand for that
-parameter; a product with one of them is the parameter's, and its result is an activation. A product
-in a layer whose weight came about in another way is that layer's, and one of two activations has no
-weight.
+A dispatch mode sees every op of a run and remembers which tensors were made of one parameter alone,
+by views, casts and the like: they stand for that parameter. A product with one of them counts for
+the parameter, and its result is an activation. Where the operands tell nothing, a product in a
+layer counts for the layer's weight; a product of two activations has no weight.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Weight:
 
 
 class Attribution(DispatchMode):
-    """Give what a FLOP counter counts to the weights of a model; entered after the counter.
+    """A FLOP counter's operations by weight of a model; entered after the counter.
 
     Args:
         model: that runs within.
