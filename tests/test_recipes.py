@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
+from sparsekd.dst import METHODS
 from sparsekd.errors import CheckpointError, DataError
 from sparsekd.recipes import (
     RECIPES,
@@ -24,7 +25,6 @@ from sparsekd.recipes import (
     plan,
 )
 from sparsekd.recipes.report import read_rows, table
-from sparsekd.tickets import METHODS
 from sparsekd.train import Interrupted, Reporter, StopRequest, Training, load_state, state_hash
 
 TINY = Recipe(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from sparsekd.dst.acdc import ACDC
 from sparsekd.dst.base import Updater
+from sparsekd.dst.dynamics import Dynamics
 from sparsekd.dst.gmp import GMP
 from sparsekd.dst.granet import GraNet
 from sparsekd.dst.itop import ITOP, Exploration
 from sparsekd.dst.mest import MEST
 from sparsekd.dst.redistribution import RigLSG, RigLSM
+from sparsekd.dst.registry import METHODS, Method, find_method
 from sparsekd.dst.rigl import RigL
 from sparsekd.dst.set import SET
 from sparsekd.dst.snfs import SNFS
@@ -22,11 +24,14 @@ __all__ = [
     "GMP",
     "ITOP",
     "MEST",
+    "METHODS",
     "SET",
     "SNFS",
+    "Dynamics",
     "Exploration",
     "GraNet",
     "LayerUpdate",
+    "Method",
     "RigL",
     "RigLSG",
     "RigLSM",
@@ -34,4 +39,5 @@ __all__ = [
     "Static",
     "TopKAST",
     "Updater",
+    "find_method",
 ]

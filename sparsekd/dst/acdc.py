@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import tile_grid
 from sparsekd.dst.base import Updater
-from sparsekd.dst.dynamics import check_positive, never
+from sparsekd.dst.dynamics import Dynamics, at_share, check_positive, never
 from sparsekd.sparsity import check_sparsity, target_nnz
 from sparsekd.topology import Topology
+
+_COMPRESS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
+_DECOMPRESS = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75)
+"""Shares of a run at which its topology is compressed, and stores all weights again in between."""
 
 
 class ACDC(Updater):
@@ -70,8 +75,15 @@ class ACDC(Updater):
         )
         self.schedule = self._due
 
+    @classmethod
+    def options(cls, dynamics: Dynamics, sparsity: float, steps: int) -> dict[str, Any]:
+        """Return the arguments of the constructor for a run; see `Updater.options`."""
+        compress = _iterations(_COMPRESS, steps)
+        decompress = sorted(set(_iterations(_DECOMPRESS, steps)) - set(compress))
+        return {"sparsity": sparsity, "compress": compress, "decompress": decompress}
+
     def compressed(self, iteration: int) -> bool:
-        """Say whether the update of this iteration, or the last before it, compresses."""
+        """Return whether the update of this iteration, or the last before it, compresses."""
         return next((sparse for t, sparse in reversed(self.phases) if t <= iteration), False)
 
     def target(self, iteration: int) -> int:
@@ -97,3 +109,7 @@ class ACDC(Updater):
         begun = bool(self.phases) and iteration >= self.phases[0][0]
         off = abs(self.nnz() - self.target(iteration)) if begun else 0
         return 0.0 if off and off > tile_grid.slack(self.grids()) else None
+
+
+def _iterations(shares: Sequence[float], steps: int) -> list[int]:
+    return sorted({at_share(share, steps) for share in shares})

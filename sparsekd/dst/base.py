@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparsekd.dst import growers, replicas, scores
-from sparsekd.dst.dynamics import UpdateSchedule
+from sparsekd.dst.dynamics import Dynamics, UpdateSchedule, at_share
 from sparsekd.dst.gradients import DenseGradients, NonFiniteGradient, describe_foreign, is_finite
 from sparsekd.dst.rewiring import Rewiring
 from sparsekd.dst.tile_grid import LayerUpdate, TileGrid, check_method
@@ -136,6 +136,23 @@ class Updater:
     def schedule(self, schedule: UpdateSchedule) -> None:
         self._schedule = schedule
         self._prepare_next()
+
+    @classmethod
+    def options(cls, dynamics: Dynamics, sparsity: float, steps: int) -> dict[str, Any]:
+        """Return the arguments of the constructor for a run that gives its times as shares.
+
+        Args:
+            dynamics: of the run.
+            sparsity: at the end.
+            steps: of the run; an update that would not happen in it happens at its end.
+
+        Example:
+            >>> import sparsekd as skd
+            >>> skd.dst.RigL.options(skd.dst.Dynamics(), 0.9, steps=1000)
+            {'drop_fraction': 0.3, 'every': 100, 'until': 750}
+        """
+        until = at_share(dynamics.until, steps)
+        return {"drop_fraction": dynamics.drop_fraction, "every": dynamics.every, "until": until}
 
     def attach(self, *wrappers: DistributedDataParallel) -> None:
         """Name the DistributedDataParallel wrappers of the model that were not given as `model`.

@@ -1,9 +1,10 @@
-"""When a topology changes; how much comes from `sparsekd.sparsity`'s schedules."""
+"""When a topology changes, and by how much: hyper-parameters, and the schedules made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from sparsekd.sparsity import Cosine, Schedule
 
@@ -79,3 +80,40 @@ def cosine(drop_fraction: float, every: int, until: int) -> Periodic:
     """
     check_fraction(drop_fraction=drop_fraction)
     return Periodic(Cosine(drop_fraction, until), every, until)
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Hyper-parameters of methods that move their topology, whatever the length of a run.
+
+    The defaults are those of RigL on CIFAR-10.
+
+    Args:
+        distribution: of the nonzeros over the layers, for random masks.
+        drop_fraction: fraction of a layer's weights to move at the start.
+        decay: "cosine" lets it fall to 0, "constant" keeps it.
+        every: iterations from one update to the next.
+        until: share of the run, less the cycles of Sup-tickets, after which the topology rests.
+        prune_until: share of it at which GMP and GraNet have reached their sparsity.
+        backward: of Top-KAST, how many times as many weights get a gradient as compute.
+
+    Source: Rigging the Lottery (arXiv 1911.11134), section 4.
+    """
+
+    distribution: Literal["uniform", "er", "erk"] = "erk"
+    drop_fraction: float = 0.3
+    decay: Literal["cosine", "constant"] = "cosine"
+    every: int = 100
+    until: float = 0.75
+    prune_until: float = 0.5
+    backward: float = 2.0
+
+
+def at_share(share: float, steps: int) -> int:
+    """Return the iteration, 1 at the least, at this share of so many.
+
+    Example:
+        >>> at_share(0.75, 1000), at_share(0.0, 1000)
+        (750, 1)
+    """
+    return max(1, round(share * steps))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import tile_grid
 from sparsekd.dst.base import Updater
-from sparsekd.dst.dynamics import check_positive, never
+from sparsekd.dst.dynamics import Dynamics, at_share, check_positive, never
 from sparsekd.sparsity import Polynomial, check_sparsity, target_nnz
 
 
@@ -63,7 +63,7 @@ class GMP(Updater):
         optimizer: Optimizer,
         *,
         sparsity: float,
-        every: int = 100,
+        every: int = Dynamics.every,
         until: int,
         begin: int = 0,
         scope: str = "global",
@@ -89,6 +89,12 @@ class GMP(Updater):
             module.asked_sparsity = self.sparsity
         self.target(0)  # refuses begin and until out of order
         self.schedule = self._due
+
+    @classmethod
+    def options(cls, dynamics: Dynamics, sparsity: float, steps: int) -> dict[str, Any]:
+        """Return the arguments of the constructor for a run; see `Updater.options`."""
+        until = at_share(dynamics.prune_until, steps)
+        return {"every": min(dynamics.every, until), "sparsity": sparsity, "until": until}
 
     def target(self, iteration: int) -> int:
         """Return how many weights the update of this iteration leaves."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import nn
 from torch.optim import Optimizer
 
-from sparsekd.dst.dynamics import Periodic, check_fraction, check_positive
+from sparsekd.dst.dynamics import Dynamics, Periodic, at_share, check_fraction, check_positive
 from sparsekd.dst.gmp import GMP
 from sparsekd.dst.rigl import RigL
 from sparsekd.sparsity import Cosine
@@ -50,14 +52,19 @@ class GraNet(GMP, RigL):
         (True, 11, 4)
     """
 
+    published: ClassVar[Dynamics] = Dynamics(
+        drop_fraction=0.5, every=1000, until=1.0, prune_until=110 / 160
+    )
+    """On CIFAR: pruning ends at epoch 110 of 160, weights move to the end."""
+
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
         *,
         sparsity: float,
-        drop_fraction: float = 0.5,
-        every: int = 1000,
+        drop_fraction: float = published.drop_fraction,
+        every: int = published.every,
         until: int,
         prune_until: int | None = None,
         begin: int = 0,
@@ -78,6 +85,18 @@ class GraNet(GMP, RigL):
             skip_sgd_on_update=skip_sgd_on_update,
         )
         self.schedule = Periodic(Cosine(drop_fraction, until, final_drop_fraction), every, until)
+
+    @classmethod
+    def options(cls, dynamics: Dynamics, sparsity: float, steps: int) -> dict[str, Any]:
+        """Return the arguments of the constructor for a run; see `Updater.options`."""
+        pruned = super().options(dynamics, sparsity, steps)
+        return {
+            "every": pruned["every"],
+            "drop_fraction": dynamics.drop_fraction,
+            "until": at_share(dynamics.until, steps),
+            "sparsity": sparsity,
+            "prune_until": pruned["until"],
+        }
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
         """Return by layer the pruned and moved weights, and how many of them are grown."""

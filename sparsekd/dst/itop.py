@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import growers, replicas
+from sparsekd.dst.dynamics import Dynamics
 from sparsekd.dst.set import SET
 from sparsekd.nn import sparse_modules
 from sparsekd.ops.growth import Block
@@ -97,6 +98,7 @@ class ITOP(SET):
         [0.5, 0.75, 1.0, 1.0, 1.0]
     """
 
+    published: ClassVar[Dynamics] = Dynamics(drop_fraction=0.5, every=1500, until=1.0)
     saved = ("fired",)
 
     def __init__(
@@ -104,8 +106,8 @@ class ITOP(SET):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        drop_fraction: float = 0.5,
-        every: int = 1500,
+        drop_fraction: float = published.drop_fraction,
+        every: int = published.every,
         until: int,
         **options: Any,
     ) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import growers, scores, tile_grid
 from sparsekd.dst.base import Updater
-from sparsekd.dst.dynamics import Periodic, check_fraction, check_positive
+from sparsekd.dst.dynamics import Dynamics, Periodic, check_fraction, check_positive
 from sparsekd.ops.growth import Block
 from sparsekd.sparsity import target_nnz
 from sparsekd.topology import Topology
@@ -81,6 +81,11 @@ class MEST(Updater):
             skip_sgd_on_update=skip_sgd_on_update,
         )
         self.proportions = {name: module.topology.nnz for name, module in self.layers().items()}
+
+    @classmethod
+    def options(cls, dynamics: Dynamics, sparsity: float, steps: int) -> dict[str, Any]:
+        """Return the arguments of the constructor for a run; see `Updater.options`."""
+        return {"every": dynamics.every, "sparsity": sparsity, "until": steps}
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
         """Return by layer how many weights it loses and gains; `fraction` is e."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from torch import Tensor
 
 from sparsekd.dst import growers
+from sparsekd.dst.dynamics import Dynamics
 from sparsekd.dst.set import SET
 from sparsekd.ops.growth import Block
 from sparsekd.topology import Topology
@@ -45,6 +47,7 @@ class RigL(SET):
         (True, 16)
     """
 
+    published: ClassVar[Dynamics] = Dynamics()
     needs_gradient = True
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:

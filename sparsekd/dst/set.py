@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from sparsekd.dst import growers
 from sparsekd.dst.base import Updater
-from sparsekd.dst.dynamics import cosine
+from sparsekd.dst.dynamics import Dynamics, cosine
 from sparsekd.layouts import LAYOUTS
 from sparsekd.ops.growth import Block
 from sparsekd.topology import Topology
@@ -54,8 +54,8 @@ class SET(Updater):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        drop_fraction: float = 0.3,
-        every: int = 100,
+        drop_fraction: float = Dynamics.drop_fraction,
+        every: int = Dynamics.every,
         until: int,
         seed: int = 0,
         skip_sgd_on_update: bool = True,

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from sparsekd.dst import scores
 from sparsekd.dst.backward_only import BackwardOnly
 from sparsekd.dst.base import Updater
-from sparsekd.dst.dynamics import Periodic, check_fraction
+from sparsekd.dst.dynamics import Dynamics, Periodic, at_share, check_fraction
 from sparsekd.errors import OptimizerStateError
 from sparsekd.sparsity import Constant, allocate, topk_mask
 
@@ -70,7 +70,7 @@ class TopKAST(Updater):
         sparsity: float,
         backward_sparsity: float,
         distribution: str = "uniform",
-        every: int = 100,
+        every: int = Dynamics.every,
         until: int,
         penalty: float = 1e-4,
         seed: int = 0,
@@ -93,6 +93,17 @@ class TopKAST(Updater):
         with torch.no_grad():
             wrapped = self._rewiring.wrappers.named
             self._rewiring.apply(self.plan(0.0), self._prepare, wrapped=wrapped)
+
+    @classmethod
+    def options(cls, dynamics: Dynamics, sparsity: float, steps: int) -> dict[str, Any]:
+        """Return the arguments of the constructor for a run; see `Updater.options`."""
+        return {
+            "every": dynamics.every,
+            "sparsity": sparsity,
+            "backward_sparsity": max(0.0, 1 - dynamics.backward * (1 - sparsity)),
+            "until": at_share(dynamics.until, steps),
+            "distribution": dynamics.distribution,
+        }
 
     @property
     def extra(self) -> dict[str, nn.Parameter]:

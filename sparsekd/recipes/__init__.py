@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from sparsekd.recipes.config import (
-    DataChoice,
-    DistillationChoice,
-    ModelChoice,
-    Recipe,
-)
-from sparsekd.recipes.experiment import Experiment, Run, build_model, load_data, plan
+from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
+from sparsekd.recipes.experiment import Experiment, TrainingRun, build_model, load_data, plan
 from sparsekd.recipes.folder import RunFolder
 from sparsekd.recipes.overrides import override
 from sparsekd.recipes.presets import RECIPES, get
@@ -16,12 +11,11 @@ from sparsekd.recipes.presets import RECIPES, get
 __all__ = [
     "RECIPES",
     "DataChoice",
-    "DistillationChoice",
     "Experiment",
     "ModelChoice",
     "Recipe",
-    "Run",
     "RunFolder",
+    "TrainingRun",
     "build_model",
     "get",
     "load_data",

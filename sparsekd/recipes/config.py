@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from sparsekd.dst import Dynamics, find_method
 from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.sparsity import check_fixed_density
-from sparsekd.tickets.hosts import Dynamics, Superposition
-from sparsekd.tickets.kd import Reduction, check_hyperparameters
-from sparsekd.tickets.methods import find_method
+from sparsekd.tickets import DistillationConfig, Superposition
 from sparsekd.train import Training
 
 
@@ -54,19 +53,6 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
-class DistillationChoice:
-    """Hold the hyper-parameters of `sparsekd.tickets.Distillation`."""
-
-    temperature: float = 4.0
-    alpha: float = 0.9
-    reduction: Reduction = "batchmean"
-    until: int | None = None
-
-    def __post_init__(self) -> None:
-        check_hyperparameters(self.temperature, self.alpha, self.reduction)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Describe an experiment: ways to train one network sparse, over seeds.
 
@@ -79,9 +65,9 @@ class Recipe:
         kd: of the methods that distil.
         dynamics: of the methods that move their topology, and of random masks.
         sup: of Sup-tickets.
-        methods: names from `sparsekd.tickets.METHODS`, where "kd-ticket" is "kd", and "dense",
+        methods: names from `sparsekd.dst.METHODS`, where "kd-ticket" is "kd", and "dense",
             which runs in any case where another method needs it.
-        sparsities: fractions of the convolution weights to prune.
+        sparsities: fractions of the weights to prune in the layers that a method masks.
         seeds: number of repetitions.
         first_seed: of the first repetition; the others follow. Several machines can share an
             experiment this way.
@@ -103,7 +89,7 @@ class Recipe:
     data: DataChoice
     model: ModelChoice
     training: Training
-    kd: DistillationChoice = field(default_factory=DistillationChoice)
+    kd: DistillationConfig = field(default_factory=DistillationConfig)
     dynamics: Dynamics = field(default_factory=Dynamics)
     sup: Superposition = field(default_factory=Superposition)
     methods: tuple[str, ...] = ("lt", "kd")

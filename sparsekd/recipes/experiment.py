@@ -13,13 +13,13 @@ from torch import nn
 
 from sparsekd import data, models
 from sparsekd.diagnose import coverage, flops
+from sparsekd.dst import METHODS
 from sparsekd.errors import DataError
 from sparsekd.layouts import Layout
 from sparsekd.nn import sparse_modules
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
 from sparsekd.recipes.folder import RunFolder
-from sparsekd.tickets import METHODS, Masks, Pipeline, collapsed_layers
-from sparsekd.tickets.hosts import UPDATERS
+from sparsekd.tickets import Masks, Pipeline, collapsed_layers
 from sparsekd.train import (
     Reporter,
     Row,
@@ -30,17 +30,18 @@ from sparsekd.train import (
     load_state,
     save_model,
 )
+from sparsekd.train.cost import growth_epochs
 from sparsekd.train.step_time import time_step
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """Name one training run of an experiment.
 
     Args:
         seed: of the run.
-        method: "dense" or a name from `sparsekd.tickets.METHODS`.
-        sparsity: fraction of the convolution weights pruned; 0 for the dense run.
+        method: "dense" or a name from `sparsekd.dst.METHODS`.
+        sparsity: fraction of the weights pruned in the layers that the method masks.
         round: of an iterative method, counted from 1; 0 for the others.
     """
 
@@ -59,7 +60,7 @@ class Run:
         return f"seed{self.seed}/{self.method}-{self.sparsity:g}"
 
 
-def plan(recipe: Recipe) -> list[Run]:
+def plan(recipe: Recipe) -> list[TrainingRun]:
     """List the runs of a recipe in the order in which they run.
 
     An iterative method has a run per round, up to the first round that reaches the highest
@@ -81,21 +82,21 @@ def plan(recipe: Recipe) -> list[Run]:
     dense = len(methods) < max(1, len(recipe.methods)) or any(m.needs_dense for m in methods)
     for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
         if dense:
-            runs.append(Run(seed, "dense"))
+            runs.append(TrainingRun(seed, "dense"))
         for sparsity in recipe.sparsities:
-            runs += [Run(seed, m.name, sparsity) for m in methods if not m.iterative]
+            runs += [TrainingRun(seed, m.name, sparsity) for m in methods if not m.iterative]
         for method in methods:
             if method.iterative:
                 runs += _rounds(seed, method.name, recipe)
     return runs
 
 
-def _rounds(seed: int, name: str, recipe: Recipe) -> Iterator[Run]:
+def _rounds(seed: int, name: str, recipe: Recipe) -> Iterator[TrainingRun]:
     keep = 1 - recipe.prune_rate
     # Published sparsities are 1 - 0.8^k rounded to four digits; do not add a round for the rest.
     last = math.ceil(math.log(1 - max(recipe.sparsities, default=0)) / math.log(keep) - 0.01)
     for number in range(1, last + 1):
-        yield Run(seed, name, round(1 - keep**number, 4), number)
+        yield TrainingRun(seed, name, round(1 - keep**number, 4), number)
 
 
 def build_model(
@@ -239,7 +240,7 @@ class Experiment:
             training=recipe.training,
             seed=seed,
             folder=self.folder.path / f"seed{seed}",
-            distillation=asdict(recipe.kd),
+            distillation=recipe.kd,
             dynamics=recipe.dynamics,
             superposition=recipe.sup,
             rewind_epoch=recipe.rewind_epoch,
@@ -248,7 +249,7 @@ class Experiment:
             stop=self.stop,
         )
 
-    def _trainer(self, run: Run) -> Trainer:
+    def _trainer(self, run: TrainingRun) -> Trainer:
         pipeline = self._pipeline(run.seed)
         if run.method == "dense":
             return pipeline.dense_trainer()
@@ -256,22 +257,22 @@ class Experiment:
         method, masks = METHODS[run.method], self._masks(pipeline, run)
         return pipeline.ticket_trainer(method, masks, name, run.sparsity)
 
-    def _masks(self, pipeline: Pipeline, run: Run) -> Masks:
+    def _masks(self, pipeline: Pipeline, run: TrainingRun) -> Masks:
         if run.round == 0:
             return pipeline.masks(METHODS[run.method], run.sparsity)
-        previous = None
+        previous, layers = None, METHODS[run.method].layers
         if run.round > 1:
-            before = Run(run.seed, run.method, round=run.round - 1)
+            before = TrainingRun(run.seed, run.method, round=run.round - 1)
             previous = self.folder.model_path(before.name)
-        return pipeline.next_masks(previous, self.recipe.prune_rate, allow_collapse=True)
+        return pipeline.next_masks(previous, self.recipe.prune_rate, layers, allow_collapse=True)
 
-    def _epochs(self, run: Run) -> int:
+    def _epochs(self, run: TrainingRun) -> int:
         epochs = self.recipe.training.epochs
         if run.method == "dense":
             return epochs
         return epochs - METHODS[run.method].start_epoch(self.recipe.rewind_epoch)
 
-    def _train(self, run: Run) -> None:
+    def _train(self, run: TrainingRun) -> None:
         trainer = self._trainer(run)
         self._warn_of_collapse(run, trainer.model)
         epochs, done = self.recipe.training.epochs, len(trainer.rows)
@@ -284,7 +285,7 @@ class Experiment:
             self._finish(run, model, trainer)
         distributed.wait()  # the next run reads these files on every rank
 
-    def _finish(self, run: Run, model: nn.Module, trainer: Trainer) -> None:
+    def _finish(self, run: TrainingRun, model: nn.Module, trainer: Trainer) -> None:
         result = self._result(run, model, trainer)
         # The row comes last: a run counts as finished once it is there, and its files then are.
         save_model(self.folder.model_path(run.name), model)
@@ -293,15 +294,16 @@ class Experiment:
             trainer.state_path.unlink(missing_ok=True)
         self.reporter.message(f"{run.name}: test accuracy {result['test_accuracy']:.2%}")
 
-    def _warn_of_collapse(self, run: Run, model: nn.Module) -> None:
+    def _warn_of_collapse(self, run: TrainingRun, model: nn.Module) -> None:
         masks = {name: module.topology.mask() for name, module in sparse_modules(model)}
         for name in collapsed_layers(masks):
             self.reporter.message(f"warning: {run.name}: layer {name} lost every weight")
 
-    def _result(self, run: Run, model: nn.Module, trainer: Trainer) -> Row:
+    def _result(self, run: TrainingRun, model: nn.Module, trainer: Trainer) -> Row:
         rows, test = trainer.rows, evaluate(model, self.data.test)
         cost = flops.count(model, (1, *self.data.input_shape))
-        pruned = [layer for layer in cost.layers if len(layer.shape) == 4]
+        whole = run.method != "dense" and METHODS[run.method].layers == "all"
+        masked = [layer for layer in cost.layers if whole or len(layer.shape) == 4]
         return {
             "kind": "result",
             "run": run.name,
@@ -310,8 +312,8 @@ class Experiment:
             "test_loss": test.loss,
             "epochs": len(rows),
             "seconds": round(sum(row["seconds"] for row in rows), 1),
-            "nnz": sum(layer.nnz for layer in pruned),
-            "numel": sum(math.prod(layer.shape) for layer in pruned),
+            "nnz": sum(layer.nnz for layer in masked),
+            "numel": sum(math.prod(layer.shape) for layer in masked),
             "sparsity_whole": coverage(model).whole,
             "flops_train": cost.train,
             "flops_train_dense": cost.train_dense,
@@ -320,7 +322,7 @@ class Experiment:
             "density": {layer.name: layer.density for layer in cost.layers},
         }
 
-    def _extra_flops(self, run: Run, trainer: Trainer, dense: int) -> int:
+    def _extra_flops(self, run: TrainingRun, trainer: Trainer, dense: int) -> int:
         """Count the dense gradients that a run forms to grow weights, and its teacher's passes.
 
         Each costs what a forward pass of the dense network does, `dense` operations an image.
@@ -328,13 +330,9 @@ class Experiment:
         if run.method == "dense":
             return 0
         method, recipe = METHODS[run.method], self.recipe
-        updater = UPDATERS.get(method.moves)
-        gradients, taught = 0.0, 0  # epochs' worth
-        if method.moves == "snfs":  # forms them at every step
-            gradients = len(trainer.rows) * recipe.dynamics.until
-        elif updater is not None and updater.needs_gradient:
-            steps = len(self.data.train.batches(recipe.training.batch_size))
-            gradients = sum(row["updates"] for row in trainer.rows) / steps
+        steps = len(self.data.train.batches(recipe.training.batch_size))
+        gradients = growth_epochs(method, trainer.rows, steps, recipe.dynamics.until)
+        taught = 0
         if method.distil:
             epochs = recipe.training.epochs
             until = epochs if recipe.kd.until is None else min(recipe.kd.until, epochs)
@@ -342,5 +340,5 @@ class Experiment:
         return round((gradients + taught) * len(self.data.train) * dense)
 
 
-def _identity(run: Run) -> Row:
+def _identity(run: TrainingRun) -> Row:
     return {"method": run.method, "sparsity": run.sparsity, "seed": run.seed}

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sparsekd.recipes.config import DataChoice, DistillationChoice, ModelChoice, Recipe
-from sparsekd.tickets import METHODS, Dynamics, Method, Superposition
+from sparsekd.dst import METHODS, Dynamics, Method
+from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
+from sparsekd.tickets import DistillationConfig, Superposition
 from sparsekd.train import Training
 
 
 def _rates(*rounds: int) -> tuple[float, ...]:
     """Return the sparsities reached by pruning 20 % of the rest so many times, to 4 digits."""
     return tuple(round(1 - 0.8**k, 4) for k in rounds)
+
+
+def _published(method: str) -> Dynamics:
+    """Return the dynamics of a method's paper."""
+    dynamics = METHODS[method].published
+    assert dynamics is not None
+    return dynamics
 
 
 _DEMO = Recipe(
@@ -30,8 +38,7 @@ _FASHION_MNIST = Recipe(
     description="Fashion-MNIST, ResNet-20: LT against KD ticket at 90 % and 98 %, three seeds",
     data=DataChoice("fashion-mnist"),
     model=ModelChoice("resnet20"),
-    training=Training(epochs=10, batch_size=128, schedule="cosine", warmup=1),
-    methods=("lt", "kd"),
+    training=Training(epochs=10, schedule="cosine", warmup=1),
     sparsities=(0.9, 0.98),
     seeds=3,
 )
@@ -42,14 +49,8 @@ _KD_TICKET_CIFAR10 = Recipe(
     description="CIFAR-10, bottleneck ResNet-56, as published: 182 epochs, T=5, element-mean KL",
     data=DataChoice("cifar10", val_fraction=0.1),
     model=ModelChoice("resnet56", bottleneck=True),
-    training=Training(
-        epochs=182,
-        batch_size=128,
-        lr=0.1,
-        weight_decay=2e-4,
-        milestones=(90, 135),
-    ),
-    kd=DistillationChoice(temperature=5.0, alpha=0.9, reduction="mean"),
+    training=Training(epochs=182, weight_decay=2e-4, milestones=(90, 135)),
+    kd=DistillationConfig(temperature=5.0, reduction="mean"),
     methods=("lt", "reinit", "rewind", "kd", "kd-rewind"),
     sparsities=_rates(*range(1, 17)),
     rewind_epoch=33,
@@ -68,7 +69,7 @@ _KD_TICKET_IMAGENET = Recipe(
         milestones=(30, 60, 80),
         warmup=5,
     ),
-    kd=DistillationChoice(temperature=4.0, alpha=0.9, reduction="batchmean", until=60),
+    kd=DistillationConfig(until=60),
     methods=("lt", "rewind", "kd", "kd-rewind"),
     sparsities=_rates(2, 4, 6, 8, 10),
     rewind_epoch=6,
@@ -81,15 +82,9 @@ _SUP_TICKETS_CIFAR100 = Recipe(
     description="CIFAR-100, ResNet-50, Sup-tickets as published: 95 %, 250 epochs, 3 cycles of 8",
     data=DataChoice("cifar100", val_fraction=0.1),
     model=ModelChoice("resnet50", stem="cifar"),
-    training=Training(
-        epochs=250,
-        batch_size=128,
-        lr=0.1,
-        weight_decay=5e-4,
-        milestones=(125, 187),
-    ),
-    dynamics=Dynamics(drop_fraction=0.5, decay="constant", every=1000, until=1.0),
-    sup=Superposition(cycle_fraction=0.1, cycle_epochs=8, lr=(0.001, 0.005), prune_each=True),
+    training=Training(epochs=250, milestones=(125, 187)),
+    dynamics=_published("sup-rigl"),
+    sup=Superposition(prune_each=True),
     methods=("set", "sup-set", "rigl", "sup-rigl"),
     sparsities=(0.95,),
 )
@@ -102,17 +97,14 @@ _SUP_TICKETS_IMAGENET = Recipe(
     model=ModelChoice("resnet50", stem="imagenet"),
     training=Training(
         epochs=100,
-        batch_size=128,
-        lr=0.1,
         weight_decay=1e-4,
         milestones=(33, 65, 92),
         warmup=5,
         label_smoothing=0.1,
     ),
-    dynamics=Dynamics(drop_fraction=0.5, decay="constant", every=4000, until=1.0),
+    dynamics=replace(_published("sup-rigl"), every=4000),
     sup=Superposition(cycle_fraction=0.08, cycle_epochs=2, lr=(1e-4, 5e-4), prune_each=True),
     methods=("rigl", "sup-rigl"),
-    sparsities=(0.9,),
 )
 
 
@@ -131,7 +123,7 @@ _RIGL_IMAGENET = Recipe(
         warmup=5,
         label_smoothing=0.1,
     ),
-    dynamics=Dynamics(drop_fraction=0.3, every=100, until=25 / 32),
+    dynamics=replace(_published("rigl"), until=25 / 32),
     methods=("static", "set", "rigl", "small-dense"),
     sparsities=(0.8, 0.9),
 )
@@ -144,15 +136,12 @@ _RIGL_CIFAR10 = Recipe(
     model=ModelChoice("wrn22_2"),
     training=Training(
         epochs=250,
-        batch_size=128,
-        lr=0.1,
         nesterov=True,
-        weight_decay=5e-4,
         decay_norm_and_bias=False,
         milestones=(77, 153, 230),
         gamma=0.2,
     ),
-    dynamics=Dynamics(drop_fraction=0.3, every=100, until=0.75),
+    dynamics=_published("rigl"),
     methods=("static", "set", "rigl", "gmp", "small-dense"),
     sparsities=(0.5, 0.8, 0.9),
     seeds=3,
@@ -164,15 +153,8 @@ _GRANET_CIFAR100 = Recipe(
     description="CIFAR-100, VGG-19, GraNet as published: 90 %, 95 % and 98 %, 160 epochs",
     data=DataChoice("cifar100", val_fraction=0.1),
     model=ModelChoice("vgg19_bn"),
-    training=Training(
-        epochs=160,
-        batch_size=128,
-        lr=0.1,
-        nesterov=True,
-        weight_decay=5e-4,
-        milestones=(80, 120),
-    ),
-    dynamics=Dynamics(drop_fraction=0.5, every=1000, until=1.0, prune_until=110 / 160),
+    training=Training(epochs=160, nesterov=True, milestones=(80, 120)),
+    dynamics=_published("granet"),
     methods=("granet", "gmp", "rigl", "snip", "grasp", "synflow"),
     sparsities=(0.9, 0.95, 0.98),
     seeds=3,
@@ -190,8 +172,8 @@ _COMPARE = Recipe(
     description="Fashion-MNIST, ResNet-20: methods side by side at 95 % and 98 %, three seeds",
     data=DataChoice("fashion-mnist", val_fraction=0.05, train_images=20_000),
     model=ModelChoice("resnet20"),
-    training=Training(epochs=16, batch_size=128, schedule="cosine", warmup=1),
-    dynamics=Dynamics(drop_fraction=0.3, every=40, until=0.75),
+    training=Training(epochs=16, schedule="cosine", warmup=1),
+    dynamics=Dynamics(every=40),
     sup=replace(_SHORT_CYCLES, cycle_fraction=3 / 16),
     methods=("kd", "sup-rigl", "rigl", "set", "static", "gmp"),
     sparsities=(0.95, 0.98),
@@ -205,7 +187,7 @@ def _alone(method: Method) -> Recipe:
         _FASHION_MNIST,
         name=method.name,
         description=f"Fashion-MNIST, ResNet-20: {method.label} at 95 % and 98 %",
-        dynamics=Dynamics(drop_fraction=0.3, every=100, until=0.75),
+        dynamics=method.dynamics,
         sup=_SHORT_CYCLES,
         methods=(method.name,),
         sparsities=(0.95, 0.98),

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from sparsekd.dst import METHODS
 from sparsekd.errors import CheckpointError
-from sparsekd.tickets import METHODS
 from sparsekd.train import MetricsLog, Row
 
 LABELS = {name: method.label for name, method in METHODS.items()}

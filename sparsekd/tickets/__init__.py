@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from sparsekd.tickets.hosts import Dynamics, Superposition
-from sparsekd.tickets.kd import Distillation, kd_loss
-from sparsekd.tickets.methods import METHODS, Method, find_method, make_ticket
+from sparsekd.tickets.kd import Distillation, DistillationConfig, kd_loss
 from sparsekd.tickets.pipeline import Pipeline
 from sparsekd.tickets.pruning import Masks, collapsed_layers, prune, prune_further
-from sparsekd.tickets.sup import Cycles, SupTickets
+from sparsekd.tickets.sup import Cycles, Superposition, SupTickets
 from sparsekd.tickets.superposition import superpose
+from sparsekd.tickets.ticket import make_ticket
 
 __all__ = [
-    "METHODS",
     "Cycles",
     "Distillation",
-    "Dynamics",
+    "DistillationConfig",
     "Masks",
-    "Method",
     "Pipeline",
     "SupTickets",
     "Superposition",
     "collapsed_layers",
-    "find_method",
     "kd_loss",
     "make_ticket",
     "prune",

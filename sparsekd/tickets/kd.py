@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -13,13 +14,36 @@ from sparsekd.errors import ShapeError, UnsupportedError
 Reduction = Literal["batchmean", "mean"]
 
 
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Hyper-parameters of distillation.
+
+    Args:
+        temperature: T of `kd_loss`.
+        alpha: weight of the KL term, as in `kd_loss`.
+        reduction: of the KL term, as in `kd_loss`.
+        until: first epoch without distillation, or None to distil to the end.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    temperature: float = 4.0
+    alpha: float = 0.9
+    reduction: Reduction = "batchmean"
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self.temperature, self.alpha, self.reduction)
+
+
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor,
-    temperature: float = 4.0,
-    alpha: float = 0.9,
-    reduction: Reduction = "batchmean",
+    temperature: float = DistillationConfig.temperature,
+    alpha: float = DistillationConfig.alpha,
+    reduction: Reduction = DistillationConfig.reduction,
     *,
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -158,10 +182,10 @@ class Distillation:
         self,
         teacher: nn.Module,
         *,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
-        reduction: Reduction = "batchmean",
-        until: int | None = None,
+        temperature: float = DistillationConfig.temperature,
+        alpha: float = DistillationConfig.alpha,
+        reduction: Reduction = DistillationConfig.reduction,
+        until: int | None = DistillationConfig.until,
         label_smoothing: float = 0.0,
     ) -> None:
         check_hyperparameters(temperature, alpha, reduction, label_smoothing)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsekd.data import Dataset, Split
+from sparsekd.dst import Dynamics, Method
+from sparsekd.dst.registry import Layers
 from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.sparsity import (
@@ -22,11 +24,10 @@ from sparsekd.sparsity import (
     snip,
     synflow,
 )
-from sparsekd.tickets.hosts import UPDATERS, Dynamics, Superposition, attach
-from sparsekd.tickets.kd import Distillation
-from sparsekd.tickets.methods import Method, make_ticket
-from sparsekd.tickets.pruning import Masks, prune, prune_further
-from sparsekd.tickets.sup import SupTickets
+from sparsekd.tickets.kd import Distillation, DistillationConfig
+from sparsekd.tickets.pruning import Masks, maskable, prune, prune_further
+from sparsekd.tickets.sup import Superposition, SupTickets
+from sparsekd.tickets.ticket import attach, make_ticket
 from sparsekd.train import (
     Reporter,
     StopRequest,
@@ -55,7 +56,7 @@ class Pipeline:
         training: hyper-parameters of every run.
         seed: of initialisation, data order and augmentation.
         folder: where the runs keep their files.
-        distillation: keyword arguments of `Distillation`.
+        distillation: of the methods that distil.
         dynamics: of the methods that move their topology, and of random masks.
         superposition: of Sup-tickets.
         rewind_epoch: k of the methods that rewind.
@@ -66,7 +67,7 @@ class Pipeline:
     Example:
         >>> import tempfile
         >>> from sparsekd import data
-        >>> from sparsekd.tickets import METHODS
+        >>> from sparsekd.dst import METHODS
         >>> digits = data.load("digits")
         >>> build = lambda seed: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10))
         >>> pipeline = Pipeline(build, digits, Training(1), 0, Path(tempfile.mkdtemp()))
@@ -80,7 +81,7 @@ class Pipeline:
     training: Training
     seed: int
     folder: Path
-    distillation: dict[str, Any] = field(default_factory=dict)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     dynamics: Dynamics = field(default_factory=Dynamics)
     superposition: Superposition = field(default_factory=Superposition)
     rewind_epoch: int = 0
@@ -126,13 +127,12 @@ class Pipeline:
         trainer.keep = lambda epoch, model: save_model(self.checkpoint(epoch), model)
         return trainer
 
-    def one_shot_masks(self, sparsity: float, *, allow_collapse: bool = False) -> Masks:
-        """Prune the dense run's final network once; see `prune`."""
-        model = self.dense_final()
-        return prune(model, sparsity, allow_collapse=allow_collapse, layout=self.layout)
+    def one_shot_masks(self, sparsity: float, **options: Any) -> Masks:
+        """Prune the dense run's final network once; options are those of `prune`."""
+        return prune(self.dense_final(), sparsity, layout=self.layout, **options)
 
     def masks(self, method: Method, sparsity: float) -> Masks:
-        """Return the masks at which a method starts; they cover all convolutions.
+        """Return the masks at which a method starts; they cover the layers that it masks.
 
         Args:
             method: says where they come from; apart from pruning, they depend on the seed alone.
@@ -144,33 +144,33 @@ class Pipeline:
         Raises:
             UnsupportedError: the method's masks do not have the layout, or it cannot keep it.
         """
-        if method.moves != "none":
-            self._check_layout(method.name, UPDATERS[method.moves].layouts)
-        match method.masks:
+        if method.updater is not None:
+            self._check_layout(method.name, method.updater.layouts)
+        match method.start:
             case "pruned":
-                return self.one_shot_masks(sparsity, allow_collapse=True)
+                return self.one_shot_masks(sparsity, allow_collapse=True, layers=method.layers)
             case "none":
                 return {}
             case "snip" | "grasp" | "synflow":
-                return self._scored_masks(method.masks, sparsity)
-        model = self.fresh()
-        shapes = {name: module.weight.shape for name, module in _convolutions(model).items()}
-        begin = {"full": 0.0, "half": min(0.5, sparsity)}.get(method.masks, sparsity)
+                return self._scored_masks(method, sparsity)
+        masked = maskable(self.fresh(), method.layers)
+        shapes = {name: cast(Tensor, module.weight).shape for name, module in masked.items()}
+        begin = method.start_sparsity(sparsity)
         distribution, seed = self.dynamics.distribution, derive_seed(self.seed, "masks")
         if self.layout.name != "csr":
             return layout_masks(shapes, begin, distribution, self.layout, seed=seed)
         nnz = allocate(shapes, begin, distribution)
-        draw = fan_in_masks if method.masks == "fan-in" else random_masks
+        draw = fan_in_masks if method.start == "fan-in" else random_masks
         return draw(shapes, nnz, seed=seed)
 
-    def _scored_masks(self, criterion: str, sparsity: float) -> Masks:
-        self._check_layout(criterion, ("csr",))
+    def _scored_masks(self, method: Method, sparsity: float) -> Masks:
+        self._check_layout(method.start, ("csr",))
         model = self.fresh()
         order = torch.Generator().manual_seed(derive_seed(self.seed, "masks"))
         batches = self.data.train.batches(self.training.batch_size, shuffle=True, generator=order)
         score: dict[str, Callable[..., Masks]] = {"snip": snip, "grasp": grasp, "synflow": synflow}
-        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        return score[criterion](model, next(iter(batches)), sparsity, skip=linear)
+        dense = maskable(model, "all").keys() - maskable(model, method.layers).keys()
+        return score[method.start](model, next(iter(batches)), sparsity, skip=sorted(dense))
 
     def _check_layout(self, method: str, known: tuple[str, ...]) -> None:
         if self.layout.name not in known:
@@ -180,24 +180,25 @@ class Pipeline:
             )
 
     def next_masks(
-        self, previous: Path | None, rate: float, *, allow_collapse: bool = False
+        self, previous: Path | None, rate: float, layers: Layers = "convolutions", **options: Any
     ) -> Masks:
         """Prune one more round of iterative magnitude pruning; see `prune_further`.
 
         Args:
             previous: model file of the round before, None in the first round.
             rate: fraction of the remaining weights to prune.
-            allow_collapse: as in `prune_further`.
+            layers: as in `prune_further`.
+            **options: of `prune_further`.
 
         Returns:
             The masks, each inside that of the round before.
         """
         model = self.dense_final()
         if previous is not None:
-            everything = prune(model, 0.0)
+            everything = prune(model, 0.0, layers=layers)
             model = make_ticket(model, everything)
             model.load_state_dict(load_state(previous))
-        return prune_further(model, rate, allow_collapse=allow_collapse, layout=self.layout)
+        return prune_further(model, rate, layers=layers, layout=self.layout, **options)
 
     def start(self, method: Method, masks: Masks, sparsity: float | None = None) -> nn.Module:
         """Build the ticket of a method as it is before it trains.
@@ -213,7 +214,7 @@ class Pipeline:
         Raises:
             ValueError: the method needs `build_narrow` and `sparsity`, and one was not given.
         """
-        if method.masks == "none":
+        if method.start == "none":
             if self.build_narrow is None or sparsity is None:
                 raise ValueError(f"build_narrow, sparsity: expected both for {method.name}")
             return self.build_narrow(derive_seed(self.seed, "init"), sparsity)
@@ -242,7 +243,7 @@ class Pipeline:
             ValueError: the method starts denser than it ends, and `sparsity` is None.
         """
         if sparsity is None:
-            if method.masks in ("full", "half", "none"):
+            if method.start in ("full", "half", "none"):
                 raise ValueError(f"sparsity: expected a number for {method.name}, got None")
             numel = sum(mask.numel() for mask in masks.values())
             sparsity = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(numel, 1)
@@ -291,7 +292,7 @@ class Pipeline:
         if self.training.channels_last:
             teacher = to_channels_last(teacher)
         smoothing = self.training.label_smoothing
-        return Distillation(teacher, label_smoothing=smoothing, **self.distillation)
+        return Distillation(teacher, label_smoothing=smoothing, **asdict(self.distillation))
 
     def _trainer(self, model: nn.Module, name: str, training: Training, **options: Any) -> Trainer:
         return Trainer(
@@ -305,10 +306,6 @@ class Pipeline:
             stop=self.stop,
             **options,
         )
-
-
-def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 
 def _nonempty(split: Split) -> Split | None:

@@ -5,15 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from sparsekd.dst.registry import Layers
 from sparsekd.layouts import Layout, check_layouts
-from sparsekd.nn import SparseConv2d
+from sparsekd.nn import SparseConv2d, SparseLinear
 from sparsekd.sparsity import check_fixed_density, global_layout_masks, global_masks
 
 Masks = dict[str, Tensor]
+
+
+def maskable(model: nn.Module, layers: Layers = "convolutions") -> dict[str, nn.Module]:
+    """Find the layers of a model, dense or sparse, whose weights get masks.
+
+    Args:
+        model: any network.
+        layers: "convolutions", or "all" for linear layers too.
+
+    Returns:
+        Modules by name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+        >>> list(maskable(model)), list(maskable(model, "all"))
+        (['0'], ['0', '2'])
+    """
+    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, SparseConv2d)
+    if layers == "all":
+        kinds += (nn.Linear, SparseLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def prune(
@@ -21,6 +44,7 @@ def prune(
     sparsity: float,
     *,
     allow_collapse: bool = False,
+    layers: Layers = "convolutions",
     layout: str | Layout = "csr",
 ) -> Masks:
     """Mask the smallest weights of all convolutions at once, exactly ``floor(sparsity * N)``.
@@ -33,6 +57,7 @@ def prune(
         model: the trained network.
         sparsity: fraction to prune, in [0, 1).
         allow_collapse: accept a layer that loses every weight.
+        layers: that get masks, as `maskable` finds them.
         layout: of the masks. If it has tiles, those of smallest mean magnitude are pruned, and the
             count is met as closely as whole tiles allow.
 
@@ -55,7 +80,7 @@ def prune(
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity}")
     layout = Layout.parse(layout)
     check_fixed_density(layout, sparsity)
-    weights, active = _convolutions(model)
+    weights, active = _weights(model, layers)
     everything = {name: torch.ones_like(mask) for name, mask in active.items()}
     drop = math.floor(_as_written(sparsity) * sum(w.numel() for w in weights.values()))
     return _drop_smallest(weights, everything, drop, allow_collapse, layout)
@@ -67,6 +92,7 @@ def prune_further(
     *,
     masks: Mapping[str, Tensor] | None = None,
     allow_collapse: bool = False,
+    layers: Layers = "convolutions",
     layout: str | Layout = "csr",
 ) -> Masks:
     """Mask exactly ``ceil(rate * remaining)`` more weights: one round of iterative pruning.
@@ -76,6 +102,7 @@ def prune_further(
         rate: fraction of the remaining convolution weights to prune, in [0, 1).
         masks: the current masks of a dense model; a sparse model carries its own.
         allow_collapse: accept a layer that loses every weight.
+        layers: that get masks, as `maskable` finds them.
         layout: of the current masks and the new ones, as in `prune`.
 
     Returns:
@@ -98,7 +125,7 @@ def prune_further(
         raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
     layout = Layout.parse(layout)
     check_layouts([("masks", layout)], ("csr", "bcsr", "fanin"), "pruning in rounds")
-    weights, active = _convolutions(model)
+    weights, active = _weights(model, layers)
     for name, mask in (masks or {}).items():
         if name not in active or mask.shape != active[name].shape:
             raise ValueError(f"masks: {name!r} does not fit a convolution of the model")
@@ -129,16 +156,16 @@ def _as_written(fraction: float) -> Fraction:
     return Fraction(repr(float(fraction)))
 
 
-def _convolutions(model: nn.Module) -> tuple[dict[str, Tensor], Masks]:
-    """Return every convolution's dense weight and its mask of stored positions."""
+def _weights(model: nn.Module, layers: Layers) -> tuple[dict[str, Tensor], Masks]:
+    """Return the dense weight of every layer that gets a mask, and its mask of stored positions."""
     weights: dict[str, Tensor] = {}
     active: Masks = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SparseConv2d):
+    for name, module in maskable(model, layers).items():
+        if isinstance(module, (SparseConv2d, SparseLinear)):
             weights[name] = module.dense_weight().detach()
             active[name] = module.topology.mask()
-        elif isinstance(module, nn.Conv2d):
-            weights[name] = module.weight.detach()
+        else:
+            weights[name] = cast(Tensor, module.weight).detach()
             active[name] = torch.ones_like(weights[name], dtype=torch.bool)
     if not weights:
         raise ValueError("model: expected at least one convolution, found none")

@@ -18,6 +18,7 @@ from sparsekd.dst.dynamics import UpdateSchedule, check_fraction, check_positive
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import sparse_modules
 from sparsekd.tickets.superposition import (
+    BETA,
     Average,
     blank_copy,
     check_average,
@@ -95,6 +96,30 @@ class Cycles:
         return low + (high - low) * (1 - abs(2 * t - 1))
 
 
+@dataclass(frozen=True)
+class Superposition:
+    """Hold the hyper-parameters of Sup-tickets, with times in epochs; see `SupTickets`."""
+
+    cycle_fraction: float = 0.1
+    cycle_epochs: int = 8
+    lr: tuple[float, ...] = (0.001, 0.005)
+    drop_fraction: float = 0.5
+    average: Average = "caa"
+    prune_each: bool = False
+
+    def __post_init__(self) -> None:
+        check_average(self.average)
+        self.cycles(1, 1)
+
+    def cycles(self, epochs: int, steps: int) -> Cycles:
+        """Return the cycles at the end of `epochs` epochs of `steps` steps."""
+        return Cycles(epochs * steps, self.cycle_fraction, self.cycle_epochs * steps, self.lr)
+
+    def tail(self, epochs: int) -> int:
+        """Return how many epochs the cycles take at the end of `epochs`."""
+        return self.cycles(epochs, 1).count * self.cycle_epochs
+
+
 class SupTickets:
     """The average of cheap tickets that a sparse run passes through in cycles at its end.
 
@@ -159,13 +184,13 @@ class SupTickets:
         dst: Updater,
         *,
         total_steps: int,
-        cycle_fraction: float = 0.1,
+        cycle_fraction: float = Superposition.cycle_fraction,
         cycle_steps: int,
-        lr: tuple[float, ...] = (0.001, 0.005),
-        drop_fraction: float = 0.5,
-        average: Average = "caa",
-        prune_each: bool = False,
-        beta: float = 0.5,
+        lr: tuple[float, ...] = Superposition.lr,
+        drop_fraction: float = Superposition.drop_fraction,
+        average: Average = Superposition.average,
+        prune_each: bool = Superposition.prune_each,
+        beta: float = BETA,
     ) -> None:
         model = replicas.unwrap(model)
         if dst.model is not model or dst.optimizer is not opt:

@@ -18,13 +18,16 @@ from sparsekd.sparsity import target_nnz, topk_indices, warn_of_dead
 
 Average = Literal["caa", "cima"]
 
+BETA = 0.5
+"""Weight of the newest network in "cima"."""
+
 
 def superpose(
     models: Sequence[nn.Module],
     average: Average = "caa",
     sparsity: float | None = None,
     *,
-    beta: float = 0.5,
+    beta: float = BETA,
 ) -> nn.Module:
     """Average sparse networks weight by weight and prune the result back to an exact count.
 

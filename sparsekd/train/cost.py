@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from sparsekd.diagnose import flops
+from sparsekd.dst import Method
 from sparsekd.nn import sparse_modules
+from sparsekd.train.metrics import Row
 
 
 class StepCost:
@@ -40,3 +42,25 @@ class StepCost:
         if nnz != self._nnz:
             self._nnz, self._train = nnz, self._count.at(nnz).train
         return self._train
+
+
+def growth_epochs(method: Method, rows: Sequence[Row], steps: int, until: float) -> float:
+    """Return for how many epochs' worth of images a run has formed dense gradients.
+
+    Args:
+        method: says when it forms them.
+        rows: of the run's epochs.
+        steps: of an epoch.
+        until: share of the run after which the topology rests.
+
+    Example:
+        >>> from sparsekd.dst import METHODS
+        >>> growth_epochs(METHODS["rigl"], [{"updates": 3}, {"updates": 2}], steps=10, until=0.75)
+        0.5
+    """
+    match method.dense_gradients:
+        case "steps":
+            return len(rows) * until
+        case "updates":
+            return sum(row["updates"] for row in rows) / steps
+    return 0.0

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from sparsekd import Layout
+from sparsekd.dst import METHODS, Dynamics
 from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn import densify, sparse_modules
-from sparsekd.tickets import METHODS, Distillation, Dynamics, Superposition, make_ticket
+from sparsekd.tickets import Distillation, DistillationConfig, Superposition, make_ticket
 from sparsekd.train import (
     Interrupted,
     Trainer,
@@ -66,7 +67,7 @@ def test_reinit_shares_the_masks_and_no_weight(pipeline):
         assert not (a.values == b.values).any()
 
 
-FIXED = [m.name for m in METHODS.values() if m.moves == "none" and m.masks != "none"]
+FIXED = [m.name for m in METHODS.values() if m.updater is None and m.start != "none"]
 
 
 @pytest.mark.parametrize("method", FIXED)
@@ -97,7 +98,7 @@ def test_rewinding_to_epoch_0_is_the_lottery_ticket(pipeline):
 
 
 def test_distilling_with_alpha_0_is_the_lottery_ticket(pipeline):
-    without = replace(pipeline, distillation={"alpha": 0.0})
+    without = replace(pipeline, distillation=DistillationConfig(alpha=0.0))
     assert final_hash(without, "kd", "a") == final_hash(without, "lt", "b")
     assert final_hash(pipeline, "kd", "c") != final_hash(pipeline, "lt", "d")
 
@@ -172,7 +173,7 @@ def test_random_masks_need_no_dense_run_and_meet_the_sparsity(make_pipeline):
     assert not same(masks, other)
 
 
-MOVING = [m.name for m in METHODS.values() if m.moves != "none"]
+MOVING = [m.name for m in METHODS.values() if m.updater is not None]
 BUSY = {
     "dynamics": Dynamics(drop_fraction=0.5, every=2, until=1.0),
     "superposition": Superposition(cycle_fraction=0.7, cycle_epochs=1, lr=(0.01, 0.05)),
@@ -185,7 +186,7 @@ def test_a_moving_topology_ends_at_its_sparsity(pipeline, name):
     masks = pipeline.masks(method, 0.8)
     trainer = pipeline.ticket_trainer(method, masks, name, 0.8)
     trainer.fit()
-    target = 486 - int(0.8 * 486) if method.masks == "pruned" else round(0.2 * 486)
+    target = 486 - int(0.8 * 486) if method.start == "pruned" else round(0.2 * 486)
     for model in (trainer.model, pipeline.outcome(trainer)):
         moved = masks_of(model)
         assert not same(moved, masks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from sparsekd.dst.registry import METHODS
 
 
 def published(method: str, sparse: float, dense: float, every: int = 100) -> float:
@@ -11,19 +11,19 @@ def published(method: str, sparse: float, dense: float, every: int = 100) -> flo
     With f_S a forward pass of the sparse network and f_D one of the dense network, backward costs
     twice as much as forward; BatchNorm, the loss and the selection of weights are left out:
 
-    | method | step |
+    | dense gradients of the method, see `sparsekd.dst.Method` | step |
     |---|---|
-    | dense | 3 f_D |
-    | static, small-dense, snip, grasp, synflow, set, itop, mest, gmp, acdc | 3 f_S |
-    | snfs | 2 f_S + f_D |
-    | rigl, rigl-sg, rigl-sm, granet, srigl | (3 f_S every + 2 f_S + f_D) / (every + 1) |
+    | (dense training) | 3 f_D |
+    | never | 3 f_S |
+    | at every step | 2 f_S + f_D |
+    | at updates | (3 f_S every + 2 f_S + f_D) / (every + 1) |
 
     Where the number of weights changes (gmp, granet, acdc, mest, redistribution), `sparse` is the
     mean over training, which assumes that kernels profit from every weight that goes. These here
     do; what they compute is `FlopCount.train`, at each step that of its own topology.
 
     Args:
-        method: one of the above.
+        method: "dense", or a name from `sparsekd.dst.METHODS`.
         sparse: f_S, per image or per batch.
         dense: f_D, likewise.
         every: iterations from one update to the next.
@@ -32,7 +32,8 @@ def published(method: str, sparse: float, dense: float, every: int = 100) -> flo
         Operations of a step, the mean where steps differ.
 
     Raises:
-        ValueError: the method is not among the above.
+        ValueError: there is no such method, or its step is none of the above: it has a teacher, or
+            trains weights that it does not compute with (Top-KAST).
 
     Source: Evci et al., Rigging the Lottery (2020), appendix H; the last line's last four by the
         same reasoning.
@@ -41,21 +42,16 @@ def published(method: str, sparse: float, dense: float, every: int = 100) -> flo
         >>> published("rigl", sparse=10.0, dense=100.0, every=99)
         30.9
     """
-    if method not in _STEPS:
-        raise ValueError(f"method: expected one of {', '.join(_STEPS)}, got {method!r}")
-    return _STEPS[method](sparse, dense, every)
-
-
-def _rigl_step(sparse: float, dense: float, every: int) -> float:
-    return (3 * sparse * every + 2 * sparse + dense) / (every + 1)
-
-
-_PRUNED = ("static", "small-dense", "snip", "grasp", "synflow", "gmp", "acdc")
-_RANDOM = ("set", "itop", "mest")
-_BY_GRADIENT = ("rigl", "rigl-sg", "rigl-sm", "granet", "srigl")
-_STEPS: dict[str, Callable[[float, float, int], float]] = {
-    "dense": lambda sparse, dense, every: 3 * dense,
-    **dict.fromkeys(_PRUNED + _RANDOM, lambda sparse, dense, every: 3 * sparse),
-    "snfs": lambda sparse, dense, every: 2 * sparse + dense,
-    **dict.fromkeys(_BY_GRADIENT, _rigl_step),
-}
+    if method == "dense":
+        return 3 * dense
+    row = METHODS.get(method)
+    if row is None or row.distil or row.dense_gradients == "partly":
+        known = [r.name for r in METHODS.values() if not r.distil and r.dense_gradients != "partly"]
+        raise ValueError(f"method: expected one of dense, {', '.join(known)}, got {method!r}")
+    with_growth = 2 * sparse + dense
+    match row.dense_gradients:
+        case "steps":
+            return with_growth
+        case "updates":
+            return (3 * sparse * every + with_growth) / (every + 1)
+    return 3 * sparse
