@@ -1,11 +1,11 @@
 """Products and samples at columns that lie anywhere, of their own or shared by groups of rows.
 
-Maps are packed, `[channel][y][x][image]` with their padding. A pixel of all images is a *site*, and
-a nonzero is one number, the offset in sites from where the output starts to what it reads there.
-Neighbouring positions are neighbours in memory, whatever the columns are, and borders need no test.
-A product writes into a packed map too: output (y, x) of a row reads from site
-`y * in_row + x * in_col` and goes to site `out_origin + y * out_row + x * out_col`. A sample finds
-what an output reads in a table, `sites` int32 [outputs]; its VECTOR divides the number of images.
+Maps are packed, `[channel][y][x][image]` with their padding. A pixel holds one channel of all
+images, and a nonzero is one number, the offset in pixels from where the output starts to what it
+reads. Neighbouring positions are neighbours in memory, whatever the columns are, and borders need
+no test. A product writes into a packed map too: output (y, x) of a row reads from pixel `y * in_row
++ x * in_col` and goes to pixel `out_origin + y * out_row + x * out_col`. A sample finds what an
+output reads in a table, `starts` int32 [outputs]; its VECTOR divides the number of images.
 
 Rows that share their columns come in lists of at most BN, their columns in chunks of BK:
 
@@ -33,10 +33,10 @@ from .config import PLAIN
 
 
 @triton.jit
-def _sites(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col):
+def _pixels(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col):
     """Return where positions read and where they write, in elements."""
-    site, image = p // lanes, p % lanes
-    above, left = site // wide, site % wide
+    pixel, image = p // lanes, p % lanes
+    above, left = pixel // wide, pixel % wide
     reads = (above * in_row + left * in_col).to(tl.int64) * lanes + image
     writes = (out_origin + above * out_row + left * out_col).to(tl.int64) * lanes + image
     return reads, writes
@@ -55,7 +55,7 @@ def shared_product(
     p = (program // count) * BP + tl.arange(0, BP)
     n, k = tl.arange(0, BN), tl.arange(0, BK)
     live = p < positions
-    reads, writes = _sites(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
+    reads, writes = _pixels(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
     x_at = x + reads
     acc = tl.zeros((BP, BN), dtype=tl.float32)
     for e in range(tl.load(lists + which), tl.load(lists + which + 1)):
@@ -75,20 +75,20 @@ def shared_product(
 
 @triton.jit(do_not_specialize=PLAIN)
 def shared_sample(
-    owners, outputs, offsets, sites, grad, x, partial,
+    owners, outputs, offsets, starts, grad, x, partial,
     entries, count, lanes, images_each, blocks_each, image_parts,
-    PRECISION: tl.constexpr, SITES: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, PIXELS: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of one chunk over one part of the positions, into `partial`.
 
     `grad` is packed without padding, `partial` is float32 [parts, E, BN, BK]. A block of positions
-    is SITES outputs of IMAGES images.
+    is PIXELS outputs of IMAGES images.
     """
     e = tl.program_id(0)
     part = tl.program_id(1)
     which = tl.load(owners + e)
-    n, k, lane = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, SITES * IMAGES)
+    n, k, lane = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, PIXELS * IMAGES)
     row = (tl.load(outputs + 2 * which) + n).to(tl.int64) * count * lanes
     kept = n < tl.load(outputs + 2 * which + 1)
     offset = tl.load(offsets + e * BK + k)
@@ -98,11 +98,11 @@ def shared_sample(
     from_block = (part // image_parts) * blocks_each
     acc = tl.zeros((BN, BK), dtype=tl.float32)
     for block in range(from_block, from_block + blocks_each):
-        output, image = block * SITES + lane // IMAGES, from_image + lane % IMAGES
+        output, image = block * PIXELS + lane // IMAGES, from_image + lane % IMAGES
         held = output < count
-        site = tl.load(sites + output, mask=held, other=0)
+        pixel = tl.load(starts + output, mask=held, other=0)
         g_at = grad + output.to(tl.int64) * lanes + image
-        x_at = x + site.to(tl.int64) * lanes + image
+        x_at = x + pixel.to(tl.int64) * lanes + image
         for i in range(from_image, to_image, IMAGES):
             here = held & (i + lane % IMAGES < to_image)
             g_mask, x_mask = kept[:, None] & here[None, :], here[:, None] & (offset >= 0)[None, :]
@@ -127,7 +127,7 @@ def row_product(
     row = tl.load(order + program // blocks)
     p = (program % blocks) * BP + tl.arange(0, BP)
     live = p < positions
-    reads, writes = _sites(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
+    reads, writes = _pixels(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
     x_at = x + reads
     acc = tl.zeros((BP,), dtype=tl.float32)
     for j in range(tl.load(crow + row), tl.load(crow + row + 1)):
@@ -142,29 +142,29 @@ def row_product(
 
 @triton.jit(do_not_specialize=PLAIN)
 def row_sample(
-    nonzero_row, offset, sites, grad, x, partial,
+    nonzero_row, offset, starts, grad, x, partial,
     nnz, count, lanes, images_each, blocks_each, image_parts,
-    SITES: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr, BN: tl.constexpr,
+    PIXELS: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of BN nonzeros over one part of the positions, as shared_sample does.
 
     `nonzero_row` and `offset` are those of each nonzero, `partial` is float32 [parts, nnz].
     """
     part = tl.program_id(1)
-    nonzero, lane = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, SITES * IMAGES)
+    nonzero, lane = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, PIXELS * IMAGES)
     kept = nonzero < nnz
     above = tl.load(nonzero_row + nonzero, mask=kept, other=0).to(tl.int64) * count * lanes
     shift = tl.load(offset + nonzero, mask=kept, other=0).to(tl.int64) * lanes
     from_image = tl.multiple_of((part % image_parts) * images_each, VECTOR)
     to_image = tl.multiple_of(tl.minimum(from_image + images_each, lanes), VECTOR)
     from_block = (part // image_parts) * blocks_each
-    acc = tl.zeros((BN, SITES * IMAGES), dtype=tl.float32)
+    acc = tl.zeros((BN, PIXELS * IMAGES), dtype=tl.float32)
     for block in range(from_block, from_block + blocks_each):
-        output, image = block * SITES + lane // IMAGES, from_image + lane % IMAGES
+        output, image = block * PIXELS + lane // IMAGES, from_image + lane % IMAGES
         held = output < count
-        site = tl.load(sites + output, mask=held, other=0)
+        pixel = tl.load(starts + output, mask=held, other=0)
         g_at = grad + output.to(tl.int64) * lanes + image
-        x_at = x + site.to(tl.int64) * lanes + image
+        x_at = x + pixel.to(tl.int64) * lanes + image
         for i in range(from_image, to_image, IMAGES):
             here = kept[:, None] & (held & (i + lane % IMAGES < to_image))[None, :]
             a = tl.load(g_at[None, :] + above[:, None], mask=here, other=0.0).to(tl.float32)

@@ -15,7 +15,7 @@ from . import config, gather, gemm, grow, values
 
 HALVES = ("fp16", "bf16")
 FLOATS = ("fp32", *HALVES)
-_INDICES = {"lists", "outputs", "chunks", "owners", "slots", "places", "offsets", "sites"} | {
+_INDICES = {"lists", "outputs", "chunks", "owners", "slots", "places", "offsets", "starts"} | {
     "crow", "offset", "order", "nonzero_row", "taken_row", "taken_col",
 }  # fmt: skip
 _POINTERS = {"weight", "bias", "x", "y", "grad", "values", "packed", "result", "scores"}
@@ -93,10 +93,10 @@ def _products(
                 how = config.choose(kind, n, dtypes[0], precision, 1 << 20, architecture)
                 if kind == "product":
                     own = {"BIAS": True, "BP": how.positions}
+                elif prefix == "tile":
+                    own = {"PIXELS": how.positions, "IMAGES": 1}
                 else:
-                    inner, outer = ("PIXELS", "IMAGES") if prefix == "tile" else ("IMAGES", "SITES")
-                    own = {inner: how.positions, outer: 1}
-                    own |= {} if prefix == "tile" else {"VECTOR": 16}
+                    own = {"PIXELS": 1, "IMAGES": how.positions, "VECTOR": 16}
                 name, mma = f"{prefix}_{kind}_{label}_{n}", label != "ieee"
                 known = {**constexprs, **block, **own}
                 yield Kernel(name, fn, known, how.num_warps, how.num_stages, dtypes, mma)
@@ -116,7 +116,7 @@ def _tiles(architecture: str) -> Iterator[Kernel]:
 
 
 _ROW_PRODUCT = {"BIAS": True, "BP": 512}
-_ROW_SAMPLE = {"SITES": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}
+_ROW_SAMPLE = {"PIXELS": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}
 
 _EXCLUDE = {"TAKEN": grow.TAKEN, "BLOCK": grow.BLOCK}
 

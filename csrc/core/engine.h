@@ -1,9 +1,10 @@
-// The kernels of an op, of which each instruction set has its own.
+// The kernels of an op, compiled for each instruction set.
 //
-// An op lists them in a struct, its table, with a member `template <Isa> static const Table compiled`. One
-// source of the op includes engine.inl, holds the kernels and defines that member; CMakeLists.txt compiles it
-// once for each instruction set. So a new op is one more source in SPARSEKD_ENGINES there, and a new
-// instruction set one more row of flags there and one more case here. test_engines() compares the tables.
+// An op lists its kernels in a struct, the table, with a member `template <Isa> static const Table compiled`.
+// One source of the op includes engine.inl, holds the kernels and defines that member; CMakeLists.txt
+// compiles it for each instruction set. A new op therefore adds a source to SPARSEKD_ENGINES there. A new
+// instruction set adds flags there, its name and the test for it to cpu.h and cpu.cc, and a case here. Tests:
+// test_engines (core_tests.cc) checks that no two instruction sets share a table.
 #pragma once
 #include "core/cpu.h"
 

@@ -1,19 +1,21 @@
 // The C functions of the library of CUDA kernels. They know nothing of torch or Python: device addresses,
 // sizes and a stream come in, work is queued on the stream, CUDA's error code comes out (0 is success).
 //
-// Maps are computed on in packed form, [channel][y][x][lane]: a site is one pixel of one channel, and its
-// lanes are the images of the batch, padded with zeros to `lanes` of them. A linear layer is a convolution of
-// maps of one pixel. Every product then is one of two:
-//   gather: y[row][position] = bias[row] + sum over the nonzeros k of the row of values[k] * x[site(k,
-//   position)] sample: dvalues[k] = sum over positions of grad[row(k)][position] * x[site(k, position)]
-// where site(k, position) = offset[k] + y * in_row + x * in_col. The caller guarantees that every site is
-// one of x; padding has made sure that there is one for every tap. Of the packed_height * packed_width sites
-// of a channel of x, the map itself are map_height rows from `top` on and map_width columns from `left` on.
-// Infinity and NaN reach the results that have them among their terms inside the map, and no other.
+// Maps are computed on in packed form, [channel][y][x][lane]: the lanes of a pixel are the images of the
+// batch, padded with zeros to `lanes` of them. A linear layer is a convolution of maps of one pixel. Every
+// product then is one of two:
+//   gather: y[row][position] = bias[row] + sum over the nonzeros k of the row of
+//           values[k] * x[pixel(k, position)]
+//   sample: dvalues[k] = sum over positions of grad[row(k)][position] * x[pixel(k, position)]
+// where pixel(k, position) = offset[k] + y * in_row + x * in_col counts the pixels of all channels of x. The
+// caller guarantees that there is such a pixel; padding has made sure of it for every tap. Of the
+// packed_height * packed_width pixels of a channel of x, the map itself are map_height rows from `top` on and
+// map_width columns from `left` on. Infinity and NaN reach the results that have them among their terms
+// inside the map, and no other.
 //
 // Results are the same bit for bit for the same inputs and kind of GPU: no floating-point atomics, and work
-// is cut by sizes alone. Sums are in float32 and rounded once. Sizes are int64_t; numbers of sites, positions
-// times lanes, rows and nonzeros must be below 2^31 - 1024, or the result is cudaErrorInvalidValue.
+// is cut by sizes alone. Sums are in float32 and rounded once. Sizes are int64_t; numbers of pixels,
+// positions times lanes, rows and nonzeros must be below 2^31 - 1024, or the result is cudaErrorInvalidValue.
 #pragma once
 #include <stdint.h>
 
@@ -44,15 +46,14 @@ SPARSEKD_API int sparsekd_cuda_unpack(int64_t dtype, void* maps, int64_t batch, 
                                       void* stream);
 
 // crow [rows + 1], offset [nnz], order [rows] (the rows, the longest first), values [nnz], bias [rows] or
-// null, x packed -> y [rows][out_sites][lanes], of which the height * width positions out_origin + y *
-// out_row
-// + x * out_col of every row are written.
+// null, x packed -> y [rows][out_pixels][lanes], of which the height * width positions
+// out_origin + y * out_row + x * out_col of every row are written.
 SPARSEKD_API int sparsekd_cuda_gather(int64_t dtype, int64_t rows, const int32_t* crow, const int32_t* offset,
                                       const int32_t* order, const void* values, const void* bias,
                                       const void* x, int64_t lanes, int64_t packed_height,
                                       int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
                                       int64_t map_width, int64_t height, int64_t width, int64_t in_row,
-                                      int64_t in_col, void* y, int64_t out_sites, int64_t out_origin,
+                                      int64_t in_col, void* y, int64_t out_pixels, int64_t out_origin,
                                       int64_t out_row, int64_t out_col, void* stream);
 
 // Into how many parts the sums of `sample` are cut, so that few nonzeros still fill a device.

@@ -22,40 +22,40 @@ namespace sparsekd_cuda {
 
 constexpr int kWarps = 4;  // of a block; they share nothing
 
-// The positions of an output on the sites of x.
+// The positions of an output on the pixels of x.
 struct Window {
   int32_t height, width;
-  int32_t in_row, in_col;  // sites of x between neighbours
+  int32_t in_row, in_col;  // pixels of x between neighbours
   int32_t vectors;         // of lanes, at each position
 
   __host__ __device__ int64_t units() const { return int64_t{1} * height * width * vectors; }
-  // The site of x that unit `u` meets with an offset of 0, and its vector there.
-  __device__ int64_t site(int32_t u) const {
+  // The pixel of x that unit `u` meets with an offset of 0, and its vector there.
+  __device__ int64_t pixel(int32_t u) const {
     const int32_t position = u / vectors;
     return position / width * in_row + position % width * in_col;
   }
-  __device__ int64_t source(int32_t u) const { return site(u) * vectors + u % vectors; }
+  __device__ int64_t source(int32_t u) const { return pixel(u) * vectors + u % vectors; }
 };
 
-// Where the positions of a row are in y, in sites.
+// Where the positions of a row are in y, in pixels.
 struct Target {
-  int64_t sites;  // of a row
+  int64_t pixels;  // of a row
   int32_t origin, row, col;
 
   __device__ int64_t vector(const Window& window, int32_t matrix_row, int32_t u) const {
     const int32_t position = u / window.vectors, vector = u % window.vectors;
-    const int64_t site =
+    const int64_t pixel =
         origin + int64_t{1} * (position / window.width) * row + int64_t{1} * (position % window.width) * col;
-    return (matrix_row * sites + site) * window.vectors + vector;
+    return (matrix_row * pixels + pixel) * window.vectors + vector;
   }
 };
 
-// Which sites of a packed map belong to the map itself: the rest is padding.
+// Which pixels of a packed map belong to the map itself: the rest is padding.
 struct Inside {
   int32_t packed_height, packed_width, top, left, height, width;
 
-  __device__ bool has(int64_t site) const {
-    const uint32_t s = static_cast<uint32_t>(site), wide = packed_width, high = packed_height;
+  __device__ bool has(int64_t pixel) const {
+    const uint32_t s = static_cast<uint32_t>(pixel), wide = packed_width, high = packed_height;
     const int32_t y = static_cast<int32_t>(s / wide % high) - top, x = static_cast<int32_t>(s % wide) - left;
     return y >= 0 && y < height && x >= 0 && x < width;
   }
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const int32_t u = static_cast<int32_t>(unit);
 #pragma unroll 1
     for (int32_t k = matrix.crow[row]; k < matrix.crow[row + 1]; ++k) {
-      const int64_t site = window.site(u) + matrix.offset[k];
-      if (inside.has(site))
-        multiply_add(sum, to_float(matrix.values[k]), x[site * window.vectors + u % window.vectors]);
+      const int64_t pixel = window.pixel(u) + matrix.offset[k];
+      if (inside.has(pixel))
+        multiply_add(sum, to_float(matrix.values[k]), x[pixel * window.vectors + u % window.vectors]);
     }
   }
   Vector<T, kVec> result;

@@ -54,7 +54,7 @@ bool valid(const Maps& m) {
          m.height >= 0 && m.width >= 0 && m.top >= 0 && m.left >= 0 && m.lanes >= m.batch;
 }
 
-int64_t tiles(const Maps& m) { return ceil_div(m.sites(), kTile) * lane_tiles(m); }
+int64_t tiles(const Maps& m) { return ceil_div(m.pixels(), kTile) * lane_tiles(m); }
 
 Window window_of(int64_t dtype, int64_t lanes, int64_t height, int64_t width, int64_t in_row,
                  int64_t in_col) {
@@ -159,15 +159,15 @@ int sparsekd_cuda_gather(int64_t dtype, int64_t rows, const int32_t* crow, const
                          const int32_t* order, const void* values, const void* bias, const void* x,
                          int64_t lanes, int64_t packed_height, int64_t packed_width, int64_t top,
                          int64_t left, int64_t map_height, int64_t map_width, int64_t height, int64_t width,
-                         int64_t in_row, int64_t in_col, void* y, int64_t out_sites, int64_t out_origin,
+                         int64_t in_row, int64_t in_col, void* y, int64_t out_pixels, int64_t out_origin,
                          int64_t out_row, int64_t out_col, void* stream) {
   if (!valid_window(lanes, height, width, in_row, in_col) ||
       !valid_inside(packed_height, packed_width, top, left, map_height, map_width) ||
-      !fit({double(rows), double(rows) * out_sites, double(out_origin), double(out_row), double(out_col)}))
+      !fit({double(rows), double(rows) * out_pixels, double(out_origin), double(out_row), double(out_col)}))
     return cudaErrorInvalidValue;
   const Window window = window_of(dtype, lanes, height, width, in_row, in_col);
   const Inside inside = inside_of(packed_height, packed_width, top, left, map_height, map_width);
-  const Target target{out_sites, static_cast<int32_t>(out_origin), static_cast<int32_t>(out_row),
+  const Target target{out_pixels, static_cast<int32_t>(out_origin), static_cast<int32_t>(out_row),
                       static_cast<int32_t>(out_col)};
   const int64_t blocks = ceil_div(window.units(), kWarp) * ceil_div(rows, kWarps);
   return by_vector(dtype, lanes, [&](auto vector) {

@@ -22,18 +22,18 @@ struct Maps {
   int64_t lanes;
   bool channels_fast;  // walk along channels and not along rows of pixels
 
-  __host__ __device__ int64_t sites() const { return channels * packed_height * packed_width; }
+  __host__ __device__ int64_t pixels() const { return channels * packed_height * packed_width; }
 };
 
-struct Site {
+struct Pixel {
   int32_t number;  // in the packed form
   int64_t offset;  // in the maps
   bool inside;
 };
 
-// The site at step q of the walk. There are fewer than 2^31 of them, and divisions of 64 bits would take
+// The pixel at step q of the walk. There are fewer than 2^31 of them, and divisions of 64 bits would take
 // longer than the memory does.
-__device__ inline Site site_at(const Maps& m, uint32_t q) {
+__device__ inline Pixel pixel_at(const Maps& m, uint32_t q) {
   const uint32_t channels = m.channels, high = m.packed_height, wide = m.packed_width;
   uint32_t c, h, w;
   if (m.channels_fast) {
@@ -53,16 +53,16 @@ __device__ inline Site site_at(const Maps& m, uint32_t q) {
 
 __host__ __device__ inline int64_t lane_tiles(const Maps& m) { return ceil_div(m.lanes, kTile); }
 
-// A thread finds one site of the block's tile, and leaves its number to those that go along the lanes.
+// A thread finds one pixel of the block's tile, and leaves its number to those that go along the lanes.
 template <class T>
 __global__ void __launch_bounds__(kTile* kTileRows) pack_kernel(Maps m, const T* maps, T* packed) {
   SPARSEKD_SHARED(T, tile, [kTile][kTile + 1]);
   SPARSEKD_SHARED(int32_t, numbers, [kTile]);
-  const uint32_t across = lane_tiles(m), sites = m.sites();
+  const uint32_t across = lane_tiles(m), pixels = m.pixels();
   const uint32_t q0 = blockIdx.x / across * kTile, n0 = blockIdx.x % across * kTile;
-  const Site from = site_at(m, q0 + threadIdx.x);
+  const Pixel from = pixel_at(m, q0 + threadIdx.x);
   if (threadIdx.y == 0) numbers[threadIdx.x] = from.number;
-  if (q0 + threadIdx.x < sites) {
+  if (q0 + threadIdx.x < pixels) {
     for (int r = threadIdx.y; r < kTile; r += kTileRows) {
       const bool there = from.inside && n0 + r < m.batch;
       tile[r][threadIdx.x] = there ? maps[from.offset + (n0 + r) * m.stride_n] : from_float<T>(0.0f);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kTile* kTileRows) pack_kernel(Maps m, const T*
   __syncthreads();
   const int64_t n = n0 + threadIdx.x;
   if (n >= m.lanes) return;
-  for (int r = threadIdx.y; r < kTile && q0 + r < sites; r += kTileRows)
+  for (int r = threadIdx.y; r < kTile && q0 + r < pixels; r += kTileRows)
     packed[numbers[r] * m.lanes + n] = tile[threadIdx.x][r];
 }
 
@@ -79,17 +79,17 @@ template <class T>
 __global__ void __launch_bounds__(kTile* kTileRows) unpack_kernel(Maps m, T* maps, const T* packed) {
   SPARSEKD_SHARED(T, tile, [kTile][kTile + 1]);
   SPARSEKD_SHARED(int32_t, numbers, [kTile]);
-  const uint32_t across = lane_tiles(m), sites = m.sites();
+  const uint32_t across = lane_tiles(m), pixels = m.pixels();
   const uint32_t q0 = blockIdx.x / across * kTile, n0 = blockIdx.x % across * kTile;
-  const Site to = site_at(m, q0 + threadIdx.x);
+  const Pixel to = pixel_at(m, q0 + threadIdx.x);
   if (threadIdx.y == 0) numbers[threadIdx.x] = to.number;
   __syncthreads();
   const int64_t n = n0 + threadIdx.x;
   if (n < m.batch)
-    for (int r = threadIdx.y; r < kTile && q0 + r < sites; r += kTileRows)
+    for (int r = threadIdx.y; r < kTile && q0 + r < pixels; r += kTileRows)
       tile[r][threadIdx.x] = packed[numbers[r] * m.lanes + n];
   __syncthreads();
-  if (q0 + threadIdx.x >= sites) return;
+  if (q0 + threadIdx.x >= pixels) return;
   for (int r = threadIdx.y; r < kTile && n0 + r < m.batch; r += kTileRows)
     maps[to.offset + (n0 + r) * m.stride_n] = tile[threadIdx.x][r];
 }

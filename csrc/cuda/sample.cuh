@@ -48,7 +48,7 @@ __device__ inline float sum_inside(Samples at, int64_t k, Window window, Inside 
   float sum = 0.0f;
 #pragma unroll 1
   for (int32_t unit = begin; unit < end; unit += kWarp)
-    if (inside.has(window.site(unit) + offset))
+    if (inside.has(window.pixel(unit) + offset))
       sum += dot(grad[row * window.units() + unit], x[window.source(unit) + offset * window.vectors]);
   return sum;
 }

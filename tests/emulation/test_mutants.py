@@ -108,10 +108,10 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[], None], type[Exception]]] = 
         "sample.cuh", "if (j > 0 && row[j] != row[j - 1])", "if (false)", products, WRONG,
     ),
     "padding in sums that are not finite": (
-        "gather.cuh", "if (inside.has(site))", "if (site >= 0)", borders, WRONG,
+        "gather.cuh", "if (inside.has(pixel))", "if (pixel >= 0)", borders, WRONG,
     ),
     "padding in samples that are not finite": (
-        "sample.cuh", "if (inside.has(window.site(unit) + offset))", "if (offset >= 0)", borders,
+        "sample.cuh", "if (inside.has(window.pixel(unit) + offset))", "if (offset >= 0)", borders,
         WRONG,
     ),
     "no barrier in the unpacking": (

@@ -19,7 +19,7 @@ from sparsekd.testing import LayerCase, assert_layer_matches_dense
 
 HEAD = """import triton
 import triton.language as tl
-from sparsekd.kernels.gather import _sites
+from sparsekd.kernels.gather import _pixels
 
 
 """

@@ -156,9 +156,9 @@ def shared_product(
     _launch_tuned("shared_product", lists, x, precision, positions, how, launch)
 
 
-def shared_sample(lists: Lists, sites: Tensor, grad: Tensor, x: Tensor, precision: str) -> Tensor:
+def shared_sample(lists: Lists, starts: Tensor, grad: Tensor, x: Tensor, precision: str) -> Tensor:
     """Return the gradient of packed values in parts, float32 `[parts, E, n, k]`."""
-    lanes, outputs = x.shape[-1], sites.shape[0]
+    lanes, outputs = x.shape[-1], starts.shape[0]
     how = _choose("sample", lists, x, precision, lanes * outputs)
     images = min(how.positions, _ceil(lanes))
     chunks = lists.owners.shape[0]
@@ -167,9 +167,9 @@ def shared_sample(lists: Lists, sites: Tensor, grad: Tensor, x: Tensor, precisio
 
     def launch(how: config.Config) -> None:
         gather.shared_sample[chunks, parts.number](
-            lists.owners, lists.outputs, lists.columns, sites, grad, x, partial,
+            lists.owners, lists.outputs, lists.columns, starts, grad, x, partial,
             chunks, outputs, lanes, *parts.sizes,
-            PRECISION=precision, SITES=how.positions // images, IMAGES=images,
+            PRECISION=precision, PIXELS=how.positions // images, IMAGES=images,
             VECTOR=math.gcd(lanes, images, 16),
             BN=lists.n, BK=lists.k, num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
@@ -191,17 +191,17 @@ def row_product(plan: GatherPlan, of: Tensor, bias: Tensor | None, x: Tensor, y:
     )  # fmt: skip
 
 
-def row_sample(rows: Tensor, offset: Tensor, sites: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+def row_sample(rows: Tensor, offset: Tensor, starts: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of each value in parts, float32 `[parts, nnz]`."""
-    lanes, outputs, nnz = x.shape[-1], sites.shape[0], rows.shape[0]
+    lanes, outputs, nnz = x.shape[-1], starts.shape[0], rows.shape[0]
     images = min(_ROW_SAMPLE, _ceil(lanes))
     together = min(_ROW_SAMPLE // images, _ceil(outputs))
     programs = _blocks(nnz, _ROW_NONZEROS)
     parts = _Parts.of(programs, lanes, images, outputs, together)
     partial = x.new_empty((parts.number, nnz), dtype=torch.float32)
     gather.row_sample[programs, parts.number](
-        rows, offset, sites, grad, x, partial, nnz, outputs, lanes, *parts.sizes,
-        SITES=together, IMAGES=images, VECTOR=math.gcd(lanes, images, 16),
+        rows, offset, starts, grad, x, partial, nnz, outputs, lanes, *parts.sizes,
+        PIXELS=together, IMAGES=images, VECTOR=math.gcd(lanes, images, 16),
         BN=_ROW_NONZEROS, num_warps=4, num_stages=2,
     )  # fmt: skip
     return partial

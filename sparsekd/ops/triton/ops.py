@@ -373,15 +373,15 @@ def _gather_sample(
     structure: Structure, plan: GatherPlan | SharedPlan, grad: Tensor, x: Tensor, precision: str
 ) -> Tensor:
     window, nnz = plan.window, structure.col.shape[0]
-    sites = structure.plan(("sites", window), lambda made: made.upload(_sites(window)))
+    starts = structure.plan(("starts", window), lambda made: made.upload(_starts(window)))
     if isinstance(plan, SharedPlan):
-        partial = launch.shared_sample(plan.lists, sites, grad, x, precision)
+        partial = launch.shared_sample(plan.lists, starts, grad, x, precision)
         return launch.add_parts(partial, plan.lists.places, x, nnz)
-    partial = launch.row_sample(structure.rows(), plan.offset, sites, grad, x)
+    partial = launch.row_sample(structure.rows(), plan.offset, starts, grad, x)
     return launch.add_parts(partial, None, x, nnz)
 
 
-def _sites(window: Window) -> Tensor:
-    """Return the site that each output of a forward pass starts from."""
+def _starts(window: Window) -> Tensor:
+    """Return the packed pixel that each output of a forward pass starts from."""
     above, left = torch.arange(window.height), torch.arange(window.width)
     return (above[:, None] * window.in_row + left * window.in_col).flatten()
