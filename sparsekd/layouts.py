@@ -130,6 +130,11 @@ class Layout:
         return self.group or 1, self.block or 1
 
     @property
+    def unstructured(self) -> bool:
+        """Whether every mask fits."""
+        return self.name == "csr"
+
+    @property
     def fixed_density(self) -> float | None:
         """Density that the layout prescribes for every layer; None if it allows any."""
         return None if self.n is None or self.m is None else self.n / self.m
@@ -141,7 +146,7 @@ class Layout:
 
     @property
     def even(self) -> bool:
-        """Whether all cells that have any tiles have equally many, and so change together."""
+        """Whether cells are groups of rows, and all that have any tiles have equally many."""
         return self.name == "fanin"
 
     def cells(self, grid: Sequence[int]) -> tuple[int, int, int, int]:

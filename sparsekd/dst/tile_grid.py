@@ -17,8 +17,6 @@ from sparsekd.ops.growth import Block
 from sparsekd.sparsity import apportion
 from sparsekd.topology import Topology
 
-_CELLED = ("fanin", "nm")
-
 
 @dataclass(frozen=True)
 class LayerUpdate:
@@ -36,7 +34,7 @@ class LayerUpdate:
 
 
 class TileGrid:
-    """Show a layer as a weight with one number a tile, and say how tiles come and go.
+    """A layer as a weight with one number per tile, and how tiles are dropped and grown.
 
     `tiles` is the structure of that weight: the layer's own where a tile is one weight. Rules that
     drop and grow work on it as they would on a topology, and `expand` gives the mask.
@@ -70,12 +68,12 @@ class TileGrid:
     @property
     def in_cells(self) -> bool:
         """Whether tiles compete in cells only."""
-        return self.layout.name in _CELLED
+        return self.layout.in_cells
 
     @property
     def quantum(self) -> int:
-        """How many tiles go or come at the least: for "fanin" one in every group that has any."""
-        if self.layout.name != "fanin":
+        """Smallest number of tiles that change together: in even cells one of each used cell."""
+        if not self.layout.even:
             return 1
         return int(self._used().sum()) if self.tiles.nnz else max(self.tiles.rows, 1)
 
@@ -138,7 +136,7 @@ class TileGrid:
             score: one number per stored tile.
             k: how many; for "fanin" a multiple of `quantum`.
         """
-        if self.layout.name != "fanin" or not k:
+        if not self.layout.even or not k:
             return scores.smallest(score, k)
         group = self.cell_of(self.tiles.flat_indices())
         quota = self._used() * (k // self.quantum)
@@ -154,17 +152,16 @@ class TileGrid:
         Returns:
             int64, one entry per cell.
         """
-        if self.layout.name == "fanin":
+        if self.layout.even:
             used = self._used() if self.tiles.nnz else torch.ones_like(self._used())
             return used * (k // self.quantum)
         cells = self.cell_of(self.tiles.flat_indices()[dropped])
-        return torch.bincount(cells, minlength=self.layout.runs(self.tiles.shape).numel)
+        rows, across, _, taps = self.layout.cells(self.tiles.shape)
+        return torch.bincount(cells, minlength=rows * across * taps)
 
     def cell_of(self, positions: Tensor) -> Tensor:
         """Return the cell of each position of the flat grid."""
-        if self.layout.name == "fanin":
-            return positions // max(self.tiles.cols, 1)
-        return self.layout.runs(self.tiles.shape).tile_of(positions)
+        return self.layout.cell_of(positions, self.tiles.shape)
 
     def exchange(self, dropped: Tensor, grown: Tensor) -> tuple[Tensor, LayerUpdate]:
         """Return the weight's mask once some tiles have gone and others come.
@@ -261,7 +258,7 @@ def check_method(kind: type, layers: Mapping[str, Layout]) -> None:
     """
     check_layouts(layers.items(), kind.layouts, kind.__name__)  # type: ignore[attr-defined]
     grows, ranks = (next(c for c in kind.__mro__ if m in vars(c)) for m in ("grow", "ranking"))
-    celled = [name for name, layout in layers.items() if layout.name in _CELLED]
+    celled = [name for name, layout in layers.items() if layout.in_cells]
     if celled and grows is not ranks and issubclass(grows, ranks):
         raise UnsupportedError(
             f"{kind.__name__} replaces grow but not ranking, which layout "

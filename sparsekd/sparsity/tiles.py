@@ -81,7 +81,7 @@ def tile_counts(
         units,
         target_nnz(sum(numel.values()), sparsity),
         {name: Fraction(numel[name], max(units[name], 1)) for name in shapes},
-        least=0 if layout.name == "csr" else 1,
+        least=0 if layout.unstructured else 1,
     )
     return {name: kept_units[name] * step[name] for name in shapes}
 

@@ -157,7 +157,7 @@ class Pipeline:
         shapes = {name: cast(Tensor, module.weight).shape for name, module in masked.items()}
         begin = method.start_sparsity(sparsity)
         distribution, seed = self.dynamics.distribution, derive_seed(self.seed, "masks")
-        if self.layout.name != "csr":
+        if not self.layout.unstructured:
             return layout_masks(shapes, begin, distribution, self.layout, seed=seed)
         nnz = allocate(shapes, begin, distribution)
         draw = fan_in_masks if method.start == "fan-in" else random_masks

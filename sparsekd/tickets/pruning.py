@@ -181,7 +181,7 @@ def _drop_smallest(
     # Pruned positions score below every magnitude, so the kept set stays inside the active one.
     scores = {name: weights[name].abs().masked_fill(~active[name], -1.0) for name in active}
     nnz = sum(int(mask.sum()) for mask in active.values()) - drop
-    if layout.name == "csr":
+    if layout.unstructured:
         masks = global_masks(scores, nnz)
     else:
         masks = global_layout_masks(scores, nnz, layout)

@@ -214,7 +214,7 @@ def prune_back_(model: nn.Module, nnz: int) -> None:
     stored = [module.values.numel() for module in modules]
     if nnz >= sum(stored):
         return
-    if any(module.layout.name != "csr" for module in modules):
+    if not all(module.layout.unstructured for module in modules):
         _prune_tiles_(dict(sparse_modules(model)), sum(stored) - nnz)
         return
     kept = topk_indices(torch.cat([module.values.abs() for module in modules]), nnz)
