@@ -89,13 +89,13 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 """A context in which calls do not reach Autograd kernels."""
 
 KeySet = torch._C.DispatchKeySet
-"""What an Autograd kernel is told of the keys that a call still has before it."""
+"""The dispatch keys still ahead of a call, as an Autograd kernel receives them."""
 
 after_autograd: KeySet = torch._C._after_autograd_keyset
 """The keys that come after Autograd's."""
 
 plain_tensors = torch._C.DisableTorchFunctionSubclass
-"""A context in which subclasses of Tensor are taken for tensors."""
+"""A context in which subclasses of Tensor count as plain tensors."""
 
 
 def intercepted() -> bool:
@@ -104,7 +104,7 @@ def intercepted() -> bool:
 
 
 def without_autocast(device: str) -> Callable[[], AbstractContextManager[None]]:
-    """Return what makes contexts in which calls on `device` do not reach autocast."""
+    """Return a factory of contexts in which calls on `device` do not reach autocast."""
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
     return partial(torch._C._ExcludeDispatchKeyGuard, KeySet(key))
 
@@ -143,7 +143,7 @@ STORAGE_METHODS = ("_typed_storage",)
 """Methods that hand out a tensor's memory."""
 
 storage_id: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
-"""Return a number that a storage, be it empty, has to itself while it lives."""
+"""Return a number unique to a storage while it lives, also if it is empty."""
 
 
 def onednn_computes(dtype: torch.dtype) -> bool:
@@ -206,7 +206,7 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def metadata_of(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what a state_dict says of each module besides its tensors; empty where it does not."""
+    """Return the metadata of a state_dict, by module; empty if it has none."""
     return getattr(state_dict, "_metadata", {})
 
 
@@ -238,7 +238,7 @@ def rebuild_buckets(wrapper: DistributedDataParallel) -> None:
 
 
 def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Let wrappers around `model` neither reduce nor broadcast these parameters and buffers too."""
+    """Exclude these parameters and buffers from what wrappers of `model` reduce and broadcast."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
 
@@ -255,5 +255,5 @@ environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
 
 
 def environment_key(name: str) -> Any:
-    """Return what `environment` has a variable under."""
+    """Return the key of a variable in `environment`."""
     return name if environment is os.environ else os.environ.encodekey(name)

@@ -1,6 +1,6 @@
 """Functions on a compressed-row structure: make it, check it, list its positions, transpose it.
 
-On a GPU they run the kernels of `csrc/cuda` where these are there, else torch's.
+On a GPU they run the kernels of `csrc/cuda` if those are built, else torch's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TransposedCSR(NamedTuple):
 
 
 def checked_shape(shape: Sequence[int]) -> torch.Size:
-    """Return the shape of a weight whose columns int32 can count; raise TopologyError otherwise."""
+    """Check that int32 can index a weight of this shape; raise TopologyError otherwise."""
     size = torch.Size(shape)
     if len(size) < 2 or min(size) < 0:
         raise TopologyError(
@@ -49,7 +49,7 @@ def checked_shape(shape: Sequence[int]) -> torch.Size:
 
 
 def compress(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the True entries of a mask are.
+    """Convert a mask to compressed rows.
 
     Args:
         mask: bool `[rows, cols]`.
@@ -73,7 +73,7 @@ def compress(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def transpose(crow: Tensor, col: Tensor, cols: int) -> TransposedCSR:
-    """Return a structure by columns.
+    """Transpose a structure, with the position of each nonzero in the original.
 
     Args:
         crow: start of each row, int32 `[rows + 1]`.
@@ -162,9 +162,9 @@ def _validate_order(crow: Tensor, col: Tensor) -> None:
 
 
 def checksum(crow: Tensor, col: Tensor) -> int | Tensor:
-    """Return what tells, but for one chance in 2^32, whether indices have changed on their device.
+    """Compute a checksum of indices, equal by chance once in 2^32 cases.
 
-    On a GPU that is a tensor, so that nobody waits for it who does not compare.
+    On a GPU it is a tensor, so that only a comparison waits for the device.
 
     Example:
         >>> crow, col = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [2]))
@@ -177,7 +177,7 @@ def checksum(crow: Tensor, col: Tensor) -> int | Tensor:
 
 
 def forget_with(owner: object, crow: Tensor, col: Tensor) -> None:
-    """Let the compiled module forget what it keeps of a structure once `owner` is gone."""
+    """Drop what the compiled module caches of a structure when `owner` is garbage-collected."""
     if _release is not None and crow.device.type == "cpu":
         weakref.finalize(owner, _release, crow, col).atexit = False
 

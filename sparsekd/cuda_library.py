@@ -111,14 +111,14 @@ class Library:
             raise OSError(self._reason(code))
 
     def size(self, name: str, *args: Any) -> int:
-        """Return what a function that only computes a size returns."""
+        """Call a function that only computes a size."""
         return self._call(getattr(self._functions, PREFIX + name), args)
 
     def run(self, name: str, device: torch.device, *args: Any) -> None:
         """Queue a function's work behind what is queued on the device's current stream.
 
         Raises:
-            BackendError: CUDA refused it; the text has CUDA's reason.
+            BackendError: CUDA refused it; the message has CUDA's reason.
         """
         code = self._queue(getattr(self._functions, PREFIX + name), device, args)
         if code:
@@ -143,7 +143,7 @@ def load() -> Library:
 
     Raises:
         UnavailableError: it was not built, does not load, or has no GPU or driver that it can
-            use; the text says which.
+            use; the message says which.
     """
     if not PATH.exists():
         raise UnavailableError("this build has no CUDA kernels: it found no nvcc, or nvcc failed")

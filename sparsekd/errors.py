@@ -24,7 +24,7 @@ class BackendError(SparsekdError, RuntimeError):
 
 
 class UnavailableError(SparsekdError, ImportError):
-    """A part of sparsekd that was not built, or whose device is not here; the text says which."""
+    """A part of sparsekd that was not built, or whose device is missing; the message says which."""
 
 
 class SettingError(BackendError, ValueError):

@@ -1,4 +1,4 @@
-"""What a model costs and why: what is sparse, FLOPs, which kernels run, when dense would win."""
+"""What a model costs and why: coverage, FLOPs, the kernels that run, break-even with dense."""
 
 from sparsekd.diagnose import flops
 from sparsekd.diagnose.coverage import coverage

@@ -1,7 +1,7 @@
-"""Time one pass sparse and dense, and estimate from which sparsity on sparse is faster.
+"""The time of one pass, sparse and dense, and the sparsity from which on sparse is faster.
 
-The cost of a sparse pass is a line through a small intercept: so much for reading and writing the
-maps, and so much a nonzero. Times at a few densities give the line.
+The cost of a sparse pass is linear in its nonzeros, with a small intercept for reading and writing
+the maps. Times at a few densities give the line; break-even is where it meets the dense time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TURNS, _MOST_MS = 5, 1000.0
 
 @dataclass(frozen=True)
 class PassTimes:
-    """What a pass takes, in milliseconds; the times of several passes can be added.
+    """The time of a pass in milliseconds; the times of several passes can be added.
 
     Args:
         backend: what runs it: "cpp", "dense" or "reference".
@@ -49,7 +49,7 @@ class PassTimes:
 
     @classmethod
     def zero(cls) -> PassTimes:
-        """Return the times of no pass, which sums start from."""
+        """Return zero times, to start a sum from."""
         return cls("", 0.0, 0.0, 0.0, 0.0, 0.0)
 
     def __add__(self, other: PassTimes) -> PassTimes:
@@ -117,7 +117,7 @@ def _enough(times: list[list[float]]) -> bool:
 def _with_density(
     op: str, args: tuple[Any, ...], shape: tuple[int, ...], density: float
 ) -> tuple[Any, ...]:
-    """Return the operands with a random structure of another density, in tiles of theirs."""
+    """Return the operands with a random structure of another density, in tiles of the same size."""
     high, wide = module("auto").tile_size(op, args)  # of a weight without zeros one, too large
     crow, col = _random_structure(shape, (min(high, _TILE), min(wide, _TILE)), density)
     second = args[1] if op.endswith("wgrad") else args[1].new_ones(col.shape[0])
@@ -138,7 +138,7 @@ def _random_structure(
 
 
 def _line(points: dict[int, float], size: int) -> tuple[float, float]:
-    """Return where the line through times by nonzeros starts, and where it is at `size`."""
+    """Fit a line to times over nonzeros; return its value at 0 and at `size`."""
     if len(points) < 2:
         return (ms := next(iter(points.values()))), ms
     nnz, ms = np.array(sorted(points.items())).T

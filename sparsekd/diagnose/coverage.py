@@ -1,4 +1,4 @@
-"""How much of a model is sparse: what was asked for, what was converted, what stayed dense."""
+"""How much of a model is sparse: requested, converted and left dense."""
 
 from __future__ import annotations
 

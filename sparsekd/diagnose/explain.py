@@ -1,4 +1,4 @@
-"""What runs where: each pass of each sparse layer timed both ways, and when dense would win."""
+"""Which kernels run: each pass of each sparse layer timed both ways, and when dense would win."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ PASSES = {
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one sparse layer does in a training step, all its calls together.
+    """One sparse layer in a training step, all its calls together.
 
     Args:
         name: of the module in the model.
         shape: of its weight.
         nnz: weights stored.
-        passes: what each direction takes and which backend runs it, by "fprop", "dgrad", "wgrad";
-            a layer whose input needs no gradient has no dgrad.
+        passes: time and backend of each direction, "fprop", "dgrad" and "wgrad"; a layer whose
+            input needs no gradient has no dgrad.
         tile: output and input channels of the tiles that the kernels found the weight to consist
             of; (1, 1) for one without structure.
     """
@@ -76,7 +76,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What every sparse layer of a network does; print it for a table.
+    """All sparse layers of a network; print it for a table.
 
     Args:
         layers: in the order of their first call.
@@ -122,7 +122,7 @@ class Explanation:
 
     @property
     def caption(self) -> str:
-        """How to read the table, and how much of the network it is about."""
+        """Explanation of the table, and the share of the network it covers."""
         return (
             f"{self.coverage}\n"
             "Passes: ms sparse / dense, * is what runs. All passes: ms as they run / dense. "

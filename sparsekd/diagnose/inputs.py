@@ -1,4 +1,4 @@
-"""What goes into a network and what comes out: example inputs, and the tensors of any output."""
+"""Example inputs of a network, and the tensors in any output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def example_inputs(
     kwargs: Mapping[str, Any],
     make: Callable[[tuple[int, ...], torch.device, torch.dtype], Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what to call a model with; a positional argument that is a shape becomes a tensor.
+    """Build the arguments of a call; a positional argument that is a shape becomes a tensor.
 
     Args:
         model: any network; tensors are made on the device and in the dtype of its parameters.

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured by the compiled module: the roofs of a roofline."""
+"""The roofs of this machine for a roofline, measured by the compiled module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MEMORY_PART = 128 << 20  # per thread: past any L3
 
 @dataclass(frozen=True)
 class Peaks:
-    """Hold the roofs of a machine, for the current instruction set and number of threads.
+    """The roofs of a machine, for the current instruction set and number of threads.
 
     Args:
         flops: float32 operations per second of independent fused multiply-adds.

@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a network, exactly, and of training as papers count it."""
+"""Floating-point operations of a network, exactly, and of training as papers count them."""
 
 from sparsekd.diagnose.flops.counting import count
 from sparsekd.diagnose.flops.papers import published

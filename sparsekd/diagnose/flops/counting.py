@@ -1,4 +1,4 @@
-"""Run a network once under torch's FLOP counter and divide its operations among the weights."""
+"""A run of a network under torch's FLOP counter, with its operations attributed to weights."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _layer_by_layer() -> Iterator[None]:
-    """Let compiled code run as it was written, and encoder layers without their fused kernel."""
+    """Run compiled code as it was written, and encoder layers without their fused kernel."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     # The call imports the compiler, which takes seconds; where nothing did, nothing is compiled.

@@ -1,4 +1,4 @@
-"""What papers say that a training step of each method costs."""
+"""The cost of a training step of each method, as papers count it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def published(method: str, sparse: float, dense: float, every: int = 100) -> flo
     | at every step | 2 f_S + f_D |
     | at updates | (3 f_S every + 2 f_S + f_D) / (every + 1) |
 
-    Where the number of weights changes (gmp, granet, acdc, mest, redistribution), `sparse` is the
-    mean over training, which assumes that kernels profit from every weight that goes. These here
-    do; what they compute is `FlopCount.train`, at each step that of its own topology.
+    If the number of weights changes (gmp, granet, acdc, mest, redistribution), `sparse` is the mean
+    over training, which assumes that kernels save the work of every weight that is pruned. The
+    kernels here do; what they compute is `FlopCount.train` of each step's own topology.
 
     Args:
         method: "dense", or a name from `sparsekd.dst.METHODS`.

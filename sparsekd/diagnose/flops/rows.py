@@ -1,4 +1,4 @@
-"""What a network costs: a row per weight, products of activations, totals."""
+"""The cost of a network: a row per weight, products of activations, totals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """What one weight costs in a forward pass.
+    """The operations of one weight in a forward pass.
 
     Args:
         name: of the layer in the model; of the parameter where a module has several or calls it
@@ -45,7 +45,7 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class ProductFlops:
-    """What the products of activations in one module cost, queries with keys for one.
+    """The operations of products of activations in one module, such as queries with keys.
 
     Args:
         name: of the module that computes them, not of one that it is part of.
@@ -58,7 +58,7 @@ class ProductFlops:
 
 @dataclass(frozen=True)
 class FlopCount:
-    """What a network costs; print it for a table of its layers.
+    """The operations of a network; print it for a table of its layers.
 
     Args:
         layers: the weights in the order of their first use.
@@ -99,7 +99,7 @@ class FlopCount:
         return 3 * self.forward_dense
 
     def at(self, nnz: Mapping[str, int]) -> FlopCount:
-        """Return what the network costs with other numbers of nonzeros.
+        """Count the same network with other numbers of nonzeros.
 
         Args:
             nnz: number by layer name; layers without one stay as they are.

@@ -1,8 +1,8 @@
-"""Which weight an operation belongs to.
+"""Attribution of operations to weights.
 
-A dispatch mode sees every op of a run and remembers which tensors were made of one parameter alone,
-by views, casts and the like: they stand for that parameter. A product with one of them counts for
-the parameter, and its result is an activation. Where the operands tell nothing, a product in a
+A dispatch mode sees every op of a run and tracks which tensors derive from one parameter alone, by
+views, casts and the like: they stand for that parameter. A product with one of them counts for the
+parameter, and its result is an activation. If no operand stands for a parameter, a product in a
 layer counts for the layer's weight; a product of two activations has no weight.
 """
 
@@ -40,7 +40,7 @@ _WRITES = ("aten::scatter", "aten::scatter_", "aten::index_put", "aten::index_pu
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter, and the names that the modules which own it give it.
+    """A parameter, and its name in each module that owns it.
 
     Args:
         tensor: the parameter; the values of a sparse module.
@@ -130,7 +130,7 @@ class Attribution(DispatchMode):
         return result
 
     def _follow(self, op: str, operands: list[Tensor], result: Any) -> None:
-        """Know what was made of known tensors alone; forget what an input went into."""
+        """Track results that derive from tracked tensors alone; drop those that mix in an input."""
         if op in _WRITES:
             operands = [t for t in operands if t.is_floating_point() or t.is_complex()]
         sources = [self._known.get(id(t)) for t in operands]
@@ -200,7 +200,7 @@ def _weights(names: dict[nn.Module, str]) -> list[_Weight]:
 
 
 def _label(name: str, key: str, module: nn.Module) -> str:
-    """Name a weight by its layer; where a module has several, by module and parameter."""
+    """Return the name of a weight: its layer, or module and parameter if a module has several."""
     owner, parametrized, rest = f".{name}.".partition(".parametrizations.")
     if parametrized:
         name, key = owner.strip("."), rest.split(".")[0]
@@ -215,7 +215,7 @@ def _layer_shape(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def _part(tensor: Tensor, weight: _Weight, module: nn.Module | None) -> tuple[str, tuple[int, ...]]:
-    """Return name and shape of the part of a weight that an operand is; mostly all of it."""
+    """Return name and shape of the part of a weight that an operand covers, mostly all of it."""
     name, shape = weight.label(module), weight.shape
     if weight.sparse is not None:
         name = f"{name}.weight".removeprefix(".")  # read as a dense tensor
