@@ -22,18 +22,14 @@ OVERRIDDEN = {"_apply", "_load_from_state_dict", "_save_to_state_dict"}
 def attributes_of_torch() -> set[str]:
     """List the private attributes of what torch hands out, and of its modules."""
     layer = nn.BatchNorm2d(1)
+    function, autograd, modules = torch.autograd.Function, torch.autograd, nn.modules
     objects = [
-        *(layer, layer.weight, layer.weight.untyped_storage(), torch.optim.SGD([layer.weight])),
-        *(torch.ops.aten.add, torch.ops.aten.add.Tensor, (layer.weight * 1).grad_fn),
-        *(DistributedDataParallel, torch.autograd.Function, torch.library.Library),
-        *(
-            torch,
-            torch.autograd,
-            torch.autograd.profiler,
-            torch.autograd.forward_ad,
-            torch.compiler,
-        ),
-        *(torch.nn.modules.module, torch.nn.modules.batchnorm, torch.distributed, torch.optim),
+        *(torch, autograd, autograd.profiler, autograd.forward_ad, torch.compiler, torch.optim),
+        *(torch.distributed, modules.module, modules.batchnorm, DistributedDataParallel),
+        *(layer, layer.weight, layer.weight.untyped_storage(), layer.state_dict()),
+        *((layer.weight * 1).grad_fn, autograd.Variable, function, function._backward_cls),
+        *(torch.ops.aten.add, torch.ops.aten.add.Tensor, torch.library.Library),
+        torch.optim.SGD([layer.weight]),
     ]
     names = {name for thing in objects for name in dir(thing)}
     return {n for n in names if n.startswith("_") and not n.endswith("__")} - {"_values"}
@@ -75,10 +71,13 @@ def private_uses(tree: ast.AST, private: set[str]) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.startswith("torch.")]
             yield from ((node.lineno, name) for name in names if "._" in name)
-        elif isinstance(node, ast.Attribute) and node.attr in private:
-            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            override = ast.unparse(node.value) == "super()" and node.attr in OVERRIDDEN
-            if not own and not override:
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            of, _, rest = ast.unparse(node.value).partition(".")
+            of_torch = of in ("torch", "nn", "dist", "F") and not node.attr.endswith("__")
+            own = (of in ("self", "cls") and not rest) or (
+                of == "super()" and node.attr in OVERRIDDEN
+            )
+            if of_torch or (node.attr in private and not own):
                 yield node.lineno, ast.unparse(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             begins = node.value.startswith(("torch._", "_fsdp", "_ddp", "_orig_mod"))
@@ -105,6 +104,9 @@ def test_private_names_of_torch_are_used_in_one_file_alone():
         "from torch.utils._pytree import tree_leaves",
         "from torch.nn.modules.module import _has_any_global_hook",
         "import torch._dynamo",
+        "torch.ops.mkldnn._is_mkldnn_bf16_supported()",
+        "getattr(type(node), '_forward_cls', None)",
+        "state_dict._metadata",
         "torch._C._current_graph_task_id()",
         "for child in model._modules.values(): pass",
         "seen = tensor._version",
