@@ -55,11 +55,12 @@ endif
 
 # What the tests choose on a busy machine is not for keeps, hence no cache; and two processes of one
 # thread each pass in half the time of one process of two threads. A file stays in one process, as
-# its tests share what is slow to make.
+# its tests share what is slow to make. Tests that take more threads do not spin while they wait:
+# with no core to spare that takes ten times as long.
 JOBS ?= 2
 test-python: $(VENV)/.built $(VENV)/.models
-	SPARSEKD_CACHE=off OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile \
-	  --doctest-modules tests tools sparsekd
+	SPARSEKD_CACHE=off OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	  $(RUN) -m pytest -n $(JOBS) --dist loadfile --doctest-modules tests tools sparsekd
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .

@@ -19,9 +19,10 @@ from sparsekd import models, relayout, sparsify
 from sparsekd.cli import app
 from sparsekd.train import load_state
 
+_FIVE_STEPS = ["--set", "data.train_images=320", "--set", "training.batch_size=64"]  # an epoch
 _QUICK = [
     *("train", "demo", "--epochs", "1", "--sparsity", "0.9", "--method", "lt,kd"),
-    *("--set", "training.batch_size=512"),
+    *_FIVE_STEPS,
 ]
 _CALL = [sys.executable, "-c", "from sparsekd.cli import main; main()"]
 _ENV = {
@@ -243,7 +244,7 @@ def rows_without_times(out: Path) -> list[dict]:
 
 _TWO_RUNS = [
     *("train", "demo", "--epochs", "2", "--sparsity", "0.9", "--method", "kd"),
-    *("--threads", "1", "--set", "training.batch_size=256"),
+    *("--threads", "1", *_FIVE_STEPS),
 ]
 
 

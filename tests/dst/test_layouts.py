@@ -66,7 +66,7 @@ CASES = [
     for name, (make, layouts) in METHODS.items()
     for layout in layouts
 ]
-UPDATES = 25
+UPDATES = 17
 
 
 def start_of(layout: Layout, make: Make) -> float:
@@ -120,34 +120,17 @@ def exact(updater: Any) -> bool:
     return type(updater) is not dst.GraNet and getattr(updater, "scope", "global") == "global"
 
 
-NETWORKS = {
-    "sizes": st.lists(st.integers(1, 11), min_size=3, max_size=3),
-    "kernel": st.sampled_from([1, 3]),
-    "groups": st.sampled_from([1, 2]),
-    "dead": st.sampled_from([False, False, True]),
-    "seed": st.integers(0, 1000),
-}
-
-
 @pytest.mark.parametrize("make, layout", CASES)
-@settings(max_examples=4, deadline=None)
-@given(**NETWORKS)
-def test_a_hundred_random_updates(make, layout, **network):
-    """25 updates on each of 4 networks: 1x1 and 3x3, ragged, grouped, with dead gradients."""
-    random_updates(make, layout, **network)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make, layout", CASES)
-@settings(max_examples=10, deadline=None)
-@given(**NETWORKS)
-def test_many_more_random_updates(make, layout, **network):
-    random_updates(make, layout, **network)
-
-
-def random_updates(
-    make: Make, layout: Layout, sizes: list[int], kernel: int, groups: int, dead: bool, seed: int
-) -> None:
+@settings(max_examples=6, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 11), min_size=3, max_size=3),
+    kernel=st.sampled_from([1, 3]),
+    groups=st.sampled_from([1, 2]),
+    dead=st.sampled_from([False, False, True]),
+    seed=st.integers(0, 1000),
+)
+def test_a_hundred_random_updates(make, layout, sizes, kernel, groups, dead, seed):
+    """17 updates on each of 6 networks: 1x1 and 3x3, ragged, grouped, with dead gradients."""
     torch.manual_seed(seed)
     first, hidden, out = sizes[0], sizes[1] * groups, sizes[2]
     begin = start_of(layout, make)

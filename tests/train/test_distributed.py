@@ -99,7 +99,13 @@ def test_without_torchrun_there_is_one_rank():
 
 
 CALL = ["train", "rigl", "--data", "digits", "--epochs", "2", "--sparsity", "0.9", "--threads", "1"]
-CALL += ["--set", "training.batch_size=256", "--set", "dynamics.every=3"]
+CALL += [
+    "--set",
+    "data.train_images=320",
+    "--set",
+    "training.batch_size=64",
+]  # steps of an epoch: 5
+CALL += ["--set", "dynamics.every=3"]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ def test_the_command_line_runs_under_torchrun_and_speaks_once(uninterrupted):
 
 def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on_bit_equal(uninterrupted, tmp_path):
     call = [str(HERE / "mortal.py"), *CALL, "--out", str(tmp_path)]
-    done = torchrun(*call, MORTAL="11")  # in the second epoch
+    done = torchrun(*call, MORTAL="8")  # in the second epoch
     assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert "another rank is gone" in done.stderr
@@ -131,7 +137,7 @@ def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on_bit_equal(uninter
 
 def test_torchrun_restarts_a_job_from_its_last_checkpoint(uninterrupted, tmp_path):
     call = [str(HERE / "mortal.py"), *CALL, "--out", str(tmp_path)]
-    done = torchrun(*call, restarts=1, MORTAL="11")
+    done = torchrun(*call, restarts=1, MORTAL="8")
     assert done.returncode == 0, done.stderr[:3000]
     final = "seed0/rigl-0.9/final.safetensors"
     assert (tmp_path / final).read_bytes() == (uninterrupted[0] / final).read_bytes()
