@@ -20,13 +20,13 @@ _DECOMPRESS = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75)
 
 
 class ACDC(Updater):
-    """Compress to the largest weights of all layers at some iterations, decompress at others.
+    """Alternating compression to the largest weights of all layers, and decompression to all.
 
-    A compression keeps exactly `round((1 - sparsity) N)` weights, or as near to it as whole tiles
-    of a layout come; a decompression stores them all
-    again, the new ones at 0. Start from `sparsify(model, sparsity=0)`; the last dense phase leaves
-    a dense model for free. Phases that are compressed cost what sparse training costs. A change
-    that was skipped for a gradient that is not finite happens in the next iteration.
+    A compression keeps exactly `round((1 - sparsity) N)` weights, or as close to it as whole tiles
+    of a layout allow; a decompression stores all of them again, the new ones at 0. Start from
+    `sparsify(model, sparsity=0)`; the last dense phase gives a dense model as a by-product.
+    Compressed phases cost what sparse training costs. If a gradient is not finite, the change is
+    made in the next iteration instead.
 
     Args:
         model: holds sparse modules.
@@ -34,7 +34,7 @@ class ACDC(Updater):
         sparsity: fraction of zeros in compressed phases, over all trainable sparse modules.
         compress: iterations that compress, counted from 1.
         decompress: iterations that decompress.
-        seed: unused; there so that methods can stand in for each other.
+        seed: unused; accepted so that methods are interchangeable.
         skip_sgd_on_update: whether an update takes the place of the optimizer step.
 
     Raises:
@@ -87,11 +87,11 @@ class ACDC(Updater):
         return next((sparse for t, sparse in reversed(self.phases) if t <= iteration), False)
 
     def target(self, iteration: int) -> int:
-        """Return how many weights are stored after this iteration."""
+        """Return the number of weights stored after this iteration."""
         return target_nnz(self.numel(), self.sparsity if self.compressed(iteration) else 0.0)
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
-        """Return by layer how many weights go or come back."""
+        """Return, for each layer, how many weights are dropped or grown."""
         layers = self.layers()
         if not self.compressed(self.iteration):
             tiles = {name: self.grid(name).tiles for name in layers}

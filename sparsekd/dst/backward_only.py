@@ -1,4 +1,4 @@
-"""Weights that train without being computed with: a second set beside those of each layer."""
+"""Weights that train without taking part in the forward pass, beside those of each layer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 class BackwardOnly:
-    """Hold, for each layer, every weight that its forward pass leaves out.
+    """The weights that the forward pass of each layer leaves out.
 
     Some are in training: a parameter of their own, in the group of the layer's values, whose
-    gradient forms whenever that of the values does. The others rest, in one dense copy a layer that
-    nothing computes with. At first all of them do.
+    gradient is computed whenever that of the values is. The others rest, in one dense copy per
+    layer that takes part in no computation. At first all of them rest.
 
     Args:
         layers: sparse modules by name.
@@ -54,7 +54,7 @@ class BackwardOnly:
         observe.listeners.add(self)
 
     def stop(self) -> None:
-        """Form no more gradients."""
+        """Stop computing gradients."""
         observe.listeners.discard(self)
         for passes in self._passes.values():
             passes.close()
@@ -62,7 +62,7 @@ class BackwardOnly:
             parameter.grad = None
 
     def weights(self, name: str) -> Tensor:
-        """Return all weights of a layer, computed with, in training or at rest, in its shape."""
+        """Return all weights of a layer in its shape: of the forward pass, in training, at rest."""
         module, all_weights = self.layers[name], self.resting[name].clone()
         flat = all_weights.view(-1)
         flat[self.topologies[name].flat_indices()] = self.parameters[name].detach()
@@ -90,7 +90,7 @@ class BackwardOnly:
         passes.add(current, part.to(self.parameters[name].dtype))
 
     def settle(self) -> list[str]:
-        """Forget gradients where those of the values were zeroed since the last backward pass.
+        """Drop gradients if those of the values were zeroed since the last backward pass.
 
         Returns:
             The layers whose values have a gradient that no backward pass has written.
@@ -100,13 +100,13 @@ class BackwardOnly:
         return [name for name, passes in self._passes.items() if passes.foreign]
 
     def renew(self) -> None:
-        """Take the gradients of all values as they are now for what backward passes have left."""
+        """Note the current gradients of all values as those that backward passes have left."""
         for name, passes in self._passes.items():
             passes.renew()
             self._note(name)
 
     def reduce_gradients(self) -> None:
-        """Average gradients over all ranks: DistributedDataParallel does not know them."""
+        """Average gradients over all ranks, since DistributedDataParallel does not know them."""
         for parameter in self.parameters.values():
             if parameter.grad is not None:
                 replicas.mean_(parameter.grad)
@@ -153,7 +153,7 @@ class BackwardOnly:
         self._place(name, outer)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return these weights and where they are; the optimizer's state is its own."""
+        """Return these weights and their positions; the optimizer has its own state."""
         return {
             "resting": {name: weight.clone() for name, weight in self.resting.items()},
             "extra": {name: p.detach().clone() for name, p in self.parameters.items()},
@@ -161,7 +161,7 @@ class BackwardOnly:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         for name, parameter in self.parameters.items():
             self.resting[name].copy_(state["resting"][name])
             parameter.data = state["extra"][name].to(parameter.device, parameter.dtype, copy=True)
@@ -179,7 +179,7 @@ class BackwardOnly:
             self._left[name] = grad.detach().clone()
 
     def _follow(self, name: str) -> None:
-        """Do to the gradient of a parameter what was done to that of the values."""
+        """Apply to the gradient of a parameter what was done to that of the values."""
         parameter, factor = self.parameters[name], self._passes[name].follow()
         if factor == 0.0:
             parameter.grad = None  # gradients were zeroed: start afresh

@@ -17,14 +17,14 @@ def never(iteration: int) -> None:
 
 
 def check_positive(**numbers: int) -> None:
-    """Raise ValueError, naming the argument, unless all numbers are positive integers."""
+    """Check that all numbers are positive integers; ValueError names the argument."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def check_fraction(**numbers: float) -> None:
-    """Raise ValueError, naming the argument, unless all numbers are in [0, 1]."""
+    """Check that all numbers are in [0, 1]; ValueError names the argument."""
     for name, value in numbers.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected 0 to 1, got {value!r}")
@@ -32,12 +32,12 @@ def check_fraction(**numbers: float) -> None:
 
 @dataclass(frozen=True)
 class Periodic:
-    """Update every `every` iterations, before iteration `until`.
+    """A schedule of updates every `every` iterations, before iteration `until`.
 
     Args:
         fraction: iteration -> drop fraction.
         every: iterations from one update to the next.
-        until: the first iteration that updates no more.
+        until: the first iteration without updates.
 
     Raises:
         ValueError: `every` or `until` is not a positive integer.
@@ -110,7 +110,7 @@ class Dynamics:
 
 
 def at_share(share: float, steps: int) -> int:
-    """Return the iteration, 1 at the least, at this share of so many.
+    """Return the iteration at a share of a run, at least 1.
 
     Example:
         >>> at_share(0.75, 1000), at_share(0.0, 1000)

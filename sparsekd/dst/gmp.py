@@ -14,16 +14,16 @@ from sparsekd.sparsity import Polynomial, check_sparsity, target_nnz
 
 
 class GMP(Updater):
-    """Every `every` iterations prune the smallest weights, down to `sparsity` at `until`.
+    """Gradual magnitude pruning of the smallest weights, down to `sparsity` at `until`.
 
-    The sparsity follows a cubic that is steep at first: with s_i that of the model at hand,
+    The sparsity follows a cubic that is steep at first: with s_i that of the model at the start,
 
         s(t) = sparsity + (s_i - sparsity) (1 - (t - begin) / (until - begin))^3
 
     and the update of iteration t leaves exactly `round((1 - s(t)) N)` weights, N counting those of
-    the trainable sparse modules, or as near to it as whole tiles of a layout come. Start from
-    `sparsify(model, sparsity=0)`: what is pruned is neither stored nor computed from that iteration
-    on. An update that was skipped for a gradient that is not finite is made up for by the next one.
+    the trainable sparse modules, or as close to it as whole tiles of a layout allow. Start from
+    `sparsify(model, sparsity=0)`: pruned weights are neither stored nor computed with from that
+    iteration on. If an update is skipped because a gradient is not finite, the next one catches up.
 
     Args:
         model: holds sparse modules.
@@ -34,7 +34,7 @@ class GMP(Updater):
         begin: iteration up to which nothing is pruned.
         scope: "global" compares the weights of all layers; "layer" brings every layer to the same
             sparsity by its own magnitudes.
-        seed: unused; there so that methods can stand in for each other.
+        seed: unused; accepted so that methods are interchangeable.
         skip_sgd_on_update: whether an update takes the place of the optimizer step.
 
     Raises:
@@ -97,16 +97,16 @@ class GMP(Updater):
         return {"every": min(dynamics.every, until), "sparsity": sparsity, "until": until}
 
     def target(self, iteration: int) -> int:
-        """Return how many weights the update of this iteration leaves."""
+        """Return the number of weights that the update of this iteration leaves."""
         ramp = Polynomial(self.initial_sparsity, self.sparsity, self.begin, self.end)
         return target_nnz(self.numel(), ramp(iteration))
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
-        """Return by layer how many weights are pruned; none are grown."""
+        """Return, for each layer, how many weights are pruned; none are grown."""
         return {name: (drop, 0) for name, drop in self.pruned().items()}
 
     def pruned(self) -> dict[str, int]:
-        """Return by layer how many of its smallest weights, or tiles, go in this iteration."""
+        """Return, for each layer, how many of its smallest tiles this iteration prunes."""
         grids, total = self.grids(), self.nnz()
         target = min(self.target(self.iteration), total)
         if self.scope == "global":

@@ -1,4 +1,4 @@
-"""GraNet: gradual pruning in which every layer goes on to regrow what it lost by gradient."""
+"""GraNet: gradual pruning, with part of the weights regrown by gradient."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sparsekd.sparsity import Cosine
 
 
 class GraNet(GMP, RigL):
-    """Prune globally along a cubic, and after each pruning move weights as RigL does.
+    """Gradual global pruning along a cubic, with weights moved as in RigL after each pruning.
 
-    Every `every` iterations the smallest weights of all layers go, until the cubic of `GMP` is met;
+    Every `every` iterations the smallest weights of all layers are pruned to the cubic of `GMP`;
     then each layer drops a fraction of its smallest remaining weights and grows as many where the
-    gradient is largest. The second half goes on until `until`. Dense-to-sparse training starts from
-    `sparsify(model, sparsity=0)`, sparse-to-sparse from, say, `sparsity=0.5`.
+    gradient is largest. The second part continues until `until`. Dense-to-sparse training starts
+    from `sparsify(model, sparsity=0)`, sparse-to-sparse from, say, `sparsity=0.5`.
 
     Args:
         model: holds sparse modules.
@@ -31,7 +31,7 @@ class GraNet(GMP, RigL):
         prune_until: iteration that reaches `sparsity`, rounded down to a multiple of `every`; None
             for that of the last update.
         begin: iteration up to which nothing is pruned.
-        final_drop_fraction: what `drop_fraction` falls to along a cosine.
+        final_drop_fraction: end value of `drop_fraction`, which falls along a cosine.
         seed: unused by GraNet itself; seeds the generator that subclasses draw from.
         skip_sgd_on_update: whether an update takes the place of the optimizer step.
 
@@ -99,7 +99,7 @@ class GraNet(GMP, RigL):
         }
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
-        """Return by layer the pruned and moved weights, and how many of them are grown."""
+        """Return, for each layer, how many weights are pruned and moved, and how many grown."""
         counts = {}
         for name, pruned in self.pruned().items():
             moved = self.replaceable(name, fraction, pruned)

@@ -1,4 +1,4 @@
-"""Which positions to grow: pure functions of a structure, never selecting what it already has."""
+"""Rules for growth: pure functions that select positions outside a structure."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def largest(score: Tensor, kept: Topology, k: int) -> Tensor:
 
 
 def largest_magnitude(blocks: Iterable[growth.Block], kept: Topology, k: int) -> Tensor:
-    """Return what `largest` does for the absolute values of numbers that come in rectangles.
+    """Apply `largest` to the absolute values of numbers that come in rectangles.
 
     Args:
         blocks: `(row, column, entries)` of rectangles that cover the weight, seen as
@@ -108,7 +108,7 @@ def largest_in_cells(
     cell_of: Callable[[Tensor], Tensor],
     quota: Tensor,
 ) -> Tensor:
-    """Return the positions outside `kept` of largest magnitude, so many in every cell.
+    """Return the positions outside `kept` of largest magnitude, a given number in every cell.
 
     Of equal magnitudes the lower position is taken. Besides one rectangle only the best so far
     are held.
@@ -148,7 +148,7 @@ def largest_in_cells(
 
 
 def _lowest_to_enter(best: Tensor, cell: Tensor, quota: Tensor) -> Tensor:
-    """Return by cell the lowest of its best scores, 0 where the quota is not filled yet."""
+    """Return, for each cell, the lowest of its best scores, or 0 if its quota is not filled yet."""
     lowest = best.new_full(quota.shape, torch.inf).scatter_reduce_(0, cell, best, "amin")
     filled = torch.bincount(cell, minlength=len(quota)) >= quota
     return lowest.where(filled, 0.0)

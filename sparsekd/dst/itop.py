@@ -1,4 +1,4 @@
-"""In-time over-parameterization: which weights have ever been there, and growth of the others."""
+"""In-time over-parameterization: the weights that were ever active, and growth of the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsekd.topology import Topology
 
 
 class Exploration:
-    """Keep count of the weights that have been active at least once.
+    """A record of the weights that have been active at least once.
 
     `rate` is R_s of the paper: the density at first, never falling, 1 when every weight has been
     tried. Call `record()` after each step of any method; only layers that were rewired cost work.
@@ -44,7 +44,7 @@ class Exploration:
         self.fired = {name: topology.mask() for name, topology in self._seen.items()}
 
     def record(self) -> None:
-        """Count the weights that are there now."""
+        """Add the weights that are active now."""
         for name, module in self._modules.items():
             topology = module.topology
             if topology is not self._seen[name]:
@@ -68,10 +68,11 @@ class Exploration:
 
 
 class ITOP(SET):
-    """Grow at random among positions that were never active, and elsewhere only when they run out.
+    """SET that grows positions which were never active first, at random.
 
     The defaults are the paper's advice for SET on CIFAR at batch size 128: long intervals, a high
-    drop fraction that falls slowly, updates to the end. `explored.rate` tells how far it got.
+    drop fraction that falls slowly, updates to the end. `explored.rate` is the share explored so
+    far.
 
     Args:
         model: holds sparse modules.
@@ -126,7 +127,7 @@ class ITOP(SET):
         self.explored.load_state_dict(fired)
 
     def step(self) -> bool:
-        """Do as `Updater.step` and record what is active."""
+        """Run `Updater.step` and record the active weights."""
         self.explored.record()
         try:
             return super().step()

@@ -17,7 +17,7 @@ from sparsekd.topology import Topology
 
 
 class MEST(Updater):
-    """Every `every` iterations prune to one sparsity and regrow at random to a lower one.
+    """Periodic pruning to one sparsity, and random regrowth to a lower one.
 
     With e falling in steps, 1 until 9/16 of training, 1/2 until 3/4 and 0 from there, an update
     prunes each layer by `|w| + gradient_weight |g|` to the sparsity `sparsity + e mutation` and
@@ -88,7 +88,7 @@ class MEST(Updater):
         return {"every": dynamics.every, "sparsity": sparsity, "until": steps}
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
-        """Return by layer how many weights it loses and gains; `fraction` is e."""
+        """Return, for each layer, how many weights are dropped and grown; `fraction` is e."""
         tiles = {name: self.grid(name).tiles for name in self.layers()}
         numel = {name: t.numel for name, t in tiles.items()}
         after = self._allocate(self.sparsity - fraction * self.extra, numel)
@@ -122,7 +122,7 @@ class MEST(Updater):
 
 
 def elasticity(progress: float) -> float:
-    """Return by which part the sparsities of an update differ, at this part of training.
+    """Return e, the share of `mutation` and `extra` that applies at this part of training.
 
     Example:
         >>> [elasticity(epoch / 160) for epoch in (89, 90, 119, 120)]

@@ -1,4 +1,4 @@
-"""Which backward passes a parameter's `.grad` is the sum of, so that other sums can follow it."""
+"""The backward passes that a parameter's `.grad` adds up, so that other sums can follow it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _Part = TypeVar("_Part")
 
 
 class Passes(Generic[_Part]):
-    """What single backward passes do to `values.grad`, while growth looks at them.
+    """The backward passes that count for `values.grad`, tracked while growth collects operands.
 
     A pass that runs a layer's weight gradient need not end in `.grad`: `autograd.grad` returns its
-    result instead. So the parts of a pass are kept aside until torch has accumulated into `.grad`,
-    and forgotten if it never does. Between two passes the loop may set `.grad` to None, zero it,
-    scale it (clipping, unscaling) or write something else; a copy of what the last pass left there
-    tells which.
+    result instead. So the parts of a pass are pending until torch has accumulated into `.grad`, and
+    dropped if it never does. Between two passes the loop may set `.grad` to None, zero it, scale it
+    (clipping, unscaling) or write something else; comparing with a copy of what the last pass left
+    shows which.
 
     Args:
         values: the parameter.
@@ -44,7 +44,7 @@ class Passes(Generic[_Part]):
         return backward_pass in self._pending
 
     def add(self, backward_pass: int, part: _Part) -> None:
-        """Keep a part of the pass that is running, until it is known whether it counts."""
+        """Add a part of the running pass; it is pending until the pass is known to count."""
         if not (self.values.requires_grad and self.values.is_leaf):
             return  # the call was with other values, so no pass ends here
         me = weakref.ref(self)
@@ -68,7 +68,7 @@ class Passes(Generic[_Part]):
         self._pending[backward_pass].append(part)
 
     def follow(self) -> float:
-        """Return what has happened to `.grad` since the last pass, or call, as a factor.
+        """Return the factor by which `.grad` has changed since the last pass or call.
 
         It is 0 where `.grad` was zeroed or no pass counts, 1 where nothing has happened. Something
         else than a factor makes `foreign` true, until the next zero.
@@ -86,7 +86,7 @@ class Passes(Generic[_Part]):
         return 1.0 if factor is None else factor
 
     def renew(self) -> None:
-        """Take `.grad` as it is now for what the passes have left there."""
+        """Note the current `.grad` as what the passes have left there."""
         if self.left is not None and self.values.grad is not None:
             self._note(self.values.grad)
 
@@ -110,7 +110,7 @@ class Passes(Generic[_Part]):
         self._noted = (grad, version_of(grad))
 
     def _factor(self, grad: Tensor | None) -> float | None:
-        """Return by what `grad` differs from what is noted, None where that is no factor."""
+        """Return the factor from the noted gradient to `grad`, or None if it is no multiple."""
         if grad is None or self.left is None or self._noted is None:
             return 0.0
         if torch.equal(grad.detach(), self.left):

@@ -58,7 +58,7 @@ def redistribute(
 
 
 def _level(quota: Mapping[str, float], room: Mapping[str, int]) -> dict[str, float]:
-    """Spread equally over the other layers what is more than a layer should take."""
+    """Spread what exceeds the limit of a layer equally over the others."""
     level, below = dict(quota), set(quota)
     while full := {name for name in below if level[name] > FULLEST * room[name]}:
         excess = math.fsum(level[name] - FULLEST * room[name] for name in full)
@@ -69,12 +69,11 @@ def _level(quota: Mapping[str, float], room: Mapping[str, int]) -> dict[str, flo
 
 
 class RigLSG(RigL):
-    """Let layers of large gradient grow at the cost of others: RigL-SG.
+    """RigL with growth shared between layers by mean |gradient|: RigL-SG.
 
-    What all layers drop is grown anew in proportion to the mean |gradient| over each layer's
-    weights: the total, of tiles where the layout has them, is kept exactly while layers change
-    size. Takes the arguments of `RigL`;
-    layers that store every weight take part too.
+    The weights that all layers drop are grown in proportion to the mean |gradient| over each
+    layer's weights: the total (of tiles, if the layout has them) is kept exactly while layers
+    change size. Takes the arguments of `RigL`; layers that store every weight take part too.
 
     Source: reproduction of Rigging the Lottery (arXiv 2103.15767), after Sparse Networks from
         Scratch (arXiv 1907.04840).
@@ -97,7 +96,7 @@ class RigLSG(RigL):
         check_equal_tiles(type(self).__name__, self.modules)
 
     def counts(self, fraction: float) -> Counts:
-        """Return by layer the weights it loses, and those that its share of growth gives it."""
+        """Return, for each layer, how many weights are dropped, and its share of growth."""
         part = [name for name in self.layers() if self.has_gradient(name)]
         return redistribute(
             {name: self.grid(name).tiles.nnz for name in part},
@@ -114,7 +113,7 @@ class RigLSG(RigL):
 
 
 class RigLSM(RigLSG):
-    """Let layers of large momentum grow at the cost of others: RigL-SM.
+    """RigL with growth shared between layers by mean |momentum|: RigL-SM.
 
     As `RigLSG`, by the optimizer's momentum (or Adam's first moment) instead of the gradient of one
     batch; by the gradient as long as there is none.
@@ -141,7 +140,7 @@ class RigLSM(RigLSG):
 
 
 def check_equal_tiles(who: str, modules: Mapping[str, SparseModule]) -> None:
-    """Raise UnsupportedError unless all modules have one layout, in which single tiles can move.
+    """Check that all modules have one layout, in which single tiles can move.
 
     What one layer loses another gains, tile by tile, and the number of tiles stays.
     """

@@ -1,4 +1,4 @@
-"""Keep the replicas of data-parallel training at one topology.
+"""Data-parallel replicas with equal topologies.
 
 Every function is a collective where `torch.distributed` is initialised, and free elsewhere.
 """
@@ -20,7 +20,7 @@ from sparsekd.topology import Topology
 
 
 def several() -> bool:
-    """Say whether this process is one of several that train together."""
+    """Return whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -93,7 +93,7 @@ def _ranks(row: list[int]) -> str:
 
 
 def fingerprint(topology: Topology) -> int:
-    """Return 63 bits that equal topologies share in every process.
+    """Hash a topology to 63 bits, the same in every process.
 
     Example:
         >>> mask = torch.eye(3, dtype=torch.bool)
@@ -107,12 +107,12 @@ def fingerprint(topology: Topology) -> int:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return what a DistributedDataParallel wrapper wraps, any other module as it is."""
+    """Return the module inside a DistributedDataParallel wrapper, any other as it is."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class Wrappers:
-    """The DistributedDataParallel wrappers of a model, as far as anybody has named them.
+    """The DistributedDataParallel wrappers of a model, as far as they are known.
 
     Args:
         model: a wrapper, or a module that may hold some.
@@ -127,14 +127,14 @@ class Wrappers:
 
     @property
     def named(self) -> bool:
-        """Whether the wrappers, or that there are none, have been named."""
+        """Whether the wrappers are known, or known not to exist."""
         return self._known is not None
 
     def name(self, *wrappers: DistributedDataParallel) -> None:
-        """Say which wrappers there are.
+        """Set the wrappers of the model, in place of those known before.
 
         Raises:
-            ValueError: one is no DistributedDataParallel, or of another model.
+            ValueError: one is no DistributedDataParallel, or wraps another model.
         """
         for wrapper in wrappers:
             if not isinstance(wrapper, DistributedDataParallel):

@@ -15,12 +15,12 @@ from sparsekd.topology import Topology
 
 
 class RigL(SET):
-    """Every `every` iterations move the smallest weights of each layer to the largest gradients.
+    """RigL: the smallest weights of each layer move to the largest gradients.
 
     The gradient is the dense one whose entries at the nonzeros are `values.grad` (of all backward
-    passes since the gradients were zeroed), before the drop. It is formed on these iterations only,
-    tile by tile, and never stored for a whole layer: of each tile only the best candidates are
-    kept. A layer that took no part in the backward pass stays as it is.
+    passes since the gradients were zeroed), before the drop. It is computed on update iterations
+    only, tile by tile, and never stored for a whole layer: only the best candidates of each tile
+    are kept. A layer that took no part in the backward pass does not change.
 
     Args:
         model: holds sparse modules.

@@ -1,4 +1,4 @@
-"""Which weights to drop: pure functions of flat tensors."""
+"""Rules for dropping weights: pure functions of flat tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def magnitude(values: Tensor) -> Tensor:
 
 
 def smallest(score: Tensor, k: int) -> Tensor:
-    """Return the slots of exactly the `k` smallest scores; among equals the lower slot goes first.
+    """Return the slots of exactly the `k` smallest scores; among equal ones the lower slots.
 
     Slots rather than a threshold, because freshly grown weights are all 0 and tie.
 
@@ -51,7 +51,7 @@ def smallest(score: Tensor, k: int) -> Tensor:
 
 
 def largest_in_cells(score: Tensor, cell: Tensor, quota: Tensor) -> Tensor:
-    """Mark in every cell as many of its largest scores as its quota says; of equals the first.
+    """Mark the largest scores of every cell, as many as its quota; of equal ones the first.
 
     Args:
         score: numbers, none NaN.
@@ -82,7 +82,7 @@ def largest_in_cells(score: Tensor, cell: Tensor, quota: Tensor) -> Tensor:
 def smallest_overall(
     scores: Mapping[str, Tensor], k: int, areas: Mapping[str, Tensor] | None = None
 ) -> dict[str, int]:
-    """Count by layer the `k` smallest scores of all layers together.
+    """Count, for each layer, its share of the `k` smallest scores of all layers.
 
     Among equal scores those of an earlier layer go first.
 

@@ -17,7 +17,7 @@ from sparsekd.topology import Topology
 
 
 class SET(Updater):
-    """Every `every` iterations replace the smallest weights of each layer by random others.
+    """SET: the smallest weights of each layer are replaced by random others.
 
     Each layer keeps its number of nonzeros exactly. The fraction that is replaced falls from
     `drop_fraction` to 0 along a cosine.
@@ -69,7 +69,7 @@ class SET(Updater):
         )
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
-        """Draw `k` positions outside `kept`, each set of them being equally likely."""
+        """Draw `k` positions outside `kept`; all sets of them are equally likely."""
         return growers.random(kept, k, self.generator)
 
     def ranking(self, name: str) -> Iterable[Block]:

@@ -19,10 +19,10 @@ from sparsekd.topology import Topology
 
 
 class SNFS(SET):
-    """Move the smallest weights to where the momentum of the dense gradient is largest.
+    """SNFS: the smallest weights move to the largest momentum of the dense gradient.
 
-    Each layer's dense gradient is formed on every iteration up to `until` and averaged:
-    `m = momentum m + (1 - momentum) g`. That, and one dense tensor a layer, is the price of this
+    Each layer's dense gradient is computed on every iteration up to `until` and averaged:
+    `m = momentum m + (1 - momentum) g`. That, and one dense tensor per layer, is the cost of the
     method; the layers themselves stay sparse. A gradient that is not finite leaves the mean as it
     was. With a GradScaler the mean is of scaled gradients, which the scale's rare changes disturb.
 
@@ -73,7 +73,7 @@ class SNFS(SET):
             check_equal_tiles(f"{type(self).__name__} with redistribute=True", self.modules)
 
     def step(self) -> bool:
-        """Average this iteration's gradients, then do as `Updater.step`."""
+        """Average this iteration's gradients, then run `Updater.step`."""
         self._gradients.settle()
         for name in self.layers():
             if super().has_gradient(name):
@@ -81,7 +81,7 @@ class SNFS(SET):
         return super().step()
 
     def counts(self, fraction: float) -> Counts:
-        """Return by layer how many weights it loses and gains."""
+        """Return, for each layer, how many weights are dropped and grown."""
         if not self.redistribute:
             return super().counts(fraction)
         part = {name: m.topology for name, m in self.layers().items() if name in self.mean}
@@ -101,7 +101,7 @@ class SNFS(SET):
         yield 0, 0, self._magnitude(name)
 
     def has_gradient(self, name: str) -> bool:
-        """Say whether layer `name` has taken part in a backward pass yet."""
+        """Return whether layer `name` has taken part in a backward pass yet."""
         return name in self.mean
 
     def _magnitude(self, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from sparsekd.dst.tile_grid import LayerUpdate
 
 
 class SRigL(RigL):
-    """Move weights as RigL does, but leave every active neuron of a layer the same number.
+    """RigL with the same number of weights in every active neuron of a layer.
 
     An update finds the weights that RigL would keep and those it would grow: the salient ones. A
     neuron with fewer of them than `min_salient` of the fan-in is ablated, all its weights going to
@@ -113,7 +113,7 @@ class SRigL(RigL):
         return pooled
 
     def _active_neurons(self, name: str, salient: Tensor) -> Tensor:
-        """Say which rows keep weights, by how many salient ones each has."""
+        """Mark the rows that stay active, by the number of salient weights of each."""
         topology, target = self.grid(name).tiles, self.targets[name]
         fan_in = target / max(int(topology.crow_indices.diff().count_nonzero()), 1)
         active = salient >= max(1.0, self.min_salient * fan_in)

@@ -1,4 +1,4 @@
-"""Keep the topology fixed: the baseline of every dynamic method."""
+"""A fixed topology: the baseline of every dynamic method."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sparsekd.layouts import LAYOUTS
 
 
 class Static(Updater):
-    """Train with a fixed topology; `step()` always returns False.
+    """Training with a fixed topology; `step()` always returns False.
 
     Args:
         model: holds sparse modules.
         optimizer: holds their values.
-        **unused: arguments of the dynamic methods, so that one can stand in for the other.
+        **unused: arguments of the dynamic methods, so that methods are interchangeable.
 
     Example:
         >>> import torch, sparsekd as skd

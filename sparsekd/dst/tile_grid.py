@@ -1,4 +1,4 @@
-"""A layer in the tiles of its layout: what the rules that drop and grow get to see."""
+"""A layer in the tiles of its layout, as the rules that drop and grow see it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsekd.topology import Topology
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What one update did to one layer, in weights.
+    """The effect of one update on one layer, in weights.
 
     Args:
         dropped: weights that the drop rule took out.
@@ -84,7 +84,7 @@ class TileGrid:
 
     @property
     def grain(self) -> int:
-        """Weights by which the layer's number changes at the least, where tiles are whole."""
+        """Smallest change of the layer's number of weights, in whole tiles."""
         return math.prod(self.layout.tile) * self.quantum
 
     def areas(self, positions: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class TileGrid:
         return mean.view(self.tiles.rows, self.tiles.cols)
 
     def lowest(self, score: Tensor, k: int) -> Tensor:
-        """Return the slots of the `k` tiles of lowest score that may go together, ascending.
+        """Return the slots of the `k` tiles of lowest score to drop together, ascending.
 
         Args:
             score: one number per stored tile.
@@ -143,7 +143,7 @@ class TileGrid:
         return scores.largest_in_cells(-score, group, quota).nonzero().squeeze(1)
 
     def quota(self, dropped: Tensor, k: int) -> Tensor:
-        """Return how many of `k` new tiles each cell gets.
+        """Share `k` new tiles between the cells.
 
         Args:
             dropped: slots of the tiles that go.
@@ -164,7 +164,7 @@ class TileGrid:
         return self.layout.cell_of(positions, self.tiles.shape)
 
     def exchange(self, dropped: Tensor, grown: Tensor) -> tuple[Tensor, LayerUpdate]:
-        """Return the weight's mask once some tiles have gone and others come.
+        """Return the weight's mask after dropping some tiles and growing others.
 
         Args:
             dropped: slots of the tiles that go.
@@ -200,7 +200,7 @@ class TileGrid:
 def smallest_overall(
     grids: Mapping[str, TileGrid], score: Mapping[str, Tensor], weights: int
 ) -> dict[str, int]:
-    """Count by layer the tiles of lowest score of all layers together.
+    """Count, for each layer, its share of the tiles of lowest score of all layers.
 
     Args:
         grids: by layer.
@@ -224,7 +224,7 @@ def smallest_overall(
 def in_tiles(
     grids: Mapping[str, TileGrid], weights: Mapping[str, float], room: Mapping[str, int], total: int
 ) -> dict[str, int]:
-    """Turn real numbers of weights into numbers of tiles that come near a total.
+    """Round real numbers of weights to numbers of tiles whose sum is close to a total.
 
     Args:
         grids: by layer.
@@ -244,12 +244,12 @@ def in_tiles(
 
 
 def slack(grids: Mapping[str, TileGrid]) -> int:
-    """Return how far from a target, in weights, whole tiles may leave the layers."""
+    """Return how far whole tiles may miss a target, in weights."""
     return max((grid.grain for grid in grids.values()), default=1) // 2
 
 
 def check_method(kind: type, layers: Mapping[str, Layout]) -> None:
-    """Raise UnsupportedError where a method cannot keep the layout of a layer.
+    """Check that a method can keep the layout of every layer.
 
     Args:
         kind: the method, a subclass of `Updater`. One that replaces `grow` of a method, and not its

@@ -18,13 +18,13 @@ from sparsekd.sparsity import Constant, allocate, topk_mask
 
 
 class TopKAST(Updater):
-    """Compute with the set A of each layer's largest weights, train the larger set B around it.
+    """Top-KAST: forward on the set A of each layer's largest weights, training of a larger set B.
 
     Forward passes and input gradients cost what A costs, weight gradients what B does. Every
-    `every` iterations each layer chooses A and B anew by the magnitude of all its weights; those
-    outside B keep the value they had when they left it, one dense copy a layer that nothing
-    computes with. `penalty` times the sign of the weight is added to the gradient on A, and
-    1 / density of A times that on the rest of B, so that weights compete.
+    `every` iterations A and B of each layer are chosen again by the magnitude of all its weights;
+    those outside B keep the value they had when they left it, in one dense copy per layer that
+    takes part in no computation. `penalty` times the sign of the weight is added to the gradient
+    on A, and 1 / density of A times that on the rest of B, so that weights compete.
 
     Start from `sparsify(model, sparsity=0)`: the layers become sparse here. B less A is a second
     parameter of each layer, `extra[name]`, and joins the parameter group of the layer's values.
@@ -107,12 +107,12 @@ class TopKAST(Updater):
 
     @property
     def extra(self) -> dict[str, nn.Parameter]:
-        """The weights of B less A, one parameter a layer."""
+        """The weights of B without A, one parameter per layer."""
         return self._outside.parameters
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Add the penalty to the gradients and choose anew if it is due; always False."""
+        """Add the penalty to the gradients, choose A and B again if due, and return False."""
         if self.iteration + 1 < self.until:
             self._gradients.foreign |= dict.fromkeys(self._outside.settle())
         else:
@@ -128,7 +128,7 @@ class TopKAST(Updater):
         return rewired
 
     def catch_up(self, changed: Sequence[str]) -> None:
-        """Refuse, unless there is no optimizer state yet and the weights at rest are loaded."""
+        """Refuse, unless the optimizer has no state yet and the weights at rest are loaded."""
         stateful = [n for n in changed if self.optimizer.state.get(self.modules[n].values)]
         if stateful or not self._loaded:
             raise OptimizerStateError(
@@ -147,7 +147,7 @@ class TopKAST(Updater):
         return self._outside.weights(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, next to the model's and the optimizer's state."""
+        """Return the state of the method, beside that of model and optimizer."""
         return {**super().state_dict(), **self._outside.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a recipe consists of."""
+"""The fields of a recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsekd.train import Training
 
 @dataclass(frozen=True)
 class DataChoice:
-    """Name a data set.
+    """A data set, by name.
 
     Args:
         name: as in `sparsekd.data.load`.
@@ -39,7 +39,7 @@ class DataChoice:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Name a network.
+    """A network, by name.
 
     Args:
         name: as in `sparsekd.models.build`.
@@ -54,7 +54,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Describe an experiment: ways to train one network sparse, over seeds.
+    """An experiment: ways to train one network sparse, over seeds.
 
     Args:
         name: of the recipe.
@@ -123,7 +123,7 @@ class Recipe:
             raise ValueError(f"prune_rate: expected a number in (0, 1), got {self.prune_rate}")
 
     def check_layout(self) -> None:
-        """Raise ValueError where a sparsity is not that of the layout."""
+        """Check that every sparsity is one that the layout allows; ValueError otherwise."""
         for sparsity in self.sparsities:
             check_fixed_density(Layout.parse(self.layout), sparsity)
 

@@ -1,4 +1,4 @@
-"""Run a recipe: the dense network of each seed, then its tickets, each run once and only once."""
+"""The runs of a recipe: the dense network of each seed, then its tickets, each exactly once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from sparsekd.train.step_time import time_step
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Name one training run of an experiment.
+    """One training run of an experiment.
 
     Args:
         seed: of the run.
@@ -52,7 +52,7 @@ class TrainingRun:
 
     @property
     def name(self) -> str:
-        """Return the run's subfolder and its name in the rows."""
+        """The run's subfolder, and its name in the rows."""
         if self.method == "dense":
             return f"seed{self.seed}/dense"
         if self.round:
@@ -160,7 +160,7 @@ def load_data(choice: DataChoice, root: Path | None) -> data.Dataset:
 
 
 class Experiment:
-    """Run a recipe in a folder, and go on where an earlier call stopped.
+    """A recipe that runs in a folder, and resumes where an earlier call stopped.
 
     Args:
         recipe: what to run.
@@ -323,7 +323,7 @@ class Experiment:
         }
 
     def _extra_flops(self, run: TrainingRun, trainer: Trainer, dense: int) -> int:
-        """Count the dense gradients that a run forms to grow weights, and its teacher's passes.
+        """Count the operations of a run's dense gradients for growth, and of its teacher.
 
         Each costs what a forward pass of the dense network does, `dense` operations an image.
         """

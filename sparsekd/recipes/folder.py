@@ -25,10 +25,10 @@ _DEFAULTS = Recipe("", "", DataChoice(""), ModelChoice(""), Training(epochs=1))
 
 
 class RunFolder:
-    """Hold config.json, metrics.jsonl, one subfolder a run, and figures.
+    """A folder with config.json, metrics.jsonl, one subfolder per run, and figures.
 
-    Opening it again with the same recipe goes on where it stopped; methods, sparsities and
-    seeds may differ from the last time, everything else may not. In a distributed run every rank
+    Opening it again with the same recipe resumes where it stopped; methods, sparsities and seeds
+    may differ from the last time, everything else may not. In a distributed run every rank
     opens it, on a file system they share; rank 0 holds the lock and writes.
 
     Args:
@@ -93,14 +93,14 @@ class RunFolder:
         return self.path / run / "final.safetensors"
 
     def result(self, run: str) -> Row | None:
-        """Return the result row of a run, None if it has not finished."""
+        """Return the result row of a run, or None if it has not finished."""
         if not self.model_path(run).exists():
             return None
         rows = [r for r in self.log.rows() if r["kind"] == "result" and r["run"] == run]
         return rows[-1] if rows else None
 
     def sync_epochs(self, run: str, rows: list[Row]) -> None:
-        """Make the epoch rows of a run those given: what its saved state contains."""
+        """Replace the epoch rows of a run by those in its saved state."""
         self.log.keep(lambda row: row["run"] != run)
         for row in rows:
             self.append_epoch(run, row)

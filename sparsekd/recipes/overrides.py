@@ -1,4 +1,4 @@
-"""Change fields of a recipe by their dotted names, with the types checked."""
+"""Changes to fields of a recipe by dotted names, with types checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def override(config: T, assignment: str) -> T:
-    """Return a frozen dataclass with one field changed, however deep it lies.
+    """Return a frozen dataclass with one field changed, at any depth.
 
     Args:
         config: the dataclass, with dataclasses as fields.

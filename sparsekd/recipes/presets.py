@@ -12,7 +12,7 @@ from sparsekd.train import Training
 
 
 def _rates(*rounds: int) -> tuple[float, ...]:
-    """Return the sparsities reached by pruning 20 % of the rest so many times, to 4 digits."""
+    """Return the sparsities after pruning 20 % of the rest `rounds` times, to 4 digits."""
     return tuple(round(1 - 0.8**k, 4) for k in rounds)
 
 

@@ -1,4 +1,4 @@
-"""Summarise an experiment from its raw rows: one table, and the figures."""
+"""The summary of an experiment from its raw rows: a table and figures."""
 
 from __future__ import annotations
 

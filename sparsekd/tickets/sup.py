@@ -98,7 +98,7 @@ class Cycles:
 
 @dataclass(frozen=True)
 class Superposition:
-    """Hold the hyper-parameters of Sup-tickets, with times in epochs; see `SupTickets`."""
+    """Hyper-parameters of Sup-tickets, with times in epochs; see `SupTickets`."""
 
     cycle_fraction: float = 0.1
     cycle_epochs: int = 8
@@ -116,7 +116,7 @@ class Superposition:
         return Cycles(epochs * steps, self.cycle_fraction, self.cycle_epochs * steps, self.lr)
 
     def tail(self, epochs: int) -> int:
-        """Return how many epochs the cycles take at the end of `epochs`."""
+        """Return the number of epochs that the cycles take at the end of `epochs`."""
         return self.cycles(epochs, 1).count * self.cycle_epochs
 
 

@@ -1,4 +1,4 @@
-"""What a training run does: its hyper-parameters and its learning-rate schedule."""
+"""The hyper-parameters of a training run, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Schedule = Literal["step", "cosine"]
 
 @dataclass(frozen=True)
 class Training:
-    """Hold the hyper-parameters of one training run by SGD.
+    """Hyper-parameters of a training run by SGD.
 
     Every epoch number counts from the start of the full schedule. A run that starts at epoch k
     therefore sees the learning rate and the milestones that a full run sees from epoch k on, which

@@ -45,7 +45,7 @@ class StepCost:
 
 
 def growth_epochs(method: Method, rows: Sequence[Row], steps: int, until: float) -> float:
-    """Return for how many epochs' worth of images a run has formed dense gradients.
+    """Count the dense gradients of a run, in epochs' worth of images.
 
     Args:
         method: says when it forms them.
