@@ -56,7 +56,8 @@ def step_bytes(model: nn.Module, input_shape: Sequence[int]) -> int:
     def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal words
         if isinstance(module, nn.BatchNorm2d):
-            words += _BATCH_NORM * output.numel()
+            act = getattr(module, "act", False)  # the ReLU of a BatchNormAct2d
+            words += (_BATCH_NORM + (_RELU if act else 0)) * output.numel()
         elif isinstance(module, nn.ReLU):
             words += _RELU * output.numel()
         else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.models._init import check_stem, he_init_, scaled
+from sparsekd.models.norm_act import BatchNormAct2d
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -47,17 +48,16 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, width, stride)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
+        self.bn1 = BatchNormAct2d(width)
         self.conv2 = _conv3x3(width, width)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNormAct2d(width)
         self.downsample = _downsample(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to `x`."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(out)) + shortcut)
+        out = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(out), shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -86,20 +86,19 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = width * self.expansion
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNormAct2d(width)
         self.conv2 = _conv3x3(width, width, stride)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNormAct2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.bn3 = BatchNormAct2d(out_channels)
         self.downsample = _downsample(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to `x`."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        return self.relu(self.bn3(self.conv3(out)) + shortcut)
+        out = self.bn1(self.conv1(x))
+        out = self.bn2(self.conv2(out))
+        return self.bn3(self.conv3(out), shortcut)
 
 
 class ResNet(nn.Module):
@@ -149,8 +148,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         else:
             self.conv1 = _conv3x3(in_channels, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.bn1 = BatchNormAct2d(channels)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
 
         self.stages = tuple(f"layer{stage}" for stage in range(1, len(depths) + 1))
@@ -173,7 +171,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the images `x`."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x)))
         for name in self.stages:
             x = getattr(self, name)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsekd.models._init import he_init_, scaled
+from sparsekd.models.norm_act import BatchNormAct2d
 
 
 class PreActivationBlock(nn.Module):
@@ -31,9 +31,9 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.bn1 = BatchNormAct2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNormAct2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.shortcut: nn.Conv2d | None = None
         if stride != 1 or in_channels != width:
@@ -41,10 +41,11 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to `x`."""
-        activated = F.relu(self.bn1(x))
+        # The None makes it an error to put a norm without ReLU in the place of one of these.
+        activated = self.bn1(x, None)
         shortcut = x if self.shortcut is None else self.shortcut(activated)
-        out = self.conv1(activated)
-        return self.conv2(F.relu(self.bn2(out))) + shortcut
+        out = self.bn2(self.conv1(activated), None)
+        return self.conv2(out) + shortcut
 
 
 class WideResNet(nn.Module):
@@ -89,7 +90,7 @@ class WideResNet(nn.Module):
                 channels = inner
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3 = stages
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn = BatchNormAct2d(channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         he_init_(self)
@@ -97,7 +98,7 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the images `x`."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.fc(torch.flatten(self.avgpool(F.relu(self.bn(x))), 1))
+        return self.fc(torch.flatten(self.avgpool(self.bn(x)), 1))
 
 
 def wrn22_2(num_classes: int = 10, in_channels: int = 3, *, width: float = 1.0) -> WideResNet:

@@ -9,21 +9,29 @@ from sparsekd.nn.conv1d import SparseConv1D
 from sparsekd.nn.convert import densify, relayout, sparsify
 from sparsekd.nn.cuda_graphs import make_capturable
 from sparsekd.nn.distributed import keep_indices_local
-from sparsekd.nn.fuse import optimize, unfuse
+from sparsekd.nn.fuse import FusedNorms, fused_norms, optimize, unfuse
+from sparsekd.nn.fused import register_fused
 from sparsekd.nn.linear import SparseLinear
+from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, norm_act
 from sparsekd.sparsity import Survey, survey
 
 __all__ = [
+    "FusedBatchNormAct2d",
+    "FusedNorms",
     "SparseConv1D",
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",
     "Survey",
+    "conv_norm_act",
     "densify",
+    "fused_norms",
     "init",
     "keep_indices_local",
     "make_capturable",
+    "norm_act",
     "optimize",
+    "register_fused",
     "relayout",
     "sparse_modules",
     "sparsify",

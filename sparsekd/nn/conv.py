@@ -14,8 +14,8 @@ from sparsekd.functional import PADDING_MODES, resolve_padding
 from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, copy_dense_
 from sparsekd.nn.masks import dense_mask, initial_mask
-from sparsekd.nn.tracing import call_module, stays_whole
 from sparsekd.ops.memory_format import memory_format_of
+from sparsekd.tracing import call_module, stays_whole
 
 _Size = int | Sequence[int]
 

@@ -15,7 +15,7 @@ from sparsekd.nn.base import SparseModule, sparse_modules
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.conv1d import SparseConv1D
 from sparsekd.nn.distributed import keep_indices_local
-from sparsekd.nn.held import replace_everywhere
+from sparsekd.nn.held import replace_modules
 from sparsekd.nn.init import kaiming_
 from sparsekd.nn.linear import SparseLinear
 from sparsekd.nn.stored import parameter_count
@@ -142,7 +142,9 @@ def sparsify(
         replacements[layers[name]] = sparse
     _warn_of_dense(found, chosen, skip, given=masks is not None)
     warn_of_dead({name: living_rows(mask) for name, mask in chosen.items()}, stacklevel=3)
-    return keep_indices_local(_replace(model, replacements, "sparsify"))
+    model = replace_modules(model, replacements, "sparsify")
+    _leave_fast_path(model)
+    return keep_indices_local(model)
 
 
 @torch.no_grad()
@@ -175,7 +177,7 @@ def densify(model: nn.Module) -> nn.Module:
                 dense.register_parameter("bias", module.bias)
             take_hooks(dense, module)
             replacements[module] = dense
-    return _replace(model, replacements, "densify")
+    return replace_modules(model, replacements, "densify")
 
 
 def relayout(model: nn.Module, layout: str | Layout) -> nn.Module:
@@ -255,18 +257,6 @@ def _warn_of_dense(
             f"silences this, sparsekd.coverage(model) sums up):{lines}",
             stacklevel=4,
         )
-
-
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], call: str) -> nn.Module:
-    if left := replace_everywhere(model, replacements):
-        warnings.warn(
-            f"{call} cannot give every holder of a layer the new one. These keep the old layer, "
-            "which is not trained any more; let them look it up in the model when they need it:"
-            + "".join(f"\n  {where}" for where in left),
-            stacklevel=4,
-        )
-    _leave_fast_path(model)
-    return replacements.get(model, model)
 
 
 def _leave_fast_path(model: nn.Module) -> None:

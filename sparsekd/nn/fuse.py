@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from sparsekd.nn.conv import SparseConv2d
-from sparsekd.nn.rewrite import find_sites, fused_class, plain_class
+from sparsekd.nn.fused import FUSED, load_rows
+from sparsekd.nn.held import as_class, replace_modules
 from sparsekd.ops.memory_format import memory_format_of
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     """Prepare a model for fast steps on the CPU, in place, without changing what it computes.
 
-    Every nn.BatchNorm2d runs as one op with the residual addition and the ReLU that follow it in
-    the code of the module that calls it, forward and backward; the results equal the plain ones to
-    rounding. The modules themselves stay where and what they are, so state_dict, names, parameters,
-    optimizers, `sparsify`, `densify` and rewiring are not concerned. A site goes back to the plain
-    calls while a hook is registered on its modules, and on other devices or dtypes.
+    Modules that call an nn.BatchNorm2d, and that are known, are replaced by ones that run it as one
+    op with the residual addition and the ReLU behind it, forward and backward; the results equal
+    the plain ones to rounding. Known are the networks of `sparsekd.models`, nn.Sequential, the
+    blocks of torchvision's ResNets, DenseNets, MobileNets, RegNets, GoogLeNet and Inception, timm's
+    BatchNormAct2d, and what `sparsekd.nn.register_fused` adds; only modules of exactly these
+    classes are replaced. `fused_norms` lists which norms that reaches and which are left, and
+    `unfuse` takes it back.
+
+    Parameters, buffers, hooks, names and state_dict stay, and the new modules are subclasses of the
+    old ones, so optimizers, `sparsify`, `densify` and rewiring are not concerned. Where a hook is
+    registered on one of the modules that run as one, now or later, and on other devices and dtypes,
+    they are called one after the other as before.
 
     Convolutions take the channels_last layout, so that the whole network runs in it whatever the
     layout of the images. Calling this again does nothing; call it after adding modules.
@@ -28,22 +41,25 @@ def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         channels_last: False leaves the layout of the convolutions as it is.
 
     Returns:
-        The model.
+        The model; if it is itself replaced (an nn.Sequential with norms, a ResNet of torchvision),
+        the module in its place.
 
     Example:
         >>> import sparsekd as skd
         >>> model = skd.optimize(skd.sparsify(skd.models.resnet20(), sparsity=0.9))
-        >>> model(torch.zeros(2, 3, 32, 32)).shape
-        torch.Size([2, 10])
+        >>> print(skd.nn.fused_norms(model))
+        21 of 21 BatchNorm2d fused
     """
-    for module in model.modules():
-        _fuse(module)
-        if not channels_last:
-            continue
+    load_rows()
+    for module in model.modules() if channels_last else ():
         if isinstance(module, SparseConv2d):
             module.channels_last = True
         elif isinstance(module, nn.Conv2d) and not nn.parameter.is_lazy(module.weight):
             _to_channels_last(module.weight)
+    known = [module for module in model.modules() if type(module) in FUSED and _has_norm(module)]
+    replacements = {module: as_class(module, FUSED[type(module)]) for module in known}
+    model = replace_modules(model, replacements, "optimize")
+    _log.info("optimize: %s", fused_norms(model))
     return model
 
 
@@ -54,24 +70,90 @@ def unfuse(model: nn.Module) -> nn.Module:
         model: any module.
 
     Returns:
-        The model, running the methods that were written for it.
+        The model, of modules of the classes that it had; if it is itself replaced, the module in
+        its place.
 
     Example:
         >>> import sparsekd as skd
-        >>> model = unfuse(skd.optimize(skd.models.resnet20()))
+        >>> print(fused_norms(unfuse(skd.optimize(skd.models.resnet20()))))
+        0 of 21 BatchNorm2d fused
+          left, as optimize was not called: bn1, layer1.0.bn1, ...
     """
-    for module in model.modules():
-        module.__class__ = plain_class(module)
-    return model
+    plain = {fused: cls for cls, fused in FUSED.items()}
+    known = [module for module in model.modules() if type(module) in plain]
+    replacements = {module: as_class(module, plain[type(module)]) for module in known}
+    return replace_modules(model, replacements, "unfuse")
 
 
-def _fuse(module: nn.Module) -> None:
-    if not any(type(part) is nn.BatchNorm2d for part in module.modules()):
-        return
-    plain = plain_class(module)
-    fused = fused_class(plain, find_sites(module, plain))
-    if fused is not type(module):
-        module.__class__ = fused
+@dataclass(frozen=True)
+class FusedNorms:
+    """The norms of a model that run as one op with what follows them, and the others."""
+
+    fused: tuple[str, ...]
+    """Names of the norms."""
+
+    left: dict[str, str]
+    """Name of each other norm -> what calls it."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} of {len(self.fused) + len(self.left)} BatchNorm2d fused"]
+        for why in dict.fromkeys(self.left.values()):
+            names = ", ".join(name for name, other in self.left.items() if other == why)
+            lines.append(f"  left, as {why}: {names}")
+        return "\n".join(lines)
+
+
+def fused_norms(model: nn.Module) -> FusedNorms:
+    """List the nn.BatchNorm2d of a model that `optimize` has fused, and why others are left.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The names; `print` shows them with the reasons.
+
+    Example:
+        >>> class Head(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.norm = nn.BatchNorm2d(4)
+        >>> model = optimize(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), Head()))
+        >>> print(fused_norms(model))
+        1 of 2 BatchNorm2d fused
+          left, as optimize has no row for Head: 2.norm
+    """
+    replaced = set(FUSED.values())
+    fused, left = [], {}
+    for parent_name, parent in model.named_modules():
+        for child_name, child in parent.named_children():
+            if not isinstance(child, nn.BatchNorm2d):
+                continue
+            name = f"{parent_name}.{child_name}" if parent_name else child_name
+            if type(child) in replaced or (
+                type(parent) in replaced and type(child) is nn.BatchNorm2d
+            ):
+                fused.append(name)
+            elif type(child) is not nn.BatchNorm2d and type(child) not in FUSED:
+                left[name] = f"its class is {type(child).__name__}"
+            elif {type(parent), type(child)} & set(FUSED):
+                left[name] = "optimize was not called"
+            else:
+                left[name] = f"optimize has no row for {_caller(model, parent_name)}"
+    return FusedNorms(tuple(fused), left)
+
+
+def _caller(model: nn.Module, name: str) -> str:
+    """Return the class of the innermost module that is no list of modules and holds `name`."""
+    while name and isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict):
+        name = name.rpartition(".")[0]
+    return type(model.get_submodule(name)).__name__
+
+
+def _has_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm, or calls one itself."""
+    return isinstance(module, nn.BatchNorm2d) or any(
+        type(child) is nn.BatchNorm2d for child in module.children()
+    )
 
 
 def _to_channels_last(weight: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Replacing layers of a model, in its tree of modules and in lists, dicts and other objects.
+"""Replacing modules of a model, in its tree of modules and in lists, dicts and other objects.
 
-A layer may also be held where `named_modules` does not look. Left there, the old layer keeps
+A module may also be held where `named_modules` does not look. Left there, an old layer keeps
 computing with its dense weight, which nothing trains. What the attributes of the model's modules
 reach is searched; what can be put right there is, and the rest is reported by name.
 """
@@ -9,52 +9,91 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from sparsekd._torch import REGISTERED, registered
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _OPAQUE = (str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, range)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)  # fail by themselves when used
 _LIMIT = 1_000_000  # objects looked at, for a model that holds its data set
 _DEPTH = 60
 
 
-def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> list[str]:
-    """Replace layers in a model's tree of modules and wherever attributes of its modules hold them.
-
-    Lists, dicts, sets, deques, tuples, partials, bound methods and plain objects are put right, in
-    place where they are mutable. Objects are never searched for, only reached.
+def as_class(module: nn.Module, cls: type[_Module]) -> _Module:
+    """Return a module of another class with the parameters, children and hooks of this one.
 
     Args:
-        model: changed in place; a layer that is to be replaced itself stays as it is.
-        replacements: old layer -> new one.
+        module: any module; it goes on working.
+        cls: its class, which is not initialised.
+
+    Example:
+        >>> class Other(nn.Linear): ...
+        >>> layer = nn.Linear(2, 2)
+        >>> as_class(layer, Other).weight is layer.weight
+        True
+    """
+    new = cls.__new__(cls)
+    vars(new).update(vars(module))
+    return new
+
+
+def replace_modules(
+    model: nn.Module, replacements: Mapping[nn.Module, nn.Module], call: str
+) -> nn.Module:
+    """Replace modules in a model's tree of modules and wherever attributes of modules hold them.
+
+    Lists, dicts, sets, deques, tuples, partials, bound methods and plain objects are put right, in
+    place where they are mutable. Objects are never searched for, only reached. A warning names
+    holders that keep an old module or its weight, which needs the user's hand.
+
+    Args:
+        model: changed in place.
+        replacements: old module -> new one.
+        call: what the user called; the warning starts with it.
 
     Returns:
-        Where an old layer or its weight is still held, which needs the user's hand.
+        The model; if it is itself replaced, the module in its place.
 
     Example:
         >>> old, new = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> model = nn.Module()
         >>> model.layers = [old]
-        >>> replace_everywhere(model, {old: new}), model.layers[0] is new
-        ([], True)
+        >>> replace_modules(model, {old: new}, "call").layers[0] is new
+        True
     """
+    model = replacements.get(model, model)
     search = _Search(replacements)
-    search.module(model, "model")
-    return search.left
+    if replacements:
+        search.module(model, "model")
+    if search.left:
+        warnings.warn(
+            f"{call} cannot give every holder of a layer the new one. These keep the old layer, "
+            "which the model neither calls nor trains any more; let them look it up in the model "
+            "when they need it:" + "".join(f"\n  {where}" for where in search.left),
+            stacklevel=4,
+        )
+    return model
 
 
 class _Search:
     def __init__(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
         self.new = dict(replacements)
-        stored = (registered(m)[0].get(name) for m in replacements for name in ("weight", "values"))
-        self.weights = {id(weight) for weight in stored if weight is not None}
+        # Of weights that the new module does not share.
+        self.weights = {
+            id(weight)
+            for old, new in replacements.items()
+            for name in ("weight", "values")
+            if (weight := registered(old)[0].get(name)) is not None
+            and weight is not registered(new)[0].get(name)
+        }
         self.left: list[str] = []
         # Object and what takes its place, by id; the object too, or its id would be taken again.
         self.seen: dict[int, tuple[Any, Any]] = {}

@@ -13,7 +13,7 @@ from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, copy_dense_
 from sparsekd.nn.masks import dense_mask, initial_mask
-from sparsekd.nn.tracing import call_module, stays_whole
+from sparsekd.tracing import call_module, stays_whole
 
 _Linear = TypeVar("_Linear", bound="SparseLinear")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
 
 from sparsekd._torch import BatchNorm
 from sparsekd.errors import ShapeError
+from sparsekd.models.norm_act import BatchNormAct2d
+from sparsekd.nn.held import as_class, replace_modules
 from sparsekd.train.distributed import ranks
 
 
@@ -51,11 +54,31 @@ class SyncBatchNorm(BatchNorm):
         self.running_var.lerp_(variance, momentum)
 
 
+class _WithAct(nn.Module):
+    """What BatchNormAct2d has behind its norm."""
+
+    act: bool
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        if residual is not None:
+            y = y + residual
+        return F.relu(y) if self.act else y
+
+
+class SyncBatchNormAct2d(_WithAct, SyncBatchNorm):
+    """BatchNormAct2d with the statistics of all ranks' images, on CPUs."""
+
+
+class CudaSyncBatchNormAct2d(_WithAct, nn.SyncBatchNorm):
+    """BatchNormAct2d with the statistics of all ranks' images, on GPUs."""
+
+
 def synchronize(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm of a model use the batch of all ranks, with parameters and buffers kept.
+    """Make every BatchNorm of a model that of all ranks; parameters and buffers stay the same.
 
     Args:
-        model: changed in place, unless it is itself a BatchNorm on a GPU.
+        model: changed in place, unless it is itself a BatchNorm.
 
     Returns:
         The model.
@@ -65,9 +88,14 @@ def synchronize(model: nn.Module) -> nn.Module:
         >>> type(model[0]).__name__
         'SyncBatchNorm'
     """
-    if next(model.parameters()).device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    on_gpu = next(model.parameters()).device.type != "cpu"
+    plain = nn.SyncBatchNorm if on_gpu else SyncBatchNorm
+    with_act = CudaSyncBatchNormAct2d if on_gpu else SyncBatchNormAct2d
+    replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, BatchNorm):
-            module.__class__ = SyncBatchNorm
-    return model
+            new = as_class(module, with_act if isinstance(module, BatchNormAct2d) else plain)
+            if on_gpu:
+                vars(new)["process_group"] = None  # all ranks
+            replacements[module] = new
+    return replace_modules(model, replacements, "synchronize")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 import sparsekd
+from sparsekd import models
 from sparsekd.train import distributed
+from sparsekd.train.batchnorm import synchronize
 
 HERE = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("ranks_worker", HERE / "ranks_worker.py")
@@ -64,6 +67,18 @@ def test_synchronized_batchnorm_is_that_of_the_whole_batch(ranks):
     for number, rank in enumerate(ranks):
         share = {"y": y.detach()[number::2], "x.grad": x.grad[number::2]}
         assert_close(rank["normalise"], share | {"gradients": gradients} | buffers, 1e-11)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wrn22_2"])
+def test_synchronized_norms_of_our_models_keep_residual_and_relu(name):
+    model, x = models.build(name), torch.randn(2, 3, 16, 16)
+    synchronized = synchronize(copy.deepcopy(model))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in synchronized.modules())
+    torch.testing.assert_close(synchronized(x), model(x))
+    torch.testing.assert_close(synchronized.state_dict(), model.state_dict())
+    # What replaces norms without knowing of the ReLU ends in an error, not in another network.
+    with pytest.raises(TypeError, match="positional argument"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()(x)
 
 
 def test_two_processes_train_as_one_does(ranks):

@@ -39,7 +39,7 @@ def test_the_loop_is_sgd_written_out(build, images):
     optimizer = torch.optim.SGD(
         by_hand.parameters(), lr=1, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
-    optimize(by_hand.train()).to(memory_format=torch.channels_last)
+    by_hand = optimize(by_hand.train()).to(memory_format=torch.channels_last)
     for epoch in range(3):
         order = torch.Generator().manual_seed(derive_seed(5, "order", epoch))
         batches = images.train.batches(

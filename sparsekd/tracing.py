@@ -1,6 +1,6 @@
-"""What a graph of torch.fx holds of a sparse module: the module itself, as it does of torch's own.
+"""What a graph of torch.fx holds of our modules: one node each, as it does of torch's own.
 
-So the graph follows a rewire, and what looks for sparse modules finds them in it.
+So the graph follows a rewire and `train()`, and what looks for sparse modules finds them in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ def stays_whole(module: nn.Module, forward: Callable[..., Tensor], x: Proxy) -> 
     return type(module).forward is forward and is_bare(module) and module is not root
 
 
-def call_module(module: nn.Module, x: Proxy) -> Any:
-    """Record a call of `module`; return the proxy of its result."""
-    tracer: Any = x.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
+def call_module(module: nn.Module, *args: Any) -> Any:
+    """Record a call of `module`; return the proxy of its result.
+
+    Args:
+        module: the one called.
+        *args: what it was called with, a proxy first.
+    """
+    tracer: Any = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})

@@ -1,4 +1,10 @@
-"""Run a BatchNorm and the residual and ReLU behind it as one op, where that changes nothing."""
+"""BatchNorm with the residual addition and ReLU behind it as one op, where that changes nothing.
+
+The op normalises, adds and applies the ReLU in one pass over the maps; its backward pass needs the
+result alone to know where the ReLU was active. It takes plain float32 and float64 maps on the CPU.
+Everything else (hooks, transforms, graphs that leave the process, other dtypes and devices) runs as
+the plain calls, so that nobody can tell the difference but by the time.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from sparsekd import ops
 from sparsekd._torch import is_bare, transformed
+from sparsekd.models.norm_act import BatchNormAct2d
+from sparsekd.tracing import call_module, stays_whole
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
@@ -45,28 +54,89 @@ def norm_act(
         >>> norm_act(norm, x, F.relu, residual=x).sum().item()
         18.0
     """
-    if type(norm) is nn.BatchNorm2d and _is_relu(act) and _fits(norm, x, residual):
-        return _fused(norm, x, residual, relu=act is not None)
+    if (
+        type(norm) is nn.BatchNorm2d
+        and is_bare(norm)
+        and is_relu_or_none(act)
+        and fits(norm, x, residual)
+    ):
+        return fused(norm, x, residual, relu=act is not None)
     y = norm(x)
     if residual is not None:
         y = y + residual
     return y if act is None else act(y)
 
 
-def _is_relu(act: Callable[[Tensor], Tensor] | None) -> bool:
+def conv_norm_act(
+    conv: Callable[[Tensor], Tensor],
+    norm: Callable[[Tensor], Tensor],
+    x: Tensor,
+    act: Callable[[Tensor], Tensor] | None = None,
+    residual: Any = None,
+) -> Tensor:
+    """Return `act(norm(conv(x)) + residual)`, from the norm on as `norm_act` does.
+
+    Args:
+        conv: the convolution, dense or sparse.
+        norm, act, residual: as of `norm_act`.
+        x: input of the convolution.
+
+    Example:
+        >>> conv, norm = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)
+        >>> conv_norm_act(conv, norm, torch.randn(4, 1, 3, 3), F.relu).shape
+        torch.Size([4, 2, 3, 3])
+    """
+    return norm_act(norm, conv(x), act, residual)
+
+
+class FusedBatchNormAct2d(BatchNormAct2d):
+    """BatchNorm, residual addition and ReLU as one op on the CPU.
+
+    The same as `sparsekd.models.norm_act.BatchNormAct2d`, which is in plain torch, and with the
+    same arguments, parameters and state_dict; where the op does not apply it computes that.
+
+    Example:
+        >>> norm, x = FusedBatchNormAct2d(2), torch.ones(1, 2, 3, 3)
+        >>> norm(x, residual=x).sum().item()
+        18.0
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise `x`, add the residual and apply the ReLU."""
+        if fits(self, x, residual):
+            return fused(self, x, residual, relu=self.act)
+        if isinstance(x, Proxy) and stays_whole(self, FusedBatchNormAct2d.forward, x):
+            return call_module(self, x, residual)
+        return super().forward(x, residual)
+
+
+FusedBatchNormAct2d.forward.__annotations__ = BatchNormAct2d.forward.__annotations__
+
+
+def is_relu_or_none(act: Any) -> bool:
+    """Return whether `act` is None, a ReLU without hooks, or one of torch's functions for it.
+
+    Args:
+        act: an activation.
+
+    Example:
+        >>> is_relu_or_none(nn.ReLU()), is_relu_or_none(nn.ReLU6())
+        (True, False)
+    """
     if isinstance(act, nn.Module):
         return type(act) is nn.ReLU and is_bare(act)
-    return act is None or is_relu_function(act)
+    return act is None or any(act is relu for relu in _RELUS)
 
 
-def is_relu_function(act: Any) -> bool:
-    """Whether `act` is one of torch's own functions for a ReLU."""
-    return any(act is relu for relu in _RELUS)
+def fits(norm: nn.BatchNorm2d, x: Tensor, residual: Any) -> bool:
+    """Return whether the op takes these tensors, and errors and exotic modes are not at stake.
 
-
-def _fits(norm: nn.BatchNorm2d, x: Tensor, residual: Any) -> bool:
-    """Whether the fused op takes these tensors, and errors and exotic modes are not at stake."""
-    if not is_bare(norm) or not _is_plain_tensor(x):
+    Args:
+        norm: the normalisation.
+        x: its input.
+        residual: added behind it; None for none.
+    """
+    if not _is_plain_tensor(x):
         return False
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False  # a graph that is to leave this process holds torch's own ops
@@ -98,7 +168,15 @@ def _uses_batch(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+def fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+    """Run the op, and update the running statistics as torch does.
+
+    Args:
+        norm: the normalisation.
+        x: its input, which `fits`.
+        residual: added behind it; None for none.
+        relu: whether a ReLU follows.
+    """
     frozen = not _uses_batch(norm)
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None or not frozen:

@@ -1,0 +1,78 @@
+"""What the tests of fused norms share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparsekd as skd
+
+
+class Calls(TorchDispatchMode):
+    """Count the fused and the plain BatchNorms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = self.plain = self.relus = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func._schema.name
+        self.fused += name == "sparsekd::norm_act"
+        self.plain += name == "aten::native_batch_norm"
+        self.relus += name.startswith(("aten::relu", "aten::clamp_min"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def count() -> Callable[[nn.Module, Tensor], tuple[int, int, int]]:
+    """Return the numbers of fused and plain norms, and of ReLUs by themselves, of a call."""
+
+    def count(model: nn.Module, x: Tensor) -> tuple[int, int, int]:
+        with Calls() as calls:
+            model(x)
+        return calls.fused, calls.plain, calls.relus
+
+    return count
+
+
+@pytest.fixture
+def twins() -> Callable[[Callable[[], nn.Module]], tuple[nn.Module, nn.Module]]:
+    """Return a model that is optimized and an equal one that is not, in float64."""
+
+    def twins(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        model = make().double()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+        return skd.optimize(copy.deepcopy(model)), model
+
+    return twins
+
+
+@pytest.fixture
+def assert_equal_steps() -> Callable[[nn.Module, nn.Module, Tensor], None]:
+    def assert_equal_steps(fast: nn.Module, plain: nn.Module, x: Tensor) -> None:
+        for _ in range(2):
+            sides = []
+            for model in (fast, plain):
+                model.zero_grad()
+                leaf = x.clone().requires_grad_()
+                y = model(leaf)
+                y.square().sum().backward()
+                grads = [p.grad for p in model.parameters()]
+                sides.append([y.detach(), leaf.grad, *grads, *model.buffers()])
+            torch.testing.assert_close(sides[0], sides[1])
+
+    return assert_equal_steps
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

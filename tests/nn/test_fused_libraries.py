@@ -1,0 +1,141 @@
+"""skd.optimize on models of torchvision and timm: every norm is fused, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekd as skd
+
+
+def _resnet18() -> nn.Module:
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=4)
+
+
+def _resnet50() -> nn.Module:
+    from torchvision.models import resnet50
+
+    return resnet50(num_classes=4, width_per_group=8)
+
+
+def _vgg() -> nn.Module:
+    from torchvision.models.vgg import VGG, make_layers
+
+    features = make_layers([8, "M", 512, "M"], batch_norm=True)
+    model = VGG(features, num_classes=4, init_weights=False)
+    return nn.Sequential(model.features, nn.AdaptiveAvgPool2d(1))
+
+
+def _densenet() -> nn.Module:
+    from torchvision.models import DenseNet
+
+    return DenseNet(8, (2, 2), 8, num_classes=4)
+
+
+def _checkpointed_densenet() -> nn.Module:
+    from torchvision.models import DenseNet
+
+    return DenseNet(8, (2, 2), 8, num_classes=4, memory_efficient=True)
+
+
+def _mobilenet_v2() -> nn.Module:
+    from torchvision.models import mobilenet_v2
+
+    return mobilenet_v2(num_classes=4, width_mult=0.25, dropout=0.0)
+
+
+def _mobilenet_v3() -> nn.Module:
+    from torchvision.models import mobilenet_v3_small
+
+    return mobilenet_v3_small(num_classes=4, width_mult=0.25, dropout=0.0)
+
+
+def _regnet() -> nn.Module:
+    from torchvision.models.regnet import BlockParams, RegNet
+
+    size = {"depth": 4, "w_0": 8, "w_a": 8.0, "w_m": 2.0, "group_width": 8, "se_ratio": 0.25}
+    return RegNet(BlockParams.from_init_params(**size), num_classes=4)
+
+
+def _inception_blocks() -> nn.Module:
+    from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv2d
+    from torchvision.models.inception import BasicConv2d as InceptionConv2d
+
+    return nn.Sequential(GoogLeNetConv2d(3, 8, kernel_size=3), InceptionConv2d(8, 8, kernel_size=3))
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, num_classes=4)
+
+    make.__name__ = name
+    return make
+
+
+MAKERS = [
+    *(_resnet18, _resnet50, _vgg, _densenet, _checkpointed_densenet, _mobilenet_v2, _mobilenet_v3),
+    *(_regnet, _inception_blocks, _timm("mobilenetv3_small_050"), _timm("regnety_002")),
+]
+RELUS = {"_resnet18": 17, "_resnet50": 49, "_vgg": 2, "_densenet": 10, "_inception_blocks": 2}
+
+
+@pytest.fixture(params=MAKERS, ids=lambda make: make.__name__.strip("_"))
+def make(request, torchvision, timm) -> Callable[[], nn.Module]:
+    return request.param
+
+
+def test_every_norm_is_fused(make, twins, count) -> None:
+    fast, plain = twins(make)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    fused, left, _ = count(copy.deepcopy(fast), x)
+    assert (fused, left) == (norms, 0)
+    assert len(skd.nn.fused_norms(fast).fused) == norms
+    relus = count(copy.deepcopy(plain), x)[2] - count(copy.deepcopy(fast), x)[2]
+    assert relus == RELUS.get(make.__name__, relus)
+
+
+def test_steps_are_equal(make, twins) -> None:
+    fast, plain = twins(make)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for training in (True, False):
+        sides = []
+        for model in (fast.train(training), plain.train(training)):
+            model.zero_grad()
+            y = model(x)
+            y.sin().sum().backward()
+            sides.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+        torch.testing.assert_close(sides[0], sides[1], rtol=1e-6, atol=1e-8)
+
+
+def test_it_is_taken_back_and_copied(make, count) -> None:
+    model = make()
+    classes, names = [type(m) for m in model.modules()], list(model.state_dict())
+    fast = skd.optimize(model)
+    assert list(fast.state_dict()) == names
+    assert all(isinstance(m, cls) for m, cls in zip(fast.modules(), classes, strict=True))
+    x = torch.randn(2, 3, 32, 32)
+    expected = count(copy.deepcopy(fast), x)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert count(other, x) == expected
+    assert [type(m) for m in skd.nn.unfuse(fast).modules()] == classes
+
+
+def test_a_hook_in_a_norm_with_activation_sees_its_input(timm) -> None:
+    from timm.layers import BatchNormAct2d
+
+    model = skd.optimize(nn.Sequential(nn.Conv2d(2, 2, 1), BatchNormAct2d(2)))
+    seen: list[torch.Tensor] = []
+    model[1].act.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    y = model(torch.randn(4, 2, 3, 3))
+    assert float(seen[0].detach().min()) < 0
+    torch.testing.assert_close(seen[0].relu(), y)
