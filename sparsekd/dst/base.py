@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from sparsekd.dst import growers, replicas, scores
 from sparsekd.dst.dynamics import Dynamics, UpdateSchedule, at_share
-from sparsekd.dst.gradients import DenseGradients, NonFiniteGradient, describe_foreign, is_finite
+from sparsekd.dst.gradients import DenseGradients, NonFiniteGradient, check_finite
 from sparsekd.dst.rewiring import Rewiring
-from sparsekd.dst.tile_grid import LayerUpdate, TileGrid, check_method
+from sparsekd.dst.tile_grid import LayerUpdate, TileGrid, TileGrids, check_method
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import SparseModule, sparse_modules
 from sparsekd.nn.distributed import check_own
@@ -28,40 +28,40 @@ from sparsekd.topology import Topology
 
 
 class Updater:
-    """Rewire the sparse modules of a model while it trains.
+    """The loop of dynamic sparse training: it rewires the sparse modules of a model in training.
 
     A method is a schedule (when, and which fraction), how many weights each layer loses and gains,
     a drop score and a grow rule. Subclasses replace `grow`, `drop_score` or `counts`, or `plan`
-    where a mask is no drop and grow. The loop is
+    for masks that do not come from dropping and growing. The loop is
 
         opt.zero_grad(); loss.backward()
         if not dst.step():
             opt.step()
 
-    In a layer whose layout has tiles, whole tiles come and go: `grow`, `counts` and what they call
-    see the layer's `grid`, a weight of one number a tile, and drop scores are pooled over each.
+    An update first plans new masks for all layers, then checks that every layer, the optimizer and
+    the other ranks can follow, and only then changes anything. Where a layout has tiles, whole
+    tiles come and go: rules work on the layer's `grid`, a weight with one number per tile.
 
-    Survivors keep their value, optimizer state and gradient, and so does a weight that is dropped
-    and grown again in one update. A weight that was not there before starts at 0, with the
-    optimizer state of a new parameter. Layers that something else has rewired since the last step
-    (a checkpoint of another topology, `rewire` by hand) keep their optimizer state in the same
-    way, unless the optimizer has loaded a state too, which is taken to belong to them as they are.
-    With a GradScaler, `scaler.step(opt)` and `scaler.update()` both belong under the `if`.
+    Surviving weights keep their value, optimizer state and gradient, and so do weights that are
+    dropped and grown again in one update. New weights start at 0 with the optimizer state of a new
+    parameter. Layers that something else has rewired since the last step (a checkpoint of another
+    topology, `rewire` by hand) keep their optimizer state in the same way, unless the optimizer has
+    loaded a state too, which is then taken to fit them. With a GradScaler, `scaler.step(opt)` and
+    `scaler.update()` both belong under the `if`.
 
     Under `torch.distributed` every rank builds the same updater on its DistributedDataParallel
     wrapper. Dense gradients are averaged over the ranks before they are ranked, and topologies are
     compared at the first step and after each update.
 
     Args:
-        model: holds the sparse modules. Those with frozen values are never rewired, nor those
-            that store every weight. Of a DistributedDataParallel wrapper it is the module inside,
-            and the wrapper follows where layers change size; see `attach`.
+        model: holds the sparse modules, of which those with frozen values and those that store
+            every weight stay as they are; or its DistributedDataParallel wrapper, which follows
+            where layers change size; see `attach`.
         optimizer: holds the values of these modules.
         schedule: iteration (from 1) -> drop fraction, or None where there is no update.
         seed: of the generator that random growth draws from.
         skip_sgd_on_update: whether an update takes the place of the optimizer step. If False,
-            `step()` returns False after an update as well, and the optimizer is to step with the
-            gradients of the surviving weights; those of grown weights are 0.
+            `step()` returns False after an update too; the gradients of grown weights are then 0.
 
     Raises:
         ValueError: `model` has no sparse module.
@@ -89,7 +89,7 @@ class Updater:
     """Layouts that the method keeps; "fanin" and "nm" ask it for `ranking`."""
 
     ablates: ClassVar[bool] = False
-    """Whether it is the method's way to take all weights of an output channel."""
+    """Whether the method may take all weights of an output channel on purpose."""
 
     saved: ClassVar[tuple[str, ...]] = ()
     """Attributes that `state_dict` holds besides the iteration and the generator."""
@@ -114,7 +114,7 @@ class Updater:
             check_own(module, f"dst.{type(self).__name__}", name)
         check_method(type(self), {name: m.layout for name, m in self.layers().items()})
         self.optimizer = optimizer
-        self._grids: dict[str, TileGrid] = {}
+        self._grids = TileGrids(self.modules)
         for name in self.layers():
             check_remappable(optimizer, self.modules[name].values, name=f"{name}.values")
         warn_if_undecayed(optimizer, [module.values for module in self.layers().values()])
@@ -123,7 +123,6 @@ class Updater:
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration = 0
         self.last_update: dict[str, LayerUpdate] = {}
-        self._compared = False
         self._gradients = DenseGradients(self.modules)
         self.schedule = schedule
 
@@ -139,12 +138,12 @@ class Updater:
 
     @classmethod
     def options(cls, dynamics: Dynamics, sparsity: float, steps: int) -> dict[str, Any]:
-        """Return the arguments of the constructor for a run that gives its times as shares.
+        """Return the arguments of the constructor for a run whose recipe gives times as shares.
 
         Args:
             dynamics: of the run.
             sparsity: at the end.
-            steps: of the run; an update that would not happen in it happens at its end.
+            steps: of the run; what would not happen in it happens at its end.
 
         Example:
             >>> import sparsekd as skd
@@ -155,15 +154,14 @@ class Updater:
         return {"drop_fraction": dynamics.drop_fraction, "every": dynamics.every, "until": until}
 
     def attach(self, *wrappers: DistributedDataParallel) -> None:
-        """Name the DistributedDataParallel wrappers of the model that were not given as `model`.
+        """Register DistributedDataParallel wrappers of the model that were not passed as `model`.
 
-        A wrapper lays out its gradient buckets when it is made; where layers change size (GMP,
-        GraNet, AC/DC, redistribution) each is told to do so again. Call this when a wrapper is made
-        after the updater, or anew; with no arguments where gradients are averaged without one.
+        A wrapper lays out its gradient buckets when it is made, and must do so again where layers
+        change size (GMP, GraNet, AC/DC, redistribution). Call this for wrappers made after the
+        updater, or without arguments if gradients are averaged in another way.
 
         Args:
-            wrappers: of the model, of a part of it, or of what it is a part of; all of them, in the
-                place of those named before.
+            wrappers: all of the model, its parts and what contains it; they replace earlier ones.
 
         Raises:
             ValueError: one is no DistributedDataParallel, or of another model.
@@ -172,7 +170,7 @@ class Updater:
 
     @property
     def due(self) -> bool:
-        """Whether the next `step` is to update the topology."""
+        """Whether the next `step` updates the topology."""
         return self.schedule(self.iteration + 1) is not None
 
     def step(self) -> bool:
@@ -180,9 +178,9 @@ class Updater:
 
         Call it after `backward` and before gradients are unscaled or clipped. Growth by gradient
         ranks the dense gradient whose entries at the nonzeros are `values.grad`; a RuntimeWarning
-        names the layers where `.grad` holds what no backward pass has written. A gradient that is
-        not finite skips the update with a RuntimeWarning that names the parameter, and False comes
-        back: whether the optimizer steps is then for the caller or the GradScaler to decide.
+        names layers whose `.grad` was not written by backward passes alone. If a gradient is not
+        finite, the update is skipped with a RuntimeWarning that names the parameter, and `step`
+        returns False: the caller or the GradScaler then decides whether the optimizer steps.
 
         Returns:
             True if this iteration rewired the topology instead of stepping.
@@ -190,21 +188,21 @@ class Updater:
         Raises:
             RuntimeError: the update needs gradients and there was no backward pass.
             ValueError: a weight is NaN.
-            OptimizerStateError: the optimizer has state that cannot follow its weights, those of an
-                update or of a layer that something else has changed; the text names the layer.
+            OptimizerStateError: the optimizer has state that cannot follow the weights of a layer,
+                whether this update or something else has rewired it.
             TopologyError: the ranks of a distributed run hold different topologies.
             UnsupportedError: a capturable layer cannot take its mask, or layers would change size
-                under `torch.distributed` with no wrapper known; no layer has changed then.
+                under `torch.distributed` and no wrapper is known. No layer has changed.
         """
         self._follow()
-        if not self._compared:
-            self._compare_ranks()
+        if not self._rewiring.compared:
+            self._rewiring.compare_ranks()
         self.iteration += 1
         fraction = self.schedule(self.iteration)
         self._gradients.settle()
         try:
             rewired = fraction is not None and self.update(fraction)
-            self._warn_of_foreign()
+            self._gradients.warn_of_foreign(type(self).__name__)
         finally:
             self._prepare_next()
         return rewired and self.skip_sgd_on_update
@@ -230,7 +228,7 @@ class Updater:
             problem = "layers took part in the backward pass on some ranks only"
             replicas.check_equal(seen, problem, next(self.model.parameters()).device)
         try:
-            self._check_finite()
+            check_finite(self.model)
             plan = self.plan(fraction)
         except NonFiniteGradient as problem:
             self.last_update = {}
@@ -242,49 +240,45 @@ class Updater:
         before = self._rewiring.apply(plan, self._prepare)
         if not self.ablates:
             self._rewiring.warn_of_dead(before)
-        self._compare_ranks()
+        self._rewiring.compare_ranks()
         return bool(plan)
 
     def plan(self, fraction: float) -> dict[str, Tensor]:
-        """Return the new mask of each layer that changes, by name; change nothing yet."""
-        counts = self.counts(fraction)
+        """Return the new mask of each layer that is to change, by name, without changing it."""
         return {
             name: self.drop_and_grow(name, drop=drop, grow=grow)
-            for name, (drop, grow) in counts.items()
+            for name, (drop, grow) in self.counts(fraction).items()
             if drop or grow
         }
 
     def catch_up(self, changed: Sequence[str]) -> None:
-        """Carry optimizer state of layers that something else than `update` has rewired."""
+        """Move the optimizer state of layers that something else has rewired."""
         for name in changed:
             self._rewiring.followed.carry(name)
-        self._compared = False
+        self._rewiring.compared = False
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:
-        """Return by layer how many weights, or tiles, it loses and gains; here `fraction`."""
+        """Return how many weights, or tiles, each layer loses and gains; by default `fraction`."""
         moved = {name: self.replaceable(name, fraction) for name in self.layers()}
         return {name: (k, k) for name, k in moved.items()}
 
     def replaceable(self, name: str, fraction: float, pruned: int = 0) -> int:
-        """Return the number that is `fraction` of layer `name` once `pruned` tiles are gone.
+        """Return `fraction` of the tiles that layer `name` has once `pruned` of them are gone.
 
-        It is 0 where nothing can grow: in a layer that stores every weight, and where growth needs
-        a gradient in one that took no part in the backward pass.
+        It is 0 in a layer that stores every weight, or has no gradient for growth to rank.
         """
         grid = self.grid(name)
         nnz = grid.tiles.nnz - pruned
-        unused = self.needs_gradient and not self.has_gradient(name)
-        if nnz == grid.tiles.numel or unused:
+        if nnz == grid.tiles.numel or (self.needs_gradient and not self.has_gradient(name)):
             return 0
         moved = math.floor(fraction * nnz)
         return moved - moved % grid.quantum
 
     def drop_and_grow(self, name: str, *, drop: int, grow: int) -> Tensor:
-        """Return the mask of layer `name` less `drop` weights, or tiles, and with `grow` others."""
+        """Return the mask of layer `name` without `drop` of its tiles and with `grow` others."""
         grid = self.grid(name)
-        tiles = grid.tiles
         dropped = grid.lowest(self.tile_score(name), drop)
-        kept = scores.without(tiles, dropped)
+        kept = scores.without(grid.tiles, dropped)
         if not grow:
             grown = dropped[:0]
         elif grid.in_cells:
@@ -296,12 +290,8 @@ class Updater:
         return mask
 
     def grid(self, name: str) -> TileGrid:
-        """Return layer `name` in the tiles of its layout; itself where a tile is one weight."""
-        module = self.modules[name]
-        topology, known = module.topology, self._grids.get(name)
-        if known is None or known.topology is not topology or known.layout != module.layout:
-            known = self._grids[name] = TileGrid(topology, module.layout)
-        return known
+        """Return layer `name` in the tiles of its layout; in most layouts a tile is one weight."""
+        return self._grids[name]
 
     def tile_score(self, name: str) -> Tensor:
         """Return the mean of `drop_score` over each tile of layer `name`."""
@@ -319,22 +309,19 @@ class Updater:
         return score
 
     def grow(self, name: str, kept: Topology, k: int) -> Tensor:
-        """Return `k` positions of layer `name` outside `kept`, ascending.
-
-        Where the layout has tiles, `kept` and the positions are those of the layer's grid.
-        """
+        """Return `k` positions of the grid of layer `name` outside `kept`, ascending."""
         raise NotImplementedError(f"{type(self).__name__} grows nothing")
 
     def ranking(self, name: str) -> Iterable[Block]:
         """Yield one number for every tile of layer `name`, in rectangles of its grid.
 
-        The free tiles of largest magnitude grow, in each cell of a layout that has cells ("fanin",
-        "nm"); `grow` is not asked there. A method that replaces one of them replaces both.
+        In layouts with cells ("fanin", "nm") the free tiles of largest magnitude grow in each cell,
+        and `grow` is not called. A method that replaces one of the two replaces both.
         """
         raise NotImplementedError(f"{type(self).__name__} ranks nothing")
 
     def gradient(self, name: str) -> Tensor:
-        """Return the dense gradient of layer `name`, the mean over all ranks, once an update.
+        """Return the dense gradient of layer `name`, the mean over all ranks; once in an update.
 
         Its entries at the nonzeros are those of `values.grad`.
         """
@@ -343,24 +330,16 @@ class Updater:
     def gradient_blocks(self, name: str) -> Iterator[Block]:
         """Yield that gradient in rectangles, `(row, column, entries)`, instead of storing it.
 
-        They cover `[rows, cols]` once, in an order that depends on the layer alone; each is
-        overwritten by the next. Use this or `gradient`, once an update. Where the layout has tiles
-        of several weights, there is one rectangle, the mean magnitude of each.
+        They cover `[rows, cols]` once, in an order that depends on the layer alone; each overwrites
+        the one before. If tiles have several weights, one has the mean magnitude of each tile.
         """
-        grid = self.grid(name)
-        blocks = self._gradients.blocks(name)
+        grid, blocks = self.grid(name), self._gradients.blocks(name)
         if grid.single:
             return blocks
         return iter([(0, 0, grid.pool_magnitude(blocks, self.modules[name].values))])
 
-    def _warn_of_foreign(self) -> None:
-        if self._gradients.foreign:
-            message = describe_foreign(type(self).__name__, self._gradients.foreign)
-            self._gradients.foreign.clear()
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
-
     def layers(self) -> dict[str, SparseModule]:
-        """Return the sparse modules that take part: those whose values are trained."""
+        """Return the sparse modules whose values are trained, the only ones to be rewired."""
         return {name: m for name, m in self.modules.items() if m.values.requires_grad}
 
     def nnz(self) -> int:
@@ -372,7 +351,7 @@ class Updater:
         return sum(module.topology.numel for module in self.layers().values())
 
     def has_gradient(self, name: str) -> bool:
-        """Return whether layer `name` took part in the backward passes that `.grad` adds up."""
+        """Return whether layer `name` took part in the backward passes that `.grad` sums."""
         return name in self._gradients
 
     def state_dict(self) -> dict[str, Any]:
@@ -401,7 +380,7 @@ class Updater:
         self.generator.set_state(state["generator"].cpu())
         for name in self.saved:
             setattr(self, name, copy.deepcopy(state[name]))
-        self.last_update, self._compared = {}, False
+        self.last_update, self._rewiring.compared = {}, False
         self._prepare_next()
 
     def _follow(self) -> None:
@@ -412,17 +391,8 @@ class Updater:
         self._gradients.switch(on=self._collects(self.iteration + 1))
 
     def _collects(self, iteration: int) -> bool:
-        """Say whether `gradient(name)` is asked for in this iteration."""
+        """Return whether the method reads `gradient(name)` in this iteration."""
         return self.needs_gradient and self.schedule(iteration) is not None
-
-    def _check_finite(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not is_finite(parameter.grad):
-                raise NonFiniteGradient(f"the gradient of {name} is not finite")
-
-    def _compare_ranks(self) -> None:
-        self._rewiring.compare_ranks()
-        self._compared = True
 
     def _prepare(self, name: str, mask: Tensor) -> Callable[[], None]:
         """Return what rewires one layer; raise where it cannot take the mask."""

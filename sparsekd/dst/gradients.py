@@ -10,12 +10,13 @@ other ranks have made of it since (`_Nonzeros`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekd._torch import version_of
 from sparsekd.csr import row_indices
@@ -56,16 +57,6 @@ class _Held:
                 "growth by gradient needs it until step() returns"
             )
         return self.tensor
-
-
-def describe_foreign(who: str, layers: Iterable[str]) -> str:
-    """Return what to tell about layers whose `.grad` something else than backward has written."""
-    names = ", ".join(f"{name}.values" if name else "values" for name in layers)
-    return (
-        f"{who}: .grad of {names} is not what the backward passes since it was last zeroed add up "
-        "to, nor a multiple of it; where nothing is stored only their sum is known, and growth "
-        "goes by that. Combine losses instead of gradients, or let backward() write .grad last"
-    )
 
 
 _Operands = tuple[_Held, _Held, list[Any]]
@@ -241,6 +232,20 @@ class DenseGradients:
                 if module.values.requires_grad and self._is_foreign(name, module):
                     self.foreign[name] = None
 
+    def warn_of_foreign(self, who: str) -> None:
+        """Name the layers whose `.grad` backward passes alone do not explain, and forget them."""
+        if not self.foreign:
+            return
+        names = ", ".join(f"{name}.values" if name else "values" for name in self.foreign)
+        self.foreign.clear()
+        message = (
+            f"{who}: .grad of {names} is not what the backward passes since it was last zeroed add "
+            "up to, nor a multiple of it; where nothing is stored only their sum is known, and "
+            "growth goes by that. Combine losses instead of gradients, or let backward() write "
+            ".grad last"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
     def take(self, name: str) -> Tensor:
         """Return the gradient of layer `name`, the mean over all ranks, and forget its operands.
 
@@ -323,6 +328,13 @@ def _factor(grad: Tensor, of: Tensor) -> float | None:
     factor = float(torch.dot(grad / length, of / length))
     near = float((grad - factor * of).norm()) <= AGREE * float(grad.norm())
     return factor if near and factor else None
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise NonFiniteGradient, naming the parameter, where a gradient is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not is_finite(parameter.grad):
+            raise NonFiniteGradient(f"the gradient of {name} is not finite")
 
 
 def is_finite(tensor: Tensor) -> bool:

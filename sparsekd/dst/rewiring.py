@@ -43,6 +43,8 @@ class Rewiring:
         self.modules, self.optimizer, self.who = modules, optimizer, who
         self.wrappers = replicas.Wrappers(model)
         self.followed = Followed(modules, optimizer)
+        self.compared = False
+        """Whether all ranks are known to hold the topologies at hand."""
         self._known_dead: set[str] = set()
 
     def apply(
@@ -85,6 +87,7 @@ class Rewiring:
     def compare_ranks(self) -> None:
         """Check that all ranks hold the same topologies."""
         replicas.check_topologies({name: m.topology for name, m in self.modules.items()})
+        self.compared = True
 
     def warn_of_dead(self, before: Mapping[str, int]) -> None:
         """Name layers and output channels that an update has left without a weight, each once.

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsekd.dst import scores
 from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout, check_layouts
+from sparsekd.nn import SparseModule
 from sparsekd.ops.growth import Block
 from sparsekd.sparsity import apportion
 from sparsekd.topology import Topology
@@ -195,6 +196,29 @@ class TileGrid:
     def _used(self) -> Tensor:
         """Return 1 for every group of rows that has a tile, and 0 for the others."""
         return (self.tiles.crow_indices.diff() > 0).long()
+
+
+class TileGrids:
+    """The grids of a model's layers, made when asked for and again once a topology has changed.
+
+    Args:
+        modules: sparse modules by name.
+    """
+
+    def __init__(self, modules: Mapping[str, SparseModule]) -> None:
+        self._modules = modules
+        self._made: dict[str, TileGrid] = {}
+
+    def __getitem__(self, name: str) -> TileGrid:
+        module, made = self._modules[name], self._made.get(name)
+        topology = module.topology
+        if made is None or made.topology is not topology or made.layout != module.layout:
+            made = self._made[name] = TileGrid(topology, module.layout)
+        return made
+
+    def clear(self) -> None:
+        """Forget all grids, which hold tensors of the size of the layers."""
+        self._made.clear()
 
 
 def smallest_overall(

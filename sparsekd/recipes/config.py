@@ -9,6 +9,7 @@ from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.sparsity import check_fixed_density
 from sparsekd.tickets import DistillationConfig, Superposition
+from sparsekd.tickets.pruning import PRUNE_RATE
 from sparsekd.train import Training
 
 
@@ -97,7 +98,7 @@ class Recipe:
     seeds: int = 1
     first_seed: int = 0
     rewind_epoch: int = 1
-    prune_rate: float = 0.2
+    prune_rate: float = PRUNE_RATE
     layout: str = "csr"
 
     def __post_init__(self) -> None:

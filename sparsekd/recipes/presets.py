@@ -8,12 +8,13 @@ from dataclasses import replace
 from sparsekd.dst import METHODS, Dynamics, Method
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
 from sparsekd.tickets import DistillationConfig, Superposition
+from sparsekd.tickets.pruning import PRUNE_RATE
 from sparsekd.train import Training
 
 
 def _rates(*rounds: int) -> tuple[float, ...]:
-    """Return the sparsities after pruning 20 % of the rest `rounds` times, to 4 digits."""
-    return tuple(round(1 - 0.8**k, 4) for k in rounds)
+    """Return the sparsities after so many rounds of iterative pruning, to 4 digits."""
+    return tuple(round(1 - (1 - PRUNE_RATE) ** k, 4) for k in rounds)
 
 
 def _published(method: str) -> Dynamics:

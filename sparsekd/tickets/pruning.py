@@ -17,6 +17,9 @@ from sparsekd.sparsity import check_fixed_density, global_layout_masks, global_m
 
 Masks = dict[str, Tensor]
 
+PRUNE_RATE = 0.2
+"""Fraction of the remaining weights that a round of iterative pruning takes."""
+
 
 def maskable(model: nn.Module, layers: Layers = "convolutions") -> dict[str, nn.Module]:
     """Find the layers of a model, dense or sparse, whose weights get masks.
@@ -88,7 +91,7 @@ def prune(
 
 def prune_further(
     model: nn.Module,
-    rate: float = 0.2,
+    rate: float = PRUNE_RATE,
     *,
     masks: Mapping[str, Tensor] | None = None,
     allow_collapse: bool = False,

@@ -87,7 +87,7 @@ def warn_of_dead_layers(model: nn.Module) -> None:
     warn_of_dead(alive, stacklevel=3)
 
 
-def check_average(average: str, beta: float = 0.5) -> None:
+def check_average(average: str, beta: float = BETA) -> None:
     """Check the hyper-parameters of an average.
 
     Args:
@@ -128,7 +128,7 @@ def blank_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_(
-    merged: nn.Module, model: nn.Module, average: Average, count: int, beta: float = 0.5
+    merged: nn.Module, model: nn.Module, average: Average, count: int, beta: float = BETA
 ) -> None:
     """Fold one more network into an average of `count`, in place, on the union of supports.
 

@@ -220,7 +220,7 @@ def assert_gradients(updater: methods.Updater, twin: nn.Module) -> None:
 def test_the_gradient_is_the_dense_one(loop):
     _, twin, updater = run(loop)
     updater._gradients.settle()
-    updater._warn_of_foreign()
+    updater._gradients.warn_of_foreign(type(updater).__name__)
     assert_gradients(updater, twin)
 
 

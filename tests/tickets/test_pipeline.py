@@ -173,6 +173,27 @@ def test_random_masks_need_no_dense_run_and_meet_the_sparsity(make_pipeline):
     assert not same(masks, other)
 
 
+@pytest.mark.parametrize("name", ["lt", "rigl", "snip", "imp"])
+def test_a_row_says_which_layers_get_masks(make_pipeline, name):
+    pipeline, convolutions = make_pipeline(), METHODS[name]
+    save_model(pipeline.checkpoint(3), pipeline.fresh("final"))
+    save_model(pipeline.checkpoint(1), pipeline.fresh())
+    save_model(pipeline.checkpoint(0), pipeline.fresh())
+    for method, layers in (
+        (convolutions, ["0", "3"]),
+        (replace(convolutions, layers="all"), ["0", "3", "7"]),
+    ):
+        if method.iterative:
+            masks = pipeline.next_masks(None, 0.8, method.layers)
+        else:
+            masks = pipeline.masks(method, 0.8)
+        total = sum(mask.numel() for mask in masks.values())
+        assert sorted(masks) == layers
+        stored = sum(int(mask.sum()) for mask in masks.values())
+        assert abs(stored - 0.2 * total) < 1
+        assert [name for name, _ in sparse_modules(pipeline.start(method, masks))] == layers
+
+
 MOVING = [m.name for m in METHODS.values() if m.updater is not None]
 BUSY = {
     "dynamics": Dynamics(drop_fraction=0.5, every=2, until=1.0),
