@@ -45,7 +45,7 @@ class Passes:
         self.chosen: list[str] = []
         self.times: list[dict[str, float]] = []
 
-    def saw(self, op: str, args: tuple[Any, ...]) -> None:
+    def on_call(self, op: str, args: tuple[Any, ...]) -> None:
         """Note which backend is chosen for a call, and what each takes."""
         if op not in PASSES:
             return

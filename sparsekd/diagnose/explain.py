@@ -180,7 +180,7 @@ class _Watcher:
         self._advance = advance
         self._known: dict[Any, PassTimes] = {}
 
-    def saw(self, op: str, args: tuple[Any, ...]) -> bool:
+    def on_call(self, op: str, args: tuple[Any, ...]) -> bool:
         """Time a call, unless one just like it was.
 
         Nobody else sees it: to a method that grows weights this is no training.

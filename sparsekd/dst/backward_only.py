@@ -69,7 +69,7 @@ class BackwardOnly:
         flat[module.topology.flat_indices()] = module.values.detach()
         return all_weights
 
-    def saw(self, op: str, args: tuple[Any, ...]) -> None:
+    def on_call(self, op: str, args: tuple[Any, ...]) -> None:
         """Compute the gradient of a layer's parameter beside that of its values.
 
         It counts once the backward pass has written that of the values; see `Passes`.

@@ -269,7 +269,7 @@ class DenseGradients:
             self._complete(name, block, nonzeros)
             yield block
 
-    def saw(self, op: str, args: tuple[Any, ...]) -> None:
+    def on_call(self, op: str, args: tuple[Any, ...]) -> None:
         """Hold the operands of a weight gradient, if it is that of a watched layer."""
         seen = observe.weight_gradient(self._modules, op, args)
         if seen is None:

@@ -1,4 +1,4 @@
-"""What the arguments of each op must satisfy, and the shape of its result.
+"""Checks of the arguments of each op, and the shape of its result.
 
 Kernels and fakes run the same check, so a traced model fails where an eager one does.
 """
@@ -208,7 +208,7 @@ def conv2d_shape(
 
 
 def refuse_onnx() -> None:
-    """Raise UnsupportedError where torch.onnx is exporting: it has no operator for ours."""
+    """Raise UnsupportedError during torch.onnx export, which has no operator for ours."""
     if torch.onnx.is_in_onnx_export():
         raise UnsupportedError(
             "torch.onnx: ONNX has no operators for sparse weights; export the dense model, "

@@ -1,4 +1,4 @@
-"""Growth without a stored dense gradient: its tiles, and the best positions of a stream of them."""
+"""Growth without a stored dense gradient: its tiles, and the best positions over all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SMALL = 1 << 15  # not worth cutting further than in two
 
 
 class Tile(NamedTuple):
-    """Name output channels and, within the group of each, input channels; all kernel taps."""
+    """A range of output channels and, within their group, of input channels; all kernel taps."""
 
     row: int
     rows: int
@@ -106,7 +106,7 @@ def largest(
     *,
     magnitude: bool,
 ) -> Tensor:
-    """Return the `k` best positions outside a structure, of scores that come in rectangles.
+    """Return the `k` best positions outside a structure, for scores that come in rectangles.
 
     The rectangles may come in any order and are read once; equal scores go to the lower position.
 
@@ -134,7 +134,7 @@ def largest(
 
 
 def grow_topk(score: Tensor, crow: Tensor, col: Tensor, k: int) -> Tensor:
-    """Return the `k` best positions outside a structure, of scores that are all there at once."""
+    """Return the `k` best positions outside a structure, for scores in one tensor."""
     rows = crow.shape[0] - 1
     cols = score.numel() // max(rows, 1)
     blocks = [(0, 0, score.reshape(rows, cols))]

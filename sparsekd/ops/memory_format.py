@@ -12,7 +12,7 @@ from sparsekd._torch import transformed
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format that the result of an op on the maps `x` takes.
+    """Return the memory format of the result of an op on the maps `x`.
 
     A single channel fits both formats; as in torch, its stride then tells which one is meant.
     """
@@ -42,11 +42,11 @@ def rows_cols(weight_shape: Sequence[int]) -> tuple[int, int]:
 
 
 def matrix(features: Tensor) -> Tensor:
-    """See rows of features, in any number of dimensions, as one matrix."""
+    """View rows of features, in any number of dimensions, as one matrix."""
     rows = math.prod(features.shape[:-1])  # -1 is ambiguous where there are no features
     return features.reshape(rows, features.shape[-1])
 
 
 def pixels(features: Tensor) -> Tensor:
-    """See rows of features as images of one pixel: a linear layer is a 1x1 convolution of them."""
+    """View rows of features as images of one pixel, for a linear layer as a 1x1 convolution."""
     return matrix(features)[:, :, None, None]

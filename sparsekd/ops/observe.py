@@ -1,9 +1,9 @@
-"""Let others see the operands of the ops as they run, in eager and in compiled code alike.
+"""Listeners to the calls of the ops, in eager and in compiled code alike.
 
-A weight-gradient op is the one place that holds a layer's output gradient together with its input,
-after padding and casts. Methods that need the gradient of weights that are not there (RigL) collect
-the operands here on the iterations that ask for it; nothing is stored otherwise. Where the dense
-weight of a layer is asked for and computed with, its own gradient is shown instead.
+A weight-gradient op is the one place that has a layer's output gradient together with its input,
+after padding and casts. Methods that need the gradient of weights that are not stored (RigL)
+collect these operands on the iterations that need them; nothing is stored otherwise. If the dense
+weight of a layer is used in a computation, its own gradient is passed on instead.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from sparsekd._torch import current_pass, running_function
 
 
 class Listener(Protocol):
-    """See the calls of every op of sparsekd while it is one of the `listeners`."""
+    """An observer of the calls of every op, while it is one of the `listeners`."""
 
-    def saw(self, op: str, args: tuple[Any, ...]) -> None:
-        """Take note of a call; unless `lasting()`, keep copies of what is to be used later.
+    def on_call(self, op: str, args: tuple[Any, ...]) -> None:
+        """Handle a call; unless `lasting()`, operands needed later have to be copied.
 
-        Calls come from the threads that make them, be it of other models: look whose they are.
+        Calls come from any thread and may belong to other models, which the listener has to check.
         """
 
 
 class Watcher(Protocol):
-    """See calls before the listeners do, and keep them from these."""
+    """An observer that gets calls before the listeners, and can keep them to itself."""
 
-    def saw(self, op: str, args: tuple[Any, ...]) -> bool:
-        """Take note of a call; return whether nobody else is to see it."""
+    def on_call(self, op: str, args: tuple[Any, ...]) -> bool:
+        """Handle a call; return True to hide it from the listeners."""
 
 
 class Listeners:
-    """The listeners that somebody still holds, for any thread to read while others change them.
+    """A thread-safe set of listeners, held by weak references.
 
-    A change makes a new tuple, so whoever runs through one is not disturbed. False where there is
-    nobody to tell, which ops ask at every call.
+    A change makes a new tuple, so that iterations over the old one are not disturbed. It is false
+    if it is empty, which ops check at every call.
     """
 
     def __init__(self) -> None:
@@ -56,13 +56,13 @@ class Listeners:
         return (listener for ref in self._held if (listener := ref()) is not None)
 
     def add(self, listener: Listener) -> None:
-        """Let a listener see calls from now on, as long as somebody holds it."""
+        """Add a listener, for as long as something else holds it."""
         with self._lock:
             self.discard(listener)
             self._held = (*self._held, weakref.ref(listener, self._drop))
 
     def discard(self, listener: Listener) -> None:
-        """Let it see no more."""
+        """Remove a listener."""
         with self._lock:
             self._held = tuple(ref for ref in self._held if ref() is not listener)
 
@@ -72,7 +72,7 @@ class Listeners:
 
     @contextmanager
     def before(self, watcher: Watcher) -> Iterator[None]:
-        """Show calls to a watcher first while the context lasts."""
+        """Pass calls to a watcher first while the context lasts."""
         with self._lock:
             self._watchers = (*self._watchers, watcher)
         try:
@@ -82,18 +82,18 @@ class Listeners:
                 self._watchers = tuple(w for w in self._watchers if w is not watcher)
 
     def tell(self, op: str, args: tuple[Any, ...]) -> None:
-        """Show a call; `args` are those of the op's schema, in order."""
-        if any(watcher.saw(op, args) for watcher in self._watchers):
+        """Pass on a call; `args` are those of the op's schema, in order."""
+        if any(watcher.on_call(op, args) for watcher in self._watchers):
             return
         for listener in self:
-            listener.saw(op, args)
+            listener.on_call(op, args)
 
 
 listeners = Listeners()
 
 
 def owner(modules: Mapping[str, Any], crow: Tensor) -> str | None:
-    """Return the name of the sparse module whose structure an op was called with, if it is there.
+    """Find the sparse module whose structure an op was called with.
 
     Args:
         modules: sparse modules by name.
@@ -104,7 +104,7 @@ def owner(modules: Mapping[str, Any], crow: Tensor) -> str | None:
 
 
 def show_gradient(weight: Tensor, crow: Tensor) -> None:
-    """Show the listeners the gradient of a dense weight when it forms, as the op `dense_wgrad`.
+    """Pass the gradient of a dense weight to the listeners, as a call of the op `dense_wgrad`.
 
     Args:
         weight: that was made from the values of a sparse module.
@@ -115,7 +115,7 @@ def show_gradient(weight: Tensor, crow: Tensor) -> None:
 
 
 class WeightGradient(NamedTuple):
-    """A call of a weight-gradient op: whose it is, in which backward pass, on what."""
+    """A call of a weight-gradient op: its module, its backward pass, its operands."""
 
     name: str
     backward_pass: int
@@ -128,7 +128,7 @@ class WeightGradient(NamedTuple):
 def weight_gradient(
     modules: Mapping[str, Any], op: str, args: tuple[Any, ...]
 ) -> WeightGradient | None:
-    """Return what a call that was `saw` forms the gradient of, None if it is none of `modules`.
+    """Interpret a call as a weight gradient; None if it is none, or of no layer in `modules`.
 
     Args:
         modules: sparse modules by name.
@@ -148,10 +148,10 @@ def weight_gradient(
 
 
 def lasting() -> bool:
-    """Say whether the operands of the call at hand will stay as they are.
+    """Return whether the operands of the current call will not be overwritten.
 
-    They do where the call is the backward pass of one of our own autograd nodes: autograd never
-    writes into a tensor that somebody else holds. Compiled code reuses its buffers.
+    They are safe if the call is the backward of one of our own autograd nodes: autograd never
+    writes into a tensor that something else holds. Compiled code reuses its buffers.
     """
     function = running_function()
     return function is not None and function.__module__.startswith("sparsekd.")

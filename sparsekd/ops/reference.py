@@ -243,7 +243,7 @@ def linear_wgrad_tile(
 
 
 class LargestK:
-    """Merge rectangles of scores into the k best positions outside a structure.
+    """The k best positions outside a structure, over rectangles of scores.
 
     Several threads may offer; one after the other gets in.
     """

@@ -1,4 +1,4 @@
-"""How the ops go through vmap and forward-mode differentiation.
+"""The rules of the ops for vmap and forward-mode differentiation.
 
 All six products are bilinear in their first two operands. So a tangent is two products more, and a
 batch of either the maps or the samples alone is a larger batch of the same op. What is batched in
@@ -65,7 +65,7 @@ def vmap(name: str, op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, in
 def _fold_linear(
     name: str, op: Callable[..., Tensor], size: int, dims: list[int | None], args: tuple[Any, ...]
 ) -> Tensor:
-    """Let the batch be one more leading dimension."""
+    """Turn the batch into one more leading dimension."""
     x, *rest = args
     return _with_bias(name, op, size, dims, x if dims[0] is None else x.movedim(dims[0], 0), rest)
 
@@ -73,7 +73,7 @@ def _fold_linear(
 def _fold_maps(
     name: str, op: Callable[..., Tensor], size: int, dims: list[int | None], args: tuple[Any, ...]
 ) -> Tensor:
-    """Let the batch be more maps of one batch."""
+    """Merge the batch into the batch of maps."""
     x, *rest = args
     if dims[0] is None:
         return _with_bias(name, op, size, dims, x, rest)

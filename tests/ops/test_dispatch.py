@@ -211,7 +211,7 @@ def test_a_listener_sees_every_pass_whoever_runs_it(races: list[str]) -> None:
         def __init__(self) -> None:
             self.ops: list[str] = []
 
-        def saw(self, op: str, args: tuple[Any, ...]) -> None:
+        def on_call(self, op: str, args: tuple[Any, ...]) -> None:
             self.ops.append(op)
 
     for sparsity in (0.0, 0.5, 1.0):

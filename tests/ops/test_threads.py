@@ -189,7 +189,7 @@ class Heard:
     def __init__(self) -> None:
         self.calls = 0
 
-    def saw(self, op: str, args: tuple[Any, ...]) -> None:
+    def on_call(self, op: str, args: tuple[Any, ...]) -> None:
         self.calls += 1
 
 
@@ -224,8 +224,8 @@ def test_listeners_change_while_one_is_told() -> None:
     added: list[Heard] = []
 
     class Restless(Heard):
-        def saw(self, op: str, args: tuple[Any, ...]) -> None:
-            super().saw(op, args)
+        def on_call(self, op: str, args: tuple[Any, ...]) -> None:
+            super().on_call(op, args)
             thread = threading.Thread(target=lambda: observe.listeners.add(added[-1]))
             added.append(Heard())
             thread.start()

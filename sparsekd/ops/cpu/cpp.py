@@ -25,7 +25,7 @@ _NARROW = 4  # input channels to a group, below which torch's own grouped kernel
 
 
 def info() -> dict[str, Any]:
-    """Return what the compiled module says of itself: its file, instruction set, compiler."""
+    """Describe the compiled module: its file, instruction set, compiler."""
     return {"file": _C.__file__, **_C.info()}
 
 
@@ -47,7 +47,7 @@ def forget(crow: Tensor, col: Tensor) -> None:
 def tile_size(
     crow: Tensor, col: Tensor, weight_shape: Sequence[int], groups: int
 ) -> tuple[int, int]:
-    """Return of how many output times input channels the tiles are that a weight consists of.
+    """Return the size of the tiles that a weight consists of, output by input channels.
 
     A tile is all nonzero or all zero at one kernel tap; the last of an axis may be smaller.
     """
@@ -207,14 +207,14 @@ def conv2d_wgrad_tile(
 def linear_wgrad_tile(
     grad: Tensor, x: Tensor, out: Tensor, tile: Tile, weight_shape: list[int]
 ) -> None:
-    """See the layer as a 1x1 convolution of one image, a column of one pixel for each sample."""
+    """Run the layer as a 1x1 convolution of one image, a column of one pixel for each sample."""
     grad, x = (matrix(m).T[None, :, :, None] for m in (grad, x))
     geometry = [*weight_shape, 1, 1], [1, 1], [0] * 4, [1, 1], 1
     conv2d_wgrad_tile(grad, x, out, tile, *geometry)
 
 
 class LargestK:
-    """Merge rectangles of scores into the k best positions outside a structure."""
+    """The k best positions outside a structure, over rectangles of scores."""
 
     def __init__(
         self, crow: Tensor, col: Tensor, rows: int, cols: int, k: int, dtype: torch.dtype

@@ -1,11 +1,11 @@
 """The dense CPU backend: each call densifies the weight and runs torch's own kernels (oneDNN).
 
-For layers with too few zeros, where that is faster. The dense weight lives as long as the call; a
-weight without zeros is a view of `values`.
+For layers with few zeros, where that is faster. The dense weight exists only during the call; for a
+weight without zeros it is a view of `values`.
 
-Torch multiplies what is not stored, and by some of its kernels padding, by zero. Where that may
-have made NaN, the result not being finite, and where oneDNN would walk over far more than the maps,
-the sparse kernels compute.
+Torch multiplies weights that are not stored, and in some kernels padding, by zero. If that may have
+made NaN, because the result is not finite, or if oneDNN would walk over far more than the maps, the
+sparse kernels compute instead.
 """
 
 from __future__ import annotations

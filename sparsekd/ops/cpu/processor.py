@@ -1,4 +1,4 @@
-"""Which processor this is, and which of its instruction sets the kernels use."""
+"""The processor, and the instruction set that the kernels use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 
 def select_isa() -> None:
-    """Have the compiled kernels use the instruction set that SPARSEKD_ISA names.
+    """Select the instruction set of the compiled kernels by SPARSEKD_ISA.
 
     The compiled module does not read the variable itself: an import that fails for a wrong value
     would look like a module that is missing, and the slow reference would run.

@@ -1,1 +1,1 @@
-"""Who runs an op: the table of backends, and choices that are measured and kept."""
+"""Dispatch: the table of backends, and choices between them, measured and cached."""

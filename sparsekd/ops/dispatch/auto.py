@@ -1,11 +1,11 @@
 """The backend "auto" of the CPU: sparse kernels or a dense weight, by measurement, op by op.
 
-An op on operands of a kind never seen before runs both ways, a few times in turn; the faster one is
-used from then on, in this process and, through the file of `choices`, in every later one. Where
-only sizes or the density are new, what was measured close by tells which one runs, and the two are
-timed when that is paid for (see `watch`). Three rules need no clock. A small op always runs sparse:
-it takes microseconds either way, too few to tell apart. So does a weight without nonzeros. A large
-weight without zeros always runs dense: there is nothing to skip.
+An op on operands with a new cache key runs both ways, a few times in turn; the faster one is used
+from then on, in this process and, through the file of `choices`, in every later one. If only sizes
+or the density are new, measurements close by decide, and the two are timed when that pays (see
+`watch`). Three rules need no clock. A small op always runs sparse: it takes microseconds either
+way, too few to tell apart. So does a weight without nonzeros. A large weight without zeros always
+runs dense: there is nothing to skip.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MOST_WATCHES = 4096
 
 
 class Dispatcher:
-    """Choose between the two backends.
+    """The choice between the two backends, by measurement.
 
     Args:
         choices: what was measured before.
@@ -54,7 +54,7 @@ class Dispatcher:
         self._lock = threading.RLock()  # measurements must not disturb each other
 
     def decide(self, op: str, args: tuple[Any, ...]) -> Decision:
-        """Return what runs a product, measured now if nothing like it ever was.
+        """Decide which backend runs a product, by a measurement now if there is none yet.
 
         Args:
             op: one of `PRODUCTS`.
@@ -89,7 +89,7 @@ class Dispatcher:
         return Watch(made, timing_ms)
 
     def measure(self, watch: Watch, op: str, args: tuple[Any, ...]) -> None:
-        """Measure work that is watched, now that this is due."""
+        """Measure watched work again, since that is due."""
         with self._lock:
             if not watch.due:  # another thread has done it
                 return
@@ -150,7 +150,7 @@ class _Timed:
 
 
 def _forget_plans(choice: Choice, args: tuple[Any, ...]) -> None:
-    """Drop the plans that a race has made where they are not used."""
+    """Drop the plans that the slower backend has made in a measurement."""
     if choice.backend == "dense":
         cpp.forget(args[2], args[3])
 
@@ -168,12 +168,12 @@ def _log(key: Key, choice: Choice) -> None:
 
 @Single
 def dispatcher() -> Dispatcher:
-    """Return what chooses in this process."""
+    """Return the dispatcher of this process."""
     return Dispatcher(Choices(default_path()))
 
 
 def decide(op: str, args: tuple[Any, ...]) -> Decision:
-    """Return what runs a product on operands like these, see `Dispatcher.decide`."""
+    """Decide which backend runs a product on these operands, see `Dispatcher.decide`."""
     return dispatcher().decide(op, args)
 
 
@@ -183,7 +183,7 @@ def info() -> dict[str, Any]:
 
 
 def key_of(op: str, args: tuple[Any, ...]) -> Key:
-    """Return what the choice for an op on operands like these is looked up by.
+    """Return the cache key of an op on these operands.
 
     Args:
         op: one of `PRODUCTS`.
@@ -193,7 +193,7 @@ def key_of(op: str, args: tuple[Any, ...]) -> Key:
 
 
 def tile_size(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
-    """Return of how many output times input channels the tiles of the weight are; (1, 1) if none.
+    """Return the size of a weight's tiles, output by input channels; (1, 1) if it has none.
 
     The kernels find them in the indices and load an input once for all rows of a tile, so the time
     of an op depends on them.

@@ -1,4 +1,4 @@
-"""The backends: one table, and the protocol by which everything asks them.
+"""The backends: one table, and the protocol they share.
 
 A backend says which ops it has and decides what runs a product. Most run it themselves; "auto" and
 "gpu" choose among others. Which backend a tensor gets is in `decisions`.
@@ -26,7 +26,7 @@ _OPTIONAL = ("sparsekd._C", "triton")  # modules that an installation may lack
 
 @dataclass(frozen=True)
 class Decision:
-    """What runs a product on operands like these, and why.
+    """The backend of a product on given operands, and why.
 
     Args:
         backend: the name of the backend whose kernels run it.
@@ -71,13 +71,13 @@ class Backend:
         return op in vars(module(self.name))
 
     def function(self, op: str) -> Callable[..., Any]:
-        """Return what runs an op: its own function, or that of the backend it extends."""
+        """Return the function that runs an op: its own, or that of the backend it extends."""
         if self.extends is not None and not self.supports(op):
             return BACKENDS[self.extends].function(op)
         return getattr(module(self.name), op)
 
     def decide(self, op: str, args: tuple[Any, ...]) -> Decision:
-        """Return what runs a product on operands like these.
+        """Decide what runs a product on these operands.
 
         Args:
             op: one of `PRODUCTS`.
@@ -93,7 +93,7 @@ class Choosing(Backend):
     """A backend that chooses, product by product, which other one runs it."""
 
     def decide(self, op: str, args: tuple[Any, ...]) -> Decision:
-        """Return what its module has decided for operands like these."""
+        """Return the decision of its module for these operands."""
         return module(self.name).decide(op, args)
 
 

@@ -1,7 +1,7 @@
-"""Kinds of work: operands that take an op about equally long, so one measurement serves them all.
+"""Cache keys of measurements: operands on which an op takes about equally long share one.
 
-This is the one place that says what a choice depends on: the kernels, `explain`, `info` and the
-files of measurements all look it up by `key`.
+This is the one place that defines what a choice depends on: the kernels, `explain`, `info` and the
+files of measurements all use `key`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Entry = TypeVar("Entry")
 
 
 class Key(NamedTuple):
-    """What a measurement is looked up by.
+    """The cache key of a measurement.
 
     Args:
         kind: all that must be equal, in words.
@@ -40,19 +40,19 @@ class Key(NamedTuple):
 
 
 def density_step(density: float) -> int:
-    """Return a number that densities within 5 % of each other share."""
+    """Round a density to steps of 5 %."""
     return round(math.log(density) / math.log(DENSITY_STEP))
 
 
 def size_step(size: int) -> int:
-    """Return a number that sizes within 41 % of each other share."""
+    """Round a size to steps of the square root of two."""
     return round(2 * math.log2(max(size, 1)))
 
 
 def nearby(
     key: Key, entries: Iterable[tuple[tuple[int, ...], Entry]]
 ) -> Iterator[tuple[float, int, Entry]]:
-    """Yield what was measured at similar sizes: how far off, steps of density above, the entry.
+    """Yield measurements at similar sizes: how far off, steps of density above, the entry.
 
     Args:
         key: of the work at hand.
@@ -66,7 +66,7 @@ def nearby(
 
 
 def products(op: str, args: tuple[Any, ...]) -> int:
-    """Return how many multiplications an op on these operands takes with a dense weight."""
+    """Count the multiplications of an op on these operands with a dense weight."""
     weight_shape, *conv = geometry(op, args)
     if not conv:
         return args[0].numel() // max(args[0].shape[-1], 1) * math.prod(weight_shape)
@@ -75,7 +75,7 @@ def products(op: str, args: tuple[Any, ...]) -> int:
 
 
 def key(op: str, args: tuple[Any, ...], tile: tuple[int, int], *facts: str) -> Key:
-    """Return what the time of an op on these operands is looked up by.
+    """Return the cache key of an op on these operands.
 
     Sizes that change from batch to batch count roughly: the rows of a linear layer's input, the
     images of a convolution's and the sides of its maps.
@@ -105,7 +105,7 @@ def key(op: str, args: tuple[Any, ...], tile: tuple[int, int], *facts: str) -> K
 
 
 def sizes_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return exactly what operands are like but for the numbers in them, and so their tiles."""
+    """Return the exact sizes and types of operands, everything but the numbers in them."""
     first, second, crow, col, *rest = args
     return (
         first.shape, first.stride(), first.dtype, first.is_cpu or first.device,
@@ -121,7 +121,7 @@ _count = itertools.count()
 
 
 def serial(crow: Tensor, col: Tensor) -> int:
-    """Return a number that index tensors have while they live and nobody writes into them.
+    """Return a number that identifies index tensors while they live and are not written to.
 
     To find their tiles every index must be looked at, too much for every call; the number stands
     for them at the price of two addresses. It is given up with the tensor, whose memory may come to

@@ -1,4 +1,4 @@
-"""Measured choices between sparse kernels and a dense weight, and what they say of other work.
+"""Measured choices between sparse kernels and a dense weight, and estimates from them.
 
 The name of the file that keeps them stands for everything that timings depend on besides the key:
 processor, instruction sets, torch, and the compiled kernels themselves.
@@ -28,7 +28,7 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend runs an op, and why.
+    """The backend that runs an op, and why.
 
     Args:
         backend: "cpp" or "dense".
@@ -95,7 +95,7 @@ class Choice:
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Choice:
-        """Return what a line says; raises ValueError, KeyError or TypeError if it is damaged."""
+        """Parse a line; raises ValueError, KeyError or TypeError if it is damaged."""
         if row["backend"] not in CHOICES:
             raise ValueError("backend")
         times = [float(row[name]) for name in ("cpp_ms", "dense_ms", "spread", "when")]
@@ -109,7 +109,7 @@ class Choice:
 
 
 class Choices(Store[Choice]):
-    """Map kinds of ops, in steps of density and sizes, to choices.
+    """A map from cache keys, in steps of density and sizes, to choices.
 
     Args:
         path: of the file; None to keep them in memory only.
@@ -124,7 +124,7 @@ class Choices(Store[Choice]):
         return {**super().info(), "undecided": undecided}
 
     def estimate(self, key: Key, products: int) -> Choice | None:
-        """Return what measurements of like work imply, None if they say nothing.
+        """Estimate a choice from measurements of similar work; None if they are not enough.
 
         A sparse op takes time by its nonzeros, a dense one does not, and both by their sizes. So
         work of a similar density and size tells the times; a clear result tells who wins at the
@@ -166,7 +166,7 @@ def _scaled(choice: Choice, products: int, density: int) -> Choice:
 
 @cache
 def surroundings() -> dict[str, Any]:
-    """Return what timings depend on besides the op and its operands."""
+    """Describe what timings depend on besides the op and its operands."""
     compiled = _C.info()
     return {
         "format": _FORMAT,

@@ -44,7 +44,8 @@ def backend(name: str) -> Iterator[None]:
             them measures faster, op by op.
 
     Raises:
-        BackendError: there is no such backend, or it cannot run here; the text says how to get it.
+        BackendError: there is no such backend, or it cannot run here; the message says how to get
+            it.
 
     Example:
         >>> import torch
@@ -69,7 +70,7 @@ class Asked(NamedTuple):
 
 
 def asked() -> Asked | None:
-    """Return what `followed` is to follow; None, as nearly always, outside of `backend(...)`."""
+    """Return the current `backend(...)` for `followed`; None, as nearly always, outside of any."""
     name = _override.get()
     return None if name is None else Asked(name, threading.get_ident())
 

@@ -1,7 +1,7 @@
-"""What runs here, and why: the one place that all of sparsekd asks.
+"""Which backend runs an op, and why: the one place for all of sparsekd.
 
-`decide` answers for a product on given operands; the kernels are called by it, `explain` shows it,
-and its cache key is the one that measurements are kept under.
+`decide` answers for a product on given operands. The kernels are called by it, `explain` shows it,
+and measurements are stored under its cache key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsekd.ops.dispatch.context import VARIABLE, forced
 
 
 def decide(op: str, args: tuple[Any, ...]) -> Decision:
-    """Return what runs a product on operands like these, measured now if nothing like it ever was.
+    """Decide which backend runs a product, by a measurement now if its cache key is new.
 
     Args:
         op: one of `backends.PRODUCTS`.
@@ -34,7 +34,7 @@ def decide(op: str, args: tuple[Any, ...]) -> Decision:
 
 
 def function(op: str, x: torch.Tensor) -> Callable[..., Any]:
-    """Return what runs any other op on tensors like `x`; raises what `decide` does."""
+    """Return the function of any other op on tensors like `x`; raises what `decide` does."""
     return backend_of(x).function(op)
 
 

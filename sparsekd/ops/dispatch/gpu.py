@@ -23,7 +23,7 @@ if not _there:
 
 @Single
 def chooser() -> Any:
-    """Return what chooses in this process, None where there is no choice."""
+    """Return the chooser of this process, or None if there is nothing to choose."""
     if _missing:
         return None
     from sparsekd.ops.dispatch import gpu_chooser  # which needs Triton
@@ -32,7 +32,7 @@ def chooser() -> Any:
 
 
 def decide(op: str, args: tuple[Any, ...]) -> Decision:
-    """Return what runs a product on operands like these.
+    """Decide which backend runs a product on these operands.
 
     Its function decides anew at every call: the choice depends on the structure of the weight and
     on torch's settings of precision, and may wait until no CUDA graph is being recorded.

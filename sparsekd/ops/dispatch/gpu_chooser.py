@@ -40,7 +40,7 @@ _CLOSE = 1.05  # less than medians vary by
 
 @dataclass(frozen=True)
 class Measured:
-    """Which backend runs a product, and what each took in milliseconds."""
+    """The faster backend of a product, and the milliseconds of each."""
 
     backend: str
     cuda_ms: float
@@ -53,14 +53,14 @@ class Measured:
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Measured:
-        """Return what a line says; raises ValueError, KeyError or TypeError if it is damaged."""
+        """Parse a line; raises ValueError, KeyError or TypeError if it is damaged."""
         if row["backend"] not in CHOICES:
             raise ValueError("backend")
         return cls(row["backend"], float(row["cuda_ms"]), float(row["triton_ms"]))
 
 
 class Chooser:
-    """Choose between the two backends, by measurement where that is possible.
+    """The choice between the two backends, by measurement where that is possible.
 
     Args:
         store: what was measured before.
@@ -76,7 +76,7 @@ class Chooser:
         self._lock = threading.RLock()
 
     def decide(self, op: str, args: tuple[Any, ...]) -> Decision:
-        """Return what runs a product on operands like these.
+        """Decide which backend runs a product on these operands.
 
         Args:
             op: its name.

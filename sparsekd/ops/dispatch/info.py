@@ -1,4 +1,4 @@
-"""What runs on this machine, in plain values: `sparsekd info`."""
+"""The backends and versions of this machine, in plain values: `sparsekd info`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsekd.ops.gpu import structure as gpu_structure
 
 
 def info() -> dict[str, Any]:
-    """Return what runs here: versions, threads, every backend and whether it can run.
+    """Report versions, threads, and every backend with whether it can run.
 
     Returns:
         A dict of plain values: `torch`, `python`, `machine`, `threads`, `forced` (the backend

@@ -1,4 +1,4 @@
-"""What a process has one of, made when it is first asked for, by however many threads."""
+"""Singletons of a process, made on first use by exactly one thread."""
 
 from __future__ import annotations
 

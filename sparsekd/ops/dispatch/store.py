@@ -1,4 +1,4 @@
-"""What was measured, kept in a file so that every process of this machine knows it.
+"""Measurements, kept in a file that all processes of this machine share.
 
 One JSON line per measurement, appended in one write, so lines of several processes do not
 interleave and a torn one costs a measurement, not the file. A measurement that is made again goes
@@ -42,7 +42,7 @@ class _Entry(NamedTuple, Generic[Kept]):
 
 
 class Store(Generic[Kept]):
-    """Map kinds of work, each in numbered steps, to what was measured, in memory and in a file.
+    """A map from cache keys, each in numbered steps, to measurements, in memory and in a file.
 
     Args:
         path: of the file; None to keep it in memory only.
@@ -103,7 +103,7 @@ class Store(Generic[Kept]):
             return self._known[kind][step].made
 
     def _take(self, kind: str, step: Step, entry: _Entry[Kept]) -> None:
-        """Take over an entry that is new or of a later round."""
+        """Record an entry that is new or of a later round."""
         known = self._known.get(kind, {}).get(step)
         if known is not None and known.round >= entry.round:
             return
@@ -150,7 +150,7 @@ class Store(Generic[Kept]):
         new.replace(self.path)
 
     def _read(self) -> None:
-        """Take over what was appended since the last time."""
+        """Read the lines appended since the last time."""
         if self.path is None:
             return
         try:
@@ -172,7 +172,7 @@ class Store(Generic[Kept]):
                 self._take(*parsed)
 
     def _parse(self, line: bytes) -> tuple[str, Step, _Entry[Kept]] | None:
-        """Return what a line says, None if it is damaged."""
+        """Parse a line; None if it is damaged."""
         try:
             row = json.loads(line)
             kind, step = row["kind"], row["step"]
@@ -191,7 +191,7 @@ def _line(kind: str, step: Step, entry: _Entry[Any]) -> bytes:
 
 
 def path_of(name: str, facts: dict[str, Any]) -> Path | None:
-    """Return the file for what was measured in certain surroundings, None for memory only.
+    """Return the file for measurements in certain surroundings, or None for memory only.
 
     SPARSEKD_CACHE names a folder, or is "off"; without it, it is `sparsekd` in the user's cache
     folder.

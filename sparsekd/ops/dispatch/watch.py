@@ -1,10 +1,10 @@
-"""When what was chosen by measurement is measured, and measured again.
+"""When a choice is measured, and when it is measured again.
 
-A race costs ten runs of an op or so, and must pay for itself: it is held once the op has run for a
-multiple of that time, and each one that is made again waits twice as long. It is due early where
-nothing but an estimate was there and where the times of the last race lay as far apart as the two
-backends; and earlier still where what runs takes another time than it did: slower than before, or
-so much faster than in the race that the machine must have been busy then.
+A measurement costs about ten runs of an op and has to pay for itself: it is made when the op has
+run for a multiple of that time, and each repetition waits twice as long. It is due early if there
+is only an estimate, or if the times of the last measurement varied by as much as the two backends
+differ; and earlier still if the op now takes another time than before: slower, or so much faster
+than in the measurement that the machine must have been busy then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COLD = 4 / 3  # a training step finds less in the caches than a race does
 
 
 class Watch:
-    """Times of a kind of work as it runs.
+    """The times of an op with one cache key as it runs.
 
     Args:
         choice: which backend runs it, and what is known of its time.
@@ -39,7 +39,7 @@ class Watch:
         self._begin(0.0)
 
     def _begin(self, usual: float) -> None:
-        """Begin to watch the choice, whose backend was seen to take so many ms a product."""
+        """Start to watch the choice, whose backend has taken `usual` ms per product."""
         ms, products = self.choice.ms, self.choice.products
         self._in_race = ms / products if ms and self.choice.measured else None
         self._usual = math.inf if self._in_race is None else max(usual, self._in_race * _COLD)
@@ -47,7 +47,7 @@ class Watch:
         self._off, self.due = False, False
 
     def ran(self, ms: float, products: int) -> None:
-        """Take note of a run.
+        """Record a run.
 
         Args:
             ms: that it took.
@@ -67,7 +67,7 @@ class Watch:
         self.due = self._spent >= self._patience() * self._race_ms
 
     def _patience(self) -> float:
-        """Return how many times as long as a race the work must have run before the next."""
+        """Return the multiple of a measurement's time that the op must run before the next one."""
         if not self._off:
             return self._soon if self.choice.vague else self._late
         # a race on a machine that was busier took longer than the next one will
@@ -75,16 +75,16 @@ class Watch:
         return self._soon * faster / SUSPICION
 
     def _is_off(self, rate: float) -> bool:
-        """Return whether what runs takes another time than it did."""
+        """Return whether the op now takes another time than before."""
         too_fast = self._in_race is not None and rate * _OFF < self._in_race
         return too_fast or rate > _OFF * self._usual
 
     def takes(self, choice: Choice) -> bool:
-        """Return whether the outcome of a race says more than what is known."""
+        """Return whether the outcome of a measurement improves on what is known."""
         return choice.decided or self._off or not self.choice.decided
 
     def measured(self, choice: Choice, race_ms: float) -> None:
-        """Go on after a race; the next one is further away.
+        """Restart after a measurement, with the next one further away.
 
         Args:
             choice: that counts from now on.

@@ -1,1 +1,1 @@
-"""What both GPU backends share: validated structures, and the plans that kernels read."""
+"""Shared by both GPU backends: validated structures, and the plans that kernels read."""

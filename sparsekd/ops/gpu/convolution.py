@@ -1,4 +1,4 @@
-"""What GPU plans know of a convolution: its parameters, and which taps an input pixel meets."""
+"""A convolution as GPU plans see it: its parameters, and the taps that an input pixel meets."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ def axis_phases(size: int, before: int, kernel: int, stride: int, dilation: int)
 def new_input_gradient(
     like: Tensor, shape: Sequence[int], phases: int, conv: Conv, size: Sequence[int]
 ) -> Tensor:
-    """Return memory for an input gradient that so many phases write: zeros unless they are all."""
+    """Allocate an input gradient that some phases write: zeros unless they cover all of it."""
     every = min(conv.stride[0], size[0]) * min(conv.stride[1], size[1])
     return like.new_empty(shape) if phases == every else like.new_zeros(shape)

@@ -1,4 +1,4 @@
-"""How many plans of GPU kernels are kept between calls, and how one takes the place of another.
+"""The cache of plans of GPU kernels: how many are kept, and how one replaces another.
 
 Inputs come in ever new sizes, and each takes plans of its own. They are given up again, least
 recently used first, but for those that recorded CUDA graphs read.
@@ -49,7 +49,7 @@ Plans = dict[Hashable, CachedPlan]  # of one structure
 
 
 def take_surplus(added_to: Plans, every: Iterable[Plans]) -> list[CachedPlan]:
-    """Take out the plans that are too many, and return them.
+    """Evict the surplus plans, and return them.
 
     Args:
         added_to: those of the structure that has a new one.
@@ -71,13 +71,13 @@ def take_surplus(added_to: Plans, every: Iterable[Plans]) -> list[CachedPlan]:
 
 
 def _oldest(plans: Plans, most: int) -> list[tuple[Hashable, CachedPlan]]:
-    """Return those beyond the latest that may be given up, the oldest first."""
+    """Return the plans beyond the latest that may be evicted, the oldest first."""
     ordered = sorted(plans.items(), key=lambda item: item[1].used)
     return [(key, kept) for key, kept in ordered[: max(len(plans) - most, 0)] if not kept.pinned]
 
 
 def tensor_bytes(plan: Any) -> int:
-    """Return what the tensors of a plan occupy."""
+    """Return the bytes of the tensors of a plan."""
     if isinstance(plan, Tensor):
         return plan.nbytes
     return sum(map(tensor_bytes, plan)) if isinstance(plan, tuple) else 0

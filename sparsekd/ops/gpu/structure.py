@@ -61,7 +61,7 @@ class Structure:
         self.versions = _versions(crow, col)
 
     def changed(self, crow: Tensor, col: Tensor) -> Structure:
-        """Return what index tensors of the same shapes make of this structure, on the host.
+        """Build the structure of other index tensors of the same shapes, on the host.
 
         Raises:
             TopologyError: they are no structure of this matrix.
@@ -75,7 +75,7 @@ class Structure:
         return fresh
 
     def _follow(self, key: Hashable, old: CachedPlan) -> Any:
-        """Return the plan that takes the place of one of the structure that this has been."""
+        """Return the plan that replaces one of the structure that this was."""
         # Tiles that were not there are not looked for: they may be chance, and what has run
         # without them runs on.
         if old.plan is None:
@@ -83,7 +83,7 @@ class Structure:
         return self.plan(key, old.make)
 
     def replace(self, changed: Structure, versions: tuple[int, ...]) -> None:
-        """Become what `changed` has returned; plans that keep their sizes keep their places."""
+        """Become what `changed` has returned; plans of equal size stay in their memory."""
         with self._lock:
             self.crow, self.col, self.row = changed.crow, changed.col, changed.row
             # Those that were made since are made anew too, those given up since are not.
@@ -107,7 +107,7 @@ class Structure:
         return self.plan("cols", lambda structure: structure.upload(structure.col))
 
     def plan(self, key: Hashable, make: Callable[[Structure], Any]) -> Any:
-        """Return what `make` makes of this structure; it is kept, and made anew if given up.
+        """Return a plan of this structure by `make`; it is cached, and made again after eviction.
 
         Args:
             key: tells plans apart, and starts with a word for what the plan is of.
@@ -138,7 +138,7 @@ class Structure:
 
     @contextmanager
     def temporary_plans(self) -> Iterator[None]:
-        """Give up the plans that this thread makes in the context: backends are only compared."""
+        """Drop the plans that this thread makes in the context, as backends are only compared."""
         before = _temporary.set([])
         try:
             yield
@@ -172,7 +172,7 @@ def _refusal(key: Any, new: Any) -> str:
 
 
 def _versions(crow: Tensor, col: Tensor) -> tuple[int, ...]:
-    """Return what changes with the tensors; nothing does for those of torch's inference mode."""
+    """Return counters that change with the tensors; torch has none for inference mode."""
     return tuple(0 if t.is_inference() else version_of(t) for t in (crow, col))
 
 
@@ -196,7 +196,7 @@ _lock = threading.RLock()
 
 
 def _trim(structure: Structure) -> None:
-    """Give up the plans that are too many now that a structure has a new one."""
+    """Evict surplus plans after a structure has got a new one."""
     with _lock:
         gone = take_surplus(structure._plans, [known._plans for known in _structures()])
     if any(entry.bytes for entry in gone) and structure._device.type == "cuda":

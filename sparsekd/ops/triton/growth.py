@@ -13,7 +13,7 @@ from sparsekd.ops.gpu.structure import find_structure
 
 
 class LargestK:
-    """Merge rectangles of scores into the k best positions outside a structure."""
+    """The k best positions outside a structure, over rectangles of scores."""
 
     def __init__(
         self, crow: Tensor, col: Tensor, rows: int, cols: int, k: int, dtype: torch.dtype

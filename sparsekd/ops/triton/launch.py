@@ -23,7 +23,7 @@ _ROW_POSITIONS, _ROW_SAMPLE, _ROW_NONZEROS = 512, 128, 8
 
 
 class Access(NamedTuple):
-    """Say where output (y, x) of a tile product or sample finds its input.
+    """Where output (y, x) of a tile product or sample finds its input.
 
     `spatial` is False where positions are simply rows of features.
     """
@@ -208,7 +208,7 @@ def row_sample(rows: Tensor, offset: Tensor, starts: Tensor, grad: Tensor, x: Te
 
 
 class _Parts(NamedTuple):
-    """Cut the positions of a sample: blocks of pixels, and images, that a part adds up."""
+    """The positions of a sample cut into parts: blocks of pixels, and images, of each."""
 
     number: int
     sizes: tuple[int, int, int]  # images_each, blocks_each, image_parts
@@ -258,7 +258,7 @@ def _launch_tuned(
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Return what kernels are compiled for, as "sm_90" or "gfx942"; nothing where none are."""
+    """Return the architecture that kernels are compiled for, as "sm_90" or "gfx942", if any."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     target = triton.runtime.driver.active.get_current_target()

@@ -159,7 +159,7 @@ def linear_wgrad(
 
 
 class Traits(NamedTuple):
-    """Hold what of a product, besides shapes, decides how fast these kernels are."""
+    """The properties of a product, besides shapes, that decide how fast these kernels are."""
 
     structure: Structure
     conv: Conv
@@ -179,7 +179,7 @@ class Traits(NamedTuple):
 
 
 def traits(op: str, args: tuple[Any, ...]) -> Traits:
-    """Look at the operands of a product.
+    """Find the traits of a product's operands.
 
     Args:
         op: its name.

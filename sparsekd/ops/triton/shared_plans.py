@@ -1,4 +1,4 @@
-"""Make the lists of columns that groups of rows share, anywhere; see kernels/gather.py."""
+"""Plans of columns, anywhere, that groups of rows share; see kernels/gather.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = 16  # of a chunk
 
 
 class SharedPlan(NamedTuple):
-    """Hold a product whose columns are shared by groups of rows, and the window of its outputs."""
+    """A product whose columns are shared by groups of rows, and the window of its outputs."""
 
     lists: Lists
     window: Window

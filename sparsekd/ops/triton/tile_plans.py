@@ -1,4 +1,4 @@
-"""Make the lists that the Triton kernels of tiles read; see kernels/gemm.py."""
+"""Plans of tiles for the Triton kernels; see kernels/gemm.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_VALUES = 2**31 - 1024
 
 
 class Lists(NamedTuple):
-    """Hold a product cut into chunks, on the device; the kernels say what the tensors are.
+    """A product cut into chunks, on the device; the kernels describe the tensors.
 
     `columns` is `chunks` of tiles, or `offsets` of columns that lie anywhere. `slots` int32
     [E, n, k] are the values in the order of the kernel, -1 for zeros, and `places` int32 [values]
@@ -42,7 +42,7 @@ class Lists(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Hold the pixels of a map from the `first` on, so many each way, and how they are computed."""
+    """A grid of pixels of a map, from the `first` on, and how they are computed."""
 
     first: tuple[int, int]
     pixels: tuple[int, int]
@@ -121,7 +121,7 @@ def _input_gradient(
 
 
 class _Side(NamedTuple):
-    """Hold how many rows or channels a tile has, and whether they come and go together."""
+    """The rows or channels of a tile, and whether they are nonzero together."""
 
     size: int
     full: bool
@@ -150,7 +150,7 @@ def well_filled(structure: Structure, conv: Conv, most: tuple[int, int]) -> list
 
 
 class _Cut(NamedTuple):
-    """Hold how the values of a weight lie in tiles, outputs of the product by inputs.
+    """The values of a weight arranged in tiles, outputs of the product by inputs.
 
     `key` names the tile and the tap of each value, `place` says where in the tile it is. There is
     `room` for the tiles of every structure of as many values: what has a fixed size can change in
@@ -213,7 +213,7 @@ def _possible(axes: list[Axis], full: list[bool], taps: int, values: int) -> int
 
 
 def affordable(things: list[tuple[int, int]], budget: int) -> int:
-    """Return how many things can be had: those of the lowest price first, so many of each."""
+    """Return how many things a budget buys, the cheapest first."""
     bought = 0
     for price, count in sorted(things):
         more = min(count, budget // price)

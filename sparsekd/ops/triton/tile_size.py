@@ -1,4 +1,4 @@
-"""What structure a weight has, read off its indices, and how to cut it into tiles.
+"""The structure of a weight, read off its indices, and how to cut it into tiles.
 
 A tile is R neighbouring outputs by C neighbouring input channels at one kernel tap that are all
 nonzero. Nothing says in advance what R and C are, so a mask that happens to have structure is
@@ -20,7 +20,7 @@ SMALLEST = 16  # side of the smallest product on tensor cores
 
 
 class Runs(NamedTuple):
-    """Hold how many rows share their columns, and how many channels are neighbours in each row."""
+    """The number of rows that share columns, and of channels that are neighbours in each row."""
 
     rows: int
     channels: int
@@ -106,7 +106,7 @@ def power_of_two(number: int) -> int:
 
 
 class Axis(NamedTuple):
-    """Say how the channels of one side of a weight are cut: `size` at a time within each group."""
+    """The channels of one side of a weight, cut `size` at a time within each group."""
 
     groups: int
     channels: int  # of a group

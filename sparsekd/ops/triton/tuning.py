@@ -1,4 +1,4 @@
-"""Sizes of blocks by measurement: what `config.candidates` allows, timed on the GPU at hand.
+"""Sizes of blocks by measurement: what `config.candidates` allows, timed on the GPU in use.
 
 The first launch of a kind is made with every candidate, which takes some seconds, most of them to
 compile; from then on, in this process and through a file in every later one, the fastest is used.
@@ -37,7 +37,7 @@ Clock = Callable[[Callable[[], None]], float]  # milliseconds of a run
 
 
 class Work(NamedTuple):
-    """Name what is launched, as far as its time depends on it.
+    """A launch, as far as its time depends on it.
 
     Args:
         kernel: its name, which ends in "product" or "sample".
@@ -56,7 +56,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """Hold the sizes that were fastest, and their time."""
+    """The fastest sizes, and their time."""
 
     positions: int
     num_warps: int
@@ -65,7 +65,7 @@ class Tuned:
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Tuned:
-        """Return what a line says; raises ValueError, KeyError or TypeError if it is damaged."""
+        """Parse a line; raises ValueError, KeyError or TypeError if it is damaged."""
         sizes = {name: row[name] for name in config.Config._fields}
         if not all(isinstance(size, int) for size in sizes.values()):
             raise TypeError("sizes")
@@ -73,7 +73,7 @@ class Tuned:
 
 
 class Tuner:
-    """Choose sizes of blocks by measurement.
+    """The choice of block sizes by measurement.
 
     Args:
         store: what was measured before.
@@ -137,7 +137,7 @@ def _describe(work: Work, base: config.Config) -> str:
 
 @cache
 def name_of(device: torch.device) -> str:
-    """Return what the GPU is called, or the type of another device."""
+    """Return the name of a GPU, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -165,7 +165,7 @@ def tuner() -> Tuner:
 
 
 def surroundings() -> dict[str, Any]:
-    """Return what the time of a launch depends on besides the work and the GPU."""
+    """Describe what the time of a launch depends on besides the work and the GPU."""
     sources = sorted(Path(config.__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {"torch": torch.__version__, "triton": triton.__version__, "kernels": digest}
