@@ -26,7 +26,7 @@ def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
 
 
 class BasicBlock(nn.Module):
-    """Add two 3x3 convolutions to the identity or a projected shortcut.
+    """Two 3x3 convolutions, added to the identity or a projected shortcut.
 
     Args:
         in_channels: channels of the input.
@@ -61,7 +61,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Add a 1x1, 3x3, 1x1 bottleneck to the identity or a projected shortcut.
+    """A 1x1, a 3x3 and a 1x1 convolution, added to the identity or a projected shortcut.
 
     The stride sits on the 3x3 convolution ("v1.5"), as in torchvision and the RigL experiments.
 
@@ -102,7 +102,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Build a residual network with torchvision's parameter names.
+    """Residual network with torchvision's parameter names.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.

@@ -48,7 +48,7 @@ def _imagenet_classifier(num_classes: int, width: float) -> nn.Sequential:
 
 
 class VGG(nn.Module):
-    """Build a VGG network with BatchNorm.
+    """VGG network with BatchNorm.
 
     With ``stem="imagenet"`` layers, names and shapes are torchvision's. With ``stem="cifar"`` the
     last max-pool gives way to global average pooling and one linear layer classifies, the form

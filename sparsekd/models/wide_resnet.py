@@ -10,7 +10,7 @@ from sparsekd.models.norm_act import BatchNormAct2d
 
 
 class PreActivationBlock(nn.Module):
-    """Apply BatchNorm, ReLU and a 3x3 convolution twice and add the shortcut.
+    """BatchNorm, ReLU and a 3x3 convolution, twice, added to the shortcut.
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
 
@@ -49,7 +49,7 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Build WRN-depth-widen without dropout.
+    """WRN-depth-widen without dropout.
 
     Args:
         depth: 6n + 4 layers, n blocks in each of three stages.

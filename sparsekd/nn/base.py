@@ -243,7 +243,7 @@ class SparseModule(StoredWeight):
             copies.check(self, in_forward=True)
 
     def train(self: _Sparse, mode: bool = True) -> _Sparse:
-        """Set the mode; a compiled model notices here what an eager one does in its forward."""
+        """Set the mode, and check here too, as the forward pass of a compiled model does not."""
         copies.check(self)
         return super().train(mode)
 

@@ -21,7 +21,7 @@ _Size = int | Sequence[int]
 
 
 class SparseConv2d(SparseModule):
-    """Apply a 2-D convolution that stores and computes only the nonzeros of its weight.
+    """2-D convolution that stores and computes only the nonzeros of its weight.
 
     A drop-in replacement for nn.Conv2d. Mask, values and bias are drawn from a generator of their
     own, so equal arguments give equal modules and torch's global generator is left alone.

@@ -16,7 +16,7 @@ from sparsekd.sparsity import conv1d_class
 
 
 class SparseConv1D(SparseLinear):
-    """Apply a linear layer whose dense counterpart, `Conv1D` of transformers, stores [in, out].
+    """Linear layer whose dense counterpart, `Conv1D` of transformers, stores [in, out].
 
     It is a SparseLinear: `topology`, `values`, `rewire` and `dense_weight()` have the outputs
     first. Only what stands for the dense layer has its order: `weight` and `dense_shape`,

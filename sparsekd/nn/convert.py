@@ -233,7 +233,7 @@ def _sparse_twin(layer: nn.Module, mask: Tensor, layout: Layout) -> SparseModule
 def _warn_of_dense(
     found: Survey, chosen: Mapping[str, Tensor], skip: list[str], *, given: bool
 ) -> None:
-    """Name what stays dense: layers that are not understood, and all that weighs something.
+    """Warn of what stays dense: layers that are not understood, and all that weighs something.
 
     With given masks it is for the caller which layers are small enough to be left out.
     """

@@ -50,7 +50,7 @@ class Source:
 
 
 def moved(module: StoredWeight) -> None:
-    """Tell the copies of a module that its nonzeros have moved, and that itself is up to date."""
+    """Mark the copies of a module as left behind by its nonzeros, and itself as up to date."""
     in_step(module)
     for twin in module._copies or ():
         if twin._is_copy and twin._left_at is None:
@@ -64,7 +64,7 @@ def moved(module: StoredWeight) -> None:
 
 
 def in_step(module: StoredWeight) -> None:
-    """Note that the values of a module belong to its topology, whatever its source does."""
+    """Mark the values of a module as those of its topology, whatever its source does."""
     module._left_at = module._made_at = None
 
 

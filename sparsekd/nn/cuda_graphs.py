@@ -55,7 +55,7 @@ def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
 
 
 def prepare_in_place(module: StoredWeight, delta: TopologyDelta) -> Callable[[], None]:
-    """Return what writes a new topology, and what survives, into the tensors of a module.
+    """Return a function that writes a new topology, and the survivors, into a module's tensors.
 
     Args:
         module: whose topology is `delta.old`.

@@ -1,4 +1,4 @@
-"""Sparse modules in several processes: what goes over the wire, and what FSDP has sharded."""
+"""Sparse modules in several processes: what DDP broadcasts, and what FSDP has sharded."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class FusedNorms:
     """Names of the norms."""
 
     left: dict[str, str]
-    """Name of each other norm -> what calls it."""
+    """Name of each other norm -> why it is left."""
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} of {len(self.fused) + len(self.left)} BatchNorm2d fused"]

@@ -19,7 +19,7 @@ _Linear = TypeVar("_Linear", bound="SparseLinear")
 
 
 class SparseLinear(SparseModule):
-    """Apply a linear layer that stores and computes only the nonzeros of its weight.
+    """Linear layer that stores and computes only the nonzeros of its weight.
 
     A drop-in replacement for nn.Linear. Mask, values and bias are drawn from a generator of their
     own, so equal arguments give equal modules and torch's global generator is left alone.
