@@ -86,11 +86,11 @@ gpu-races: $(VENV)/.built
 	$(RUN) -m pytest tests/emulation -m thorough
 
 # Every figure of README.md and docs/performance.md, about twenty minutes on an idle machine. The
-# packages it races against come from `pip install -e '.[bench]'`; without them their arms are left out.
-BENCH := $(RUN) -m sparsekd bench --all
+# packages it compares with come from `pip install -e '.[bench]'`; those that are missing are left out.
+BENCH := $(RUN) -m benchmarks.arena --all
 bench: $(VENV)/.built
 	$(BENCH) --rows benchmarks/results/arena.jsonl --out docs/results/arena
-	ONEDNN_MAX_CPU_ISA=AVX2 SPARSEKD_ISA=avx2 $(BENCH) --level peaks,layer,step --network resnet18 \
+	ONEDNN_MAX_CPU_ISA=AVX2 SPARSEKD_ISA=avx2 $(BENCH) --level peaks,layer,step --network resnet18,resnet50 \
 	  --rows benchmarks/results/arena_avx2.jsonl --out docs/results/arena-avx2
 
 # On a machine with a GPU, nvcc and a torch that has CUDA, in the environment of PYTHON, which has

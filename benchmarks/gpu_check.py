@@ -1,7 +1,7 @@
 """Check and measure the GPU kernels on a machine with a GPU: `make gpu-check`.
 
 Builds, runs the tests that need a device, runs some of them under compute-sanitizer if that is
-installed, and races the kernels against dense torch. Needs no network, takes less than fifteen
+installed, and times the kernels against dense torch. Needs no network, takes less than fifteen
 minutes, goes on after a failure and ends with a summary; logs, rows, tables, figures and what was
 chosen by measurement are in runs/gpu-check/<name of the device>. Exits with 1 if a step failed,
 with 2 if there is no GPU.
@@ -30,7 +30,7 @@ SANITIZER = "compute-sanitizer"
 
 @dataclass(frozen=True)
 class Step:
-    """Name a command.
+    """A command.
 
     Args:
         name: in the summary, and of its log.
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Tell how a step ended: "passed", "failed", "timed out" or "skipped", and its last word."""
+    """How a step ended: "passed", "failed", "timed out" or "skipped", and its last line."""
 
     name: str
     outcome: str
@@ -67,7 +67,7 @@ def steps(folder: Path) -> list[Step]:
     # cmake and ninja of the environment, which need not be the active one
     build = {"SPARSEKD_CUDA": "on", "PATH": f"{Path(python).parent}{os.pathsep}{path}"}
     tests, untuned = [python, "-m", "pytest", "-v", "tests/gpu"], {"SPARSEKD_TUNE": "off"}
-    bench = [python, "-m", "sparsekd", "bench", "--rows", f"{folder}/rows.jsonl"]
+    bench = [python, "-m", "benchmarks.gpu", "--all", "--rows", f"{folder}/rows.jsonl"]
     bench += ["--out", str(folder)]
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 140, build),
@@ -79,9 +79,9 @@ def steps(folder: Path) -> list[Step]:
         _sanitized("memcheck", tests, {**untuned, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                    "--report-api-errors", "no"),
         _sanitized("racecheck", tests, untuned),
-        Step("bench", [*bench, "--device", "cuda", "--seconds", "220"], 300,
+        Step("bench", [*bench, "--seconds", "220"], 300,
              {"SPARSEKD_CACHE": f"{folder}/choices"}),
-        # Of what there is by then, should the race have been ended.
+        # On what there is by then, should time have run out.
         Step("report", [*bench, "--draw"], 30),
     ]  # fmt: skip
 

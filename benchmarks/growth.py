@@ -29,6 +29,7 @@ from sparsekd.dst import growers
 from sparsekd.ops import growth
 from sparsekd.sparsity import generator_for, random_mask
 from sparsekd.timing import interleave
+from sparsekd.train import to_channels_last
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Row = dict[str, Any]
@@ -98,7 +99,7 @@ def measure_steps(name: str, sparsity: float, updates: int, every: int) -> Row:
     case = MODELS[name]
     model = case.build()
     skd.sparsify(model, sparsity=sparsity, distribution="uniform", skip=dense_ends(model))
-    model = model.to(memory_format=torch.channels_last)
+    model = to_channels_last(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     dst = skd.dst.RigL(model, optimizer, drop_fraction=0.3, every=5, until=10**9)
     x = torch.randn(case.batch, *case.input_shape).to(memory_format=torch.channels_last)

@@ -4,7 +4,7 @@ Every convolution of a network, or linear layers, at one sparsity: the same numb
 chosen without structure ("csr"), with constant fan-in shared by a group of rows ("fanin:R") and in
 blocks ("bcsr:B"), on the sparse kernels (maps in channels_last), and dense torch in its better
 layout. Before a pass is timed, its result is held against dense torch's on the masked weight. The
-arms of a pass take turns in one process. One JSON line a layer and pass goes to --out.
+competitors of a pass take turns in one process. One JSON line a layer and pass goes to --out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 import sparsekd as skd
+from benchmarks.arena.passes import PASSES, pass_competitors
 from sparsekd.bench import machine
-from sparsekd.bench.arms import Maps, Problem, Run, problem
-from sparsekd.bench.cases import BASELINES, LINEAR_LAYERS, PASSES, LayerCase, conv_layers
+from sparsekd.bench.cases import BASELINES, LINEAR_LAYERS, LayerCase, conv_layers
 from sparsekd.bench.gate import relative_error, tolerance
-from sparsekd.bench.passes import pass_arms
+from sparsekd.bench.layers import LayerProblem, LayerRun, Maps, layer_problem
 from sparsekd.ops.cpu import cpp
 from sparsekd.sparsity import generator_for
 from sparsekd.sparsity.tiles import random_tiles, tile_counts
@@ -37,21 +37,21 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Row = dict[str, Any]
 
 
-def with_layout(case: LayerCase, sparsity: float, layout: str, maps: Maps) -> Problem:
+def with_layout(case: LayerCase, sparsity: float, layout: str, maps: Maps) -> LayerProblem:
     """Return a problem whose mask has a layout; "csr" is the one of every other benchmark."""
-    drawn = problem(case, sparsity, maps)
+    drawn = layer_problem(case, sparsity, maps)
     if layout == "csr":
         return drawn
     kind = skd.Layout.parse(layout)
     count = tile_counts({"": case.weight_shape}, sparsity, "uniform", kind)[""]
     mask = random_tiles(case.weight_shape, kind, count, generator_for(0, f"{case.name} {layout}"))
     weight = torch.randn(case.weight_shape, generator=generator_for(0, f"{case.name} weight"))
-    return Problem(case, maps, weight / case.fan_in**0.5 * mask, mask)
+    return LayerProblem(case, maps, weight / case.fan_in**0.5 * mask, mask)
 
 
-def check(given: Problem, name: str, sparse: Run) -> None:
+def check(given: LayerProblem, name: str, sparse: LayerRun) -> None:
     """Raise unless a pass of the sparse kernels equals dense torch's on the masked weight."""
-    dense = pass_arms(name)["dense_contiguous"].build(given).results()
+    dense = pass_competitors(name)["dense_contiguous"].build(given).results()
     case = given.case
     summands = case.positions if name == "wgrad" else max(case.channels, case.outs) * case.kernel**2
     for what, tensor in sparse.results().items():
@@ -65,8 +65,8 @@ def measure(
 ) -> Row:
     """Time one pass of one layer with every layout."""
     maps, calls, nnz, tiles = Maps(case), {}, {}, {}
-    arms = {arm: made for arm, made in pass_arms(name).items() if made.missing(case) is None}
-    sparse = arms.get("sparsekd_channels_last", arms["sparsekd_contiguous"])
+    found = {n: made for n, made in pass_competitors(name).items() if made.missing(case) is None}
+    sparse = found.get("sparsekd_channels_last", found["sparsekd_contiguous"])
     for layout in ("csr", *layouts):
         given = with_layout(case, sparsity, layout, maps)
         run = sparse.build(given)
@@ -76,12 +76,12 @@ def measure(
         shape = (*case.weight_shape, 1, 1)[:4]
         size = cpp.tile_size(indices.crow_indices, indices.col_indices, shape, 1)
         tiles[layout] = "x".join(map(str, size))
-    dense = problem(case, sparsity, maps)
-    baselines = [arm for arm in BASELINES if arm in arms]
-    for arm in baselines:
-        calls[arm] = arms[arm].build(dense).call
+    dense = layer_problem(case, sparsity, maps)
+    baselines = [layout for layout in BASELINES if layout in found]
+    for layout in baselines:
+        calls[layout] = found[layout].build(dense).call
     times = interleave(calls, turns[0], shuffle=True, clock=CLOCKS[turns[1]])
-    ms = {arm: round(statistics.median(taken), 3) for arm, taken in times.items()}
+    ms = {way: round(statistics.median(taken), 3) for way, taken in times.items()}
     # A layout in whole tiles may have some weights more or less: compare the time of a weight.
     each = {layout: ms[layout] / max(nnz[layout], 1) for layout in nnz}
     return {
@@ -89,12 +89,12 @@ def measure(
         "pass": name,
         "sparsity": sparsity,
         "ms": ms,
-        "times": {arm: [round(turn, 3) for turn in taken] for arm, taken in times.items()},
+        "times": {way: [round(turn, 3) for turn in taken] for way, taken in times.items()},
         "nnz": nnz,
         "tiles": tiles,
         "faster_than_csr": {layout: round(each["csr"] / each[layout], 3) for layout in layouts},
         "faster_than_dense": {
-            layout: round(min(ms[arm] for arm in baselines) / ms[layout], 3)
+            layout: round(min(ms[dense] for dense in baselines) / ms[layout], 3)
             for layout in ("csr", *layouts)
         },
         "clock": turns[1],
@@ -140,7 +140,7 @@ def main() -> None:
             turns = options.rounds, options.clock
             row = measure(case, name, options.sparsity, layouts, turns)
             rows.append(row)
-            cells = "  ".join(f"{arm} {ms:.2f}" for arm, ms in row["ms"].items())
+            cells = "  ".join(f"{way} {ms:.2f}" for way, ms in row["ms"].items())
             print(f"{row['case']:>24} {name}  {cells} ms", flush=True)
             if options.out:
                 with options.out.open("a") as file:

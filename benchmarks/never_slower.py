@@ -24,7 +24,7 @@ import torch
 
 import sparsekd as skd
 from sparsekd.bench.cases import BASELINES, MODELS
-from sparsekd.bench.steps import STEP_ARMS, Contest, contest
+from sparsekd.bench.steps import STEP_COMPETITORS, StepProblem, step_problem
 from sparsekd.ops import observe
 from sparsekd.ops.cpu import cpp, dense
 from sparsekd.ops.dispatch.choices import surroundings
@@ -66,11 +66,11 @@ def listened(step: Callable[[], object], rounds: int = 0) -> Passes:
     return passes
 
 
-def compare(given: Contest, rounds: int) -> dict[str, Any]:
+def compare(given: StepProblem, rounds: int) -> dict[str, Any]:
     """Time steps of a sparse model and of its dense twins."""
-    arms = {name: STEP_ARMS[name].build(given).call for name in (*BASELINES, "sparsekd")}
-    chosen = listened(arms["sparsekd"]).chosen  # where nothing is known yet, this measures
-    times = interleave(arms, rounds, settle=True)
+    steps = {name: STEP_COMPETITORS[name].build(given).call for name in (*BASELINES, "sparsekd")}
+    chosen = listened(steps["sparsekd"]).chosen  # where nothing is known yet, this measures
+    times = interleave(steps, rounds, settle=True)
     times["sparse"] = times.pop("sparsekd")
     median = {name: statistics.median(taken) for name, taken in times.items()}
     best = min(BASELINES, key=median.__getitem__)
@@ -84,9 +84,9 @@ def compare(given: Contest, rounds: int) -> dict[str, Any]:
     }
 
 
-def regret(given: Contest, rounds: int) -> dict[str, Any]:
+def regret(given: StepProblem, rounds: int) -> dict[str, Any]:
     """Compare the measured choices with the best ones, pass by pass."""
-    step = STEP_ARMS["sparsekd"].build(given).call
+    step = STEP_COMPETITORS["sparsekd"].build(given).call
     step()
     passes = listened(step, rounds)
     taken = sum(t[name] for t, name in zip(passes.times, passes.chosen, strict=True))
@@ -125,7 +125,7 @@ def main() -> None:
         for sparsity in map(float, options.sparsity.split(",")):
             if (what, name, sparsity, options.batch) in done:
                 continue
-            given = contest(replace(MODELS[name], batch=options.batch), sparsity)
+            given = step_problem(replace(MODELS[name], batch=options.batch), sparsity)
             measure = regret if options.regret else compare
             row = {"what": what, "model": name, "sparsity": sparsity, "batch": options.batch}
             row |= measure(given, options.rounds)

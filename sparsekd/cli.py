@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,15 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from sparsekd import diagnose, models, ops
+from sparsekd import diagnose, models, ops, terminal
+from sparsekd.bench.command import command as bench_command
+from sparsekd.bench.suite import SUITE
 from sparsekd.errors import SparsekdError
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import sparsify
 from sparsekd.recipes import RECIPES, Experiment, Recipe, RunFolder, get, load_data, override
 from sparsekd.recipes.report import figures, read_rows, table
+from sparsekd.terminal import fail, one_line_errors
 from sparsekd.train import (
     Interrupted,
-    MetricsLog,
     ProgressReporter,
     Reporter,
     StopRequest,
@@ -133,7 +133,7 @@ def _train(
     backend: str | None,
 ) -> None:
     """Run a recipe with the fields that options name, then those of --set, changed."""
-    with _one_line_errors(ValueError):
+    with one_line_errors(ValueError):
         chosen = get(recipe)
         for field, value in named.items():
             if value is not None:
@@ -146,8 +146,8 @@ def _train(
         if threads is not None and threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {threads}")
     folder = out or Path("runs") / chosen.name
-    console = _console()
-    with _one_line_errors(SparsekdError, OSError), contextlib.ExitStack() as stack:
+    console = terminal.console()
+    with one_line_errors(SparsekdError, OSError), contextlib.ExitStack() as stack:
         if threads is not None:
             torch.set_num_threads(threads)
         if backend is not None:
@@ -183,9 +183,9 @@ def _run(
         typer.echo(f"{interruption}; the same command goes on from {path}")
         raise typer.Exit(_INTERRUPTED) from None
     except distributed.LostRank as error:
-        _fail(RuntimeError(f"{error}; the same command goes on from {path}"), code=1)
+        fail(RuntimeError(f"{error}; the same command goes on from {path}"), code=1)
     except FloatingPointError as error:
-        _fail(error, code=1)
+        fail(error, code=1)
     _report(path, console)
 
 
@@ -201,8 +201,8 @@ def _mode(warm: bool, ranks: int) -> str:
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Print the table of a run and draw its figures again, from its raw rows."""
-    with _one_line_errors(SparsekdError, OSError):
-        _report(run_dir, _console())
+    with one_line_errors(SparsekdError, OSError):
+        _report(run_dir, terminal.console())
 
 
 def _report(path: Path, console: Console) -> None:
@@ -218,87 +218,19 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Show every field of this recipe.")] = None,
 ) -> None:
     """List the recipes, or every field of one, as --set names them."""
-    console = _console()
+    console = terminal.console()
     if name is None:
         listing = Table("recipe", "what it does")
         for recipe in RECIPES.values():
             listing.add_row(recipe.name, recipe.description)
         console.print(listing)
         return
-    with _one_line_errors(ValueError):
+    with one_line_errors(ValueError):
         for field, value in _fields(asdict(get(name))):
             console.print(f"{field} = {value}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def bench(
-    quick: Annotated[
-        bool, typer.Option("--quick/--all", help="Minutes at batch 32, or everything at 128.")
-    ] = True,
-    level: Annotated[
-        str | None, typer.Option(help="Only these: peaks,op,layer,step,epoch,waterfall,memory.")
-    ] = None,
-    network: Annotated[str | None, typer.Option(help="Networks, as resnet18,vgg16_bn.")] = None,
-    sparsity: Annotated[str | None, typer.Option(help="Sparsities, as 0.8,0.9.")] = None,
-    arm: Annotated[str | None, typer.Option(help="Arms, as sparsekd,dense_bf16.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images or rows.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Turns of each arm.")] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu; or cuda, where --level, --network and --arm have no say.")
-    ] = "cpu",
-    threads: _Threads = None,
-    rows: Annotated[Path, typer.Option(help="JSON-lines file of the measurements.")] = Path(
-        "runs/bench/rows.jsonl"
-    ),
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of report and figures [default: that of the rows].")
-    ] = None,
-    seconds: Annotated[
-        float | None, typer.Option(help="Begin nothing after this; the same command goes on.")
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="Measure again what is there already.")
-    ] = False,
-    draw: Annotated[bool, typer.Option("--draw", help="Measure nothing; report the rows.")] = False,
-) -> None:
-    """Race the sparse kernels against dense torch and installed rivals; tables and figures."""
-    from sparsekd import bench as arena
-    from sparsekd.bench import report as reports
-
-    console = _console()
-    with _one_line_errors(SparsekdError, OSError, ValueError):
-        plan = arena.Plan(
-            quick=quick,
-            levels=_words(level) or arena.LEVELS,
-            networks=_words(network),
-            sparsities=tuple(map(float, _words(sparsity) or ())) or None,
-            arms=_words(arm),
-            batch=batch,
-            rounds=rounds,
-        )
-        sessions, machine = arena.on_device(plan, device)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        if not draw:
-            arena.keep_choices(rows.parent / "choices")
-            log = MetricsLog(rows)
-            if fresh:
-                rows.unlink(missing_ok=True)
-            limit = math.inf if seconds is None else seconds
-            if not arena.run(sessions, log, arena.describe(machine), console, limit):
-                console.print("time is up; the same command goes on", highlight=False)
-        results = reports.read(rows)
-        reports.show(results, console)
-        for file in reports.write(results, out or rows.parent, rows):
-            console.print(str(file), highlight=False, soft_wrap=True)
-        console.print(str(rows), highlight=False, soft_wrap=True)
-    found = results.shortfalls()
-    if any(arena.is_ours(row["arm"]) for row in found.get("refused", []) + found.get("failed", [])):
-        _fail(ValueError("an arm of sparsekd raised or gave wrong results; see above"), code=1)
-
-
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+app.command("bench")(bench_command(SUITE, "runs/bench"))
 
 
 @app.command()
@@ -316,20 +248,20 @@ def explain(
     threads: _Threads = None,
 ) -> None:
     """Time each pass of each sparse layer both ways; show what runs, and when dense would win."""
-    with _one_line_errors(ValueError, SparsekdError):
+    with one_line_errors(ValueError, SparsekdError):
         image = tuple(map(int, input_shape.split(",")))
         if threads is not None:
             torch.set_num_threads(threads)
         keep_memory_warm()
         model = models.build(network, num_classes=10, in_channels=image[0])
         sparsify(model, sparsity=sparsity, distribution=distribution, layout=layout)
-        _console().print(diagnose.explain(model, (batch, *image)))
+        terminal.console().print(diagnose.explain(model, (batch, *image)))
 
 
 @app.command()
 def info() -> None:
     """Show versions, backends, instruction set, threads and OpenMP runtime."""
-    console = _console()
+    console = terminal.console()
     facts = ops.info()
     backends = facts.pop("backends")
     for field, value in _fields(facts):
@@ -340,11 +272,6 @@ def info() -> None:
     console.print(listing)
 
 
-def _console() -> Console:
-    # A log file has no width; rich would fold the table at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 110)
-
-
 def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -353,16 +280,3 @@ def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             yield f"{prefix}{name}", ",".join(map(str, value))
         else:
             yield f"{prefix}{name}", str(value).lower() if value is None else str(value)
-
-
-@contextlib.contextmanager
-def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except kinds as error:
-        _fail(error, code=2)
-
-
-def _fail(error: Exception, code: int) -> NoReturn:
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(code)

@@ -1,30 +1,31 @@
 """A whole training step of some networks: `python -m pytest benchmarks/e2e`.
 
-One group a network. The arms are those of `sparsekd bench --level step`, which takes them in turns
-and gives the published figures; here each runs by itself, for work on one of them.
+One group a network. The competitors are those of the arena's level `step`, which takes them in
+turns and gives the published figures; here each runs by itself, for work on one of them.
 """
 
 from __future__ import annotations
 
 import pytest
 
+from benchmarks.arena.competitors import STEPS
 from sparsekd.bench.cases import MODELS
-from sparsekd.bench.steps import STEP_ARMS, contest
+from sparsekd.bench.steps import step_problem
 
-CONTESTS = [
-    (arm.name, sparsity)
-    for arm in STEP_ARMS.values()
-    for sparsity in ((0.8, 0.9, 0.98) if arm.sparse else (0.8,))
+ENTRIES = [
+    (competitor.name, sparsity)
+    for competitor in STEPS.values()
+    for sparsity in ((0.8, 0.9, 0.98) if competitor.sparse else (0.8,))
 ]
 
 
-@pytest.mark.parametrize("arm, sparsity", CONTESTS)
+@pytest.mark.parametrize("competitor, sparsity", ENTRIES)
 @pytest.mark.parametrize("network", ["resnet18", "resnet20"])
-def test_step(benchmark, network: str, arm: str, sparsity: float) -> None:
+def test_step(benchmark, network: str, competitor: str, sparsity: float) -> None:
     """Time one training step of one network."""
     benchmark.group = network
-    chosen = STEP_ARMS[arm]
-    if reason := chosen.missing():
+    chosen = STEPS[competitor]
+    if reason := chosen.missing(MODELS[network]):
         pytest.skip(reason)
-    run = chosen.build(contest(MODELS[network], sparsity))
+    run = chosen.build(step_problem(MODELS[network], sparsity))
     benchmark.pedantic(run.call, rounds=3, warmup_rounds=1)

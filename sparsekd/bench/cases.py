@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -11,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd import models
+from sparsekd.errors import UnsupportedError
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 BATCH = 128
-PASSES = ("fprop", "dgrad", "wgrad")
-# The arms that speed-ups refer to: eager float32 torch, in the better layout of a case. Compiled
-# and bfloat16 dense are arms of their own, shown beside it.
+# What speed-ups refer to: eager float32 torch, in the better layout of a case. Compiled and
+# bfloat16 dense are competitors of their own, shown beside it.
 BASELINES = ("dense_contiguous", "dense_channels_last")
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """Describe one layer at one input size; a linear layer is 1x1 on a 1x1 map.
+    """One layer at one input size; a linear layer is 1x1 on a 1x1 map.
 
     Args:
         kind: "conv" or "linear".
@@ -101,12 +102,17 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """Describe one network whose training step is measured.
+    """One network whose training step is timed.
 
     Args:
-        name: of the network in `sparsekd.models`.
+        name: of the network in `sparsekd.models`, or "package.module:factory", a function without
+            arguments that returns a classifier of images.
         input_shape: channels, height, width.
         batch: images a step.
+
+    Example:
+        >>> ModelCase("sparsekd.models:lenet5", (1, 28, 28)).build().fc3.out_features
+        10
     """
 
     name: str
@@ -122,7 +128,24 @@ class ModelCase:
         """Build the dense network from a seed of its own."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if ":" in self.name:
+                return factory(self.name)()
             return models.build(self.name, num_classes=10, in_channels=self.input_shape[0])
+
+
+def factory(name: str) -> Callable[[], nn.Module]:
+    """Return the function that "package.module:factory" names.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnsupportedError(
+            f"network: expected package.module:factory, got {name!r}: {error}"
+        ) from error
 
 
 def _batch(batch: int) -> str:
@@ -140,7 +163,7 @@ LINEAR_LAYERS = (
 )
 
 
-def dense_ends(model: nn.Module) -> tuple[str, str]:
+def dense_ends(model: nn.Module) -> tuple[str, ...]:
     """Name the first convolution and the last linear layer, which stay dense in every comparison.
 
     Example:
@@ -149,7 +172,7 @@ def dense_ends(model: nn.Module) -> tuple[str, str]:
     """
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return convs[0], linears[-1]
+    return (*convs[:1], *linears[-1:])
 
 
 @cache

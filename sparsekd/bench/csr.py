@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekd.bench.cases import LayerCase
-from sparsekd.bench.rivals import Layer
 from sparsekd.topology import Topology
 
 
 class _Product(torch.autograd.Function):
-    """Multiply a CSR matrix by a dense one; `torch.mm` would make its weight gradient dense."""
+    """Product of a CSR matrix and a dense one; `torch.mm` would make its weight gradient dense."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, x: Tensor, topology: Topology) -> Tensor:
@@ -48,7 +48,7 @@ def _matrix(crow: Tensor, col: Tensor, values: Tensor, topology: Topology) -> Te
 
 
 def missing(case: LayerCase) -> str | None:
-    """Say why torch's CSR cannot run a layer here."""
+    """Return why torch's CSR cannot run a layer here, None if it can."""
     if not torch.backends.mkl.is_available():
         return "this build of torch has no MKL, which its CSR products need"
     if case.kernel > 1:
@@ -56,8 +56,10 @@ def missing(case: LayerCase) -> str | None:
     return None
 
 
-def layer(weight: Tensor, x: Tensor, grad: Tensor, stride: int, padding: int) -> Layer:
-    """Build a linear layer or a 1x1 convolution on a CSR weight."""
+def layer(
+    weight: Tensor, x: Tensor, grad: Tensor, stride: int, padding: int
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """Build a linear layer or a 1x1 convolution on a CSR weight, for `layers.foreign`."""
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     topology = Topology.from_mask(weight != 0)
     values = weight.reshape(-1)[topology.flat_indices()].requires_grad_()
@@ -70,4 +72,4 @@ def layer(weight: Tensor, x: Tensor, grad: Tensor, stride: int, padding: int) ->
         y = _Product.apply(values, columns, topology)
         return y.view(len(weight), len(x), *grad.shape[2:]).transpose(0, 1)
 
-    return Layer(linear if weight.ndim == 2 else conv, values, torch.arange(topology.nnz))
+    return linear if weight.ndim == 2 else conv, values, torch.arange(topology.nnz)

@@ -1,4 +1,4 @@
-"""No speed for wrong results: hold what an arm computed against dense torch before it is timed."""
+"""No speed for wrong results: what a competitor computed is compared with dense torch first."""
 
 from __future__ import annotations
 
@@ -80,14 +80,11 @@ def compare(
 
 
 def refusal(errors: Mapping[str, float], bounds: Mapping[str, float]) -> str | None:
-    """Say why an arm's results are wrong.
+    """Return why results are wrong: one line naming the first that is off, None if all agree.
 
     Args:
         errors: of each result, from `compare`.
         bounds: the largest error allowed of each.
-
-    Returns:
-        One line naming the first result that is off, None if all agree.
 
     Example:
         >>> refusal({"output": 0.1}, {"output": 1e-6})
@@ -100,16 +97,16 @@ def refusal(errors: Mapping[str, float], bounds: Mapping[str, float]) -> str | N
 
 
 def step_bounds(noise: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
-    """Bound what an arm may differ by after a whole training step.
+    """Bound how far results may be off after a whole training step.
 
     A rounding unit that flips a ReLU changes a gradient visibly, so the bound is measured: eight
     times what rounding alone did to the same gradient, or to the median one if that is more. A
     gradient of which rounding changes a quarter is nothing but rounding, as that of a bias before
-    BatchNorm, and is not held; nor are those of bfloat16, where only the loss is.
+    BatchNorm, and is not compared; nor are those of bfloat16, where only the loss is.
 
     Args:
         noise: `overall_error` of the loss and of each gradient between results that are all right.
-        dtype: in which the arm multiplies.
+        dtype: in which the competitor multiplies.
 
     Returns:
         The bounds by name, below the error of a gradient that is missing or unrelated.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,14 +16,12 @@ import sparsekd as skd
 from sparsekd.memory import keep_memory_warm
 from sparsekd.ops.cpu.processor import cpu_name
 
-_RIVALS = ("sparseprop", "sparselab")
 
-
-def describe(device: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Describe this machine and process; applies the allocator setting that every arm gets.
+def describe(more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Describe this machine and process; applies the allocator setting that all competitors get.
 
     Args:
-        device: what else tells rows apart: the GPU, where one is measured.
+        more: what else tells rows apart, as the GPU.
 
     Returns:
         Plain values. `build` is a digest of the compiled module, so that rows of different kernels
@@ -46,8 +43,7 @@ def describe(device: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "sparsekd": skd.__version__,
         "build": _digest(compiled.get("file")),
-        **{name: _version(name) for name in _RIVALS},
-        **(device or {}),
+        **(more or {}),
     }
     text = json.dumps(facts, sort_keys=True).encode()
     return {"id": hashlib.blake2b(text, digest_size=4).hexdigest(), **facts}
@@ -68,10 +64,3 @@ def keep_choices(folder: Path) -> None:
 
 def _digest(file: str | None) -> str | None:
     return file and hashlib.blake2b(Path(file).read_bytes(), digest_size=4).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,32 +1,25 @@
-"""Time the arms of one case against each other: gate first, then in turns, one row an arm."""
+"""Time the competitors of one case against each other: gate first, then in turns, one row each."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from sparsekd.bench import gate
+from sparsekd.bench.competitor import Key
 from sparsekd.timing import interleave
 from sparsekd.train import Row
 
-Key = tuple[str, float | None]  # arm and sparsity
 _PAUSE = 0.005  # seconds for another package's idle threads to stop spinning
 _LEAST = 0.02  # seconds of a turn
 
 
-class Arm(Protocol):
-    """Be one of the competitors, at whatever level."""
-
-    @property
-    def sparse(self) -> bool: ...
-
-
 class Session(Protocol):
-    """Be what is measured together: the unit that is skipped when all its rows exist."""
+    """What is measured together: the unit that is skipped when all its rows exist."""
 
     @property
     def name(self) -> tuple[str, str, str]:
@@ -42,21 +35,8 @@ class Session(Protocol):
         ...
 
 
-def pairs(arms: Mapping[str, Arm], sparsities: Sequence[float]) -> list[Key]:
-    """Pair every sparse arm with every sparsity; a dense one runs once, at none.
-
-    Example:
-        >>> from sparsekd.bench.arms import LAYER_ARMS
-        >>> two = {name: LAYER_ARMS[name] for name in ("dense_contiguous", "sparsekd")}
-        >>> pairs(two, (0.8, 0.9))
-        [('dense_contiguous', None), ('sparsekd', 0.8), ('sparsekd', 0.9)]
-    """
-    dense: list[Key] = [(name, None) for name, arm in arms.items() if not arm.sparse]
-    return dense + [(name, s) for s in sparsities for name, arm in arms.items() if arm.sparse]
-
-
 class Ready(NamedTuple):
-    """Hold an arm that is ready to run.
+    """A competitor that is ready to be timed.
 
     Args:
         call: what is timed.
@@ -71,12 +51,12 @@ class Ready(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Describe one arm in a race.
+    """A competitor in a race.
 
     Args:
         row: what identifies it, and what is known before it runs.
         skipped: why it cannot run, None if it can.
-        prepare: builds it and computes its results once.
+        prepare: builds it and computes its results for the first time.
     """
 
     row: Row
@@ -85,23 +65,19 @@ class Entry:
 
 
 def race(
-    entries: Iterable[Entry],
-    *,
-    rounds: int,
-    slow: float,
-    device: torch.device | None = None,
+    entries: Iterable[Entry], *, rounds: int, slow: float, device: torch.device | None = None
 ) -> list[Row]:
-    """Hold every arm's results against the reference, then time those that are right.
+    """Compare every competitor's results with the reference, then time those that are right.
 
     Args:
-        entries: one an arm and sparsity.
-        rounds: turns of each arm.
-        slow: arms that take more seconds than this have three turns at most.
-        device: where they compute; the CPU if there is none.
+        entries: one for each competitor and sparsity.
+        rounds: turns of each.
+        slow: those that take more seconds than this have three turns at most.
+        device: where they compute; None is the CPU.
 
     Returns:
-        A row an entry, in their order: with `ms` (the median), `times` and `error`, or with the
-        reason it has none as `skipped`, `refused` (wrong results) or `failed` (it raised).
+        A row for each entry, in their order: with `ms` (the median), `times` and `error`, or with
+        the reason it has none as `skipped`, `refused` (wrong results) or `failed` (it raised).
 
     Example:
         >>> good = Ready(lambda: None, errors={"output": 0.0}, bounds={"output": 1e-6})
@@ -112,17 +88,17 @@ def race(
         [['arm', 'error', 'ms', 'times'], ['arm', 'ms', 'refused']]
     """
     rows: list[Row] = []
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[int, Callable[[], object]] = {}
     for number, entry in enumerate(entries):
         outcome, call = _admit(entry)
         rows.append({**entry.row, **outcome})
         if call is not None:
-            calls[str(number)] = call
+            calls[number] = call
     times = interleave(
         calls, rounds, settle=True, least=_LEAST, pause=_PAUSE, slow=slow, device=device
     )
-    for key, turns in times.items():
-        rows[int(key)] |= {
+    for number, turns in times.items():
+        rows[number] |= {
             "ms": round(statistics.median(turns), 4),
             "times": [round(turn, 4) for turn in turns],
         }

@@ -1,27 +1,20 @@
-"""Turn rows into a report: tables for the terminal, Markdown and figures in a folder."""
+"""The report on a benchmark: tables for the terminal, Markdown and figures in a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from sparsekd.bench import tables
-from sparsekd.bench.gpu_report import draw_gpu, gpu_grids
 from sparsekd.bench.results import Results
+from sparsekd.bench.suite import Suite
+from sparsekd.bench.tables import Grid
 from sparsekd.errors import CheckpointError
-from sparsekd.train import MetricsLog, Row
+from sparsekd.train import MetricsLog
 
 
 def read(path: Path) -> Results:
-    """Read the rows of a file.
-
-    Args:
-        path: a JSON-lines file that `sparsekd bench` wrote.
-
-    Returns:
-        Its results.
+    """Read the rows of a JSON-lines file that a benchmark wrote.
 
     Raises:
         CheckpointError: the file has no rows, or is damaged.
@@ -32,34 +25,22 @@ def read(path: Path) -> Results:
     return Results(rows)
 
 
-def grids(results: Results) -> list[tables.Grid]:
-    """Build every table that the rows allow."""
-    found = [
-        tables.layer_grid(results, "conv"),
-        tables.layer_grid(results, "linear"),
-        tables.step_grid(results, "step"),
-        tables.step_grid(results, "epoch"),
-        tables.truth_grid(results),
-        tables.density_grid(results),
-        tables.waterfall_grid(results),
-        tables.memory_grid(results),
-        tables.roofline_grid(tables.roofline_rows(results)),
-        *gpu_grids(results),
-        tables.shortfall_grid(results),
-    ]
-    return [grid for grid in found if grid is not None]
+def grids(suite: Suite, results: Results) -> list[Grid]:
+    """Make the tables that the rows allow."""
+    return [grid for grid in suite.grids(results) if grid is not None]
 
 
-def show(results: Results, console: Console) -> None:
+def show(suite: Suite, results: Results, console: Console) -> None:
     """Print the tables."""
-    for grid in grids(results):
+    for grid in grids(suite, results):
         console.print(grid.rich(), highlight=False)
 
 
-def write(results: Results, folder: Path, rows: Path) -> list[Path]:
+def write(suite: Suite, results: Results, folder: Path, rows: Path) -> list[Path]:
     """Write the tables as Markdown beside the figures.
 
     Args:
+        suite: whose report it is.
         results: the rows.
         folder: where README.md and the PNG files go.
         rows: the file that the rows came from, named in the text.
@@ -67,34 +48,21 @@ def write(results: Results, folder: Path, rows: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    from sparsekd.bench.figures import draw  # matplotlib: not worth loading to print tables
+    from sparsekd.plots import save  # matplotlib: not worth loading to print tables
 
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [*draw(results, folder), *draw_gpu(results, folder)]
+    files = save(suite.figures(results), folder)
     pictures = "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in files)
     machine = "\n".join(f"- {name}: {value}" for name, value in results.machine.items())
     parts = [
-        "# The arena\n",
-        f"Written by `sparsekd bench` from `{rows.name}`; draw it again with `--draw`. All times "
-        "are medians of turns that the arms took in one process, on the same masks and inputs, "
-        "each arm after its results had been held against dense torch.\n",
+        f"# {suite.title}\n",
+        f"Written by `{suite.command}` from `{rows.name}`; draw it again with `--draw`. All times "
+        "are medians of turns that the competitors took in one process, on the same masks and "
+        "inputs, after the results of each had been compared with dense torch's.\n",
         pictures + "\n" if files else "",
-        *(grid.markdown() for grid in grids(results)),
-        _roofs(results.rows("peaks")),
+        *(grid.markdown() for grid in grids(suite, results)),
+        suite.text(results),
         f"### Machine\n\n{machine}\n",
     ]
     page = folder / "README.md"
     page.write_text("\n".join(part for part in parts if part))
     return [page, *files]
-
-
-def _roofs(rows: Sequence[Row]) -> str:
-    if not rows or "flops" not in rows[-1]:
-        return ""
-    top = rows[-1]
-    return (
-        f"### Roofs\n\nMeasured on {top['op']}: {top['flops'] / 1e9:.0f} GFLOP/s of independent "
-        f"fused multiply-adds; reading {top['l2'] / 1e9:.0f} GB/s from L2, {top['l3'] / 1e9:.0f} "
-        f"from L3, {top['memory'] / 1e9:.0f} from memory. `sparsekd/bench/roofline.py` says what a "
-        "pass must move.\n"
-    )

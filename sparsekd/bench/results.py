@@ -1,27 +1,19 @@
-"""Read rows: which count, what dense takes, how much faster an arm is."""
+"""What rows say: which of them count, what dense takes, how much faster a competitor is."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsekd.bench.cases import BASELINES
 from sparsekd.bench.runner import identity
 from sparsekd.train import Row
 
 
-class Line(NamedTuple):
-    """Hold a straight line fitted through times against density."""
-
-    intercept: float
-    slope: float
-    r2: float
-
-
 class Results:
-    """Hold the rows of one machine and build, the newest of each kind.
+    """The rows of one machine and build, the newest of each kind.
 
     Args:
         rows: of any machines and builds; those of the machine of the last row count.
@@ -53,13 +45,13 @@ class Results:
                 if place not in self._dense or row["ms"] < self._dense[place]["ms"]:
                     self._dense[place] = row
 
-    def rows(self, level: str, *, arm: str | None = None, case: str | None = None) -> list[Row]:
+    def rows(self, level: str, *, name: str | None = None, case: str | None = None) -> list[Row]:
         """List the rows of a level, in the order of measurement."""
         return [
             row
             for row in self._newest.values()
             if row["level"] == level
-            and (arm is None or row["arm"] == arm)
+            and (name is None or row["arm"] == name)
             and (case is None or row["case"] == case)
         ]
 
@@ -73,17 +65,17 @@ class Results:
         return sorted(sparsity for sparsity in found if sparsity is not None)
 
     def find(
-        self, level: str, case: str, op: str, arm: str, sparsity: float | None = None
+        self, level: str, case: str, op: str, name: str, sparsity: float | None = None
     ) -> Row | None:
         """Return the newest row of these, None if there is none."""
-        return self._newest.get((level, case, op, arm, sparsity))
+        return self._newest.get((level, case, op, name, sparsity))
 
     def dense(self, row: Row) -> Row | None:
         """Return the row of the better dense layout, measured in turns with this row."""
         return self._dense.get(_place(row))
 
     def dense_ms(self, row: Row) -> float | None:
-        """Return the time of the better dense layout, measured in turns with this row."""
+        """Return the time of that row."""
         dense = self.dense(row)
         return None if dense is None else dense["ms"]
 
@@ -94,10 +86,10 @@ class Results:
         dense = self.dense_ms(row)
         return None if dense is None else dense / row["ms"]
 
-    def geomean(self, arm: str, sparsity: float | None, cases: Iterable[str]) -> float | None:
-        """Return the geometric mean of an arm's speed-ups over layers, None unless all have one."""
+    def geomean(self, name: str, sparsity: float | None, cases: Iterable[str]) -> float | None:
+        """Return the geometric mean of the speed-ups over layers, None unless all have one."""
         speedups = [
-            self.speedup(self.find("layer", case, "layer", arm, sparsity)) for case in cases
+            self.speedup(self.find("layer", case, "layer", name, sparsity)) for case in cases
         ]
         known = [speedup for speedup in speedups if speedup is not None]
         if not known or len(known) < len(speedups):
@@ -112,29 +104,6 @@ class Results:
                 if outcome in row:
                     found[outcome].append(row)
         return dict(found)
-
-
-def fit(points: Sequence[tuple[float, float]]) -> Line | None:
-    """Fit a line through (density, time) by least squares.
-
-    Densities above a fifth do not count: there the dispatcher runs some layers dense, at a time
-    that no longer depends on density.
-
-    Returns:
-        The line, None with fewer than three points.
-
-    Example:
-        >>> fit([(0.05, 1.5), (0.1, 2.0), (0.2, 3.0), (0.5, 4.0)]).intercept
-        1.0
-    """
-    points = [point for point in points if point[0] <= 0.2 + 1e-9]
-    if len(points) < 3:
-        return None
-    x, y = zip(*points, strict=True)
-    slope, intercept = statistics.linear_regression(x, y)
-    rest = sum((b - intercept - slope * a) ** 2 for a, b in points)
-    total = sum((b - statistics.mean(y)) ** 2 for b in y)
-    return Line(round(intercept, 9), slope, 1 - rest / total if total else 1.0)
 
 
 def _place(row: Row) -> tuple[str, str, str, str]:

@@ -91,7 +91,7 @@ def figures(rows: Sequence[Row], folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    from sparsekd.train.figures import draw  # matplotlib: not worth loading for `sparsekd info`
+    from sparsekd.recipes.figures import draw  # matplotlib: not worth loading for `sparsekd info`
 
     present = {row.get("method") for row in rows}
     labels = {name: label for name, label in LABELS.items() if name in present}

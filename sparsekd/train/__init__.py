@@ -1,4 +1,4 @@
-"""Training: the loop, its metrics, checkpoints that resume bit-equal, processes, figures."""
+"""Training: the loop, its metrics, checkpoints that resume bit-equal, processes."""
 
 from __future__ import annotations
 

@@ -5,26 +5,27 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from sparsekd.bench import describe, run
+from sparsekd.bench.machine import describe
+from sparsekd.bench.runner import run
 from sparsekd.train import MetricsLog
 
 
 class Counting:
     """A session that counts how often it is measured."""
 
-    def __init__(self, case, arms=("a",)):
-        self.case, self.arms, self.calls = case, arms, 0
+    def __init__(self, case, names=("a",)):
+        self.case, self.names, self.calls = case, names, 0
 
     @property
     def name(self):
         return ("layer", self.case, "layer")
 
     def keys(self):
-        return [(arm, 0.9) for arm in self.arms]
+        return [(name, 0.9) for name in self.names]
 
     def measure(self):
         self.calls += 1
-        return [{"arm": arm, "sparsity": 0.9, "ms": 1.0} for arm in self.arms]
+        return [{"arm": name, "sparsity": 0.9, "ms": 1.0} for name in self.names]
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_only_what_is_missing_is_measured(tmp_path, console):
     assert run([first], log, describe(), console)
     assert run([first, second], log, describe(), console)
     assert (first.calls, second.calls) == (1, 1)
-    wider = Counting("one", arms=("a", "b"))
+    wider = Counting("one", names=("a", "b"))
     assert run([wider], log, describe(), console)
     assert wider.calls == 1
 
@@ -88,7 +89,7 @@ def test_a_session_that_raises_has_failed_and_the_others_go_on(tmp_path, console
             raise RuntimeError("out of memory\nwith a long story")
 
     log = MetricsLog(tmp_path / "rows.jsonl")
-    assert run([Lost("one", arms=("a", "b")), Counting("two")], log, {"id": "m"}, console)
+    assert run([Lost("one", names=("a", "b")), Counting("two")], log, {"id": "m"}, console)
     rows = [(row["case"], row["arm"], row["ms"], row.get("failed")) for row in log.rows()]
     problem = "RuntimeError: out of memory"
     assert rows == [

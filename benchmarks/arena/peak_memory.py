@@ -1,7 +1,7 @@
-"""Peak memory of a training step, each arm in a process of its own: its tensors, and `VmHWM`.
+"""Peak memory of a training step, by process: its tensors, and `VmHWM`.
 
-Run as a module (`python -m sparsekd.bench.peak_memory CASE ARM SPARSITY BATCH THREADS`) it trains
-a few steps and prints what it took, as one JSON object.
+Every competitor gets a process of its own, which runs this module with what to train as a JSON
+object, trains a few steps and prints what they took as another.
 """
 
 from __future__ import annotations
@@ -11,36 +11,38 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import sparsekd as skd
-from sparsekd.bench.cases import MODELS, ModelCase
-from sparsekd.bench.race import Key, pairs
-from sparsekd.bench.steps import STEP_ARMS, StepArm, contest
+from benchmarks.arena.competitors import STEPS
+from sparsekd.bench.cases import ModelCase
+from sparsekd.bench.competitor import Key, pairs
+from sparsekd.bench.steps import StepCompetitor, step_problem
 from sparsekd.errors import UnsupportedError
 from sparsekd.train import Row
 
+_ROOT = Path(__file__).resolve().parents[2]
 _STEPS = 3
 _STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Measure the peak memory of training steps.
+    """The peak memory of training steps.
 
     Args:
-        case: the network, one of `MODELS`.
-        sparsities: that sparse arms are measured at.
-        arms: dense ones run once.
+        case: the network.
+        sparsities: that sparse competitors are measured at.
+        competitors: dense ones run once.
     """
 
     case: ModelCase
     sparsities: tuple[float, ...]
-    arms: Mapping[str, StepArm]
+    competitors: Mapping[str, StepCompetitor]
 
     @property
     def name(self) -> tuple[str, str, str]:
@@ -49,36 +51,39 @@ class PeakMemory:
 
     def keys(self) -> list[Key]:
         """List the rows it gives."""
-        return pairs(self.arms, self.sparsities)
+        return pairs(self.competitors, self.sparsities)
 
     def measure(self) -> list[Row]:
         """Measure them, one process after the other."""
         rows = []
         for name, sparsity in self.keys():
             row: Row = {"arm": name, "sparsity": sparsity, "batch": self.case.batch, "ms": None}
-            reason = self.arms[name].missing()
+            reason = self.competitors[name].missing(self.case)
             if not _STATUS.exists():
                 reason = "needs /proc, as on Linux"
             rows.append(row | ({"skipped": reason} if reason else self._ask(name, sparsity)))
         return rows
 
-    def _ask(self, arm: str, sparsity: float | None) -> Row:
-        options = (self.case.name, arm, sparsity or self.sparsities[0], self.case.batch)
-        call = [sys.executable, "-m", "sparsekd.bench.peak_memory", *map(str, options)]
-        answer = subprocess.run(
-            [*call, str(torch.get_num_threads())], capture_output=True, text=True
-        )
+    def _ask(self, competitor: str, sparsity: float | None) -> Row:
+        request = {
+            "case": asdict(self.case),
+            "competitor": competitor,
+            "sparsity": sparsity or self.sparsities[0],
+            "threads": torch.get_num_threads(),
+        }
+        call = [sys.executable, "-m", "benchmarks.arena.peak_memory", json.dumps(request)]
+        answer = subprocess.run(call, cwd=_ROOT, capture_output=True, text=True, check=False)
         if answer.returncode:
             return {"failed": answer.stderr.strip().rpartition("\n")[2]}
         return json.loads(answer.stdout)
 
 
-def peak(case: ModelCase, arm: StepArm, sparsity: float) -> Row:
+def peak(case: ModelCase, competitor: StepCompetitor, sparsity: float) -> Row:
     """Train a few steps in this process and return its peak memory.
 
     Args:
         case: the network.
-        arm: what trains it.
+        competitor: what trains it.
         sparsity: of the model.
 
     Returns:
@@ -91,8 +96,8 @@ def peak(case: ModelCase, arm: StepArm, sparsity: float) -> Row:
     Raises:
         UnsupportedError: the system has no /proc.
     """
-    given = contest(case, sparsity)
-    run = arm.build(given)
+    given = step_problem(case, sparsity)
+    run = competitor.build(given)
     del given
     before = _resident("VmRSS")
     for _ in range(_STEPS):
@@ -136,11 +141,11 @@ def _resident(field: str) -> float:
 
 def main() -> None:
     """Answer a request of `PeakMemory`."""
-    name, arm, sparsity, batch, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
     skd.keep_memory_warm()
-    case = ModelCase(name, MODELS[name].input_shape, int(batch))
-    print(json.dumps(peak(case, STEP_ARMS[arm], float(sparsity))))
+    case = ModelCase(**request["case"])
+    print(json.dumps(peak(case, STEPS[request["competitor"]], request["sparsity"])))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from benchmarks.arena.peaks import Peaks
 from sparsekd.bench.cases import LayerCase
-from sparsekd.diagnose.peaks import Peaks
 
 _WORD = 4  # bytes of a float32 and of an int32 index
 _LANES = 16  # images that one packed pixel holds
@@ -30,7 +30,7 @@ _STRIP = 32  # positions over which the weight gradient keeps a sum in registers
 
 @dataclass(frozen=True)
 class Roof:
-    """Hold what bounds a pass.
+    """What bounds a pass.
 
     Args:
         flops: operations at the nonzeros.

@@ -1,14 +1,16 @@
-"""The roofs of this machine for a roofline, measured by the compiled module."""
+"""The roofs of a machine: what it can do at best, measured by the compiled module."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from sparsekd.bench.competitor import Key
 from sparsekd.errors import BackendError
 from sparsekd.ops import info
 from sparsekd.ops.dispatch.backends import BACKENDS, load
+from sparsekd.train import Row
 
 _L3_PART = 2 << 20  # per thread: past any L2, and inside any L3
 _MEMORY_PART = 128 << 20  # per thread: past any L3
@@ -16,7 +18,7 @@ _MEMORY_PART = 128 << 20  # per thread: past any L3
 
 @dataclass(frozen=True)
 class Peaks:
-    """The roofs of a machine, for the current instruction set and number of threads.
+    """Roofs of a machine, for the current instruction set and number of threads.
 
     Args:
         flops: float32 operations per second of independent fused multiply-adds.
@@ -44,10 +46,6 @@ def measure_peaks(seconds: float = 0.3) -> Peaks:
         BackendError: the compiled module is missing.
 
     Source: Williams et al., Roofline (2009), section 4.
-
-    Example:
-        >>> measure_peaks(seconds=0.001).flops > 0
-        True
     """
     cpp, reason = load("cpp")
     if cpp is None:
@@ -66,3 +64,34 @@ def measure_peaks(seconds: float = 0.3) -> Peaks:
         l3=read(_L3_PART),
         memory=read(_MEMORY_PART),
     )
+
+
+@dataclass(frozen=True)
+class PeakSession:
+    """The roofs as one more thing to measure.
+
+    Args:
+        seconds: spent on each.
+    """
+
+    seconds: float = 0.3
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """Level, case and operation."""
+        return ("peaks", "machine", f"{torch.get_num_threads()} threads")
+
+    def keys(self) -> list[Key]:
+        """List the rows it gives."""
+        return [("peaks", None)]
+
+    def measure(self) -> list[Row]:
+        """Measure them."""
+        row: Row = {"arm": "peaks", "sparsity": None, "ms": None}
+        try:
+            peaks = measure_peaks(self.seconds)
+        except BackendError as error:
+            return [{**row, "skipped": str(error)}]
+        compiled = info()["cpp"]
+        caches = {"l1": compiled["l1d_bytes"], "last_level": compiled["l3_bytes"]}
+        return [{**row, **asdict(peaks), **caches}]

@@ -1,4 +1,4 @@
-"""Who competes in a single pass of a layer: torch's own kernels and ours, each in both layouts."""
+"""Who competes in a single pass of a layer: torch's kernels and ours, each in both layouts."""
 
 from __future__ import annotations
 
@@ -10,42 +10,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd import ops
-from sparsekd.bench.arms import RESULTS, LayerArm, Problem, Run, anywhere, laid_out, maps_only
-from sparsekd.bench.cases import PASSES
+from sparsekd.bench.competitor import runs_anywhere
+from sparsekd.bench.layers import (
+    RESULTS,
+    LayerCompetitor,
+    LayerProblem,
+    LayerRun,
+    laid_out,
+    maps_only,
+)
 from sparsekd.topology import Topology
 
+PASSES = ("fprop", "dgrad", "wgrad")
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def pass_arms(name: str) -> dict[str, LayerArm]:
+def pass_competitors(name: str) -> dict[str, LayerCompetitor]:
     """List the competitors in one pass.
 
     Args:
         name: "fprop", "dgrad" or "wgrad".
 
     Returns:
-        The arms by name.
+        The competitors by name.
 
     Example:
-        >>> list(pass_arms("fprop"))[:2]
+        >>> list(pass_competitors("fprop"))[:2]
         ['dense_contiguous', 'sparsekd_contiguous']
     """
     result = RESULTS[PASSES.index(name)]
-    arms = {}
+    found = {}
     for layout, memory_format in _LAYOUTS.items():
-        missing = anywhere if layout == "contiguous" else maps_only
+        missing = runs_anywhere if layout == "contiguous" else maps_only
         for kind, build in (("dense", _dense), ("sparsekd", _sparse)):
-            arms[f"{kind}_{layout}"] = LayerArm(
+            found[f"{kind}_{layout}"] = LayerCompetitor(
                 f"{kind}_{layout}",
                 f"{kind}, {layout}",
                 partial(build, name=name, result=result, layout=memory_format),
                 missing,
                 sparse=kind == "sparsekd",
             )
-    return arms
+    return found
 
 
-def _dense(problem: Problem, name: str, result: str, layout: torch.memory_format) -> Run:
+def _dense(problem: LayerProblem, name: str, result: str, layout: torch.memory_format) -> LayerRun:
     case = problem.case
     x, grad = (problem.maps.get(name, layout) for name in ("x", "grad"))
     weight = laid_out(problem.weight, layout)
@@ -69,10 +77,10 @@ def _dense(problem: Problem, name: str, result: str, layout: torch.memory_format
                 grad, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, wanted
             )[wanted.index(True)]
 
-    return Run(lambda: (call(),), (result,), lambda gradient: gradient[problem.mask])
+    return LayerRun(lambda: (call(),), (result,), lambda gradient: gradient[problem.mask])
 
 
-def _sparse(problem: Problem, name: str, result: str, layout: torch.memory_format) -> Run:
+def _sparse(problem: LayerProblem, name: str, result: str, layout: torch.memory_format) -> LayerRun:
     case = problem.case
     x, grad = (problem.maps.get(name, layout) for name in ("x", "grad"))
     topology = Topology.from_mask(problem.mask)
@@ -97,4 +105,4 @@ def _sparse(problem: Problem, name: str, result: str, layout: torch.memory_forma
         with ops.backend("cpp"):  # the sparse kernel, also where a layer would run dense
             return (call(),)
 
-    return Run(kernel, (result,), lambda gradient: gradient)
+    return LayerRun(kernel, (result,), lambda gradient: gradient)

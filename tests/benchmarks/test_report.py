@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
-from typer.testing import CliRunner
 
-from sparsekd.bench.figures import FIGURES
+from benchmarks.arena.suite import ARENA
+from benchmarks.arena.tables import fit, roofline_rows
+from benchmarks.arena.waterfall import PARTS
 from sparsekd.bench.report import grids, read, write
-from sparsekd.bench.results import Results, fit
-from sparsekd.bench.tables import roofline_rows
-from sparsekd.bench.waterfall import PARTS
-from sparsekd.cli import app
+from sparsekd.bench.results import Results
 from sparsekd.errors import CheckpointError
 
 LAYER = {"kind": "conv", "channels": 64, "outs": 64, "size": 32, "kernel": 3, "stride": 1}
 MACHINE = {"id": "m", "isa": "avx2", "cpu": "a processor"}
 
 
-def row(level, case, op, arm, sparsity, ms, **rest):
+def row(level, case, op, name, sparsity, ms, **rest):
     return {
-        "level": level, "case": case, "op": op, "arm": arm, "sparsity": sparsity, "ms": ms,
+        "level": level, "case": case, "op": op, "arm": name, "sparsity": sparsity, "ms": ms,
         "session": f"{level} {case}", "machine": MACHINE, "batch": 128, **rest,
     }  # fmt: skip
 
 
 def test_a_row_is_held_against_the_dense_one_of_its_own_session():
-    def timed(arm, sparsity, ms, session):
-        return {**row("step", "resnet18", "step", arm, sparsity, ms), "session": session}
+    def timed(name, sparsity, ms, session):
+        return {**row("step", "resnet18", "step", name, sparsity, ms), "session": session}
 
     results = Results(
         [
@@ -91,12 +86,12 @@ def rows():
 
 
 def text(rows):
-    return "\n".join(grid.markdown() for grid in grids(Results(rows)))
+    return "\n".join(grid.markdown() for grid in grids(ARENA, Results(rows)))
 
 
 def test_every_figure_and_table_is_made(rows, tmp_path):
-    files = write(Results(rows), tmp_path, tmp_path / "rows.jsonl")
-    assert {file.stem for file in files} == {"README", *FIGURES}
+    files = write(ARENA, Results(rows), tmp_path, tmp_path / "rows.jsonl")
+    assert {file.stem for file in files} == {"README", *ARENA.figures(Results(rows))}
     assert all(file.stat().st_size > 1000 for file in files)
     page = (tmp_path / "README.md").read_text()
     for title in ("Convolutions", "Linear", "training steps", "FLOPs against time", "Peak memory"):
@@ -106,8 +101,8 @@ def test_every_figure_and_table_is_made(rows, tmp_path):
 
 
 def test_no_rows_make_no_figures():
-    assert all(make(Results([])) is None for make in FIGURES.values())
-    assert grids(Results([])) == []
+    assert set(ARENA.figures(Results([])).values()) == {None}
+    assert grids(ARENA, Results([])) == []
 
 
 def test_speedups_refer_to_the_better_dense_layout_and_losses_are_shown(rows):
@@ -153,7 +148,7 @@ def test_rows_of_another_machine_do_not_count(rows):
     assert [r["machine"]["id"] for r in Results([*rows, other]).rows("memory")] == ["other"]
 
 
-def test_arms_without_a_time_are_listed_with_the_reason(rows):
+def test_competitors_without_a_time_are_listed_with_the_reason(rows):
     rows.append(
         row("layer", "c", "layer", "sparselab", 0.9, None, skipped="sparselab has no convolution")
     )
@@ -163,50 +158,3 @@ def test_arms_without_a_time_are_listed_with_the_reason(rows):
 def test_rows_that_are_not_there_are_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="found none"):
         read(tmp_path / "rows.jsonl")
-
-
-def call(*arguments):
-    threads = torch.get_num_threads()
-    try:
-        return CliRunner(env={"COLUMNS": "140"}).invoke(app, ["bench", *map(str, arguments)])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_the_command_measures_reports_and_goes_on(tmp_path):
-    rows = tmp_path / "some rows.jsonl"
-    options = (
-        *("--level", "layer", "--arm", "sparsekd", "--sparsity", "0.9", "--batch", "4"),
-        *("--rounds", "1", "--threads", "1", "--rows", rows),
-    )
-    first = call(*options)
-    assert first.exit_code == 0, first.output
-    assert "256>256 8x8 3x3 b4" in first.output
-    assert (tmp_path / "speedup_layers.png").exists()
-    before = rows.read_bytes()
-    assert {json.loads(line)["arm"] for line in before.splitlines()} == {
-        "dense_contiguous",
-        "sparsekd",
-    }
-    assert call(*options).exit_code == 0
-    assert rows.read_bytes() == before
-    drawn = call("--draw", "--rows", rows, "--out", tmp_path / "again")
-    assert drawn.exit_code == 0
-    assert (tmp_path / "again" / "README.md").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("--level", "speed"), "level: expected one of peaks, op, layer"),
-        (("--network", "alexnet"), "network: expected one of resnet18"),
-        (("--arm", "magic"), "arm: expected one of"),
-        (("--sparsity", "90"), "sparsity: expected numbers in [0, 1), got 90"),
-        (("--rounds", "0"), "rounds: expected at least 1"),
-        (("--draw",), "expected rows of `sparsekd bench`, found none"),
-    ],
-)
-def test_mistakes_are_told_in_a_line(tmp_path, arguments, message):
-    result = call(*arguments, "--rows", tmp_path / "rows.jsonl")
-    assert result.exit_code == 2
-    assert message in result.output

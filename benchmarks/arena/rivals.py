@@ -6,33 +6,23 @@ contiguous float32 tensors, on our masks.
 
 from __future__ import annotations
 
+import copy
 import importlib
+import importlib.metadata
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekd.bench.cases import LayerCase, map_shapes
+from sparsekd.bench.cases import LayerCase, ModelCase, map_shapes
+from sparsekd.bench.steps import StepProblem, StepRun, train
 from sparsekd.nn import sparse_modules
 
-
-@dataclass(frozen=True)
-class Layer:
-    """Hold another package's layer.
-
-    Args:
-        forward: of the layer.
-        values: its trainable nonzeros.
-        order: where in `values` the nonzeros are, listed in row-major order of the dense weight.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    values: Tensor
-    order: Tensor
+Layer = tuple[Callable[[Tensor], Tensor], Tensor, Tensor]
+"""Forward pass, trainable nonzeros, and where those of the dense weight are, row by row."""
 
 
 def _not_installed(package: str) -> str | None:
@@ -41,13 +31,13 @@ def _not_installed(package: str) -> str | None:
     return None
 
 
-def sparseprop_absent() -> str | None:
-    """Say why SparseProp cannot run here."""
+def sparseprop_missing(case: LayerCase | ModelCase) -> str | None:
+    """Return why SparseProp cannot run here, None if it can."""
     return _not_installed("sparseprop")
 
 
 def sparselab_missing(case: LayerCase) -> str | None:
-    """Say why sparselab cannot run a layer here."""
+    """Return why sparselab cannot run a layer here, None if it can."""
     if case.kind == "conv":
         return "sparselab has no convolution"
     return _not_installed("sparselab")
@@ -74,7 +64,7 @@ def sparseprop(
             for mode in (False, True)
         ]
     best = layers[0] if len(layers) == 1 else _faster(layers, x, grad)
-    return Layer(best, best.W_val, torch.arange(len(best.W_val)))
+    return best, best.W_val, torch.arange(len(best.W_val))
 
 
 def _faster(layers: list[Any], x: Tensor, grad: Tensor) -> Any:
@@ -99,7 +89,7 @@ def sparselab(weight: Tensor, x: Tensor, grad: Tensor, stride: int, padding: int
         torch.arange(start, start + count)
         for start, count in zip(layer._csr.row_start, layer._csr.row_nnz, strict=False)
     ]
-    return Layer(layer, layer._values, torch.cat(slots))
+    return layer, layer._values, torch.cat(slots)
 
 
 def sparseprop_model(model: nn.Module, x: Tensor) -> nn.Module:
@@ -118,6 +108,24 @@ def sparseprop_model(model: nn.Module, x: Tensor) -> nn.Module:
         stride, padding = (sparse.stride[0], sparse.padding[0]) if len(given) == 4 else (1, 0)
         weight = sparse.dense_weight().detach()
         x_like, grad = torch.randn(given).requires_grad_(), torch.randn(result)
-        layer = sparseprop(weight, x_like, grad, stride, padding, sparse.bias)
-        model.get_submodule(parent).add_module(child, layer.forward)  # type: ignore[arg-type]
+        layer, *_ = sparseprop(weight, x_like, grad, stride, padding, sparse.bias)
+        model.get_submodule(parent).add_module(child, layer)  # type: ignore[arg-type]
     return model
+
+
+def sparseprop_step(problem: StepProblem) -> StepRun:
+    """Prepare training steps with SparseProp's layers."""
+    model = sparseprop_model(copy.deepcopy(problem.model), problem.x)
+    return train(model, problem, torch.contiguous_format)
+
+
+def versions() -> dict[str, str | None]:
+    """Return the installed version of each package, None for those that are not."""
+    return {name: _version(name) for name in ("sparseprop", "sparselab")}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

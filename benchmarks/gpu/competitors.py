@@ -16,13 +16,13 @@ _TF32 = torch.float16  # rounds as TF32 does, to eleven bits
 
 
 @dataclass(frozen=True)
-class GpuArm:
-    """Describe one competitor on a GPU.
+class GpuCompetitor:
+    """One way to compute a layer or a training step on a GPU.
 
     Args:
         name: in rows.
         label: in tables and figures.
-        layout: of its masks; None for a dense arm.
+        layout: of its masks; None if it is dense.
         dtype: of its operands.
         tf32: whether float32 products may be rounded to TF32.
         channels_last: memory layout of maps and dense weights.
@@ -56,11 +56,11 @@ class GpuArm:
         return self.sparse and self.storage == "weight"
 
     def missing(self, case: LayerCase, op: str, device: torch.device) -> str | None:
-        """Say why it cannot run a layer here, None if it can."""
+        """Return why it cannot run a layer here, None if it can."""
         if self.storage != "weight" and (case.kind != "linear" or op != "fprop"):
             return f"torch has no training with {self.storage} weights"
         if self.storage != "weight" and device.type != "cuda":
-            return f"{self.storage} weights are raced on GPUs"
+            return f"{self.storage} weights are timed on GPUs"
         if case.kind == "linear" and not self.channels_last:
             return "a matrix has one layout"
         if self.tf32 and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
@@ -83,22 +83,22 @@ def _rules(tf32: bool) -> Iterator[None]:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-EXACT = GpuArm("exact", "dense, float64", dtype=torch.float64, channels_last=False)
+EXACT = GpuCompetitor("exact", "dense, float64", dtype=torch.float64, channels_last=False)
 _BF16 = torch.bfloat16
 CSR, _BCSR, _FANIN = Layout("csr"), Layout("bcsr", block=32), Layout("fanin", group=32, block=16)
-ARMS = {
-    arm.name: arm
-    for arm in (
-        GpuArm("dense_fp32", "dense, float32, contiguous", channels_last=False),
-        GpuArm("dense_fp32_last", "dense, float32"),
-        GpuArm("dense_tf32", "dense, TF32", tf32=True),
-        GpuArm("dense_bf16", "dense, bfloat16", dtype=_BF16),
-        GpuArm("torch_bsr", "torch BSR 32, bfloat16", _BCSR, _BF16, storage="bsr"),
-        GpuArm("torch_24", "torch 2:4, bfloat16", Layout("nm"), _BF16, storage="2:4"),
-        GpuArm("csr_fp32", "sparsekd csr, float32", CSR),
-        GpuArm("csr_bf16", "sparsekd csr, bfloat16", CSR, _BF16),
-        GpuArm("bcsr_tf32", "sparsekd bcsr 32, TF32", _BCSR, tf32=True),
-        GpuArm("bcsr_bf16", "sparsekd bcsr 32, bfloat16", _BCSR, _BF16),
-        GpuArm("fanin_bf16", "sparsekd fanin 32x16, bfloat16", _FANIN, _BF16),
+COMPETITORS = {
+    competitor.name: competitor
+    for competitor in (
+        GpuCompetitor("dense_fp32", "dense, float32, contiguous", channels_last=False),
+        GpuCompetitor("dense_fp32_last", "dense, float32"),
+        GpuCompetitor("dense_tf32", "dense, TF32", tf32=True),
+        GpuCompetitor("dense_bf16", "dense, bfloat16", dtype=_BF16),
+        GpuCompetitor("torch_bsr", "torch BSR 32, bfloat16", _BCSR, _BF16, storage="bsr"),
+        GpuCompetitor("torch_24", "torch 2:4, bfloat16", Layout("nm"), _BF16, storage="2:4"),
+        GpuCompetitor("csr_fp32", "sparsekd csr, float32", CSR),
+        GpuCompetitor("csr_bf16", "sparsekd csr, bfloat16", CSR, _BF16),
+        GpuCompetitor("bcsr_tf32", "sparsekd bcsr 32, TF32", _BCSR, tf32=True),
+        GpuCompetitor("bcsr_bf16", "sparsekd bcsr 32, bfloat16", _BCSR, _BF16),
+        GpuCompetitor("fanin_bf16", "sparsekd fanin 32x16, bfloat16", _FANIN, _BF16),
     )
 }

@@ -1,8 +1,7 @@
-"""Draw figures from the rows of an experiment, and from nothing else."""
+"""The figures of an experiment, drawn from its rows and from nothing else."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
@@ -11,17 +10,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    MaxNLocator,
-    NullLocator,
-)
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sparsekd.plots import clean, line_style, save, single_axes, sparsity_axis, stretched
 from sparsekd.train.metrics import Row
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "osD^vPX"
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
 _DENSE: dict[str, Any] = {"color": "#666666", "linestyle": "--", "linewidth": 1.2}
 
@@ -55,13 +48,7 @@ def draw(
         "loss_curves": loss_figure(results, epochs, labels),
         "density_per_layer": density_figure(results),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, figure in figures.items():
-        if figure is not None:
-            files.append(folder / f"{name}.png")
-            figure.savefig(files[-1], dpi=150)
-    return files
+    return save(figures, folder)
 
 
 def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure | None:
@@ -100,11 +87,8 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
     dense = [row["test_accuracy"] for row in results if row["method"] == "dense"]
     if dense:
         axes.axhline(statistics.mean(dense), label="dense", **_DENSE)
-    axes.xaxis.set_major_locator(FixedLocator([stretched(s) for s in sparsities]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels(
-        [f"{s:.4g}" for s in sparsities], rotation=45 if len(sparsities) > 7 else 0
-    )
+    rotation = 45 if len(sparsities) > 7 else 0
+    sparsity_axis(axes, sparsities, "{:.4g}".format, rotation=rotation)
     axes.yaxis.set_major_formatter(_PERCENT)
     if seeds > 1:
         axes.set_xlabel(
@@ -162,22 +146,6 @@ def price_figure(
     axes.yaxis.set_major_formatter(_PERCENT)
     _legend(axes, len(present))
     return figure
-
-
-def line_style(number: int) -> dict[str, Any]:
-    """Return how the line of a number looks; the first 21 differ.
-
-    Example:
-        >>> line_style(0)["marker"], line_style(7)["linestyle"]
-        ('o', '--')
-    """
-    cycle = number // len(COLORS)
-    return {
-        "color": COLORS[number % len(COLORS)],
-        # another marker in each color as well: a single point has no line to tell it by
-        "marker": MARKERS[(number + 3 * cycle) % len(MARKERS)],
-        "linestyle": ("-", "--", ":")[cycle % 3],
-    }
 
 
 def _legend(axes: Axes, entries: int) -> None:
@@ -259,9 +227,8 @@ def density_figure(results: Sequence[Row]) -> Figure | None:
             range(len(layers)),
             [density[layer] or float("nan") for layer in layers],
             label=f"sparsity {sparsity:.4g}",
-            color=COLORS[number % len(COLORS)],
-            marker=MARKERS[number % len(MARKERS)],
             markersize=4,
+            **line_style(number),
         )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -270,36 +237,11 @@ def density_figure(results: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def stretched(sparsity: float) -> float:
-    """Place a sparsity on an axis: equal steps for equal factors of density.
-
-    Example:
-        >>> round(stretched(0.9), 6), round(stretched(0.99), 6), round(stretched(0.999), 6)
-        (1.0, 2.0, 3.0)
-    """
-    return -math.log10(1 - sparsity)
-
-
 def _style(method: str, labels: Mapping[str, str]) -> dict[str, Any]:
     if method == "dense":
         return {"label": "dense", **_DENSE}
     style = line_style(list(labels).index(method))
     return {"label": labels[method], "color": style["color"], "linestyle": style["linestyle"]}
-
-
-def single_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """Make a figure of one panel in the house style."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    clean(axes)
-    return figure, axes
-
-
-def clean(axes: Axes) -> None:
-    """Give a panel the house style: a faint grid, no frame."""
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _group(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:

@@ -1,4 +1,4 @@
-"""What a race records: times of arms that are right, reasons for the others."""
+"""What a race records: times of those that are right, reasons for the others."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsekd.bench.arms import LAYER_ARMS, RESULTS, LayerArm, Run
-from sparsekd.bench.cases import PASSES, LayerCase, ModelCase
-from sparsekd.bench.levels import LayerRace, StepRace, small_epoch
-from sparsekd.bench.passes import pass_arms
-from sparsekd.bench.steps import STEP_ARMS, StepRun
+from benchmarks.arena.competitors import LAYERS, STEPS
+from benchmarks.arena.epoch import EpochRace, small_epoch
+from benchmarks.arena.passes import PASSES, pass_competitors
+from benchmarks.arena.steps import ArenaStepRace
+from sparsekd.bench.cases import LayerCase, ModelCase
+from sparsekd.bench.layers import RESULTS, LayerCompetitor, LayerRun
+from sparsekd.bench.races import LayerRace
+from sparsekd.bench.steps import StepRun
 
 CONV = LayerCase("conv", 8, 6, size=9, kernel=3, stride=2, batch=5)
 POINT = LayerCase("conv", 16, 12, size=4, batch=16)
 LINEAR = LayerCase("linear", 48, 32, batch=16)
 TINY = ModelCase("resnet20", (1, 8, 8), batch=4)
-OUR_ARMS = ("dense_contiguous", "dense_channels_last", "sparsekd", "sparsekd_contiguous")
+PLAIN = ("dense_contiguous", "dense_channels_last", "sparsekd", "sparsekd_contiguous")
 
 
 def by_key(rows):
@@ -25,8 +28,8 @@ def by_key(rows):
 
 
 @pytest.mark.parametrize("case", [CONV, POINT, LINEAR], ids=lambda case: case.name)
-def test_every_arm_of_a_layer_is_right_or_says_why_it_is_not_there(case):
-    race = LayerRace(case, (0.5, 0.9), LAYER_ARMS, rounds=2)
+def test_every_competitor_of_a_layer_is_right_or_says_why_it_is_not_there(case):
+    race = LayerRace(case, (0.5, 0.9), LAYERS, rounds=2)
     rows = by_key(race.measure())
     assert set(rows) == set(race.keys())
     for (name, _), row in rows.items():
@@ -46,7 +49,7 @@ def test_every_arm_of_a_layer_is_right_or_says_why_it_is_not_there(case):
 @pytest.mark.parametrize("case", [CONV, LINEAR], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", PASSES)
 def test_single_passes_agree_with_dense(case, name):
-    rows = by_key(LayerRace(case, (0.9,), pass_arms(name), rounds=1, op=name).measure())
+    rows = by_key(LayerRace(case, (0.9,), pass_competitors(name), rounds=1, op=name).measure())
     assert rows["sparsekd_contiguous", 0.9]["ms"] > 0
     assert rows["sparsekd_contiguous", 0.9]["flops"] == case.flops(
         rows["sparsekd_contiguous", 0.9]["nnz"]
@@ -54,9 +57,9 @@ def test_single_passes_agree_with_dense(case, name):
 
 
 @pytest.mark.parametrize("result", RESULTS)
-def test_a_layer_arm_that_computes_something_else_gets_no_time(result):
+def test_a_competitor_that_computes_something_else_gets_no_time(result):
     def build(problem):
-        honest = LAYER_ARMS["sparsekd"].build(problem)
+        honest = LAYERS["sparsekd"].build(problem)
 
         def call():
             found = list(honest.call())
@@ -67,33 +70,33 @@ def test_a_layer_arm_that_computes_something_else_gets_no_time(result):
             found[RESULTS.index(result)] = wrong
             return tuple(found)
 
-        return Run(call, honest.names, honest.nonzeros)
+        return LayerRun(call, honest.names, honest.nonzeros)
 
-    arms = {
-        "dense_contiguous": LAYER_ARMS["dense_contiguous"],
-        "cheat": LayerArm("cheat", "cheat", build, lambda case: None, True),
+    competitors = {
+        "dense_contiguous": LAYERS["dense_contiguous"],
+        "cheat": LayerCompetitor("cheat", "cheat", build, sparse=True),
     }
-    rows = by_key(LayerRace(POINT, (0.9,), arms, rounds=1).measure())
+    rows = by_key(LayerRace(POINT, (0.9,), competitors, rounds=1).measure())
     assert rows["cheat", 0.9]["ms"] is None
     assert rows["cheat", 0.9]["refused"].startswith(f"{result} differs")
     assert "times" not in rows["cheat", 0.9]
     assert rows["dense_contiguous", None]["ms"] > 0
 
 
-def test_an_arm_that_raises_does_not_end_the_race():
+def test_a_competitor_that_raises_does_not_end_the_race():
     def build(problem):
         raise ValueError("this shape\nis not for me")
 
-    arms = {
-        "dense_contiguous": LAYER_ARMS["dense_contiguous"],
-        "broken": LayerArm("broken", "broken", build, lambda case: None, True),
+    competitors = {
+        "dense_contiguous": LAYERS["dense_contiguous"],
+        "broken": LayerCompetitor("broken", "broken", build, sparse=True),
     }
-    rows = by_key(LayerRace(POINT, (0.9,), arms, rounds=1).measure())
+    rows = by_key(LayerRace(POINT, (0.9,), competitors, rounds=1).measure())
     assert rows["broken", 0.9]["failed"] == "ValueError: this shape"
 
 
 def test_training_steps_agree_with_dense_and_count_their_work():
-    race = StepRace(TINY, (0.8, 0.95), {name: STEP_ARMS[name] for name in OUR_ARMS}, rounds=1)
+    race = ArenaStepRace(TINY, (0.8, 0.95), {name: STEPS[name] for name in PLAIN}, rounds=1)
     rows = by_key(race.measure())
     assert set(rows) == set(race.keys())
     assert all(row["ms"] > 0 for row in rows.values())
@@ -104,8 +107,8 @@ def test_training_steps_agree_with_dense_and_count_their_work():
 
 @pytest.mark.parametrize("factor", [0.0, 1.5])
 def test_a_step_that_trains_one_layer_wrongly_gets_no_time(factor):
-    def build(contest):
-        run = STEP_ARMS["sparsekd"].build(contest)
+    def build(problem):
+        run = STEPS["sparsekd"].build(problem)
 
         def step(x, y):
             loss = run.step(x, y)
@@ -114,17 +117,17 @@ def test_a_step_that_trains_one_layer_wrongly_gets_no_time(factor):
 
         return StepRun(step, run.model, run.x, run.y)
 
-    cheat = replace(STEP_ARMS["sparsekd"], name="cheat", build=build)
-    arms = {"dense_contiguous": STEP_ARMS["dense_contiguous"], "cheat": cheat}
+    cheat = replace(STEPS["sparsekd"], name="cheat", build=build)
+    competitors = {"dense_contiguous": STEPS["dense_contiguous"], "cheat": cheat}
     case = replace(TINY, batch=32)
-    rows = by_key(StepRace(case, (0.8,), arms, rounds=1).measure())
+    rows = by_key(ArenaStepRace(case, (0.8,), competitors, rounds=1).measure())
     assert rows["cheat", 0.8]["refused"].startswith("layer2.1.conv1.weight gradient differs")
 
 
 def test_an_epoch_goes_through_the_loader():
     epoch = small_epoch(96)
     case = ModelCase("resnet20", tuple(epoch.split.images.shape[1:]), batch=32)
-    arms = {name: STEP_ARMS[name] for name in ("dense_contiguous", "sparsekd")}
-    race = StepRace(case, (0.9,), arms, rounds=1, epoch=epoch)
+    competitors = {name: STEPS[name] for name in ("dense_contiguous", "sparsekd")}
+    race = EpochRace(case, (0.9,), competitors, 1, epoch)
     assert race.name == ("epoch", "resnet20 b32", epoch.title)
     assert all(row["ms"] > 0 for row in race.measure())

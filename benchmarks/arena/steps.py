@@ -1,15 +1,17 @@
-"""Count what a training step computes and moves, from the model alone."""
+"""Races of training steps, with the bytes that a step moves as computed from its model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekd.diagnose import flops
+from sparsekd.bench.races import StepRace
+from sparsekd.train import Row
 
 _WORD = 4
 # Reads and writes of a whole map over forward and backward, each layer by itself.
@@ -18,17 +20,14 @@ _RELU = 2 + 3
 _UPDATE = 5  # words a parameter: read weight, gradient, momentum; write weight and momentum
 
 
-def step_flops(counted: flops.FlopCount) -> int:
-    """Count the operations of a training step at the stored weights.
+@dataclass(frozen=True)
+class ArenaStepRace(StepRace):
+    """A race over training steps whose rows count the bytes that a step moves, too."""
 
-    No step computes the input gradient of the first layer, so unlike `FlopCount.train` this
-    leaves it out.
-
-    Example:
-        >>> step_flops(flops.count(nn.Linear(8, 4), (1, 8)))
-        128
-    """
-    return counted.train - counted.layers[0].flops
+    def work(self, model: nn.Module) -> Row:
+        """Return what a row says of the work of a step."""
+        moved = step_bytes(model, (self.case.batch, *self.case.input_shape))
+        return {**super().work(model), "bytes": moved}
 
 
 @torch.no_grad()

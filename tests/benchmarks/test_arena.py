@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 import sparsekd as skd
-from sparsekd.bench import roofline
+from benchmarks.arena import roofline
+from benchmarks.arena.competitors import STEPS
+from benchmarks.arena.peak_memory import PeakMemory
+from benchmarks.arena.peaks import Peaks, measure_peaks
+from benchmarks.arena.steps import step_bytes
+from benchmarks.arena.suite import ARENA
+from benchmarks.arena.waterfall import PARTS, Waterfall, split_backward, step_parts
 from sparsekd.bench.cases import MODELS, LayerCase, ModelCase, conv_layers, dense_ends
-from sparsekd.bench.peak_memory import PeakMemory
-from sparsekd.bench.plan import LEVELS, Plan
-from sparsekd.bench.steps import STEP_ARMS
-from sparsekd.bench.traffic import step_bytes, step_flops
-from sparsekd.bench.waterfall import PARTS, Waterfall, split_backward, step_parts
-from sparsekd.diagnose.peaks import Peaks, measure_peaks
+from sparsekd.bench.races import step_flops
+from sparsekd.bench.suite import BenchConfig
 from sparsekd.errors import ShapeError
 from sparsekd.ops.cpu import cpp
 
@@ -107,7 +109,7 @@ def test_a_profile_divides_all_of_the_time():
     rows = Waterfall(
         ModelCase("resnet20", (1, 8, 8), batch=4),
         (0.9,),
-        {name: STEP_ARMS[name] for name in ("dense_channels_last", "sparsekd")},
+        {name: STEPS[name] for name in ("dense_channels_last", "sparsekd")},
         rounds=1,
     ).measure()
     for row in rows:
@@ -133,19 +135,21 @@ def test_splitting_the_backward_of_convolutions_changes_no_gradient():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_that_of_a_process_of_its_own():
     case = ModelCase("resnet20", batch=8)
-    rows = PeakMemory(case, (0.9,), {"sparsekd": STEP_ARMS["sparsekd"]}).measure()
+    rows = PeakMemory(case, (0.9,), {"sparsekd": STEPS["sparsekd"]}).measure()
     assert [(row["arm"], row["sparsity"]) for row in rows] == [("sparsekd", 0.9)]
     assert rows[0]["peak_mib"] >= rows[0]["before_mib"] > 50
     assert 0 < rows[0]["held_mib"] < 10
     assert rows[0]["held_mib"] + rows[0]["plans_mib"] < rows[0]["live_mib"] < rows[0]["peak_mib"]
 
 
-def test_plans_name_every_level_once_and_differ_in_size():
-    for plan in (Plan(), Plan(quick=False)):
-        sessions = plan.sessions()
+def test_a_call_has_every_level_and_no_row_twice():
+    lengths = []
+    for quick in (True, False):
+        sessions = ARENA.sessions(BenchConfig(quick=quick))
         names = [session.name for session in sessions]
         keys = [(session.name, key) for session in sessions for key in session.keys()]  # noqa: SIM118
         sparse = [key for key in keys if key[1][1] is not None]
         assert len(set(sparse)) == len(sparse)
-        assert list(dict.fromkeys(name[0] for name in names)) == list(LEVELS)
-    assert len(Plan(quick=False).sessions()) > 3 * len(Plan().sessions())
+        assert list(dict.fromkeys(name[0] for name in names)) == list(ARENA.levels)
+        lengths.append(len(sessions))
+    assert lengths[1] > 3 * lengths[0]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparsekd.bench.cases import ModelCase
-from sparsekd.bench.race import Key, pairs
-from sparsekd.bench.steps import StepArm, contest
+from sparsekd.bench.competitor import Key, pairs
+from sparsekd.bench.steps import StepCompetitor, step_problem
 from sparsekd.train import Row
 
 PARTS = (
@@ -51,18 +51,18 @@ _RULES = (
 
 @dataclass(frozen=True)
 class Waterfall:
-    """Profile the training steps of some arms at one sparsity.
+    """The profiles of training steps.
 
     Args:
         case: the network.
-        sparsities: that sparse arms are profiled at.
-        arms: dense ones run once.
+        sparsities: that sparse competitors are profiled at.
+        competitors: dense ones run once.
         rounds: steps profiled of each.
     """
 
     case: ModelCase
     sparsities: tuple[float, ...]
-    arms: Mapping[str, StepArm]
+    competitors: Mapping[str, StepCompetitor]
     rounds: int
 
     @property
@@ -72,18 +72,18 @@ class Waterfall:
 
     def keys(self) -> list[Key]:
         """List the rows it gives."""
-        return pairs(self.arms, self.sparsities)
+        return pairs(self.competitors, self.sparsities)
 
     def measure(self) -> list[Row]:
         """Measure them."""
         rows = []
         for name, sparsity in self.keys():
-            arm = self.arms[name]
+            competitor = self.competitors[name]
             row: Row = {"arm": name, "sparsity": sparsity, "batch": self.case.batch, "ms": None}
-            if reason := arm.missing():
+            if reason := competitor.missing(self.case):
                 rows.append({**row, "skipped": reason})
                 continue
-            run = arm.build(contest(self.case, sparsity or self.sparsities[0]))
+            run = competitor.build(step_problem(self.case, sparsity or self.sparsities[0]))
             split_backward(run.model)
             parts = step_parts(run.call, self.rounds)
             rows.append({**row, "ms": round(sum(parts.values()), 3), "parts": parts})

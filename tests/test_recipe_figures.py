@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from matplotlib.image import imread
 
-from sparsekd.train.figures import accuracy_figure, density_figure, draw, loss_figure
+from sparsekd.recipes.figures import accuracy_figure, density_figure, draw, loss_figure
 
 LABELS = {"lt": "LT", "kd": "KD ticket"}
 

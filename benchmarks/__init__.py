@@ -1,0 +1,1 @@
+"""What the published figures of this repository need beyond `sparsekd bench`."""

@@ -1,0 +1,1 @@
+"""Layers and training steps against cuDNN and cuBLAS: `python -m benchmarks.gpu`."""

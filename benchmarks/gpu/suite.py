@@ -1,0 +1,70 @@
+"""What is raced on a GPU: every convolution of ResNet-18, linear layers, whole steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.gpu.competitors import COMPETITORS
+from benchmarks.gpu.device import describe, gpu
+from benchmarks.gpu.races import GpuLayerRace, GpuStepRace
+from sparsekd.bench.cases import LINEAR_LAYERS, LayerCase, ModelCase, conv_layers
+from sparsekd.bench.results import Results
+from sparsekd.bench.suite import BenchConfig, Suite
+from sparsekd.bench.tables import Grid, shortfall_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TINY_LAYERS = (
+    LayerCase("conv", 32, 64, size=4, kernel=3, stride=2, batch=2),
+    LayerCase("linear", 64, 32, batch=4),
+)
+
+
+def suite(device: torch.device | None = None) -> Suite:
+    """Return the suite of a device, by default the current GPU, which is looked for when it runs.
+
+    Quick is the smallest layer of each kind and one network, at a batch of 2, as a test runs.
+    """
+
+    def layers(config: BenchConfig) -> Iterator[GpuLayerRace]:
+        cases = _TINY_LAYERS if config.quick else (*conv_layers(("resnet18",)), *LINEAR_LAYERS)
+        for op in ("layer", "fprop"):
+            for case in cases:
+                if op == "layer" or case.kind == "linear":
+                    yield GpuLayerRace(case, device or gpu(), config.rounds or 5, op)
+
+    def steps(config: BenchConfig) -> Iterator[GpuStepRace]:
+        names = ("resnet18", "resnet50", "wrn22_2")
+        cases = [ModelCase(name) for name in names]
+        if config.quick:
+            cases = [ModelCase("resnet20", (3, 8, 8), batch=2)]
+        for case in cases:
+            yield GpuStepRace(case, device or gpu(), config.rounds or 5)
+
+    return Suite(
+        title="The arena on a GPU",
+        command="python -m benchmarks.gpu",
+        help="Time layers and training steps on a GPU against dense torch in every precision.",
+        levels={"layer": layers, "step": steps},
+        competitors=tuple(COMPETITORS),
+        grids=_grids,
+        figures=_figures,
+        machine=lambda: describe(device or gpu()),
+        ours=lambda name: name in COMPETITORS and COMPETITORS[name].ours,
+    )
+
+
+def _grids(results: Results) -> list[Grid | None]:
+    from benchmarks.gpu.report import grids  # matplotlib: not worth loading to measure
+
+    return [*grids(results), shortfall_grid(results)]
+
+
+def _figures(results: Results) -> dict[str, Figure | None]:
+    from benchmarks.gpu.report import figures
+
+    return figures(results)

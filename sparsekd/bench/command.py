@@ -1,0 +1,123 @@
+"""The command line of a benchmark."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from sparsekd.bench import machine, report
+from sparsekd.bench.runner import run
+from sparsekd.bench.suite import BenchConfig, Suite
+from sparsekd.errors import SparsekdError
+from sparsekd.terminal import console, fail, one_line_errors
+from sparsekd.train import MetricsLog
+
+_Quick = Annotated[
+    bool, typer.Option("--quick/--all", help="Minutes at batch 32, or everything at batch 128.")
+]
+_Level = Annotated[str | None, typer.Option(help="Only these levels, as layer,step.")]
+_Network = Annotated[
+    str | None,
+    typer.Option(help="Networks, as resnet18,vgg16_bn; or your own, as package.module:factory."),
+]
+_Input = Annotated[
+    str | None, typer.Option("--input", help="Channels, height and width of a network's images.")
+]
+_Sparsity = Annotated[str | None, typer.Option(help="Sparsities, as 0.8,0.9.")]
+_Competitor = Annotated[str | None, typer.Option(help="Only these, as sparsekd,dense_bf16.")]
+_Batch = Annotated[int | None, typer.Option(help="Images or rows in a batch.")]
+_Rounds = Annotated[int | None, typer.Option(help="Turns of each competitor.")]
+_Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
+_Rows = Annotated[Path, typer.Option(help="JSON-lines file of the measurements.")]
+_Out = Annotated[
+    Path | None, typer.Option(help="Folder of report and figures [default: that of the rows].")
+]
+_Seconds = Annotated[
+    float | None, typer.Option(help="Begin nothing after this time; the same command goes on.")
+]
+_Fresh = Annotated[
+    bool, typer.Option("--fresh/--resume", help="Measure again what is there already.")
+]
+_Draw = Annotated[bool, typer.Option("--draw", help="Measure nothing; report on the rows.")]
+
+
+def command(suite: Suite, folder: str) -> Callable[..., None]:
+    """Return the function that typer makes a command of.
+
+    Args:
+        suite: what it runs.
+        folder: of the rows, by default.
+    """
+
+    def bench(
+        quick: _Quick = True,
+        level: _Level = None,
+        network: _Network = None,
+        input_shape: _Input = None,
+        sparsity: _Sparsity = None,
+        competitor: _Competitor = None,
+        batch: _Batch = None,
+        rounds: _Rounds = None,
+        threads: _Threads = None,
+        rows: _Rows = Path(folder) / "rows.jsonl",
+        out: _Out = None,
+        seconds: _Seconds = None,
+        fresh: _Fresh = False,
+        draw: _Draw = False,
+    ) -> None:
+        terminal = console()
+        with one_line_errors(SparsekdError, OSError, ValueError):
+            if ":" in (network or ""):
+                sys.path.insert(0, "")  # a factory may lie in the current folder
+            config = BenchConfig(
+                quick=quick,
+                levels=_words(level),
+                networks=_words(network),
+                input_shape=_image(input_shape),
+                sparsities=tuple(map(float, _words(sparsity) or ())) or None,
+                competitors=_words(competitor),
+                batch=batch,
+                rounds=rounds,
+            )
+            if threads is not None:
+                torch.set_num_threads(threads)
+            if not draw:
+                sessions = suite.sessions(config)
+                machine.keep_choices(rows.parent / "choices")
+                if fresh:
+                    rows.unlink(missing_ok=True)
+                limit = math.inf if seconds is None else seconds
+                facts = machine.describe(suite.machine())
+                if not run(sessions, MetricsLog(rows), facts, terminal, limit):
+                    terminal.print("time is up; the same command goes on", highlight=False)
+            results = report.read(rows)
+            report.show(suite, results, terminal)
+            for file in report.write(suite, results, out or rows.parent, rows):
+                terminal.print(str(file), highlight=False, soft_wrap=True)
+            terminal.print(str(rows), highlight=False, soft_wrap=True)
+        found = results.shortfalls()
+        wrong = found.get("refused", []) + found.get("failed", [])
+        if any(suite.ours(row["arm"]) for row in wrong):
+            fail(ValueError("sparsekd raised or gave wrong results; see above"), code=1)
+
+    bench.__doc__ = suite.help
+    return bench
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _image(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    sizes = [int(word) for word in text.split(",")]
+    if len(sizes) != 3:
+        raise ValueError(f"input: expected channels,height,width, got {text!r}")
+    return sizes[0], sizes[1], sizes[2]
