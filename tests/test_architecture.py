@@ -56,6 +56,10 @@ def test_only_ops_and_csr_import_the_compiled_module():
     assert users == {"ops", "csr.py"}
 
 
+def test_live_objects_are_not_searched_for():
+    assert not [path for path in PACKAGE.rglob("*.py") if "gc" in imported_names(path)]
+
+
 def private_uses(tree: ast.AST, private: set[str]) -> Iterator[tuple[int, str]]:
     """Yield line and name of what a source takes of torch's private names, as code or as text."""
     slots = {

@@ -140,11 +140,6 @@ def test_an_updater_takes_no_wrapper_of_another_model():
         updater.attach(model)
 
 
-def test_nothing_searches_the_memory_of_the_process():
-    package = Path(sparsekd.__file__).parent
-    assert not [p for p in package.rglob("*.py") if "gc.get_objects" in p.read_text()]
-
-
 def test_a_fingerprint_means_the_same_in_every_process(ranks):
     expected = replicas.fingerprint(worker.network()[0].topology)
     assert {rank["fingerprint"] for rank in ranks} == {expected}
