@@ -181,10 +181,10 @@ def test_fsdp_flattened(alone) -> None:
 
 
 def test_environment(monkeypatch) -> None:
-    key = _torch.environment_key("SPARSEKD_TEST")
+    key = _torch.environment_key("NO_VARIABLE_OF_OURS")
     assert key not in _torch.environment
-    monkeypatch.setenv("SPARSEKD_TEST", "1")
+    monkeypatch.setenv("NO_VARIABLE_OF_OURS", "1")
     assert key in _torch.environment
-    monkeypatch.delenv("SPARSEKD_TEST")
+    monkeypatch.delenv("NO_VARIABLE_OF_OURS")
     assert key not in _torch.environment
-    assert "SPARSEKD_TEST" not in os.environ
+    assert "NO_VARIABLE_OF_OURS" not in os.environ
