@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import replicas_worker as worker
 import torch
 
 import sparsekd
 from sparsekd.dst import replicas
 
-WORKER = Path(__file__).with_name("replicas_worker.py")
-_spec = importlib.util.spec_from_file_location("replicas_worker", WORKER)
-assert _spec is not None
-assert _spec.loader is not None
-worker = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(worker)
+WORKER = Path(worker.__file__)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
