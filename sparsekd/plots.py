@@ -1,4 +1,4 @@
-"""The look that all figures share: colors, panels, an axis for sparsities."""
+"""The common style of all figures: colors, panels, an axis for sparsities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARKERS = "osD^vPX"
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Return how the line of a number looks; the first 21 differ.
+    """Return the style of the line of a number; the first 21 differ.
 
     Example:
         >>> line_style(0)["marker"], line_style(7)["linestyle"]
@@ -60,7 +60,7 @@ def single_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def clean(axes: Axes) -> None:
-    """Give a panel a faint grid and no frame."""
+    """Draw a faint grid and no frame."""
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -1,4 +1,4 @@
-"""What commands share at the terminal: its width, and errors in one line."""
+"""The terminal of all commands: its width, and errors in one line."""
 
 from __future__ import annotations
 

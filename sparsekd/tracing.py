@@ -1,6 +1,6 @@
-"""What a graph of torch.fx holds of our modules: one node each, as it does of torch's own.
+"""Our modules in graphs of torch.fx: one node each, as torch's own modules are.
 
-So the graph follows a rewire and `train()`, and what looks for sparse modules finds them in it.
+So the graph follows a rewire and `train()`, and `sparse_modules` finds its sparse modules.
 """
 
 from __future__ import annotations

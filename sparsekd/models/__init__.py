@@ -60,7 +60,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
 
 def small_dense(name: str, sparsity: float, **kwargs: Any) -> nn.Module:
-    """Build the narrow dense network that takes as many bits as a sparse one: the control.
+    """Build the narrow dense network with as many bits as a sparse one, as a control.
 
     All layers but the last get the same factor fewer channels, the largest for which the network's
     parameters are no more than those of the sparse network, its mask counting as one bit per weight

@@ -31,7 +31,7 @@ def he_init_(model: nn.Module) -> None:
 
 
 def scaled(channels: int, width: float) -> int:
-    """Return `width` times as many channels, at least one.
+    """Multiply a number of channels by `width`; at least one is left.
 
     Args:
         channels: of the network at its published width.

@@ -1,4 +1,4 @@
-"""Drop-in weight-sparse modules, and the way there from a dense model and back."""
+"""Drop-in weight-sparse modules, and conversion of dense models to them and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every weight-sparse module shares: storage, rewiring and state_dict."""
+"""The base of all weight-sparse modules: rewiring, state_dict, the dense weight."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class SparseModule(StoredWeight):
 
     @torch.no_grad()
     def prepare_rewire(self, mask: Tensor) -> Callable[[], TopologyDelta]:
-        """Return what rewires to `mask`, once it is certain that it can; change nothing yet.
+        """Check that the module can take `mask`, and return a function that rewires it.
 
         Several modules are so rewired all or none: what `rewire` raises is raised here.
 
@@ -204,7 +204,7 @@ class SparseModule(StoredWeight):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw `values` and `bias` anew, as a fresh module would, on the topology at hand.
+        """Draw new `values` and `bias`, as a fresh module would, for the current topology.
 
         The values follow torch's own law for the layer with the active fan-in of each neuron in
         place of the dense one. The bias, which is never sparse, follows torch's law unchanged.
@@ -238,7 +238,7 @@ class SparseModule(StoredWeight):
             source.link(self)
 
     def _watch(self) -> None:
-        """Warn before a forward pass if the tensors at hand were averaged; cheap if not."""
+        """Warn before a forward pass if the module's tensors were averaged; cheap if not."""
         if not is_compiling() and (self._is_copy or self._topology.written):
             copies.check(self, in_forward=True)
 
@@ -306,7 +306,7 @@ class SparseModule(StoredWeight):
         note_shape(self, destination, prefix)
 
     def _fill_dense(self, dense: _Dense) -> _Dense:
-        """Give a dense module on the meta device this module's weight, bias and mode."""
+        """Fill a dense module on the meta device with this module's weight, bias and mode."""
         weight = self._turned(self.dense_weight().detach())
         dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         if self.bias is not None:
@@ -324,7 +324,7 @@ class SparseModule(StoredWeight):
         super().__setattr__(name, value)
 
     def _describe_topology(self) -> str:
-        layout = "" if self.layout.name == "csr" else f", layout={str(self.layout)!r}"
+        layout = "" if self.layout.unstructured else f", layout={str(self.layout)!r}"
         return f"density={self._topology.density:.4g}, nnz={self._topology.nnz}{layout}"
 
 

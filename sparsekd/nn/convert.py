@@ -1,4 +1,4 @@
-"""Turn the layers of a model sparse in place, and dense again."""
+"""Conversion of a model's layers to sparse ones in place, and back."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def sparsify(
             convert.
         ShapeError, TopologyError: if a mask does not fit its layer.
         UnsupportedError: if a word is not among those above; the text lists them. Or if a mask
-            does not fit the layout; the text names the layer. Or if the model is, or holds, a
+            does not fit the layout; the message names the layer. Or if the model is, or holds, a
             wrapper (DistributedDataParallel, FSDP, a compiled module, AveragedModel).
 
     Source: Evci et al., Rigging the Lottery, section 3 (1), for the distributions.
@@ -181,7 +181,7 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 def relayout(model: nn.Module, layout: str | Layout) -> nn.Module:
-    """Give every weight-sparse module of a model another layout, in place.
+    """Change the layout of every weight-sparse module of a model, in place.
 
     No weight moves and no mask changes: a layout is what masks have to fit from here on. "csr"
     takes every mask; the others take those that have their structure already. Updaters look at
@@ -233,7 +233,7 @@ def _sparse_twin(layer: nn.Module, mask: Tensor, layout: Layout) -> SparseModule
 def _warn_of_dense(
     found: Survey, chosen: Mapping[str, Tensor], skip: list[str], *, given: bool
 ) -> None:
-    """Warn of what stays dense: layers that are not understood, and all that weighs something.
+    """Warn about what stays dense: layers that cannot be converted, and large parameters.
 
     With given masks it is for the caller which layers are small enough to be left out.
     """
@@ -285,7 +285,7 @@ def _drawn_masks(
         for name, layer in layers.items()
     }
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if layout.name != "csr":
+    if not layout.unstructured:
         return layout_masks(
             shapes,
             sparsity,

@@ -1,10 +1,10 @@
-"""Notice where the copy of a module was averaged by something that knows no topology.
+"""Detection of copies of a module that were averaged without regard to topology.
 
 An average over parameters mixes entry `i` of the copy with entry `i` of the model, which is another
-weight once the model has moved its nonzeros. A module therefore knows its living copies and tells
-them when it moves. A copy whose values change after that, though it neither trains nor loads nor
-follows, has been averaged; and so has one whose index buffers are suddenly others. A change of size
-would end such an average in an error of torch about shapes, so the module itself warns there.
+weight after the model has moved its nonzeros. A module therefore keeps track of its living copies
+and marks them when it is rewired. A copy whose values change after that, although it neither
+trains nor loads nor follows, has been averaged; so has one whose index buffers were replaced. A
+change of size would end such an average in torch's error about shapes, so the module itself warns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ADVICE = (
 
 
 class Source:
-    """The module that a copy is made of, on its way to the copy; a pickle forgets it."""
+    """The module that a copy is made of, passed on to the copy; not pickled."""
 
     def __init__(self, module: StoredWeight) -> None:
         self.module = module
@@ -41,7 +41,7 @@ class Source:
         return bool, ()
 
     def link(self, twin: StoredWeight) -> None:
-        """Make `twin` a copy that its source tells when it moves."""
+        """Register `twin` as a copy that its source marks when it is rewired."""
         if twin.values is not self.module.values:
             twin._is_copy = True
             twin._made_at = _state(twin)
@@ -90,7 +90,7 @@ def check(module: StoredWeight, *, in_forward: bool = False) -> None:
 
 @contextmanager
 def converting(module: StoredWeight) -> Iterator[None]:
-    """Let the values of a module change dtype or device."""
+    """Allow the values of a module to change dtype or device in the context."""
     check(module)
     yield
     for name in ("_left_at", "_made_at"):

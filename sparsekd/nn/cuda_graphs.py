@@ -1,4 +1,4 @@
-"""Rewires that a recorded CUDA graph goes on with, as it knows tensors by their addresses."""
+"""Rewires in place, after which a recorded CUDA graph, which knows addresses, stays valid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsekd.topology import TopologyDelta
 
 
 def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
-    """Let rewires of a model write into its tensors instead of replacing them, in place.
+    """Make rewires of a model write into its tensors instead of replacing them.
 
     A training step that was recorded as a CUDA graph can then be replayed after a rewire: values,
     indices, gradients, optimizer state and the plans of the GPU kernels stay where they are, and

@@ -1,4 +1,4 @@
-"""Sparse modules in several processes: what DDP broadcasts, and what FSDP has sharded."""
+"""Sparse modules in several processes: buffers under DDP, values under FSDP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsekd.nn.stored import INDICES, StoredWeight
 
 
 def keep_indices_local(model: nn.Module) -> nn.Module:
-    """Leave the indices of sparse modules out of what DistributedDataParallel broadcasts.
+    """Exclude the indices of sparse modules from the broadcasts of DistributedDataParallel.
 
     They are buffers, which it sends from rank 0 before every forward pass: as many bytes again as
     the gradients. `sparsify` calls this; a model built from sparse modules needs the call before it
@@ -35,7 +35,7 @@ def keep_indices_local(model: nn.Module) -> nn.Module:
 
 
 def sharding(module: nn.Module) -> str | None:
-    """Return what shards the values of a sparse module, None where they are this process's own."""
+    """Name what shards the values of a sparse module; None if this process has all of them."""
     values: Any = module.values
     distributed = sys.modules.get("torch.distributed.tensor")  # no DTensor exists without it
     if distributed is not None and isinstance(values, distributed.DTensor):
@@ -47,7 +47,7 @@ def sharding(module: nn.Module) -> str | None:
 
 
 def check_own(module: nn.Module, what: str, name: str = "") -> None:
-    """Raise UnsupportedError where something shards the values of a sparse module.
+    """Refuse, with UnsupportedError, a sparse module whose values are sharded.
 
     Args:
         module: a sparse module.
@@ -64,7 +64,7 @@ def check_own(module: nn.Module, what: str, name: str = "") -> None:
 
 
 def check_whole(module: nn.Module, nnz: int, what: str) -> None:
-    """Raise UnsupportedError where this process holds a part of a module's values at present.
+    """Refuse, with UnsupportedError, a module of whose values this process now has only a part.
 
     Within its forward pass a sharded module has them all.
 

@@ -1,4 +1,4 @@
-"""Make everything around the convolutions cheap: fused BatchNorm, and one memory layout."""
+"""`optimize`: fused BatchNorm and one memory layout, for cheap steps around the convolutions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Take back the fusion of `optimize`, in place; the layout stays.
+    """Undo the fusion of `optimize`, in place; the memory layout stays.
 
     Args:
         model: any module.

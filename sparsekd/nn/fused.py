@@ -1,4 +1,4 @@
-"""The table of modules that `optimize` replaces, and what it puts in their place.
+"""The table of modules that `optimize` replaces, with their replacements.
 
 A row is a class and a subclass of it, whose forward runs each norm together with what follows it by
 `norm_act`. The subclass holds nothing of its own: a module and its replacement share parameters,

@@ -1,8 +1,8 @@
-"""Replacing modules of a model, in its tree of modules and in lists, dicts and other objects.
+"""Replacement of modules of a model, in its tree of modules and in lists, dicts and other objects.
 
-A module may also be held where `named_modules` does not look. Left there, an old layer keeps
-computing with its dense weight, which nothing trains. What the attributes of the model's modules
-reach is searched; what can be put right there is, and the rest is reported by name.
+A module may also be held where `named_modules` does not look. An old layer left there would keep
+computing with its dense weight, which nothing trains. So everything that the attributes of the
+model's modules reach is searched; what can be replaced is, and the rest is reported by name.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _Search:
                 table[key] = new
 
     def value(self, value: Any, path: str) -> Any:
-        """Return what belongs in the place of a value: mostly itself, once it was searched."""
+        """Search a value, and return its replacement, which is mostly the value itself."""
         if type(value) in _PROXIES or isinstance(value, _OPAQUE):
             return value
         if isinstance(value, nn.Module):
@@ -169,7 +169,7 @@ class _Search:
         return value
 
     def _group(self, value: Any, path: str) -> Any:
-        """Search a tuple or a set; both are made anew, a set in place, where an item changes."""
+        """Search a tuple or a set; both are rebuilt, a set in place, if an item changes."""
         items = list(value)
         new = [self.value(item, f"{path}[{index}]") for index, item in enumerate(items)]
         if all(a is b for a, b in zip(items, new, strict=True)):

@@ -1,4 +1,4 @@
-"""Initialisation that counts the weights a neuron really has."""
+"""Initialisation by the number of weights that a neuron stores."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def initial_mask(
 ) -> tuple[Tensor, torch.Generator]:
     """Return the mask of a new module and the generator that goes on to draw its values."""
     generator = generator_for(seed)
-    if mask is None and layout.name == "csr":
+    if mask is None and layout.unstructured:
         nnz = target_nnz(torch.Size(shape).numel(), sparsity)
         return random_mask(shape, nnz, generator=generator), generator
     if mask is None:
@@ -56,7 +56,7 @@ def dense_mask(
         return outputs_first(dense, mask)
     weight = outputs_first(dense, weight)
     assert sparsity is not None
-    if layout.name == "csr":
+    if layout.unstructured:
         return magnitude_mask(weight, target_nnz(weight.numel(), sparsity))
     count = tile_counts({"": weight.shape}, sparsity, "uniform", layout)[""]
     return magnitude_tiles(weight, layout, count)

@@ -3,7 +3,7 @@
 The op normalises, adds and applies the ReLU in one pass over the maps; its backward pass needs the
 result alone to know where the ReLU was active. It takes plain float32 and float64 maps on the CPU.
 Everything else (hooks, transforms, graphs that leave the process, other dtypes and devices) runs as
-the plain calls, so that nobody can tell the difference but by the time.
+the plain calls, with the same results.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def is_relu_or_none(act: Any) -> bool:
 
 
 def fits(norm: nn.BatchNorm2d, x: Tensor, residual: Any) -> bool:
-    """Return whether the op takes these tensors, and errors and exotic modes are not at stake.
+    """Return whether the op supports these tensors, with no error or special mode involved.
 
     Args:
         norm: the normalisation.
@@ -187,7 +187,7 @@ def fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, *, relu: boo
 
 
 def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move the running statistics as torch does, towards the unbiased variance."""
+    """Update the running statistics as torch does, with the unbiased variance."""
     rate = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

@@ -33,7 +33,7 @@ def note_shape(module: StoredWeight, state_dict: Any, prefix: str) -> None:
 
 @dataclass(frozen=True)
 class LayerState:
-    """What a checkpoint has for a sparse module."""
+    """The part of a checkpoint that belongs to a sparse module."""
 
     rest: dict[str, Any]
     """What torch loads: all but the indices, a dense `weight` turned into `values`."""
@@ -108,7 +108,7 @@ def _size_problems(
     own: Mapping[str, Tensor | None],
     metadata: Mapping[str, Any],
 ) -> list[str]:
-    """Return torch's report of the tensors of a layer of another size, none where sizes agree.
+    """List size mismatches of a layer's tensors in torch's words; empty if sizes agree.
 
     Indices that are of no layer at all are no matter of size, and not looked for here.
     """
@@ -134,7 +134,7 @@ def _size_problems(
 
 
 def _mismatch(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
-    """Report that sizes differ in the words of torch, which tools look for."""
+    """Build torch's message for a size mismatch, which tools look for."""
     return (
         f"size mismatch for {key}: copying a param with shape {torch.Size(got)} from checkpoint, "
         f"the shape in current model is {torch.Size(expected)}."

@@ -1,7 +1,7 @@
 """The tensors of a sparse weight, and the few steps that replace them.
 
-`SparseModule` builds on this. So do the files that look after one part of it (copies, checkpoints,
-the dense weight, CUDA graphs), and need not know what else a sparse module can do.
+`SparseModule` builds on this. So do the files for one part of it each (copies, checkpoints, the
+dense weight, CUDA graphs), which need not know what else a sparse module can do.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class StoredWeight(nn.Module):
         known = self._topology
         if known.owns(known.crow_indices, known.col_indices) and found == known:
             return known
-        problem = None if self.layout.name == "csr" else self.layout.problem(found.mask())
+        problem = None if self.layout.unstructured else self.layout.problem(found.mask())
         if problem is not None:
             raise TopologyError(f"col_indices: {problem}")
         return found
@@ -162,7 +162,7 @@ def scatter_dense(values: Tensor, flat: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def expect_other_lengths() -> None:
-    """Have every later compilation take the number of nonzeros as an input, not as a constant.
+    """Make later compilations take the number of nonzeros as an input, not as a constant.
 
     Called when that number changes for the first time, so a model whose topology keeps its size is
     compiled for that size. torch.compile takes shapes of parameters for constants, whatever marks

@@ -1,9 +1,9 @@
-"""The dense weight of a sparse module, made when something computes with it and not before.
+"""The dense weight of a sparse module, materialised only when something computes with it.
 
 Code written for dense layers reads `layer.weight`: often only its dtype, device or shape, now and
-then to multiply with it. `LazyWeight` answers the former from what the layer knows. Any other use
-first puts the differentiable dense weight in its place, so that gradients reach `values`. What
-would write into that temporary is refused, as it would be lost.
+then to multiply with it. `LazyWeight` answers the former without a dense tensor. Any other use
+first materialises the differentiable dense weight, so that gradients reach `values`. Writes into
+that temporary tensor are refused, since they would be lost.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class DenseView(Tensor):
         return view
 
     def _refuse(self, func: Any, name: str) -> None:
-        """Raise UnsupportedError where what the call does could not reach the layer."""
+        """Refuse, with UnsupportedError, a call whose effect would not reach the layer."""
         if func in _SETTERS or (_is_in_place(name) and name != "requires_grad_"):
             raise _lost(self._label, f"{_SETTERS.get(func, name)} would write into it")
         if name in _ADDRESSES:
@@ -273,7 +273,7 @@ def weight_of(layer: StoredWeight) -> Tensor:
 
 
 def label(layer: StoredWeight) -> str:
-    """Return what to call a layer in a message: its class, and its name or sizes.
+    """Return a layer's name for a message: its class, and its name or sizes.
 
     Args:
         layer: the layer.
@@ -332,7 +332,7 @@ def _lost(label: str, what: str) -> UnsupportedError:
 
 
 def _refuse_gradients(tensor: DenseView) -> None:
-    """Let a gradient that arrives at the tensor itself raise.
+    """Raise when a gradient arrives at the tensor itself.
 
     It does only where an autograd.Function was given the tensor as it is: nothing computed the
     dense weight from `values` there.
@@ -383,7 +383,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _guard(result: Any, sources: list[tuple[Tensor, str]]) -> Any:
-    """Let nothing write to the parts of a result that share memory with temporary weights."""
+    """Protect the parts of a result that share memory with temporary weights from writes."""
     labels = {address: label for tensor, label in sources if (address := _address(tensor))}
 
     def guarded(value: Any) -> Any:
