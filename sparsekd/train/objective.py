@@ -23,6 +23,7 @@ class CrossEntropy:
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
     Example:
+        >>> import torch
         >>> objective = CrossEntropy()
         >>> loss = objective(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 1]), epoch=0)
     """
