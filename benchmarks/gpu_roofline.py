@@ -16,7 +16,7 @@ SPARSITY = 0.9
 
 @dataclass(frozen=True)
 class Gpu:
-    """Hold a data sheet, in operations and bytes a second.
+    """A data sheet, in operations and bytes a second.
 
     NVIDIA A100 Tensor Core GPU Architecture (2020), tables 1 and 4; NVIDIA H100 Tensor Core GPU
     Architecture (2022), tables 2 and 3; both SXM, without sparsity. The H100's L2 is not in it; the
@@ -43,7 +43,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """Describe a layer: `positions` outputs of each of `outs` channels, `fan_in` weights each."""
+    """A layer: `positions` outputs of each of `outs` channels, `fan_in` weights each."""
 
     name: str
     channels: int
@@ -65,7 +65,7 @@ LAYERS = (
 
 @dataclass(frozen=True)
 class Demand:
-    """Hold what a kernel needs: operations, bytes read from L2, bytes moved from and to memory."""
+    """Needs of a kernel: operations, bytes read from L2, bytes moved from and to memory."""
 
     flops: float
     l2: float

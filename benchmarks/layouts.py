@@ -3,7 +3,7 @@
 Every convolution of a network, or linear layers, at one sparsity: the same number of weights,
 chosen without structure ("csr"), with constant fan-in shared by a group of rows ("fanin:R") and in
 blocks ("bcsr:B"), on the sparse kernels (maps in channels_last), and dense torch in its better
-layout. Before a pass is timed, its result is held against dense torch's on the masked weight. The
+layout. Before a pass is timed, its result is compared with dense torch's on the masked weight. The
 competitors of a pass take turns in one process. One JSON line a layer and pass goes to --out.
 """
 

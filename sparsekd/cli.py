@@ -42,9 +42,9 @@ _Data = Annotated[str | None, typer.Option(help="Data set instead of the recipe'
 _DataDir = Annotated[Path | None, typer.Option(help="Folder of the data files.")]
 _Sparsity = Annotated[str | None, typer.Option(help="Sparsities, as 0.9,0.98.")]
 _Seeds = Annotated[int | None, typer.Option(help="Number of seeds.")]
-_FirstSeed = Annotated[int | None, typer.Option(help="The first of them [default: 0].")]
+_FirstSeed = Annotated[int | None, typer.Option(help="The first of them; by default 0.")]
 _Epochs = Annotated[int | None, typer.Option(help="Epochs; the whole schedule scales with them.")]
-_Out = Annotated[Path | None, typer.Option(help="Folder of the runs [default: runs/RECIPE].")]
+_Out = Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/RECIPE.")]
 _Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any field, as training.lr=0.05; repeatable.")
 ]
@@ -90,7 +90,7 @@ def train(
 @app.command()
 def compare(
     methods: Annotated[
-        list[str] | None, typer.Argument(help="Methods, as kd-ticket rigl set [default: six].")
+        list[str] | None, typer.Argument(help="Methods, as kd-ticket rigl set; by default six.")
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="What they share: data, network, length.")

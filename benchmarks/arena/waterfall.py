@@ -131,7 +131,7 @@ def _part_of(event: Any) -> str | None:
 
 
 def split_backward(model: nn.Module) -> None:
-    """Let every dense convolution compute its two gradients in two calls that a profile can tell.
+    """Make every dense convolution compute its gradients in two calls that a profile tells apart.
 
     torch's own backward computes them one after the other under one name.
     """

@@ -68,7 +68,7 @@ class GpuCompetitor:
         return None
 
     def rules(self) -> AbstractContextManager[Any]:
-        """Let float32 products be rounded, or not, and cuDNN choose by measurement, for a while."""
+        """Return a context in which TF32 is on or off and cuDNN chooses algorithms by measurement."""
         return _rules(self.tf32) if torch.cuda.is_available() else nullcontext()
 
 

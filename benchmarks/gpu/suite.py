@@ -14,6 +14,7 @@ from sparsekd.bench.cases import LINEAR_LAYERS, LayerCase, ModelCase, conv_layer
 from sparsekd.bench.results import Results
 from sparsekd.bench.suite import BenchConfig, Suite
 from sparsekd.bench.tables import Grid, shortfall_grid
+from sparsekd.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ def suite(device: torch.device | None = None) -> Suite:
     """
 
     def layers(config: BenchConfig) -> Iterator[GpuLayerRace]:
+        _refuse_choices(config)
         cases = _TINY_LAYERS if config.quick else (*conv_layers(("resnet18",)), *LINEAR_LAYERS)
         for op in ("layer", "fprop"):
             for case in cases:
@@ -38,6 +40,7 @@ def suite(device: torch.device | None = None) -> Suite:
                     yield GpuLayerRace(case, device or gpu(), config.rounds or 5, op)
 
     def steps(config: BenchConfig) -> Iterator[GpuStepRace]:
+        _refuse_choices(config)
         names = ("resnet18", "resnet50", "wrn22_2")
         cases = [ModelCase(name) for name in names]
         if config.quick:
@@ -56,6 +59,13 @@ def suite(device: torch.device | None = None) -> Suite:
         machine=lambda: describe(device or gpu()),
         ours=lambda name: name in COMPETITORS and COMPETITORS[name].ours,
     )
+
+
+def _refuse_choices(config: BenchConfig) -> None:
+    """Raise UnsupportedError for what cannot be chosen on a GPU, instead of leaving it aside."""
+    for name in ("networks", "input_shape", "sparsities", "competitors", "batch"):
+        if getattr(config, name) is not None:
+            raise UnsupportedError(f"{name}: expected none, on a GPU only levels and rounds vary")
 
 
 def _grids(results: Results) -> list[Grid | None]:

@@ -205,7 +205,7 @@ def conv_layers(networks: Sequence[str] = ("resnet18", "resnet50")) -> tuple[Lay
 def map_shapes(
     model: nn.Module, layers: Mapping[str, nn.Module], x: Tensor
 ) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Run a model once and return the shapes of input and output of some of its layers.
+    """Return the shapes of input and output of some layers, by one forward pass of the model.
 
     Example:
         >>> layer = nn.Linear(8, 4)

@@ -21,7 +21,7 @@ from sparsekd.train import MetricsLog
 _Quick = Annotated[
     bool, typer.Option("--quick/--all", help="Minutes at batch 32, or everything at batch 128.")
 ]
-_Level = Annotated[str | None, typer.Option(help="Only these levels, as layer,step.")]
+_Level = Annotated[str | None, typer.Option(help="What to time, as layer,step.")]
 _Network = Annotated[
     str | None,
     typer.Option(help="Networks, as resnet18,vgg16_bn; or your own, as package.module:factory."),
@@ -30,13 +30,15 @@ _Input = Annotated[
     str | None, typer.Option("--input", help="Channels, height and width of a network's images.")
 ]
 _Sparsity = Annotated[str | None, typer.Option(help="Sparsities, as 0.8,0.9.")]
-_Competitor = Annotated[str | None, typer.Option(help="Only these, as sparsekd,dense_bf16.")]
+_Competitor = Annotated[
+    str | None, typer.Option(help="Only these beside the dense reference, as sparsekd,dense_bf16.")
+]
 _Batch = Annotated[int | None, typer.Option(help="Images or rows in a batch.")]
 _Rounds = Annotated[int | None, typer.Option(help="Turns of each competitor.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
 _Rows = Annotated[Path, typer.Option(help="JSON-lines file of the measurements.")]
 _Out = Annotated[
-    Path | None, typer.Option(help="Folder of report and figures [default: that of the rows].")
+    Path | None, typer.Option(help="Folder of report and figures; by default that of the rows.")
 ]
 _Seconds = Annotated[
     float | None, typer.Option(help="Begin nothing after this time; the same command goes on.")

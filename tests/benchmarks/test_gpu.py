@@ -98,6 +98,11 @@ def test_a_kernel_of_ours_that_fails_fails_the_command(
         assert done.exit_code == code, done.output
 
 
+def test_what_has_no_effect_on_a_gpu_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="sparsities: expected none"):
+        CPU.sessions(BenchConfig(sparsities=(0.5,)))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="expected one that torch sees as a CUDA device"):
