@@ -2,9 +2,9 @@
 
 Layers: the dense weight gradient of torch in both layouts against growth, the same gradient tile by
 tile with a running top-k of 3 % of the positions, in turns in one process. Growth's positions are
-first compared with those of torch.topk on the full gradient. Steps: a plain step, a step that updates the
-topology instead of the optimizer step, and the first step after it, which makes new plans; the
-longer epoch is what the last two take more than a plain step, over `every` steps.
+first compared with those of torch.topk on the full gradient. Steps: a plain step, a step that
+updates the topology instead of the optimizer step, and the first step after it, which makes new
+plans; the longer epoch is what the last two take more than a plain step, over `every` steps.
 One JSON line a row goes to --out.
 """
 

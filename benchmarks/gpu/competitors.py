@@ -68,7 +68,7 @@ class GpuCompetitor:
         return None
 
     def rules(self) -> AbstractContextManager[Any]:
-        """Return a context in which TF32 is on or off and cuDNN chooses algorithms by measurement."""
+        """Return a context with TF32 on or off in which cuDNN chooses by measurement."""
         return _rules(self.tf32) if torch.cuda.is_available() else nullcontext()
 
 
