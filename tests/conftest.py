@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import ModuleType
@@ -32,6 +33,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"backend {request.param}: {entry['detail']}")
     with skd.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def no_missing_rules() -> Iterator[None]:
+    """Fail where torch falls back to a loop because a batching rule is missing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="There is a performance drop")
+        yield
 
 
 @pytest.fixture(scope="session")
