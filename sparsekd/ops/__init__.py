@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sparsekd.ops.flop_counter  # noqa: F401  registers the formulas
 from sparsekd.ops.dispatch.context import backend
 from sparsekd.ops.dispatch.info import info
+from sparsekd.ops.eager import call_conv2d, call_linear
 from sparsekd.ops.gpu.structure import prepare_plans
 from sparsekd.ops.norm import batch_moments, norm_act, norm_act_backward
 from sparsekd.ops.register import (
-    call_conv2d,
-    call_linear,
     conv2d,
     conv2d_dgrad,
     conv2d_wgrad,

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from sparsekd._torch import KeySet, after_autograd, below_autograd, transformed
 from sparsekd.ops import checks, reference
+from sparsekd.ops.autograd import register_autograd
+from sparsekd.ops.kernel import kernel
 from sparsekd.ops.memory_format import memory_format_of
-from sparsekd.ops.register import kernel, library, register_autograd
+from sparsekd.ops.register import library
 from sparsekd.ops.schemas import NORM_SCHEMAS
 
 

@@ -16,8 +16,8 @@ import sparsekd as skd
 from sparsekd import Topology, cuda_library, functional, ops
 from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops import reference as reference_backend
-from sparsekd.ops import register
 from sparsekd.ops.dispatch import backends, context, decisions
+from sparsekd.ops.kernel import products
 
 TOPOLOGY = Topology.from_mask(torch.eye(3, dtype=torch.bool))
 
@@ -36,7 +36,7 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return original(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reference_backend, "linear", counted)
-    monkeypatch.setattr(register._kernels.linear, "_known", {})
+    monkeypatch.setattr(products["linear"], "_known", {})
     return calls
 
 

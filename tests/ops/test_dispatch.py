@@ -17,12 +17,13 @@ from sparsekd import ops
 from sparsekd.nn import SparseConv2d, SparseLinear
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-from sparsekd.ops import observe, register
+from sparsekd.ops import observe
 from sparsekd.ops.cpu import cpp, dense
 from sparsekd.ops.dispatch import auto, cache_key
 from sparsekd.ops.dispatch.auto import Dispatcher
 from sparsekd.ops.dispatch.choices import Choices
 from sparsekd.ops.dispatch.decisions import decide
+from sparsekd.ops.kernel import products
 
 BACKENDS = {"cpp": cpp, "dense": dense}
 CONV = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
@@ -40,9 +41,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def start_process(monkeypatch: pytest.MonkeyPatch, path: Path | None) -> None:
     made = Dispatcher(Choices(path))
     monkeypatch.setattr(auto, "dispatcher", lambda: made)
-    for kernel in vars(register._kernels).values():
-        if hasattr(kernel, "_known"):
-            monkeypatch.setattr(kernel, "_known", {})
+    for product in products.values():
+        monkeypatch.setattr(product, "_known", {})
 
 
 @pytest.fixture

@@ -124,15 +124,15 @@ def test_large_dropped_indices_go_before_many_have_come() -> None:
 
 
 def test_calls_of_ever_new_shapes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsekd.ops.register import _MOST_KNOWN, _kernels
+    from sparsekd.ops.kernel import MOST_KNOWN, products
 
-    assert _MOST_KNOWN <= 1 << 12
-    monkeypatch.setattr("sparsekd.ops.register._MOST_KNOWN", 8)
-    monkeypatch.setattr(_kernels.linear, "_known", {})
+    assert MOST_KNOWN <= 1 << 12
+    monkeypatch.setattr("sparsekd.ops.kernel.MOST_KNOWN", 8)
+    monkeypatch.setattr(products["linear"], "_known", {})
     linear = skd.nn.SparseLinear(4, 3, sparsity=0.5)
     for batch in range(50):
         linear(torch.ones(batch, 4))
-        assert len(_kernels.linear._known) <= 8
+        assert len(products["linear"]._known) <= 8
 
 
 # -- plans of GPU kernels: made on the host, so they are counted without a GPU ---------------------

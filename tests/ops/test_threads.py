@@ -26,7 +26,7 @@ from sparsekd import ops
 from sparsekd.ops import observe
 from sparsekd.ops.dispatch import backends, context
 from sparsekd.ops.dispatch.single import Single
-from sparsekd.ops.register import _Product
+from sparsekd.ops.kernel import Product
 from sparsekd.topology import Topology
 
 THREADS = 4
@@ -313,8 +313,8 @@ def test_threads_offer_to_one_search(name: str) -> None:
 def test_what_calls_have_in_common_is_forgotten_while_others_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sparsekd.ops.register._MOST_KNOWN", 4)
-    product = _Product("linear")
+    monkeypatch.setattr("sparsekd.ops.kernel.MOST_KNOWN", 4)
+    product = Product("linear")
     topology = Topology.from_mask(torch.ones(3, 5, dtype=torch.bool))
     indices = topology.crow_indices, topology.col_indices, None, [3, 5]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd.nn import SparseLinear
-from sparsekd.ops import register
 from sparsekd.ops.cpu import cpp, dense
 from sparsekd.ops.dispatch import auto
 from sparsekd.ops.dispatch.auto import Dispatcher
 from sparsekd.ops.dispatch.choices import Choice, Choices
 from sparsekd.ops.dispatch.watch import Watch
+from sparsekd.ops.kernel import products
 from sparsekd.timing import time
 
 BACKENDS = {"cpp": cpp, "dense": dense}
@@ -45,7 +45,7 @@ class Machine:
     def start_process(self) -> None:
         made = Dispatcher(Choices(self.path))
         self._patch.setattr(auto, "dispatcher", lambda: made)
-        self._patch.setattr(register._kernels.linear, "_known", {})
+        self._patch.setattr(products["linear"], "_known", {})
 
     def timed(self, name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def linear(*args: Any) -> Tensor:

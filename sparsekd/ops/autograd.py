@@ -1,0 +1,203 @@
+"""Derivatives of the products, and how an op gets one without torch's reading its schema.
+
+conv2d is bilinear in (x, values): each of conv2d, dgrad and wgrad differentiates into the other
+two, so double backward needs no kernel of its own. The same holds for linear. What the six
+products call in a backward pass is a kernel where their forward went straight to one (`eager`),
+and an op, which torch sees, everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekd._torch import (
+    KeySet,
+    after_autograd,
+    apply_at_this_level,
+    below_autograd,
+    derivatives_of_outer_levels,
+    in_forward_ad,
+    in_transform,
+    intercepted,
+    transformed,
+)
+from sparsekd.errors import UnsupportedError
+from sparsekd.ops import transforms
+from sparsekd.ops.dispatch.context import asked, followed
+from sparsekd.ops.kernel import kernels
+from sparsekd.ops.register import library, overloads
+
+Setup = Callable[..., None]
+Backward = Callable[..., tuple[Any, ...]]
+
+
+def register_autograd(
+    op: Any,
+    backward: Backward,
+    setup: Setup,
+    jvp: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Do what torch.library.register_autograd does, without its reading the schema on every call.
+
+    That reading took longer than a whole small layer. Forward-mode differentiation and transforms
+    of torch.func, which torch's function does not know, work as well, see `transforms`.
+
+    Args:
+        op: an overload.
+        backward: returns the gradients of the operands, of the context and that of the result.
+        setup: keeps in the context what `backward` needs of the operands and the result.
+        jvp: the rule of forward-mode differentiation, if it has one.
+
+    Returns:
+        What now runs under autograd; it takes the dispatcher's key set, None to go past the
+        dispatcher, and the operands.
+    """
+    name = op.__name__.partition(".")[0]  # without that of the overload
+
+    def below(keyset: KeySet | None, *args: Any) -> Any:
+        if keyset is None:
+            return getattr(kernels, name)(*args)
+        with below_autograd():
+            return op.redispatch(keyset & after_autograd, *args)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, keyset = args  # last, so that needs_input_grad counts as the op does
+            if keyset is not None and in_transform():
+                with derivatives_of_outer_levels():
+                    result = below(keyset, *inputs)
+            else:
+                result = below(keyset, *inputs)
+            ctx.direct, ctx.asked = keyset is None, asked()
+            setup(ctx, inputs, result)
+            if in_forward_ad():
+                ctx.save_for_forward(*inputs[:4])
+                ctx.others = inputs[4:]
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            if ctx.asked is None:
+                return *backward(ctx, *grads), None
+            with followed(ctx.asked):
+                return *backward(ctx, *grads), None
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            if jvp is None:
+                raise UnsupportedError(f"{name}: has no forward-mode derivative")
+            with derivatives_of_outer_levels():
+                primals = map(transforms.without_tangent, (*ctx.saved_tensors, *ctx.others))
+                return jvp(list(primals), tangents[:-1])
+
+    Node.__name__ = Node.__qualname__ = f"Sparsekd_{name}"
+
+    def run(keyset: KeySet | None, *args: Any) -> Any:
+        if in_forward_ad() or (
+            torch.is_grad_enabled()
+            and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        ):
+            if in_transform():
+                return apply_at_this_level(Node, *args, keyset)
+            return Node.apply(*args, keyset)
+        return below(keyset, *args)
+
+    library.impl(name, run, "Autograd", with_keyset=True)
+    return run
+
+
+def _save(ctx: Any, inputs: list[Any], first_rest: int) -> None:
+    """Keep the structure, the non-tensor arguments, and of the two factors what is needed."""
+    left, right, crow, col = inputs[:4]
+    needs_left, needs_right = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(left if needs_right else None, right if needs_left else None, crow, col)
+    ctx.rest = inputs[first_rest:]
+
+
+def _calls(ctx: Any, grad: Tensor) -> SimpleNamespace:
+    """Return what a backward pass calls: kernels where its forward could, see `eager`."""
+    direct = ctx.direct and type(grad) is Tensor and not torch.is_grad_enabled()
+    return kernels if direct and not (intercepted() or transformed(grad)) else overloads
+
+
+def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
+    """Return the derivatives of "conv2d" or "linear" and of its two gradients, by name.
+
+    The operands are `(left, right, crow, col, ...)`. Only the input gradient of a convolution takes
+    one argument more, the shape of the input.
+    """
+    dgrad, wgrad, conv = f"{kind}_dgrad", f"{kind}_wgrad", kind == "conv2d"
+
+    def shape_of(x: Tensor) -> list[list[int]]:
+        return [list(x.shape)] if conv else []
+
+    def forward_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
+        _save(ctx, inputs, 5)
+        ctx.input_shape = shape_of(inputs[0])
+
+    def forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        run = _calls(ctx, grad)
+        x, values, crow, col = ctx.saved_tensors
+        dx = dvalues = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = getattr(run, dgrad)(grad, values, crow, col, *ctx.input_shape, *ctx.rest)
+        if ctx.needs_input_grad[1]:
+            dvalues = getattr(run, wgrad)(grad, x, crow, col, *ctx.rest)
+        if ctx.needs_input_grad[4]:
+            over = (0, 2, 3) if conv else tuple(range(grad.ndim - 1))
+            dbias = grad.sum(over) if over else grad
+        return dx, dvalues, None, None, dbias, *[None] * len(ctx.rest)
+
+    def dgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
+        _save(ctx, inputs, 5 if conv else 4)
+
+    def dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+        run = _calls(ctx, ddx)
+        grad, values, crow, col = ctx.saved_tensors
+        ddgrad = dvalues = None
+        if ctx.needs_input_grad[0]:
+            ddgrad = getattr(run, kind)(ddx, values, crow, col, None, *ctx.rest)
+        if ctx.needs_input_grad[1]:
+            dvalues = getattr(run, wgrad)(grad, ddx, crow, col, *ctx.rest)
+        return ddgrad, dvalues, *[None] * ((3 if conv else 2) + len(ctx.rest))
+
+    def wgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
+        _save(ctx, inputs, 4)
+        ctx.input_shape = shape_of(inputs[1])
+
+    def wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
+        run = _calls(ctx, ddvalues)
+        grad, x, crow, col = ctx.saved_tensors
+        ddgrad = dx = None
+        if ctx.needs_input_grad[0]:
+            ddgrad = getattr(run, kind)(x, ddvalues, crow, col, None, *ctx.rest)
+        if ctx.needs_input_grad[1]:
+            dx = getattr(run, dgrad)(grad, ddvalues, crow, col, *ctx.input_shape, *ctx.rest)
+        return ddgrad, dx, *[None] * (2 + len(ctx.rest))
+
+    return {
+        kind: (forward_backward, forward_setup),
+        dgrad: (dgrad_backward, dgrad_setup),
+        wgrad: (wgrad_backward, wgrad_setup),
+    }
+
+
+def _register_product(name: str, backward: Backward, setup: Setup) -> Callable[..., Any]:
+    """Register the derivatives of a product and its batching rule."""
+    op = getattr(overloads, name)
+    torch.library.register_vmap(f"sparsekd::{name}", transforms.vmap(name, op), lib=library)
+    return register_autograd(op, backward, setup, transforms.jvp(name, op))
+
+
+differentiable = {
+    name: _register_product(name, *formulas)
+    for kind in ("conv2d", "linear")
+    for name, formulas in _formulas(kind).items()
+}
+"""What runs each product under autograd, see `register_autograd`."""
