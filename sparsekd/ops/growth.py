@@ -1,4 +1,9 @@
-"""Growth without a stored dense gradient: its tiles, and the best positions over all of them."""
+"""Growth without a stored dense gradient: its tiles, and the best positions over all of them.
+
+The dense gradient of a layer is computed one tile at a time, into one buffer, from the operands of
+its weight gradient. A selection reads each tile while it is there and keeps only the k best free
+positions so far, so that the largest thing held is a tile, a quarter of most weights.
+"""
 
 from __future__ import annotations
 

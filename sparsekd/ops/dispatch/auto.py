@@ -107,7 +107,7 @@ class Dispatcher:
     def _time(
         self, op: str, args: tuple[Any, ...], products: int, before: Choice | None = None
     ) -> tuple[Choice, float]:
-        """Time both backends; return the choice and the milliseconds that it took.
+        """Time both backends; return the choice and the milliseconds that the timing took.
 
         Where they are too close to tell apart, the choice is that of `before`, or by density.
         """

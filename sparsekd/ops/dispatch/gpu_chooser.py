@@ -93,7 +93,7 @@ class Chooser:
             return decision
         if len(self._known) >= _MOST_KNOWN:  # inputs of ever new shapes
             self._known.clear()
-        name = "triton" if traits.suits else "cuda"
+        name = "triton" if traits.structured else "cuda"
         by_structure = replace(BACKENDS[name].decide(op, args), reason="structure of the weight")
         if step is None or cache_key.products(op, args) < LEAST_PRODUCTS:
             return self._known.setdefault(facts, by_structure)

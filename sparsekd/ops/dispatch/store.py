@@ -3,8 +3,8 @@
 One JSON line per measurement, appended in one write, so lines of several processes do not
 interleave and a torn one costs a measurement, not the file. A measurement that is made again goes
 into a later round; of the lines of a key the latest round counts, and in a round the first line: so
-processes that measure at once agree. A file that has grown too long is replaced, in one step, by
-what this process knows.
+processes that measure at the same time agree. A file that has grown too long is replaced, in one
+step, by what this process knows.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ import math
 from sparsekd.ops.dispatch.choices import Choice
 
 WINDOW = 16  # runs, of which the fastest counts: what disturbs a run only makes it slower
-SOON, LATE = 16, 64  # times as long as a race takes
+SOON, LATE = 16, 64  # times as long as a measurement takes
 SUSPICION = 4  # sooner by that where something has changed
-_RUNS = 8  # of both backends, that an average race has
-_LEAST_RACE_MS = 20.0
+_RUNS = 8  # of both backends, in an average measurement
+_LEAST_TIMING_MS = 20.0
 _OFF = 1.5  # by far more than timings vary
-_COLD = 4 / 3  # a training step finds less in the caches than a race does
+_COLD = 4 / 3  # a training step finds less in the caches than a measurement does
 
 
 class Watch:
@@ -27,22 +27,22 @@ class Watch:
 
     Args:
         choice: which backend runs it, and what is known of its time.
-        race_ms: what the race took; None where there was none in this process.
+        timing_ms: what the measurement took; None where there was none in this process.
     """
 
-    def __init__(self, choice: Choice, race_ms: float | None = None) -> None:
+    def __init__(self, choice: Choice, timing_ms: float | None = None) -> None:
         self.choice = choice
         self._soon, self._late = SOON, LATE
-        if race_ms is None:
-            race_ms = _RUNS * ((choice.cpp_ms or 0.0) + (choice.dense_ms or 0.0))
-        self._race_ms = max(race_ms, _LEAST_RACE_MS)
+        if timing_ms is None:
+            timing_ms = _RUNS * ((choice.cpp_ms or 0.0) + (choice.dense_ms or 0.0))
+        self._timing_ms = max(timing_ms, _LEAST_TIMING_MS)
         self._begin(0.0)
 
     def _begin(self, usual: float) -> None:
         """Start to watch the choice, whose backend has taken `usual` ms per product."""
         ms, products = self.choice.ms, self.choice.products
-        self._in_race = ms / products if ms and self.choice.measured else None
-        self._usual = math.inf if self._in_race is None else max(usual, self._in_race * _COLD)
+        self._measured = ms / products if ms and self.choice.measured else None
+        self._usual = math.inf if self._measured is None else max(usual, self._measured * _COLD)
         self._spent, self._runs, self._fastest, self._rate = 0.0, 0, math.inf, 0.0
         self._off, self.due = False, False
 
@@ -64,35 +64,35 @@ class Watch:
         self._rate, self._off = rate, self._is_off(rate)
         if not self._off:
             self._usual = min(self._usual, rate)
-        self.due = self._spent >= self._patience() * self._race_ms
+        self.due = self._spent >= self._patience() * self._timing_ms
 
     def _patience(self) -> float:
         """Return the multiple of a measurement's time that the op must run before the next one."""
         if not self._off:
             return self._soon if self.choice.vague else self._late
-        # a race on a machine that was busier took longer than the next one will
-        faster = 1.0 if self._in_race is None else min(self._rate / self._in_race, 1.0)
+        # a measurement on a busier machine took longer than the next one will
+        faster = 1.0 if self._measured is None else min(self._rate / self._measured, 1.0)
         return self._soon * faster / SUSPICION
 
     def _is_off(self, rate: float) -> bool:
         """Return whether the op now takes another time than before."""
-        too_fast = self._in_race is not None and rate * _OFF < self._in_race
+        too_fast = self._measured is not None and rate * _OFF < self._measured
         return too_fast or rate > _OFF * self._usual
 
     def takes(self, choice: Choice) -> bool:
         """Return whether the outcome of a measurement improves on what is known."""
         return choice.decided or self._off or not self.choice.decided
 
-    def measured(self, choice: Choice, race_ms: float) -> None:
+    def measured(self, choice: Choice, timing_ms: float) -> None:
         """Restart after a measurement, with the next one further away.
 
         Args:
             choice: that counts from now on.
-            race_ms: what the race took.
+            timing_ms: what the measurement took.
         """
         routine = self.choice.decided and not self._off
         self._soon, self._late = SOON if routine else 2 * self._soon, 2 * self._late
-        self._race_ms = max(race_ms, _LEAST_RACE_MS)
+        self._timing_ms = max(timing_ms, _LEAST_TIMING_MS)
         usual = self._rate if choice.backend == self.choice.backend else 0.0
         self.choice = choice
         self._begin(usual)

@@ -1,7 +1,8 @@
 """The cache of plans of GPU kernels: how many are kept, and how one replaces another.
 
 Inputs come in ever new sizes, and each takes plans of its own. They are given up again, least
-recently used first, but for those that recorded CUDA graphs read.
+recently used first, but for those that recorded CUDA graphs read: a graph has their addresses, so
+a plan whose structure changes is written into the tensors that it had.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class CachedPlan:
         self.pinned = False  # a recorded CUDA graph reads it
 
     def replace(self, plan: Any, device: torch.device) -> None:
-        """Take another plan, in the tensors of the old one where they fit."""
+        """Put another plan in its place, in the tensors of the old one where they fit."""
         self.plan = overwrite(self.plan, plan, device)
         self.bytes = tensor_bytes(self.plan)
 

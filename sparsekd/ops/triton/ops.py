@@ -167,7 +167,7 @@ class Traits(NamedTuple):
     arithmetic: str
 
     @property
-    def suits(self) -> bool:
+    def structured(self) -> bool:
         """Whether the weight has structure that these kernels use: tiles, or shared columns.
 
         Columns that lie anywhere are only worth the copies of the maps that they need where the

@@ -1,4 +1,9 @@
-"""Plans of columns, anywhere, that groups of rows share; see kernels/gather.py."""
+"""Plans of columns, anywhere, that groups of rows share; see kernels/gather.py.
+
+Such a group is a dense product of its rows with the inputs of its columns, gathered from packed
+maps. So the columns are cut into chunks of 16, a side of what tensor cores multiply, and each chunk
+has the offset of every column and the values of all rows of the group.
+"""
 
 from __future__ import annotations
 

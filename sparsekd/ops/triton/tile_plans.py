@@ -1,4 +1,11 @@
-"""Plans of tiles for the Triton kernels; see kernels/gemm.py."""
+"""Plans of tiles for the Triton kernels; see kernels/gemm.py.
+
+A weight is cut into tiles of n outputs by k input channels at one kernel tap, each a chunk: one
+multiplication for the tensor cores. A plan lists the chunks of every n outputs, with the offset of
+their tap, and says where in the packed values each weight goes; what a chunk has beyond the weights
+of its tile are zeros. Sizes follow from the layer, its nonzeros and its tiles alone, with room for
+the chunks of any mask that has these, so that a recorded CUDA graph survives a rewire.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,7 @@ from sparsekd.ops.triton.tile_size import SMALLEST, Axis, find_runs, power_of_tw
 
 LARGEST_N, LARGEST_K = 128, 64
 _LEAST_FILL = 0.25  # of the tiles of a new plan
-_HELD_FILL = 0.125  # and once the structure has changed, so that plans do not come and go
+_HELD_FILL = 0.125  # and after the structure has changed, so that plans do not come and go
 _MOST_VALUES = 2**31 - 1024
 
 

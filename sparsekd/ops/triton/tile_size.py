@@ -1,8 +1,9 @@
 """The structure of a weight, read off its indices, and how to cut it into tiles.
 
 A tile is R neighbouring outputs by C neighbouring input channels at one kernel tap that are all
-nonzero. Nothing says in advance what R and C are, so a mask that happens to have structure is
-treated like one that was made with it.
+nonzero. R divides every row at which the list of columns changes, C every channel at which a run of
+neighbours begins or ends; so both are greatest common divisors. Nothing says in advance what they
+are, and a mask that happens to have tiles is treated like one that was made with them.
 """
 
 from __future__ import annotations
