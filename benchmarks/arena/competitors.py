@@ -1,4 +1,4 @@
-"""Everybody who competes on a CPU: those of `sparsekd bench` and other packages."""
+"""All competitors on a CPU: those of `sparsekd bench` and other packages."""
 
 from __future__ import annotations
 

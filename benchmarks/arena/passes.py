@@ -1,4 +1,4 @@
-"""Who competes in a single pass of a layer: torch's kernels and ours, each in both layouts."""
+"""The competitors in a single pass of a layer: torch's kernels and ours, each in both layouts."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ LINEAR_LAYERS = (
 
 
 def dense_ends(model: nn.Module) -> tuple[str, ...]:
-    """Name the first convolution and the last linear layer, which stay dense in every comparison.
+    """Find the first convolution and the last linear layer, which stay dense in every comparison.
 
     Example:
         >>> dense_ends(models.resnet20())

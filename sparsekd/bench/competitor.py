@@ -1,4 +1,4 @@
-"""What enters a benchmark: one way to compute a layer or a training step."""
+"""Competitors of a benchmark: ways to compute a layer or a training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who competes on a layer: dense torch, its CSR tensors and sparsekd.
+"""The competitors on a layer: dense torch, its CSR tensors and sparsekd.
 
 A competitor turns a `LayerProblem` into a call that runs forward and backward. All competitors get
 the same input, output gradient and masked weight, each in the memory format and dtype it likes

@@ -1,4 +1,4 @@
-"""What a row was measured on: processor, instruction sets, threads, versions, allocator."""
+"""The machine of a row: processor, instruction sets, threads, versions, allocator."""
 
 from __future__ import annotations
 

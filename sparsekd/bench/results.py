@@ -1,4 +1,4 @@
-"""What rows say: which of them count, what dense takes, how much faster a competitor is."""
+"""Evaluation of rows: which of them count, the dense time, the speed-up of a competitor."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def run(
 
 
 def identity(row: Row) -> tuple[str, str, str, str, float | None]:
-    """Return what tells a row from every other row of its machine."""
+    """Return the fields that identify a row among those of its machine."""
     return row["level"], row["case"], row["op"], row["arm"], row["sparsity"]
 
 

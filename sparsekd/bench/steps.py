@@ -1,4 +1,4 @@
-"""Who competes in a whole training step: dense torch in its variants and sparsekd."""
+"""The competitors in a whole training step: dense torch in its variants and sparsekd."""
 
 from __future__ import annotations
 

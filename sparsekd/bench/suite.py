@@ -1,4 +1,4 @@
-"""Which sessions a call of a benchmark consists of, and what becomes of their rows."""
+"""The sessions of a benchmark run, and the report on their rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _Competitor = TypeVar("_Competitor")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure; what is None is chosen by `quick`.
+    """The configuration of a benchmark; fields that are None depend on `quick`.
 
     Args:
         quick: minutes at a batch of 32 instead of everything at 128.
