@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sparsekd
 
 PACKAGE = Path(sparsekd.__file__).parent
+ROOT = Path(__file__).parents[1]
 # torch documents that these are for modules to override; test_torch_names has a test of them.
 OVERRIDDEN = {"_apply", "_load_from_state_dict", "_save_to_state_dict"}
 
@@ -124,9 +125,18 @@ def test_private_names_of_torch_are_found(source):
 
 def test_a_checkout_on_the_path_is_no_package_kernels(monkeypatch):
     """Others look for a package of that name; ours answers under its own name only."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.syspath_prepend(str(ROOT))
     kernels = importlib.import_module("kernels")
     assert not hasattr(kernels, "Kernel")
     for name in ("table", "gather"):
         with pytest.raises(ImportError, match=f"kernels.{name}"):
             importlib.import_module(f"kernels.{name}")
+
+
+def test_no_file_is_longer_than_400_lines():
+    folders = ("sparsekd", "kernels", "csrc", "tests", "benchmarks", "tools")
+    languages = {".py", ".cc", ".h", ".inl", ".inc", ".cu", ".cuh"}
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in languages]
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in files}
+    assert len(lengths) > 300
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}

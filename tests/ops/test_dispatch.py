@@ -299,21 +299,6 @@ def test_a_backward_pass_inside_autocast_keeps_its_precision() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_damaged_indices_are_refused_by_the_dense_backend_too() -> None:
-    x, values = torch.ones(2, 4), torch.ones(3)
-    crow, col = (
-        torch.tensor([0, 2, 3], dtype=torch.int32),
-        torch.tensor([0, 9, 1], dtype=torch.int32),
-    )
-    with skd.backend("dense"):
-        for op, first, second in (("linear", x, values), ("linear_dgrad", x[:, :2], values)):
-            more = [None] if op == "linear" else []
-            with pytest.raises(skd.errors.TopologyError, match="out of range"):
-                getattr(ops, op)(first, second, crow, col, *more, [2, 4])
-        with pytest.raises(skd.errors.TopologyError, match="out of range"):
-            ops.linear_wgrad(x[:, :2], x, crow, col, [2, 4])
-
-
 def test_the_choice_of_an_op_can_be_asked_for() -> None:
     topology = layer().topology
     args = (

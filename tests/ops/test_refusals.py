@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import sparsekd as skd
 from sparsekd import Topology, functional, ops
 from sparsekd.errors import ShapeError, TopologyError, UnsupportedError
 
@@ -147,3 +148,18 @@ def test_gradients_of_the_wrong_shape_are_refused(backend: str) -> None:
         ops.conv2d_dgrad(torch.ones(1, 3, 2, 2), torch.ones(3), *structure, [2, 1, 3, 3], *CONV)
     with pytest.raises(ShapeError, match=r"grad: expected shape \[2, 3\]"):
         ops.linear_wgrad(torch.ones(3, 3), torch.ones(2, 4), *structure, [3, 4])
+
+
+def test_damaged_indices_are_refused_by_the_dense_backend_too() -> None:
+    x, values = torch.ones(2, 4), torch.ones(3)
+    crow, col = (
+        torch.tensor([0, 2, 3], dtype=torch.int32),
+        torch.tensor([0, 9, 1], dtype=torch.int32),
+    )
+    with skd.backend("dense"):
+        for op, first, second in (("linear", x, values), ("linear_dgrad", x[:, :2], values)):
+            more = [None] if op == "linear" else []
+            with pytest.raises(TopologyError, match="out of range"):
+                getattr(ops, op)(first, second, crow, col, *more, [2, 4])
+        with pytest.raises(TopologyError, match="out of range"):
+            ops.linear_wgrad(x[:, :2], x, crow, col, [2, 4])
