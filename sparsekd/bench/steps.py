@@ -48,11 +48,10 @@ class StepProblem:
 def step_problem(case: ModelCase, sparsity: float) -> StepProblem:
     """Build a network with uniform sparsity and dense ends, and a batch, the same ones every time.
 
-        Example:
-            >>> from sparsekd._torch import COMPILED_PREFIX
-    from sparsekd.bench.cases import ModelCase
-            >>> len(step_problem(ModelCase("resnet20", batch=2), 0.9).masks)
-            20
+    Example:
+        >>> from sparsekd.bench.cases import ModelCase
+        >>> len(step_problem(ModelCase("resnet20", batch=2), 0.9).masks)
+        20
     """
     model = case.build()
     generator = generator_for(0, case.name)
