@@ -240,6 +240,19 @@ def test_info_names_every_backend() -> None:
     assert all(entry["available"] or entry["detail"] for entry in table.values())
 
 
+def test_every_backend_is_asked_in_the_same_way(backend: str) -> None:
+    entry = backends.BACKENDS[backend]
+    args = torch.ones(3), torch.ones(3), TOPOLOGY.crow_indices, TOPOLOGY.col_indices, None, [3, 3]
+    decision = entry.decide("linear", args)
+    assert decision == decisions.decide("linear", args)
+    assert decision.backend == {"auto": "cpp"}.get(backend, backend)
+    assert torch.equal(decision.run(*args), product())
+    assert not entry.supports("no such op")
+    for op in ("LargestK", "norm_act", "linear_wgrad_tile"):
+        owner = entry if entry.supports(op) else backends.BACKENDS[str(entry.extends)]
+        assert entry.function(op) is owner.function(op)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
 def test_other_dtypes_are_refused(backend: str, dtype: torch.dtype) -> None:
     with pytest.raises(UnsupportedError, match=f"supports .*got {dtype}"):

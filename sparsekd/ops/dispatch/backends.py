@@ -41,7 +41,7 @@ class Decision:
     backend: str
     run: Callable[..., Any]
     whole: Callable[..., Any] | None = None
-    reason: str = "the backend asked for"
+    reason: str = "this backend runs every product itself"
     key: Key | None = None
     ms: Mapping[str, float] = field(default_factory=dict)
 
