@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd.bench.races import StepRace
+from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.train import Row
 
 _WORD = 4
@@ -55,8 +56,9 @@ def step_bytes(model: nn.Module, input_shape: Sequence[int]) -> int:
     def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal words
         if isinstance(module, nn.BatchNorm2d):
-            act = getattr(module, "act", False)  # the ReLU of a BatchNormAct2d
-            words += (_BATCH_NORM + (_RELU if act else 0)) * output.numel()
+            words += _BATCH_NORM * output.numel()
+            if isinstance(module, BatchNormAct2d) and module.act:
+                words += _RELU * output.numel()
         elif isinstance(module, nn.ReLU):
             words += _RELU * output.numel()
         else:

@@ -21,6 +21,7 @@ from sparsekd.bench.cases import MODELS, LayerCase, ModelCase, conv_layers, dens
 from sparsekd.bench.races import step_flops
 from sparsekd.bench.suite import BenchConfig
 from sparsekd.errors import ShapeError
+from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.ops.cpu import cpp
 
 
@@ -47,6 +48,15 @@ def test_a_step_of_the_first_layer_has_no_input_gradient():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 5, 1, bias=False))
     counted = skd.flops.count(model, (2, 3, 4, 4))
     assert step_flops(counted) == 2 * 32 * (2 * 12 + 3 * 20)
+
+
+def test_bytes_of_a_step_count_the_relu_in_a_norm():
+    conv = nn.Conv2d(4, 8, 1, bias=False)
+    apart = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU())
+    joined = nn.Sequential(conv, BatchNormAct2d(8))
+    assert step_bytes(joined, (2, 4, 4, 4)) == step_bytes(apart, (2, 4, 4, 4))
+    plain, unused = nn.Sequential(conv, nn.BatchNorm2d(8)), BatchNormAct2d(8, act=False)
+    assert step_bytes(nn.Sequential(conv, unused), (2, 4, 4, 4)) == step_bytes(plain, (2, 4, 4, 4))
 
 
 def test_bytes_of_a_step_follow_maps_nonzeros_and_parameters():
