@@ -1,4 +1,4 @@
-"""The command line: train a recipe, report on a run, race the kernels, show what runs here."""
+"""The command line: train, report, benchmark, explain, show versions and backends."""
 
 from __future__ import annotations
 

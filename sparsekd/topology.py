@@ -34,7 +34,7 @@ class Topology:
         - col_indices: `[nnz]`
 
     Raises:
-        TopologyError: the arguments do not describe a structure; the text says why.
+        TopologyError: the arguments do not describe a structure; the message says why.
 
     Example:
         >>> topology = Topology(torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), (2, 3))

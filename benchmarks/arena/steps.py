@@ -26,7 +26,7 @@ class ArenaStepRace(StepRace):
     """A race over training steps whose rows count the bytes that a step moves, too."""
 
     def work(self, model: nn.Module) -> Row:
-        """Return what a row says of the work of a step."""
+        """Return the fields of a row about the work of a step."""
         moved = step_bytes(model, (self.case.batch, *self.case.input_shape))
         return {**super().work(model), "bytes": moved}
 

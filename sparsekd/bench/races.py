@@ -134,7 +134,7 @@ class StepRace:
         return race(self._entries(), rounds=self.rounds, slow=_SLOW_STEP)
 
     def work(self, model: nn.Module) -> Row:
-        """Return what a row says of the work of a step.
+        """Return the fields of a row about the work of a step.
 
         Args:
             model: on the meta device: nothing is computed.

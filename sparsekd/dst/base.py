@@ -355,7 +355,7 @@ class Updater:
         return name in self._gradients
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, next to the model's and the optimizer's state."""
+        """Return the state of the method, beside that of model and optimizer."""
         return {
             "method": type(self).__name__,
             "iteration": self.iteration,
@@ -395,5 +395,5 @@ class Updater:
         return self.needs_gradient and self.schedule(iteration) is not None
 
     def _prepare(self, name: str, mask: Tensor) -> Callable[[], None]:
-        """Return what rewires one layer; raise where it cannot take the mask."""
+        """Return a function that rewires one layer; raise if it cannot take the mask."""
         return self._rewiring.prepare(name, mask)

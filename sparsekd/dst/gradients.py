@@ -233,7 +233,7 @@ class DenseGradients:
                     self.foreign[name] = None
 
     def warn_of_foreign(self, who: str) -> None:
-        """Name the layers whose `.grad` backward passes alone do not explain, and forget them."""
+        """Return, and clear, the layers whose `.grad` backward passes alone do not explain."""
         if not self.foreign:
             return
         names = ", ".join(f"{name}.values" if name else "values" for name in self.foreign)
@@ -270,7 +270,7 @@ class DenseGradients:
             yield block
 
     def on_call(self, op: str, args: tuple[Any, ...]) -> None:
-        """Hold the operands of a weight gradient, if it is that of a watched layer."""
+        """Keep the operands of a weight gradient, if it is that of a watched layer."""
         seen = observe.weight_gradient(self._modules, op, args)
         if seen is None:
             return

@@ -72,7 +72,7 @@ class Rewiring:
         return before
 
     def prepare(self, name: str, mask: Tensor) -> Callable[[], None]:
-        """Return what rewires layer `name` and moves its optimizer state along."""
+        """Return a function that rewires layer `name` and moves its optimizer state."""
         module = self.modules[name]
         try:
             rewire_module = module.prepare_rewire(mask)
@@ -90,7 +90,7 @@ class Rewiring:
         self.compared = True
 
     def warn_of_dead(self, before: Mapping[str, int]) -> None:
-        """Name layers and output channels that an update has left without a weight, each once.
+        """Warn about layers and output channels that an update has left without a weight.
 
         Where as many weights come as go, channels empty and fill all the time.
 

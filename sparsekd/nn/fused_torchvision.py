@@ -66,7 +66,7 @@ class FusedDenseLayer(densenet._DenseLayer):
     """Layer of a DenseNet, which reads the outputs of all before it."""
 
     def bn_function(self, inputs: list[Tensor]) -> Tensor:
-        """Return what the 3x3 convolution's norm reads."""
+        """Return the input of the 3x3 convolution's norm."""
         return self.conv1(norm_act(self.norm1, torch.cat(inputs, 1), self.relu1))
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:

@@ -121,7 +121,7 @@ def _save(ctx: Any, inputs: list[Any], first_rest: int) -> None:
 
 
 def _calls(ctx: Any, grad: Tensor) -> SimpleNamespace:
-    """Return what a backward pass calls: kernels where its forward could, see `eager`."""
+    """Return the calls of a backward pass: kernels if its forward used them, see `eager`."""
     direct = ctx.direct and type(grad) is Tensor and not torch.is_grad_enabled()
     return kernels if direct and not (intercepted() or transformed(grad)) else overloads
 

@@ -60,7 +60,7 @@ class Product:
         return self.decide(args).run(*args)
 
     def decide(self, args: tuple[Any, ...]) -> Decision:
-        """Return what runs these operands; raise if they do not fit together."""
+        """Decide what runs these operands; raise if they do not fit together."""
         facts = forced(), torch.get_num_threads(), serial(args[2], args[3]), sizes_of(args)
         decision = self._known.get(facts)
         if decision is None:

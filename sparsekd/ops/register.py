@@ -23,7 +23,7 @@ _MAPS = ("conv2d", "conv2d_dgrad")
 
 
 def _fake(name: str) -> Callable[..., Tensor]:
-    """Return what gives an empty result of the right shape, dtype and memory format."""
+    """Return the fake of an op: an empty result of the right shape, dtype and memory format."""
     check = getattr(checks, name)
     dtype = torch.int64 if name == "grow_topk" else None
 
@@ -57,7 +57,7 @@ overloads = SimpleNamespace(**{name: getattr(namespace, name).default for name i
 
 
 def _autocast(op: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
-    """Return what casts the factors and the bias; kernels accumulate in float32."""
+    """Return an autocast rule: cast the factors and the bias; kernels accumulate in float32."""
     done = without_autocast(device)
 
     def run(*args: Any) -> Tensor:

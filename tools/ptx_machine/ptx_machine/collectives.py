@@ -80,7 +80,7 @@ def _branch(o: Operands) -> Control:
 
 
 def _of_some(o: Operands, act: Callable[[Wave, Array, int], None]) -> Control:
-    """Return what only the lanes of the predicate do; the others go on."""
+    """Return an effect on the lanes of the predicate alone; the others continue."""
     predicate = _predicate(o)
     if predicate is None:
         return act
