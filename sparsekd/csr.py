@@ -19,7 +19,7 @@ from sparsekd.errors import TopologyError
 
 try:  # torch comes first: the compiled module shares its OpenMP runtime
     from sparsekd._C import release as _release
-except ImportError:
+except ModuleNotFoundError:  # not built; one that is broken raises its own error
     _release = None
 
 _INT32_MAX = 2**31 - 1

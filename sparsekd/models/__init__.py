@@ -109,27 +109,4 @@ def _sizes(name: str, kwargs: dict[str, Any], width: float) -> tuple[int, int]:
     return weights, sum(parameter.numel() for parameter in model.parameters()) - weights
 
 
-__all__ = [
-    "VGG",
-    "ResNet",
-    "WideResNet",
-    "build",
-    "lenet5",
-    "lenet300_100",
-    "names",
-    "resnet18",
-    "resnet20",
-    "resnet32",
-    "resnet34",
-    "resnet44",
-    "resnet50",
-    "resnet56",
-    "resnet101",
-    "resnet110",
-    "resnet152",
-    "small_dense",
-    "vgg16_bn",
-    "vgg19_bn",
-    "wrn22_2",
-    "wrn28_10",
-]
+__all__ = ["ResNet", "VGG", "WideResNet", "build", "names", "small_dense", *_FACTORIES]
