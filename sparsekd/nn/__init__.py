@@ -9,10 +9,10 @@ from sparsekd.nn.conv1d import SparseConv1D
 from sparsekd.nn.convert import densify, relayout, sparsify
 from sparsekd.nn.cuda_graphs import make_capturable
 from sparsekd.nn.distributed import keep_indices_local
-from sparsekd.nn.fuse import FusedNorms, fused_norms, optimize, unfuse
 from sparsekd.nn.fused import register_fused
 from sparsekd.nn.linear import SparseLinear
 from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, norm_act
+from sparsekd.nn.optimize import FusedNorms, fused_norms, optimize, unfuse
 from sparsekd.sparsity import Survey, survey
 
 __all__ = [
