@@ -134,12 +134,9 @@ def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
     """
     dgrad, wgrad, conv = f"{kind}_dgrad", f"{kind}_wgrad", kind == "conv2d"
 
-    def shape_of(x: Tensor) -> list[list[int]]:
-        return [list(x.shape)] if conv else []
-
     def forward_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
         _save(ctx, inputs, 5)
-        ctx.input_shape = shape_of(inputs[0])
+        ctx.input_shape = [list(inputs[0].shape)] if conv else ()
 
     def forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         run = _calls(ctx, grad)
@@ -169,7 +166,7 @@ def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
 
     def wgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
         _save(ctx, inputs, 4)
-        ctx.input_shape = shape_of(inputs[1])
+        ctx.input_shape = [list(inputs[1].shape)] if conv else ()
 
     def wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
         run = _calls(ctx, ddvalues)

@@ -35,6 +35,7 @@ CHOICES = ("cuda", "triton")
 LEAST_PRODUCTS = 1 << 26
 """Multiplications of the dense op below which a GPU takes microseconds either way."""
 _MOST_KNOWN = 4096
+_MEASURED = "measured, here or on similar work"
 _CLOSE = 1.05  # less than medians vary by
 
 
@@ -115,7 +116,9 @@ class Chooser:
         if known is not None:
             times = {"cuda": known.cuda_ms, "triton": known.triton_ms}
             fastest = BACKENDS[known.backend].decide(op, args)
-            decision = replace(fastest, reason="measured", key=key, ms=times)
+            decision = replace(
+                fastest, reason="measured, here or on similar work", key=key, ms=times
+            )
         return self._known.setdefault(facts, decision or by_structure)
 
     def _like(self, key: Key) -> Measured | None:
