@@ -87,7 +87,7 @@ gpu-races: $(VENV)/.built
 
 # Every figure of README.md and docs/performance.md, about twenty minutes on an idle machine. The
 # packages it compares with come from `pip install -e '.[bench]'`; those that are missing are left out.
-BENCH := $(RUN) -m benchmarks.arena --all
+BENCH := $(RUN) -m benchmarks.arena
 bench: $(VENV)/.built
 	$(BENCH) --rows benchmarks/results/arena.jsonl --out docs/results/arena
 	ONEDNN_MAX_CPU_ISA=AVX2 SPARSEKD_ISA=avx2 $(BENCH) --level peaks,layer,step --network resnet18,resnet50 \

@@ -67,7 +67,7 @@ def steps(folder: Path) -> list[Step]:
     # cmake and ninja of the environment, which need not be the active one
     build = {"SPARSEKD_CUDA": "on", "PATH": f"{Path(python).parent}{os.pathsep}{path}"}
     tests, untuned = [python, "-m", "pytest", "-v", "tests/gpu"], {"SPARSEKD_TUNE": "off"}
-    bench = [python, "-m", "benchmarks.gpu", "--all", "--rows", f"{folder}/rows.jsonl"]
+    bench = [python, "-m", "benchmarks.gpu", "--rows", f"{folder}/rows.jsonl"]
     bench += ["--out", str(folder)]
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 140, build),

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparsekd as skd
+from benchmarks.cases import MODELS, conv_layers
 from sparsekd.bench import machine
-from sparsekd.bench.cases import MODELS, LayerCase, conv_layers, dense_ends
+from sparsekd.bench.cases import LayerCase, dense_ends
 from sparsekd.dst import growers
 from sparsekd.ops import growth
 from sparsekd.sparsity import generator_for, random_mask

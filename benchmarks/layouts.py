@@ -23,8 +23,9 @@ import torch
 
 import sparsekd as skd
 from benchmarks.arena.passes import PASSES, pass_competitors
+from benchmarks.cases import LINEAR_LAYERS, conv_layers
 from sparsekd.bench import machine
-from sparsekd.bench.cases import BASELINES, LINEAR_LAYERS, LayerCase, conv_layers
+from sparsekd.bench.cases import BASELINES, LayerCase
 from sparsekd.bench.gate import relative_error, tolerance
 from sparsekd.bench.layers import LayerProblem, LayerRun, Maps, layer_problem
 from sparsekd.ops.cpu import cpp

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import sparsekd as skd
-from sparsekd.bench.cases import BASELINES, MODELS
+from benchmarks.cases import MODELS
+from sparsekd.bench.cases import BASELINES
 from sparsekd.bench.steps import STEP_COMPETITORS, StepProblem, step_problem
 from sparsekd.ops import observe
 from sparsekd.ops.cpu import cpp, dense

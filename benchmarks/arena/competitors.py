@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.arena import rivals
-from sparsekd.bench.competitor import by_name
 from sparsekd.bench.layers import DENSE_LAYERS, OUR_LAYERS, RIVALS_FROM, LayerCompetitor, foreign
+from sparsekd.bench.race import by_name
 from sparsekd.bench.steps import DENSE_STEPS, OUR_STEPS, SHOWCASE, StepCompetitor
 
 LAYERS = {

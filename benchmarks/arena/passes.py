@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,19 +11,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd import ops
-from sparsekd.bench.competitor import runs_anywhere
 from sparsekd.bench.layers import (
     RESULTS,
     LayerCompetitor,
     LayerProblem,
+    LayerRace,
     LayerRun,
     laid_out,
     maps_only,
 )
+from sparsekd.bench.race import runs_anywhere
 from sparsekd.topology import Topology
 
 PASSES = ("fprop", "dgrad", "wgrad")
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class PassRace(LayerRace):
+    """A race over a single pass of one layer.
+
+    Args:
+        op: one of `PASSES`, which the competitors compute.
+    """
+
+    op: str
+
+    passes = 1
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """Level, case and operation."""
+        return ("op", self.case.name, self.op)
 
 
 def pass_competitors(name: str) -> dict[str, LayerCompetitor]:

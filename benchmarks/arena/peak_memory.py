@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import sparsekd as skd
 from benchmarks.arena.competitors import STEPS
 from sparsekd.bench.cases import ModelCase
-from sparsekd.bench.competitor import Key, pairs
+from sparsekd.bench.race import Key, pairs
 from sparsekd.bench.steps import StepCompetitor, step_problem
 from sparsekd.errors import UnsupportedError
 from sparsekd.train import Row

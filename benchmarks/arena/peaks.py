@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from sparsekd.bench.competitor import Key
+from sparsekd.bench.race import Key
 from sparsekd.errors import BackendError
 from sparsekd.ops import info
 from sparsekd.ops.dispatch.backends import BACKENDS, load

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd.bench.cases import LayerCase, ModelCase, map_shapes
+from benchmarks.cases import map_shapes
+from sparsekd.bench.cases import LayerCase, ModelCase
 from sparsekd.bench.steps import StepProblem, StepRun, train
 from sparsekd.nn import sparse_modules
 

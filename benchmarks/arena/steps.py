@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd.bench.races import StepRace
+from sparsekd.bench.steps import StepRace
 from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.train import Row
 
@@ -25,10 +25,10 @@ _UPDATE = 5  # words a parameter: read weight, gradient, momentum; write weight 
 class ArenaStepRace(StepRace):
     """A race over training steps whose rows count the bytes that a step moves, too."""
 
-    def work(self, model: nn.Module) -> Row:
-        """Return the fields of a row about the work of a step."""
+    def count(self, model: nn.Module) -> Row:
+        """Count the work of a step with a model on the meta device."""
         moved = step_bytes(model, (self.case.batch, *self.case.input_shape))
-        return {**super().work(model), "bytes": moved}
+        return {**super().count(model), "bytes": moved}
 
 
 @torch.no_grad()

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.arena import rivals, tables
 from benchmarks.arena.competitors import LAYERS, MAIN, STEPS
 from benchmarks.arena.epoch import EpochRace, small_epoch
-from benchmarks.arena.passes import PASSES, pass_competitors
+from benchmarks.arena.passes import PASSES, PassRace, pass_competitors
 from benchmarks.arena.peak_memory import PeakMemory
 from benchmarks.arena.peaks import PeakSession
 from benchmarks.arena.steps import ArenaStepRace
 from benchmarks.arena.waterfall import Waterfall
-from sparsekd.bench.cases import BATCH, SPARSITIES, ModelCase
-from sparsekd.bench.races import LayerRace
+from benchmarks.cases import LINEAR_LAYERS, MODELS, SPARSITIES, conv_layers
+from sparsekd.bench.cases import BATCH, ModelCase
+from sparsekd.bench.layers import LayerRace
+from sparsekd.bench.race import timed_on
 from sparsekd.bench.results import Results
-from sparsekd.bench.steps import SHOWCASE
-from sparsekd.bench.suite import FEW, BenchConfig, Suite, layer_sessions, step_sessions
+from sparsekd.bench.steps import SHOWCASE, StepRace
+from sparsekd.bench.suite import BenchConfig, Suite, step_races
 from sparsekd.bench.tables import Grid, layer_grid, shortfall_grid, step_grid
 
 if TYPE_CHECKING:
@@ -31,33 +32,48 @@ def _peaks(config: BenchConfig) -> Iterator[PeakSession]:
     yield PeakSession()
 
 
-def _passes(config: BenchConfig) -> Iterator[LayerRace]:
-    sparsities = config.sparsities or (FEW if config.quick else SPARSITIES)
-    for case in config.layers():
+def _passes(config: BenchConfig) -> Iterator[PassRace]:
+    sparsities = config.sparsities or SPARSITIES
+    for case in config.layers((*conv_layers(), *LINEAR_LAYERS)):
         for name in PASSES:
             competitors = pass_competitors(name)
             usual = _PASSES_OF_CONVS if case.kind == "conv" else competitors
             chosen = config.chosen(competitors, usual)
-            yield LayerRace(case, sparsities, chosen, config.turns(5), op=name)
+            yield PassRace(case, sparsities, chosen, config.rounds or 5, name)
+
+
+def _layers(config: BenchConfig) -> Iterator[LayerRace]:
+    competitors = config.chosen(LAYERS, LAYERS)
+    for case in config.layers((*conv_layers(), *LINEAR_LAYERS)):
+        yield LayerRace(case, config.sparsities or SPARSITIES, competitors, config.rounds or 3)
+
+
+def _steps(config: BenchConfig) -> Iterator[StepRace]:
+    for case in config.models(tuple(MODELS), BATCH):
+        # ResNet-50 takes long, and dense wins below.
+        usual = tuple(s for s in SPARSITIES if s >= 0.8 or case.name != "resnet50")
+        chosen = config.chosen(STEPS, timed_on(case, STEPS))
+        rounds = config.rounds or 5
+        yield from step_races(ArenaStepRace, case, config.sparsities or usual, chosen, rounds)
 
 
 def _epochs(config: BenchConfig) -> Iterator[EpochRace]:
     case = ModelCase("resnet20", (1, 28, 28), config.batch or BATCH)
-    epoch = small_epoch(1024 if config.quick else 6144)
+    epoch = small_epoch(6144)
     competitors = config.chosen(STEPS, MAIN)
     sparsities = config.sparsities or (0.9, 0.98)
-    yield EpochRace(case, sparsities, competitors, config.turns(3), epoch)
+    yield EpochRace(case, sparsities, competitors, config.rounds or 3, epoch)
 
 
 def _waterfalls(config: BenchConfig) -> Iterator[Waterfall]:
     competitors = config.chosen(STEPS, MAIN[1:])
-    for case in config.models((SHOWCASE,), (SHOWCASE, "resnet50")):
-        yield Waterfall(case, config.sparsities or (0.9,), competitors, config.turns(3))
+    for case in config.models((SHOWCASE, "resnet50"), BATCH):
+        yield Waterfall(case, config.sparsities or (0.9,), competitors, config.rounds or 3)
 
 
 def _memory(config: BenchConfig) -> Iterator[PeakMemory]:
     competitors = config.chosen(STEPS, MAIN)
-    for case in config.models((SHOWCASE,), (SHOWCASE,)):
+    for case in config.models((SHOWCASE,), BATCH):
         yield PeakMemory(case, config.sparsities or (0.5, 0.8, 0.9), competitors)
 
 
@@ -110,8 +126,8 @@ ARENA = Suite(
     levels={
         "peaks": _peaks,
         "op": _passes,
-        "layer": partial(layer_sessions, competitors=LAYERS),
-        "step": partial(step_sessions, competitors=STEPS, race=ArenaStepRace),
+        "layer": _layers,
+        "step": _steps,
         "epoch": _epochs,
         "waterfall": _waterfalls,
         "memory": _memory,

@@ -12,7 +12,7 @@ from benchmarks.arena.peaks import Peaks
 from benchmarks.arena.roofline import roof
 from benchmarks.arena.waterfall import PARTS
 from sparsekd.bench.cases import LayerCase
-from sparsekd.bench.competitor import is_ours
+from sparsekd.bench.race import is_ours
 from sparsekd.bench.results import Results
 from sparsekd.bench.tables import Grid, cell, percent
 from sparsekd.train import Row

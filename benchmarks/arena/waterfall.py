@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparsekd.bench.cases import ModelCase
-from sparsekd.bench.competitor import Key, pairs
+from sparsekd.bench.race import Key, pairs
 from sparsekd.bench.steps import StepCompetitor, step_problem
 from sparsekd.train import Row
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.arena.competitors import STEPS
-from sparsekd.bench.cases import MODELS
+from benchmarks.cases import MODELS
 from sparsekd.bench.steps import step_problem
 
 ENTRIES = [

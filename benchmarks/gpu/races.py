@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from benchmarks.gpu.competitors import COMPETITORS, CSR, EXACT, GpuCompetitor
 from sparsekd.bench import gate
 from sparsekd.bench.cases import LayerCase, ModelCase, dense_ends
-from sparsekd.bench.competitor import Key
-from sparsekd.bench.layers import RESULTS, WEIGHT_GRADIENT, laid_out
-from sparsekd.bench.race import Entry, Ready, race
-from sparsekd.bench.races import layer_bounds
+from sparsekd.bench.layers import RESULTS, WEIGHT_GRADIENT, laid_out, layer_bounds
+from sparsekd.bench.race import Entry, Key, Ready, take_turns
 from sparsekd.diagnose import flops
 from sparsekd.layouts import Layout
 from sparsekd.nn import SparseConv2d, SparseLinear, densify, sparsify
@@ -70,7 +68,7 @@ class GpuLayerRace:
 
     def measure(self) -> list[Row]:
         """Measure them."""
-        return race(self._entries(), rounds=self.rounds, slow=_SLOW, device=self.device)
+        return take_turns(self._entries(), rounds=self.rounds, slow=_SLOW, device=self.device)
 
     def _entries(self) -> Iterator[Entry]:
         for name, sparsity in self.keys():
@@ -82,8 +80,9 @@ class GpuLayerRace:
                 "layer": asdict(self.case),
                 "baseline": not one.sparse,
             }
-            missing = one.missing(self.case, self.op, self.device)
-            yield Entry(row, missing, partial(self._ready, one, sparsity or 0.0))
+            if reason := one.missing(self.case, self.op, self.device):
+                row["skipped"] = reason
+            yield row, partial(self._ready, one, sparsity or 0.0)
 
     def _ready(self, one: GpuCompetitor, sparsity: float) -> Ready:
         layer = _layer(self.case, one.layout or CSR, sparsity, self.device)
@@ -184,7 +183,7 @@ class GpuStepRace:
 
     def measure(self) -> list[Row]:
         """Measure them."""
-        return race(self._entries(), rounds=self.rounds, slow=_SLOW, device=self.device)
+        return take_turns(self._entries(), rounds=self.rounds, slow=_SLOW, device=self.device)
 
     def _entries(self) -> Iterator[Entry]:
         for name, sparsity in self.keys():
@@ -201,7 +200,7 @@ class GpuStepRace:
                 "flops": counted.train,
                 "baseline": not one.sparse,
             }
-            yield Entry(row, None, partial(self._ready, one, model))
+            yield row, partial(self._ready, one, model)
 
     def _model(self, one: GpuCompetitor, sparsity: float | None) -> nn.Module:
         model = self.case.build()

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.cases import LINEAR_LAYERS, conv_layers
 from benchmarks.gpu.competitors import COMPETITORS
 from benchmarks.gpu.device import describe, gpu
 from benchmarks.gpu.races import GpuLayerRace, GpuStepRace
-from sparsekd.bench.cases import LINEAR_LAYERS, LayerCase, ModelCase, conv_layers
+from sparsekd.bench.cases import LayerCase, ModelCase
 from sparsekd.bench.results import Results
 from sparsekd.bench.suite import BenchConfig, Suite
 from sparsekd.bench.tables import Grid, shortfall_grid
@@ -25,15 +26,17 @@ _TINY_LAYERS = (
 )
 
 
-def suite(device: torch.device | None = None) -> Suite:
-    """Return the suite of a device, by default the current GPU, which is looked for when it runs.
+def suite(device: torch.device | None = None, *, tiny: bool = False) -> Suite:
+    """Return the suite of a device.
 
-    Quick is the smallest layer of each kind and one network, at a batch of 2, as a test runs.
+    Args:
+        device: by default the current GPU, which is looked for when the suite runs.
+        tiny: a small layer of each kind and one network at a batch of 2, as a test runs.
     """
 
     def layers(config: BenchConfig) -> Iterator[GpuLayerRace]:
         _refuse_choices(config)
-        cases = _TINY_LAYERS if config.quick else (*conv_layers(("resnet18",)), *LINEAR_LAYERS)
+        cases = _TINY_LAYERS if tiny else (*conv_layers(("resnet18",)), *LINEAR_LAYERS)
         for op in ("layer", "fprop"):
             for case in cases:
                 if op == "layer" or case.kind == "linear":
@@ -43,7 +46,7 @@ def suite(device: torch.device | None = None) -> Suite:
         _refuse_choices(config)
         names = ("resnet18", "resnet50", "wrn22_2")
         cases = [ModelCase(name) for name in names]
-        if config.quick:
+        if tiny:
             cases = [ModelCase("resnet20", (3, 8, 8), batch=2)]
         for case in cases:
             yield GpuStepRace(case, device or gpu(), config.rounds or 5)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.arena.passes import PASSES, pass_competitors
-from sparsekd.bench.cases import LINEAR_LAYERS, LayerCase
+from benchmarks.cases import LINEAR_LAYERS
+from sparsekd.bench.cases import LayerCase
 from sparsekd.bench.layers import layer_problem
 
 LAYERS = (

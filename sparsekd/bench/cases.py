@@ -1,24 +1,24 @@
-"""What is measured: layers, networks and sparsities."""
+"""What is measured: layers and networks."""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekd import models
 from sparsekd.errors import UnsupportedError
 
-SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
-BATCH = 128
+BATCH = 128  # of the published figures; names mention only others
+NETWORKS = ("resnet18", "resnet50", "resnet20", "wrn22_2", "vgg16_bn")
 # What speed-ups refer to: eager float32 torch, in the better layout of a case. Compiled and
 # bfloat16 dense are competitors of their own, shown beside it.
-BASELINES = ("dense_contiguous", "dense_channels_last")
+REFERENCE = "dense_contiguous"
+BASELINES = (REFERENCE, "dense_channels_last")
 
 
 @dataclass(frozen=True)
@@ -152,17 +152,6 @@ def _batch(batch: int) -> str:
     return "" if batch == BATCH else f" b{batch}"
 
 
-MODELS = {
-    name: ModelCase(name) for name in ("resnet18", "resnet50", "resnet20", "wrn22_2", "vgg16_bn")
-}
-
-LINEAR_LAYERS = (
-    LayerCase("linear", 2048, 1000, batch=128),
-    LayerCase("linear", 1024, 1024, batch=512),
-    LayerCase("linear", 768, 3072, batch=2048),
-)
-
-
 def dense_ends(model: nn.Module) -> tuple[str, ...]:
     """Find the first convolution and the last linear layer, which stay dense in every comparison.
 
@@ -173,58 +162,3 @@ def dense_ends(model: nn.Module) -> tuple[str, ...]:
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return (*convs[:1], *linears[-1:])
-
-
-@cache
-def conv_layers(networks: Sequence[str] = ("resnet18", "resnet50")) -> tuple[LayerCase, ...]:
-    """List every distinct convolution of some networks but their first, in the order of the maps.
-
-    Args:
-        networks: names of networks with the CIFAR stem, on images of 32x32.
-
-    Returns:
-        The layers at batch 128, large maps first.
-
-    Example:
-        >>> len(conv_layers(("resnet18",)))
-        10
-    """
-    found: dict[LayerCase, None] = {}
-    for network in networks:
-        with torch.device("meta"):
-            model = models.build(network, num_classes=10)
-            convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-            shapes = map_shapes(model, convs, torch.empty(2, 3, 32, 32))
-        for name, conv in convs.items():
-            if name != dense_ends(model)[0]:
-                found[_case_of(conv, shapes[name][0][-1])] = None
-    return tuple(sorted(found, key=lambda case: (-case.size, case.kernel, case.channels)))
-
-
-@torch.no_grad()
-def map_shapes(
-    model: nn.Module, layers: Mapping[str, nn.Module], x: Tensor
-) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Return the shapes of input and output of some layers, by one forward pass of the model.
-
-    Example:
-        >>> layer = nn.Linear(8, 4)
-        >>> [tuple(shape) for shape in map_shapes(layer, {"": layer}, torch.ones(2, 8))[""]]
-        [(2, 8), (2, 4)]
-    """
-    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
-
-    def record(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        shapes[name] = (args[0].shape, y.shape)
-
-    handles = [layer.register_forward_hook(partial(record, name)) for name, layer in layers.items()]
-    model(x)
-    for handle in handles:
-        handle.remove()
-    return shapes
-
-
-def _case_of(conv: nn.Conv2d, size: int) -> LayerCase:
-    return LayerCase(
-        "conv", conv.in_channels, conv.out_channels, size, conv.kernel_size[0], conv.stride[0]
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,14 @@ from typing import Annotated
 import torch
 import typer
 
-from sparsekd.bench import machine, report
+from sparsekd.bench import machine
+from sparsekd.bench.results import Results
 from sparsekd.bench.runner import run
 from sparsekd.bench.suite import BenchConfig, Suite
 from sparsekd.errors import SparsekdError
 from sparsekd.terminal import console, fail, one_line_errors
 from sparsekd.train import MetricsLog
 
-_Quick = Annotated[
-    bool, typer.Option("--quick/--all", help="Minutes at batch 32, or everything at batch 128.")
-]
 _Level = Annotated[str | None, typer.Option(help="What to time, as layer,step.")]
 _Network = Annotated[
     str | None,
@@ -50,15 +49,9 @@ _Draw = Annotated[bool, typer.Option("--draw", help="Measure nothing; report on 
 
 
 def command(suite: Suite, folder: str) -> Callable[..., None]:
-    """Return the function that typer makes a command of.
-
-    Args:
-        suite: what it runs.
-        folder: of the rows, by default.
-    """
+    """Return the function that typer makes a command of; its rows go to `folder` by default."""
 
     def bench(
-        quick: _Quick = True,
         level: _Level = None,
         network: _Network = None,
         input_shape: _Input = None,
@@ -78,7 +71,6 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
             if ":" in (network or ""):
                 sys.path.insert(0, "")  # a factory may lie in the current folder
             config = BenchConfig(
-                quick=quick,
                 levels=_words(level),
                 networks=_words(network),
                 input_shape=_image(input_shape),
@@ -91,21 +83,23 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
                 torch.set_num_threads(threads)
             if not draw:
                 sessions = suite.sessions(config)
-                machine.keep_choices(rows.parent / "choices")
+                # Choices of the dispatcher are those of this run, not of a busy day before it.
+                if not os.environ.get("SPARSEKD_CACHE"):
+                    os.environ["SPARSEKD_CACHE"] = str((rows.parent / "choices").absolute())
                 if fresh:
                     rows.unlink(missing_ok=True)
                 limit = math.inf if seconds is None else seconds
                 facts = machine.describe(suite.machine())
                 if not run(sessions, MetricsLog(rows), facts, terminal, limit):
                     terminal.print("time is up; the same command goes on", highlight=False)
-            results = report.read(rows)
-            report.show(suite, results, terminal)
-            for file in report.write(suite, results, out or rows.parent, rows):
+            results = Results.read(rows)
+            for grid in suite.tables(results):
+                terminal.print(grid.rich(), highlight=False)
+            for file in suite.write(results, out or rows.parent, rows):
                 terminal.print(str(file), highlight=False, soft_wrap=True)
             terminal.print(str(rows), highlight=False, soft_wrap=True)
         found = results.shortfalls()
-        wrong = found.get("refused", []) + found.get("failed", [])
-        if any(suite.ours(row["arm"]) for row in wrong):
+        if any(what != "skipped" and suite.ours(row["arm"]) for what, row in found):
             fail(ValueError("sparsekd raised or gave wrong results; see above"), code=1)
 
     bench.__doc__ = suite.help

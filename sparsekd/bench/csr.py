@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekd.bench.cases import LayerCase
+from sparsekd.csr import TransposedCSR
 from sparsekd.topology import Topology
 
 
@@ -20,31 +21,27 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, x: Tensor, topology: Topology) -> Tensor:
         ctx.save_for_backward(values, x)
         ctx.topology = topology
-        return _matrix(topology.crow_indices, topology.col_indices, values, topology) @ x
+        return _matrix(topology, values) @ x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         values, x = ctx.saved_tensors
         grad = grads[0].contiguous()
-        transposed = ctx.topology.transpose()
-        turned = torch.sparse_csr_tensor(
-            transposed.crow_indices,
-            transposed.col_indices,
-            values[transposed.permutation],
-            (ctx.topology.cols, ctx.topology.rows),
-            check_invariants=False,
-        )
-        pattern = _matrix(
-            ctx.topology.crow_indices, ctx.topology.col_indices, torch.zeros_like(values),
-            ctx.topology,
-        )  # fmt: skip
+        structure = ctx.topology.transpose()
+        shape = (ctx.topology.cols, ctx.topology.rows)
+        transposed = _csr(structure, values[structure.permutation], shape)
+        pattern = _matrix(ctx.topology, torch.zeros_like(values))
         sampled = torch.sparse.sampled_addmm(pattern, grad, x.T, beta=0.0)
-        return sampled.values(), turned @ grad, None
+        return sampled.values(), transposed @ grad, None
 
 
-def _matrix(crow: Tensor, col: Tensor, values: Tensor, topology: Topology) -> Tensor:
-    shape = (topology.rows, topology.cols)
-    return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
+def _matrix(topology: Topology, values: Tensor) -> Tensor:
+    return _csr(topology, values, (topology.rows, topology.cols))
+
+
+def _csr(structure: Topology | TransposedCSR, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    indices = (structure.crow_indices, structure.col_indices)
+    return torch.sparse_csr_tensor(*indices, values, shape, check_invariants=False)
 
 
 def missing(case: LayerCase) -> str | None:

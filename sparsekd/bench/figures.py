@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from sparsekd.bench.competitor import Field
+from sparsekd.bench.race import Field
 from sparsekd.bench.results import Results
 from sparsekd.bench.tables import geomeans, layer_cases, percent
-from sparsekd.plots import COLORS, MARKERS, clean, single_axes, sparsity_axis, stretched
+from sparsekd.plots import COLORS, clean, line_style, single_axes, sparsity_axis, stretched
 
 LOSES: dict[str, Any] = {"color": "#d55e00", "alpha": 0.08, "linewidth": 0}
 """How the region where dense wins is shaded."""
@@ -21,12 +21,7 @@ _LEVEL = {"dense_compiled": "--", "dense_bf16": ":", "dense_optimized": "-."}
 
 
 def speedup_layers(results: Results, competitors: Field) -> Figure | None:
-    """Plot speed-up against sparsity: a thin line a convolution, the geometric means bold.
-
-    Args:
-        results: the rows.
-        competitors: those on layers.
-    """
+    """Plot speed-up against sparsity: a thin line a convolution, the geometric means bold."""
     cases, sparsities = layer_cases(results, "conv"), results.sparsities("layer")
     if not cases or not sparsities:
         return None
@@ -44,8 +39,7 @@ def speedup_layers(results: Results, competitors: Field) -> Figure | None:
         points = [(stretched(s), mean) for s, mean in means if mean is not None]
         if points:
             label = f"{competitors[name].label} (geometric mean)"
-            style: dict[str, Any] = {"color": COLORS[drawn], "marker": MARKERS[drawn]}
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=2.2, **style)
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=2.2, **line_style(drawn))
             drawn += 1
     bf16 = results.geomean("dense_bf16", None, cases)
     if bf16 is not None:
@@ -57,12 +51,7 @@ def speedup_layers(results: Results, competitors: Field) -> Figure | None:
 
 
 def speedup_models(results: Results, competitors: Field) -> Figure | None:
-    """Plot the speed-up of whole steps against sparsity, a panel a network.
-
-    Args:
-        results: the rows.
-        competitors: those in steps.
-    """
+    """Plot the speed-up of whole steps against sparsity, a panel a network."""
     cases, sparsities = results.cases("step"), results.sparsities("step")
     if not cases or not sparsities:
         return None
@@ -74,8 +63,9 @@ def speedup_models(results: Results, competitors: Field) -> Figure | None:
     shown: dict[str, Line2D] = {}
     for axes, case in zip(grid.flat, cases, strict=False):
         for number, competitor in enumerate(sparse):
-            style = {"color": COLORS[number], "marker": MARKERS[number]}
-            line = _plot_speedups(axes, results, "step", case, competitor.name, **style)
+            line = _plot_speedups(
+                axes, results, "step", case, competitor.name, **line_style(number)
+            )
             if line is not None:
                 shown.setdefault(competitor.label, line)
         for name, dashes in _LEVEL.items():

@@ -13,17 +13,10 @@ _FLOAT32 = torch.finfo(torch.float32).eps
 
 
 def tolerance(terms: int, dtype: torch.dtype) -> float:
-    """Bound the relative difference between two correct sums of products.
+    """Bound the difference between two correct sums of products, relative to the largest result.
 
-    The operands are rounded to `dtype` once, the sum accumulates in float32 and errors of random
-    sign grow with the square root of its length.
-
-    Args:
-        terms: products in a sum.
-        dtype: of the operands.
-
-    Returns:
-        The bound, relative to the largest entry of the result.
+    The operands are rounded to `dtype` once, the sum of so many terms accumulates in float32, and
+    errors of random sign grow with the square root of its length.
 
     Source: Higham and Mary, Probabilistic rounding error analysis (2019), theorem 2.4.
 
@@ -80,11 +73,7 @@ def compare(
 
 
 def refusal(errors: Mapping[str, float], bounds: Mapping[str, float]) -> str | None:
-    """Return why results are wrong: one line naming the first that is off, None if all agree.
-
-    Args:
-        errors: of each result, from `compare`.
-        bounds: the largest error allowed of each.
+    """Return why results are wrong: a line on the first error over its bound, None if all agree.
 
     Example:
         >>> refusal({"output": 0.1}, {"output": 1e-6})

@@ -1,4 +1,4 @@
-"""The competitors on a layer: dense torch, its CSR tensors and sparsekd.
+"""Races over a layer: dense torch, its CSR tensors and sparsekd.
 
 A competitor turns a `LayerProblem` into a call that runs forward and backward. All competitors get
 the same input, output gradient and masked weight, each in the memory format and dtype it likes
@@ -7,8 +7,9 @@ best.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekd._torch import onednn_computes
-from sparsekd.bench import csr
-from sparsekd.bench.cases import LayerCase
-from sparsekd.bench.competitor import Competitor, by_name
+from sparsekd.bench import csr, gate
+from sparsekd.bench.cases import REFERENCE, LayerCase
+from sparsekd.bench.race import Competitor, Race, Ready, by_name
 from sparsekd.nn import SparseConv2d, SparseLinear
 from sparsekd.sparsity import generator_for, random_mask
 from sparsekd.sparsity.rounding import target_nnz
+from sparsekd.train import Row
 
+Function = Callable[[Tensor], Tensor]
 WEIGHT_GRADIENT = "weight gradient"
 RESULTS = ("output", "input gradient", WEIGHT_GRADIENT)
 RIVALS_FROM = 0.8
@@ -38,19 +41,15 @@ class Maps:
 
     def __init__(self, case: LayerCase) -> None:
         generator = generator_for(0, case.name)
-        self._drawn = {
-            "x": torch.randn(case.input_shape, generator=generator),
-            "grad": torch.randn(case.output_shape, generator=generator),
-        }
-        self._copies: dict[tuple[str, torch.memory_format, torch.dtype], Tensor] = {}
+        shapes = {"x": case.input_shape, "grad": case.output_shape}
+        drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        self._copy = cache(lambda name, *form: laid_out(drawn[name], *form))
 
     def get(
         self, name: str, layout: torch.memory_format, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Return "x" or "grad" in a memory format, outside of any graph."""
-        if (name, layout, dtype) not in self._copies:
-            self._copies[name, layout, dtype] = laid_out(self._drawn[name], layout, dtype)
-        return self._copies[name, layout, dtype].detach()
+        return self._copy(name, layout, dtype).detach()
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,7 @@ class LayerProblem:
 
 
 def layer_problem(case: LayerCase, sparsity: float, maps: Maps | None = None) -> LayerProblem:
-    """Draw maps, weight and mask of a layer, the same ones every time.
-
-    Args:
-        case: the layer.
-        sparsity: of its weight.
-        maps: of an earlier problem of the same layer.
+    """Draw weight and mask of a layer, and maps if there are none yet, the same ones every time.
 
     Example:
         >>> layer_problem(LayerCase("linear", 20, 10, batch=4), 0.9).nnz
@@ -110,7 +104,7 @@ class LayerRun(NamedTuple):
 
     call: Callable[[], tuple[Tensor, ...]]
     names: tuple[str, ...]
-    nonzeros: Callable[[Tensor], Tensor]
+    nonzeros: Function
 
     def results(self) -> dict[str, Tensor]:
         """Run once and name the results."""
@@ -122,14 +116,11 @@ class LayerRun(NamedTuple):
 
 LayerCompetitor = Competitor[LayerProblem, LayerRun]
 Build = Callable[[LayerProblem], LayerRun]
+_Given = tuple[LayerProblem, dict[str, Tensor]]  # with its right results
 
 
 def _both_passes(
-    forward: Callable[[Tensor], Tensor],
-    x: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    nonzeros: Callable[[Tensor], Tensor],
+    forward: Function, x: Tensor, weight: Tensor, grad: Tensor, nonzeros: Function
 ) -> LayerRun:
     def call() -> tuple[Tensor, ...]:
         y = forward(x)
@@ -156,27 +147,23 @@ def _dense(layout: torch.memory_format, dtype: torch.dtype = torch.float32) -> B
 
 def _sparsekd(layout: torch.memory_format) -> Build:
     def build(problem: LayerProblem) -> LayerRun:
-        layer = sparse_layer(problem)
+        case = problem.case
+        if case.kind == "linear":
+            linear = nn.Linear(case.channels, case.outs, bias=False)
+            linear.weight.data = problem.weight
+            layer: SparseConv2d | SparseLinear = SparseLinear.from_dense(linear, problem.mask)
+        else:
+            window = (case.kernel, case.stride, case.padding)
+            conv = nn.Conv2d(case.channels, case.outs, *window, bias=False)
+            conv.weight.data = problem.weight
+            layer = SparseConv2d.from_dense(conv, problem.mask)
         x, grad = problem.inputs(layout, torch.float32)
         return _both_passes(layer, x, layer.values, grad, lambda gradient: gradient)
 
     return build
 
 
-def sparse_layer(problem: LayerProblem) -> SparseConv2d | SparseLinear:
-    """Build the sparse module of a problem."""
-    case = problem.case
-    if case.kind == "linear":
-        linear = nn.Linear(case.channels, case.outs, bias=False)
-        linear.weight.data = problem.weight
-        return SparseLinear.from_dense(linear, problem.mask)
-    window = (case.kernel, case.stride, case.padding)
-    conv = nn.Conv2d(case.channels, case.outs, *window, bias=False)
-    conv.weight.data = problem.weight
-    return SparseConv2d.from_dense(conv, problem.mask)
-
-
-def foreign(build: Callable[..., tuple[Callable[[Tensor], Tensor], Tensor, Tensor]]) -> Build:
+def foreign(build: Callable[..., tuple[Function, Tensor, Tensor]]) -> Build:
     """Wrap the layer of another package, which gets contiguous tensors.
 
     Args:
@@ -231,3 +218,38 @@ OUR_LAYERS = by_name(
     ),
 )
 LAYER_COMPETITORS = {**DENSE_LAYERS, **OUR_LAYERS}
+
+
+@dataclass(frozen=True)
+class LayerRace(Race):
+    """A race over forward and backward of one layer."""
+
+    slow = 0.06
+    passes = 3
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """Level, case and operation."""
+        return ("layer", self.case.name, "layer")
+
+    def _problems(self) -> Iterator[_Given]:
+        maps = Maps(self.case)
+        for sparsity in self.sparsities:
+            problem = layer_problem(self.case, sparsity, maps)
+            yield problem, self.competitors[REFERENCE].build(problem).results()
+
+    def _work(self, competitor: LayerCompetitor, given: _Given) -> Row:
+        nnz = given[0].nnz if competitor.sparse else given[0].mask.numel()
+        return {"nnz": nnz, "flops": self.passes * self.case.flops(nnz), "layer": asdict(self.case)}
+
+    def _ready(self, competitor: LayerCompetitor, given: _Given) -> Ready:
+        problem, expected = given
+        run = competitor.build(problem)
+        bounds = layer_bounds(self.case, competitor.dtype)
+        return Ready(run.call, gate.compare(run.results(), expected), bounds)
+
+
+def layer_bounds(case: LayerCase, dtype: torch.dtype) -> dict[str, float]:
+    """Return how far each result of a layer may be off, by the terms of its sums."""
+    terms = (case.fan_in, case.outs * case.kernel**2, case.positions)
+    return {name: gate.tolerance(n, dtype) for name, n in zip(RESULTS, terms, strict=True)}

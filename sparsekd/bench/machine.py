@@ -32,6 +32,7 @@ def describe(more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         True
     """
     compiled = skd.ops.info()["cpp"]
+    file = compiled.get("file")
     facts = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -42,25 +43,11 @@ def describe(more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sparsekd": skd.__version__,
-        "build": _digest(compiled.get("file")),
+        "build": file and _digest(Path(file).read_bytes()),
         **(more or {}),
     }
-    text = json.dumps(facts, sort_keys=True).encode()
-    return {"id": hashlib.blake2b(text, digest_size=4).hexdigest(), **facts}
+    return {"id": _digest(json.dumps(facts, sort_keys=True).encode()), **facts}
 
 
-def keep_choices(folder: Path) -> None:
-    """Keep what the dispatcher measures from now on in a folder of its own.
-
-    So its choices are made on this machine as it is now, not as it was on a busy day, and every
-    process of a run shares them. A SPARSEKD_CACHE that the user has set stays.
-
-    Args:
-        folder: made when the first choice is.
-    """
-    if not os.environ.get("SPARSEKD_CACHE"):
-        os.environ["SPARSEKD_CACHE"] = str(folder.absolute())
-
-
-def _digest(file: str | None) -> str | None:
-    return file and hashlib.blake2b(Path(file).read_bytes(), digest_size=4).hexdigest()
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=4).hexdigest()

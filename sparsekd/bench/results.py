@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from sparsekd.bench.cases import BASELINES
 from sparsekd.bench.runner import identity
-from sparsekd.train import Row
+from sparsekd.errors import CheckpointError
+from sparsekd.train import MetricsLog, Row
 
 
 class Results:
@@ -41,9 +42,20 @@ class Results:
             self._newest[identity(row)] = row
             baseline = row.get("baseline", row["arm"] in BASELINES)
             if baseline and row["ms"] is not None:
-                place = _place(row)
-                if place not in self._dense or row["ms"] < self._dense[place]["ms"]:
-                    self._dense[place] = row
+                best = self._dense.get(_place(row), row)
+                self._dense[_place(row)] = min(best, row, key=lambda one: one["ms"])
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read the rows of a JSON-lines file that a benchmark wrote.
+
+        Raises:
+            CheckpointError: the file has no rows, or is damaged.
+        """
+        rows = MetricsLog(path).rows()
+        if not rows:
+            raise CheckpointError(f"{path}: expected rows of `sparsekd bench`, found none")
+        return cls(rows)
 
     def rows(self, level: str, *, name: str | None = None, case: str | None = None) -> list[Row]:
         """List the rows of a level, in the order of measurement."""
@@ -77,33 +89,24 @@ class Results:
     def dense_ms(self, row: Row) -> float | None:
         """Return the time of that row."""
         dense = self.dense(row)
-        return None if dense is None else dense["ms"]
+        return dense["ms"] if dense else None
 
     def speedup(self, row: Row | None) -> float | None:
         """Return how many times faster than the better dense layout a row is."""
-        if row is None or row["ms"] is None:
-            return None
-        dense = self.dense_ms(row)
-        return None if dense is None else dense / row["ms"]
+        dense = self.dense_ms(row) if row else None
+        return dense / row["ms"] if row and row["ms"] and dense else None
 
     def geomean(self, name: str, sparsity: float | None, cases: Iterable[str]) -> float | None:
         """Return the geometric mean of the speed-ups over layers, None unless all have one."""
-        speedups = [
-            self.speedup(self.find("layer", case, "layer", name, sparsity)) for case in cases
-        ]
-        known = [speedup for speedup in speedups if speedup is not None]
-        if not known or len(known) < len(speedups):
-            return None
-        return statistics.geometric_mean(known)
+        rows = [self.find("layer", case, "layer", name, sparsity) for case in cases]
+        speedups = [speedup for speedup in map(self.speedup, rows) if speedup is not None]
+        complete = speedups and len(speedups) == len(rows)
+        return statistics.geometric_mean(speedups) if complete else None
 
-    def shortfalls(self) -> dict[str, list[Row]]:
-        """Group the rows without a time by why: "refused", "failed", "skipped"."""
-        found: dict[str, list[Row]] = defaultdict(list)
-        for row in self._newest.values():
-            for outcome in ("refused", "failed", "skipped"):
-                if outcome in row:
-                    found[outcome].append(row)
-        return dict(found)
+    def shortfalls(self) -> list[tuple[str, Row]]:
+        """List the rows without a time, each with what happened: refused, failed or skipped."""
+        outcomes = ("refused", "failed", "skipped")
+        return [(o, row) for row in self._newest.values() for o in outcomes if o in row]
 
 
 def _place(row: Row) -> tuple[str, str, str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from sparsekd.bench.race import Session
 from sparsekd.train import MetricsLog, Row
@@ -21,25 +21,18 @@ def run(
     console: Console,
     seconds: float = math.inf,
 ) -> bool:
-    """Measure every session whose rows of this machine and build are not there yet.
+    """Measure every session whose rows are not there yet; return whether all are there now.
 
     Args:
         sessions: what to measure.
-        log: where the rows are and go; the rows of a session are written when all are measured.
-        machine: from `machine.describe`; part of every row.
-        console: shows a bar, or a line a session where it is no terminal.
+        log: where the rows are and go; those of a session are written when all are measured.
+        machine: from `machine.describe`; rows of another machine or build do not count.
+        console: shows a line a session, and on a terminal a bar.
         seconds: no session begins after this time.
-
-    Returns:
-        Whether all rows are there.
     """
     done = {identity(row) for row in log.rows() if row["machine"]["id"] == machine["id"]}
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )  # fmt: skip
     start = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(sessions))
         for session in sessions:
             level, case, op = session.name

@@ -1,10 +1,10 @@
-"""The competitors in a whole training step: dense torch in its variants and sparsekd."""
+"""Races over whole training steps: dense torch in its variants and sparsekd."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsekd._torch import COMPILED_PREFIX
-from sparsekd.bench.cases import ModelCase, dense_ends
-from sparsekd.bench.competitor import Competitor, by_name
+from sparsekd.bench import gate
+from sparsekd.bench.cases import BASELINES, REFERENCE, ModelCase, dense_ends
 from sparsekd.bench.layers import bf16_missing
+from sparsekd.bench.race import Competitor, Race, Ready, by_name
+from sparsekd.diagnose import flops
+from sparsekd.memory import trim
 from sparsekd.nn import densify, optimize, sparse_modules, sparsify
 from sparsekd.sparsity import generator_for
-from sparsekd.train import CrossEntropy, to_channels_last
+from sparsekd.train import CrossEntropy, Row, to_channels_last
 from sparsekd.train.step_time import training_step
 
+Tensors = dict[str, Tensor]
 _VALUES = ("weight", "values", "W_val")  # what packages call a layer's trainable weights
 
 
@@ -192,3 +196,78 @@ OUR_STEPS = by_name(
     ),
 )  # fmt: skip
 STEP_COMPETITORS = {**DENSE_STEPS, **OUR_STEPS}
+
+
+# A problem, what dense torch computes in each layout, and by dtype how far rounding moves that.
+_Given = tuple[StepProblem, list[Tensors], dict[torch.dtype, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class StepRace(Race):
+    """A race over whole training steps of one network, its first and last layer dense."""
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """Level, case and operation."""
+        return ("step", self.case.title, "step")
+
+    def measure(self) -> list[Row]:
+        """Measure the rows."""
+        trim()
+        return super().measure()
+
+    def _problems(self) -> Iterator[_Given]:
+        jitter: dict[torch.dtype, dict[str, float]] = {}
+        for sparsity in self.sparsities:
+            problem = step_problem(self.case, sparsity)
+            right = [_results(name, problem) for name in BASELINES]
+            jitter = jitter or {
+                dtype: _errors(_results(REFERENCE, jittered(problem, dtype)), right[0])
+                for dtype in {competitor.dtype for competitor in self.competitors.values()}
+            }
+            layout = _errors(right[1], right[0])
+            noise = {
+                dtype: {name: max(error, layout[name]) for name, error in errors.items()}
+                for dtype, errors in jitter.items()
+            }
+            yield problem, right, noise
+
+    def _work(self, competitor: StepCompetitor, given: _Given) -> Row:
+        model = copy.deepcopy(given[0].model).to("meta")  # nothing is computed
+        return self.count(model if competitor.sparse else densify(model))
+
+    def count(self, model: nn.Module) -> Row:
+        """Count the work of a step with a model on the meta device."""
+        counted = flops.count(model, (self.case.batch, *self.case.input_shape))
+        return {"nnz": counted.nnz, "flops": step_flops(counted)}
+
+    def timed(self, run: StepRun) -> Callable[[], object]:
+        """Return the call that is timed."""
+        return run.call
+
+    def _ready(self, competitor: StepCompetitor, given: _Given) -> Ready:
+        problem, right, noise = given
+        run = competitor.build(problem)
+        got = run.results(problem.masks)
+        bounds = gate.step_bounds(noise[competitor.dtype], competitor.dtype)
+        # The closer layout counts: BatchNorm rounds differently in the two, which flips ReLUs.
+        errors = [_errors(got, expected) for expected in right]
+        return Ready(self.timed(run), {n: min(e[n] for e in errors) for n in bounds}, bounds)
+
+
+def step_flops(counted: flops.FlopCount) -> int:
+    """Count the operations of a step: those of `train`, but no input gradient of the first layer.
+
+    Example:
+        >>> step_flops(flops.count(nn.Linear(8, 4), (1, 8)))
+        128
+    """
+    return counted.train - counted.layers[0].flops
+
+
+def _results(name: str, problem: StepProblem) -> Tensors:
+    return DENSE_STEPS[name].build(problem).results(problem.masks)
+
+
+def _errors(got: Tensors, expected: Tensors) -> dict[str, float]:
+    return gate.compare(got, expected, gate.overall_error)

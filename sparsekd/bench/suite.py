@@ -4,51 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparsekd.bench.cases import (
-    BASELINES,
-    BATCH,
-    LINEAR_LAYERS,
-    MODELS,
-    SPARSITIES,
-    LayerCase,
-    ModelCase,
-    conv_layers,
-    factory,
-)
-from sparsekd.bench.competitor import is_ours
-from sparsekd.bench.layers import LAYER_COMPETITORS, LayerCompetitor
-from sparsekd.bench.race import Session
-from sparsekd.bench.races import LayerRace, StepRace
+from sparsekd.bench.cases import BASELINES, NETWORKS, REFERENCE, LayerCase, ModelCase, factory
+from sparsekd.bench.layers import LAYER_COMPETITORS, LayerRace
+from sparsekd.bench.race import Session, is_ours, timed_on
 from sparsekd.bench.results import Results
-from sparsekd.bench.steps import SHOWCASE, STEP_COMPETITORS, StepCompetitor
+from sparsekd.bench.steps import SHOWCASE, STEP_COMPETITORS, StepCompetitor, StepRace
 from sparsekd.bench.tables import Grid, layer_grid, shortfall_grid, step_grid
 from sparsekd.errors import UnsupportedError
 
-FEW = (0.8, 0.9, 0.98)
-_QUICK_LAYERS = (
-    LayerCase("conv", 64, 64, size=32, kernel=3),
-    LayerCase("conv", 256, 64, size=32),
-    LayerCase("conv", 256, 256, size=8, kernel=3),
-    LayerCase("linear", 2048, 1000, batch=128),
-)
-_QUICK_BATCH = 32
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BATCH, ROUNDS = 32, 3
+SPARSITIES = (0.8, 0.9, 0.98)
+LAYERS = (
+    LayerCase("conv", 64, 64, size=32, kernel=3, batch=BATCH),
+    LayerCase("conv", 256, 64, size=32, batch=BATCH),
+    LayerCase("conv", 256, 256, size=8, kernel=3, batch=BATCH),
+    LayerCase("linear", 2048, 1000, batch=BATCH),
+)
 _Competitor = TypeVar("_Competitor")
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The configuration of a benchmark; fields that are None depend on `quick`.
+    """What a user asks of a benchmark; the suite decides about fields that are None.
 
     Args:
-        quick: minutes at a batch of 32 instead of everything at 128.
         levels: of the suite.
-        networks: names in `cases.MODELS`, or factories as `ModelCase` takes them.
+        networks: names in `cases.NETWORKS`, or factories as `ModelCase` takes them.
         input_shape: channels, height and width of images for networks.
         sparsities: of every level.
         competitors: their names; the dense reference always runs.
@@ -59,7 +46,6 @@ class BenchConfig:
         UnsupportedError: a value is out of range or a network unknown.
     """
 
-    quick: bool = True
     levels: tuple[str, ...] | None = None
     networks: tuple[str, ...] | None = None
     input_shape: tuple[int, int, int] | None = None
@@ -70,7 +56,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name in self.networks or ():
-            factory(name) if ":" in name else check("network", [name], MODELS)
+            factory(name) if ":" in name else check("network", [name], NETWORKS)
         for sparsity in self.sparsities or ():
             if not 0 <= sparsity < 1:
                 raise UnsupportedError(f"sparsity: expected numbers in [0, 1), got {sparsity}")
@@ -78,31 +64,21 @@ class BenchConfig:
             if value is not None and value < 1:
                 raise UnsupportedError(f"{name}: expected at least 1, got {value}")
 
-    def turns(self, usual: int) -> int:
-        """Return the turns of each competitor."""
-        return self.rounds or (3 if self.quick else usual)
+    def models(self, usual: Sequence[str], batch: int) -> Iterator[ModelCase]:
+        """Iterate over the networks that were asked for, by default the usual ones."""
+        for name in self.networks or usual:
+            case = ModelCase(name, batch=self.batch or batch)
+            yield replace(case, input_shape=self.input_shape or case.input_shape)
 
-    def models(self, quick: Sequence[str], full: Sequence[str]) -> Iterator[ModelCase]:
-        """Iterate over the networks that were asked for, by default some of two lists."""
-        batch = self.batch or (_QUICK_BATCH if self.quick else BATCH)
-        for name in self.networks or (quick if self.quick else full):
-            case = MODELS.get(name) or ModelCase(name)
-            yield replace(case, batch=batch, input_shape=self.input_shape or case.input_shape)
-
-    def layers(self) -> Iterator[LayerCase]:
-        """Iterate over the layers."""
-        if self.quick:
-            for case in _QUICK_LAYERS:
-                yield replace(case, batch=min(case.batch, self.batch or _QUICK_BATCH))
-        else:
-            for case in (*conv_layers(), *LINEAR_LAYERS):
-                yield replace(case, batch=self.batch or case.batch)
+    def layers(self, usual: Sequence[LayerCase]) -> Iterator[LayerCase]:
+        """Iterate over layers, in the batch that was asked for."""
+        return (replace(case, batch=self.batch or case.batch) for case in usual)
 
     def chosen(
         self, table: Mapping[str, _Competitor], usual: Collection[str]
     ) -> dict[str, _Competitor]:
         """Take the competitors of a table that were asked for, by default the usual ones."""
-        wanted = usual if self.competitors is None else ("dense_contiguous", *self.competitors)
+        wanted = usual if self.competitors is None else (REFERENCE, *self.competitors)
         return {name: competitor for name, competitor in table.items() if name in wanted}
 
 
@@ -151,6 +127,37 @@ class Suite:
         chosen = [make for name, make in self.levels.items() if name in wanted]
         return [session for make in chosen for session in make(config)]
 
+    def tables(self, results: Results) -> list[Grid]:
+        """Make the tables that the rows allow."""
+        return [grid for grid in self.grids(results) if grid is not None]
+
+    def write(self, results: Results, folder: Path, rows: Path) -> list[Path]:
+        """Write the tables, in README.md, and the figures into a folder; return the files.
+
+        Args:
+            results: to report on.
+            folder: made if it is not there.
+            rows: the file that the results came from, named in the text.
+        """
+        from sparsekd.plots import save  # matplotlib: not worth loading to print tables
+
+        files = save(self.figures(results), folder)
+        pictures = "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in files)
+        machine = "\n".join(f"- {name}: {value}" for name, value in results.machine.items())
+        parts = [
+            f"# {self.title}\n",
+            f"Written by `{self.command}` from `{rows.name}`; draw it again with `--draw`. All "
+            "times are medians of turns that the competitors took in one process, on the same "
+            "masks and inputs, after the results of each had been compared with dense torch's.\n",
+            pictures + "\n" if files else "",
+            *(grid.markdown() for grid in self.tables(results)),
+            self.text(results),
+            f"### Machine\n\n{machine}\n",
+        ]
+        page = folder / "README.md"
+        page.write_text("\n".join(part for part in parts if part))
+        return [page, *files]
+
 
 def check(name: str, chosen: Sequence[str], known: Collection[str]) -> None:
     """Raise UnsupportedError if a word is not among those known."""
@@ -159,36 +166,36 @@ def check(name: str, chosen: Sequence[str], known: Collection[str]) -> None:
             raise UnsupportedError(f"{name}: expected one of {', '.join(known)}; got {word!r}")
 
 
-def layer_sessions(
-    config: BenchConfig, competitors: Mapping[str, LayerCompetitor]
-) -> Iterator[LayerRace]:
-    """Iterate over the races of layers, forward and backward."""
-    sparsities = config.sparsities or (FEW if config.quick else SPARSITIES)
-    for case in config.layers():
-        yield LayerRace(case, sparsities, config.chosen(competitors, competitors), config.turns(3))
-
-
-def step_sessions(
-    config: BenchConfig,
+def step_races(
+    race: type[StepRace],
+    case: ModelCase,
+    sparsities: Sequence[float],
     competitors: Mapping[str, StepCompetitor],
-    race: type[StepRace] = StepRace,
+    rounds: int,
 ) -> Iterator[StepRace]:
-    """Iterate over the races of training steps, each of one network at one sparsity.
+    """Iterate over the races of a network's training steps, one at each sparsity.
 
-    All sparsities of a network together would take more memory than most machines have. What is
-    dense beyond the references is timed at the first of them only.
+    All sparsities together would take more memory than most machines have. What is dense beyond
+    the references is timed at the first of them only.
     """
-    for case in config.models((SHOWCASE, "resnet20"), tuple(MODELS)):
-        usual = {n for n, c in competitors.items() if c.network in (None, case.name)}
-        sparsities: tuple[float, ...] = FEW if config.quick else SPARSITIES
-        if config.quick:
-            usual.discard("dense_compiled")  # compiling takes longer than all the rest
-        if case.name == "resnet50":  # takes long, and dense wins below
-            sparsities = tuple(s for s in sparsities if s >= FEW[0])
-        chosen = config.chosen(competitors, usual)
-        for sparsity in config.sparsities or sparsities:
-            yield race(case, (sparsity,), chosen, config.turns(5))
-            chosen = {n: c for n, c in chosen.items() if c.sparse or n in BASELINES}
+    for sparsity in sparsities:
+        yield race(case, (sparsity,), competitors, rounds)
+        competitors = {n: c for n, c in competitors.items() if c.sparse or n in BASELINES}
+
+
+def _layers(config: BenchConfig) -> Iterator[LayerRace]:
+    competitors = config.chosen(LAYER_COMPETITORS, LAYER_COMPETITORS)
+    for case in config.layers(LAYERS):
+        yield LayerRace(case, config.sparsities or SPARSITIES, competitors, config.rounds or ROUNDS)
+
+
+def _steps(config: BenchConfig) -> Iterator[StepRace]:
+    for case in config.models((SHOWCASE, "resnet20"), BATCH):
+        # Compiling takes longer than all the rest.
+        usual = timed_on(case, STEP_COMPETITORS) - {"dense_compiled"}
+        chosen = config.chosen(STEP_COMPETITORS, usual)
+        sparsities = config.sparsities or SPARSITIES
+        yield from step_races(StepRace, case, sparsities, chosen, config.rounds or ROUNDS)
 
 
 def _grids(results: Results) -> list[Grid | None]:
@@ -213,10 +220,7 @@ SUITE = Suite(
     title="sparsekd bench",
     command="sparsekd bench",
     help="Time layers and training steps of sparsekd against dense torch; show where dense wins.",
-    levels={
-        "layer": partial(layer_sessions, competitors=LAYER_COMPETITORS),
-        "step": partial(step_sessions, competitors=STEP_COMPETITORS),
-    },
+    levels={"layer": _layers, "step": _steps},
     competitors=tuple({**LAYER_COMPETITORS, **STEP_COMPETITORS}),
     grids=_grids,
     figures=_figures,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sparsekd.bench.competitor import Field, is_ours
 from sparsekd.bench.layers import RIVALS_FROM
+from sparsekd.bench.race import Field, is_ours
 from sparsekd.bench.results import Results
 from sparsekd.train import Row
 
@@ -72,13 +72,7 @@ def percent(sparsity: float) -> str:
 
 
 def layer_grid(results: Results, kind: str, competitors: Field) -> Grid | None:
-    """Tabulate how much faster than dense a layer is, and than the fastest other package.
-
-    Args:
-        results: the rows.
-        kind: "conv" or "linear".
-        competitors: those on layers.
-    """
+    """Tabulate how much faster than dense layers of a kind are, and than the best other package."""
     cases = layer_cases(results, kind)
     sparsities = results.sparsities("layer")
     if not cases:
@@ -121,10 +115,8 @@ def geomeans(competitors: Field) -> list[str]:
 
 def layer_cases(results: Results, kind: str) -> list[str]:
     """List the measured layers of a kind."""
-    linear = [case for case in results.cases("layer") if case.startswith("linear")]
-    if kind == "linear":
-        return linear
-    return [case for case in results.cases("layer") if case not in linear]
+    cases = results.cases("layer")
+    return [case for case in cases if case.startswith("linear") == (kind == "linear")]
 
 
 def _over_rivals(
@@ -137,13 +129,7 @@ def _over_rivals(
 
 
 def step_grid(results: Results, level: str, competitors: Field) -> Grid | None:
-    """Tabulate what a training step, or an epoch, takes and how much faster than dense it is.
-
-    Args:
-        results: the rows.
-        level: "step" or "epoch".
-        competitors: those in steps.
-    """
+    """Tabulate what the level "step" or "epoch" takes and how much faster than dense it is."""
     sparsities = results.sparsities(level)
     if not results.cases(level):
         return None
@@ -172,11 +158,7 @@ def _timed(results: Results, row: Row | None) -> str:
 
 def shortfall_grid(results: Results) -> Grid | None:
     """Tabulate which competitors have no time and why."""
-    counts = Counter(
-        (row["arm"], outcome, row[outcome])
-        for outcome, rows in results.shortfalls().items()
-        for row in rows
-    )
+    counts = Counter((row["arm"], what, row[what]) for what, row in results.shortfalls())
     lines = [[*key, str(count)] for key, count in sorted(counts.items())]
     header = ["competitor", "what", "why", "rows"]
     return Grid("Competitors without a time", header, lines) if lines else None

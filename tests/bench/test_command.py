@@ -60,12 +60,11 @@ def test_mistakes_are_told_in_a_line(tmp_path, arguments, message):
 
 
 def test_a_call_has_every_level_and_no_row_twice():
-    for quick in (True, False):
-        sessions = SUITE.sessions(BenchConfig(quick=quick))
-        keys = [(session.name, key) for session in sessions for key in session.keys()]  # noqa: SIM118
-        sparse = [key for key in keys if key[1][1] is not None]
-        assert len(set(sparse)) == len(sparse)
-        assert list(dict.fromkeys(name[0] for name, _ in keys)) == list(SUITE.levels)
+    sessions = SUITE.sessions(BenchConfig())
+    keys = [(session.name, key) for session in sessions for key in session.keys()]  # noqa: SIM118
+    sparse = [key for key in keys if key[1][1] is not None]
+    assert len(set(sparse)) == len(sparse)
+    assert list(dict.fromkeys(name[0] for name, _ in keys)) == list(SUITE.levels)
 
 
 def test_a_network_of_ones_own_is_timed(tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ from benchmarks.gpu.competitors import COMPETITORS
 from benchmarks.gpu.report import LEVELS
 from benchmarks.gpu.suite import suite
 from sparsekd import cuda_library
-from sparsekd.bench import report
 from sparsekd.bench.command import command
 from sparsekd.bench.machine import describe
 from sparsekd.bench.results import Results
@@ -24,8 +23,8 @@ from sparsekd.bench.suite import BenchConfig
 from sparsekd.errors import UnsupportedError
 from sparsekd.train import MetricsLog
 
-CPU = suite(torch.device("cpu"))
-QUICK = BenchConfig(quick=True, rounds=1)
+CPU = suite(torch.device("cpu"), tiny=True)
+QUICK = BenchConfig(rounds=1)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_competitor_that_can_run_has_a_time(rows: Path) -> None:
-    results = report.read(rows)
+    results = Results.read(rows)
     for level in LEVELS:
         for row in results.rows(level):
             assert (row["ms"] is None) == ("skipped" in row), row
@@ -46,14 +45,14 @@ def test_every_competitor_that_can_run_has_a_time(rows: Path) -> None:
 
 
 def test_speed_ups_are_over_the_fastest_dense_one(rows: Path) -> None:
-    results = report.read(rows)
+    results = Results.read(rows)
     for row in results.rows("gpu step"):
         dense = [r["ms"] for r in results.rows("gpu step") if r["baseline"]]
         assert results.speedup(row) == pytest.approx(min(dense) / row["ms"])
 
 
 def test_the_report_has_tables_and_figures(rows: Path, tmp_path: Path) -> None:
-    files = report.write(CPU, report.read(rows), tmp_path, rows)
+    files = CPU.write(Results.read(rows), tmp_path, rows)
     assert {"gpu_layer.png", "gpu_step.png"} <= {file.name for file in files}
     page = (tmp_path / "README.md").read_text()
     assert "sparsekd bcsr 32, bfloat16" in page

@@ -9,11 +9,10 @@ import torch
 
 from benchmarks.arena.competitors import LAYERS, STEPS
 from benchmarks.arena.epoch import EpochRace, small_epoch
-from benchmarks.arena.passes import PASSES, pass_competitors
+from benchmarks.arena.passes import PASSES, PassRace, pass_competitors
 from benchmarks.arena.steps import ArenaStepRace
 from sparsekd.bench.cases import LayerCase, ModelCase
-from sparsekd.bench.layers import RESULTS, LayerCompetitor, LayerRun
-from sparsekd.bench.races import LayerRace
+from sparsekd.bench.layers import RESULTS, LayerCompetitor, LayerRace, LayerRun
 from sparsekd.bench.steps import StepRun
 
 CONV = LayerCase("conv", 8, 6, size=9, kernel=3, stride=2, batch=5)
@@ -49,7 +48,7 @@ def test_every_competitor_of_a_layer_is_right_or_says_why_it_is_not_there(case):
 @pytest.mark.parametrize("case", [CONV, LINEAR], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", PASSES)
 def test_single_passes_agree_with_dense(case, name):
-    rows = by_key(LayerRace(case, (0.9,), pass_competitors(name), rounds=1, op=name).measure())
+    rows = by_key(PassRace(case, (0.9,), pass_competitors(name), rounds=1, op=name).measure())
     assert rows["sparsekd_contiguous", 0.9]["ms"] > 0
     assert rows["sparsekd_contiguous", 0.9]["flops"] == case.flops(
         rows["sparsekd_contiguous", 0.9]["nnz"]

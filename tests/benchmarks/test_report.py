@@ -7,7 +7,6 @@ import pytest
 from benchmarks.arena.suite import ARENA
 from benchmarks.arena.tables import fit, roofline_rows
 from benchmarks.arena.waterfall import PARTS
-from sparsekd.bench.report import grids, read, write
 from sparsekd.bench.results import Results
 from sparsekd.errors import CheckpointError
 
@@ -86,11 +85,11 @@ def rows():
 
 
 def text(rows):
-    return "\n".join(grid.markdown() for grid in grids(ARENA, Results(rows)))
+    return "\n".join(grid.markdown() for grid in ARENA.tables(Results(rows)))
 
 
 def test_every_figure_and_table_is_made(rows, tmp_path):
-    files = write(ARENA, Results(rows), tmp_path, tmp_path / "rows.jsonl")
+    files = ARENA.write(Results(rows), tmp_path, tmp_path / "rows.jsonl")
     assert {file.stem for file in files} == {"README", *ARENA.figures(Results(rows))}
     assert all(file.stat().st_size > 1000 for file in files)
     page = (tmp_path / "README.md").read_text()
@@ -102,7 +101,7 @@ def test_every_figure_and_table_is_made(rows, tmp_path):
 
 def test_no_rows_make_no_figures():
     assert set(ARENA.figures(Results([])).values()) == {None}
-    assert grids(ARENA, Results([])) == []
+    assert ARENA.tables(Results([])) == []
 
 
 def test_speedups_refer_to_the_better_dense_layout_and_losses_are_shown(rows):
@@ -157,4 +156,4 @@ def test_competitors_without_a_time_are_listed_with_the_reason(rows):
 
 def test_rows_that_are_not_there_are_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="found none"):
-        read(tmp_path / "rows.jsonl")
+        Results.read(tmp_path / "rows.jsonl")
