@@ -27,7 +27,7 @@ from benchmarks.cases import LINEAR_LAYERS, conv_layers
 from sparsekd.bench import machine
 from sparsekd.bench.cases import BASELINES, LayerCase
 from sparsekd.bench.gate import relative_error, tolerance
-from sparsekd.bench.layers import LayerProblem, LayerRun, Maps, layer_problem
+from sparsekd.bench.layers import LayerProblem, LayerRun, Maps, layer_maps, layer_problem
 from sparsekd.ops.cpu import cpp
 from sparsekd.sparsity import generator_for
 from sparsekd.sparsity.tiles import random_tiles, tile_counts
@@ -65,7 +65,7 @@ def measure(
     case: LayerCase, name: str, sparsity: float, layouts: list[str], turns: tuple[int, str]
 ) -> Row:
     """Time one pass of one layer with every layout."""
-    maps, calls, nnz, tiles = Maps(case), {}, {}, {}
+    maps, calls, nnz, tiles = layer_maps(case), {}, {}, {}
     found = {n: made for n, made in pass_competitors(name).items() if made.missing(case) is None}
     sparse = found.get("sparsekd_channels_last", found["sparsekd_contiguous"])
     for layout in ("csr", *layouts):

@@ -75,7 +75,7 @@ def pass_competitors(name: str) -> dict[str, LayerCompetitor]:
 
 def _dense(problem: LayerProblem, name: str, result: str, layout: torch.memory_format) -> LayerRun:
     case = problem.case
-    x, grad = (problem.maps.get(name, layout) for name in ("x", "grad"))
+    x, grad = (problem.maps(name, layout) for name in ("x", "grad"))
     weight = laid_out(problem.weight, layout)
     stride, padding = [case.stride] * 2, [case.padding] * 2
     call: Callable[[], Tensor]
@@ -102,7 +102,7 @@ def _dense(problem: LayerProblem, name: str, result: str, layout: torch.memory_f
 
 def _sparse(problem: LayerProblem, name: str, result: str, layout: torch.memory_format) -> LayerRun:
     case = problem.case
-    x, grad = (problem.maps.get(name, layout) for name in ("x", "grad"))
+    x, grad = (problem.maps(name, layout) for name in ("x", "grad"))
     topology = Topology.from_mask(problem.mask)
     indices = (topology.crow_indices, topology.col_indices)
     values = problem.weight.reshape(-1)[topology.flat_indices()]

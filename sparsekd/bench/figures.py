@@ -80,8 +80,8 @@ def speedup_models(results: Results, competitors: Field) -> Figure | None:
     for axes in list(grid.flat)[len(cases) :]:
         axes.set_axis_off()
     grid[0, 0].set_ylabel("times faster than dense, better layout")
-    place: dict[str, Any] = {"loc": "outside upper center", "ncols": 3, "frameon": False}
-    figure.legend(list(shown.values()), list(shown), **place)
+    handles, labels = list(shown.values()), list(shown)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

@@ -26,30 +26,24 @@ from sparsekd.sparsity.rounding import target_nnz
 from sparsekd.train import Row
 
 Function = Callable[[Tensor], Tensor]
+Maps = Callable[..., Tensor]
 WEIGHT_GRADIENT = "weight gradient"
 RESULTS = ("output", "input gradient", WEIGHT_GRADIENT)
 RIVALS_FROM = 0.8
 """Lowest sparsity that other packages are timed at; below, they take seconds and always lose."""
 
 
-class Maps:
-    """Input and output gradient of a layer in any memory format, shared by all competitors.
+def layer_maps(case: LayerCase) -> Maps:
+    """Draw the input and output gradient of a layer.
 
-    Args:
-        case: the layer; its maps are drawn at once, contiguous and in float32.
+    Returns:
+        A function of "x" or "grad", a memory format and a dtype that lays one of them out, and
+        keeps the copy: all competitors share it.
     """
-
-    def __init__(self, case: LayerCase) -> None:
-        generator = generator_for(0, case.name)
-        shapes = {"x": case.input_shape, "grad": case.output_shape}
-        drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        self._copy = cache(lambda name, *form: laid_out(drawn[name], *form))
-
-    def get(
-        self, name: str, layout: torch.memory_format, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """Return "x" or "grad" in a memory format, outside of any graph."""
-        return self._copy(name, layout, dtype).detach()
+    generator = generator_for(0, case.name)
+    shapes = {"x": case.input_shape, "grad": case.output_shape}
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return cache(lambda name, *form: laid_out(drawn[name], *form))
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class LayerProblem:
 
     Args:
         case: the layer.
-        maps: its input and the gradient of its output.
+        maps: its input and the gradient of its output, from `layer_maps`.
         weight: dense, with zeros outside the mask.
         mask: where the nonzeros are.
     """
@@ -75,8 +69,8 @@ class LayerProblem:
 
     def inputs(self, layout: torch.memory_format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the input, which requires a gradient, and the gradient of the output."""
-        x, grad = (self.maps.get(name, layout, dtype) for name in ("x", "grad"))
-        return x.requires_grad_(), grad
+        x, grad = (self.maps(name, layout, dtype) for name in ("x", "grad"))
+        return x.detach().requires_grad_(), grad
 
 
 def layer_problem(case: LayerCase, sparsity: float, maps: Maps | None = None) -> LayerProblem:
@@ -90,7 +84,7 @@ def layer_problem(case: LayerCase, sparsity: float, maps: Maps | None = None) ->
     weight = torch.randn(case.weight_shape, generator=generator) / case.fan_in**0.5
     nnz = target_nnz(case.outs * case.fan_in, sparsity)
     mask = random_mask(case.weight_shape, nnz, generator=generator_for(0, f"{case.name} mask"))
-    return LayerProblem(case, maps or Maps(case), weight * mask, mask)
+    return LayerProblem(case, maps or layer_maps(case), weight * mask, mask)
 
 
 class LayerRun(NamedTuple):
@@ -233,7 +227,7 @@ class LayerRace(Race):
         return ("layer", self.case.name, "layer")
 
     def _problems(self) -> Iterator[_Given]:
-        maps = Maps(self.case)
+        maps = layer_maps(self.case)
         for sparsity in self.sparsities:
             problem = layer_problem(self.case, sparsity, maps)
             yield problem, self.competitors[REFERENCE].build(problem).results()

@@ -99,15 +99,12 @@ class Session(Protocol):
     @property
     def name(self) -> tuple[str, str, str]:
         """Level, case and operation."""
-        ...
 
     def keys(self) -> list[Key]:
         """List the rows it gives."""
-        ...
 
     def measure(self) -> list[Row]:
         """Measure them."""
-        ...
 
 
 class Ready(NamedTuple):

@@ -130,11 +130,11 @@ def _over_rivals(
 
 def step_grid(results: Results, level: str, competitors: Field) -> Grid | None:
     """Tabulate what the level "step" or "epoch" takes and how much faster than dense it is."""
-    sparsities = results.sparsities(level)
-    if not results.cases(level):
+    measured, sparsities = results.rows(level), results.sparsities(level)
+    if not measured:
         return None
     grid = Grid(
-        "Whole training steps" if level == "step" else "Whole epochs",
+        "Whole training steps" if level == "step" else f"Whole epochs: {measured[-1]['op']}",
         ["network", "competitor", "dense or 0 %", *map(percent, sparsities)],
         note="Milliseconds and, in brackets, times faster than float32 dense in its better layout. "
         "First convolution and last linear layer dense, the others uniformly sparse.",
@@ -145,8 +145,6 @@ def step_grid(results: Results, level: str, competitors: Field) -> Grid | None:
             if any(row["ms"] is not None for row in rows.values()):
                 cells = [_timed(results, rows.get(s)) for s in (None, *sparsities)]
                 grid.lines.append([case, competitor.label, *cells])
-        if level == "epoch":
-            grid.title = f"Whole epochs: {results.rows(level, case=case)[0]['op']}"
     return grid
 
 
