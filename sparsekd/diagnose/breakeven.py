@@ -38,6 +38,7 @@ class PassTimes:
         sparse_ms: on the sparse kernels; None without them.
         intercept_ms: of the line that sparse times at several densities lie on.
         full_ms: where that line is at full density.
+        reason: why that backend runs it, a rule or a measurement.
     """
 
     backend: str
@@ -46,6 +47,7 @@ class PassTimes:
     sparse_ms: float | None
     intercept_ms: float
     full_ms: float
+    reason: str = ""
 
     @classmethod
     def zero(cls) -> PassTimes:
@@ -65,6 +67,7 @@ class PassTimes:
             sparse,
             self.intercept_ms + other.intercept_ms,
             self.full_ms + other.full_ms,
+            other.reason,
         )
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ class LayerReport:
         name: of the module in the model.
         shape: of its weight.
         nnz: weights stored.
-        passes: time and backend of each direction, "fprop", "dgrad" and "wgrad"; a layer whose
-            input needs no gradient has no dgrad.
+        passes: time, backend and its reason of each direction, "fprop", "dgrad" and "wgrad"; a
+            layer whose input needs no gradient has no dgrad.
         tile: output and input channels of the tiles that the kernels found the weight to consist
             of; (1, 1) for one without structure.
     """
@@ -125,11 +126,16 @@ class Explanation:
         """Explanation of the table, and the share of the network it covers."""
         return (
             f"{self.coverage}\n"
+            f"Reasons for what runs, and passes: {self._reasons()}\n"
             "Passes: ms sparse / dense, * is what runs. All passes: ms as they run / dense. "
             "Tiles: output x input channels that are there together. "
             "Break-even: the sparsity from which on the sparse kernels are faster. "
             f"{self.threads} threads."
         )
+
+    def _reasons(self) -> str:
+        reasons = Counter(t.reason for layer in self.layers for t in layer.passes.values())
+        return "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -188,12 +194,13 @@ class _Watcher:
         name = observe.owner(self.layers, args[2]) if op in PASSES else None
         if name is None:
             return False
-        backend, tile = decide(op, args).backend, _tile_size(op, args)
+        decision, tile = decide(op, args), _tile_size(op, args)
         self.tiles.setdefault(name, tile)
         # Backend and tiles hang on the structure, of which these are the sizes only.
-        alike = op, backend, tile, cache_key.sizes_of(args)
+        alike = op, decision.backend, decision.reason, tile, cache_key.sizes_of(args)
         if alike not in self._known:
-            self._known[alike] = time_pass(op, args, backend)
+            times = time_pass(op, args, decision.backend)
+            self._known[alike] = replace(times, reason=decision.reason)
         passes = self.found.setdefault(name, {})
         passes[PASSES[op]] = passes.get(PASSES[op], PassTimes.zero()) + self._known[alike]
         self._advance()

@@ -125,7 +125,10 @@ def test_a_pinned_backend_is_what_runs() -> None:
     pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
     with skd.backend("dense"):
         found = skd.explain(network(), (4, 3, 6, 6))
-    assert {times.backend for layer in found.layers for times in layer.passes.values()} == {"dense"}
+    passes = [times for layer in found.layers for times in layer.passes.values()]
+    assert {times.backend for times in passes} == {"dense"}
+    assert {times.reason for times in passes} == {"this backend runs every product itself"}
+    assert f"runs every product itself ({len(passes)})" in str(found)
     assert found.ms == pytest.approx(found.dense_ms)
 
 
