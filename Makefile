@@ -60,7 +60,8 @@ endif
 JOBS ?= 2
 test-python: $(VENV)/.built $(VENV)/.models
 	SPARSEKD_CACHE=off OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
-	  $(RUN) -m pytest -n $(JOBS) --dist loadfile --doctest-modules tests tools sparsekd
+	  $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  --doctest-modules tests tools sparsekd
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .

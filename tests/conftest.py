@@ -16,6 +16,12 @@ import sparsekd as skd
 from sparsekd.train import StopRequest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that have slow tests, so that none still runs when all else is done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Start every test on one thread, the fastest for small layers, and put the number back."""

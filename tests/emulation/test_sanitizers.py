@@ -27,6 +27,7 @@ def runtime(compiler: str, name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("SPARSEKD_EMULATION_SANITIZED" in os.environ, reason="runs under them already")
 def test_the_sanitizers_have_nothing_to_report(compiler, compile_for_the_cpu, sanitizers) -> None:
     preload = (runtime(compiler, name) for name in ("libasan.so", "libstdc++.so"))

@@ -17,6 +17,7 @@ from packaging.version import Version
 HERE = Path(__file__).resolve().parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="runs in the interpreter already")
 def test_interpreted_kernels_pass() -> None:
     triton = pytest.importorskip("triton", reason="needs Triton")

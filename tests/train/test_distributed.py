@@ -81,6 +81,7 @@ def test_synchronized_norms_of_our_models_keep_residual_and_relu(name):
         nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()(x)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(ranks):
     """Shares of each batch, statistics of all of it: the same run up to rounding."""
     alone = worker.train(worker.network())
@@ -138,6 +139,7 @@ def test_the_command_line_runs_under_torchrun_and_speaks_once(uninterrupted):
     assert [row["kind"] for row in rows] == ["epoch", "epoch", "result"]
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on_bit_equal(uninterrupted, tmp_path):
     call = [str(HERE / "mortal.py"), *CALL, "--out", str(tmp_path)]
     done = torchrun(*call, MORTAL="8")  # in the second epoch
@@ -150,6 +152,7 @@ def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on_bit_equal(uninter
     assert (tmp_path / final).read_bytes() == (uninterrupted[0] / final).read_bytes()
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_job_from_its_last_checkpoint(uninterrupted, tmp_path):
     call = [str(HERE / "mortal.py"), *CALL, "--out", str(tmp_path)]
     done = torchrun(*call, restarts=1, MORTAL="8")
