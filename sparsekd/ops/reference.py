@@ -11,7 +11,6 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +20,8 @@ from sparsekd.csr import row_indices, validate
 from sparsekd.errors import ShapeError
 from sparsekd.ops import borders
 from sparsekd.ops.checks import conv2d_shape
+from sparsekd.ops.gradient_tiles import Tile
 from sparsekd.ops.memory_format import in_format_of, matrix, memory_format_of, pixels, rows_cols
-
-if TYPE_CHECKING:
-    from sparsekd.ops.growth import Tile
 
 _PER_CHANNEL = (0, 2, 3)
 

@@ -26,8 +26,8 @@ from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops.dispatch import backends, gpu_chooser
 from sparsekd.ops.dispatch.decisions import decide
 from sparsekd.ops.dispatch.gpu_chooser import Chooser, Measured
-from sparsekd.ops.dispatch.store import Store
 from sparsekd.ops.gpu import structure as gpu_structure
+from sparsekd.ops.store import Store
 
 
 @pytest.fixture

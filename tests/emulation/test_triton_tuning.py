@@ -24,7 +24,7 @@ from triton_backend import float32_products
 from sparsekd import functional
 from sparsekd.kernels import config
 from sparsekd.kernels.config import Config
-from sparsekd.ops.dispatch.store import Store
+from sparsekd.ops.store import Store
 from sparsekd.ops.triton import launch as triton_launch
 from sparsekd.ops.triton import tuning as triton_tuning
 from sparsekd.ops.triton.tuning import Clock, Tuned, Tuner, Work

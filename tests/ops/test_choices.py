@@ -14,8 +14,8 @@ import pytest
 import sparsekd
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+from sparsekd.ops import store
 from sparsekd.ops.dispatch import choices as choices_module
-from sparsekd.ops.dispatch import store
 from sparsekd.ops.dispatch.cache_key import Key
 from sparsekd.ops.dispatch.choices import Choice, Choices, default_path, surroundings
 

@@ -14,6 +14,7 @@ import sparsekd as skd
 from sparsekd import Topology
 from sparsekd.errors import ShapeError
 from sparsekd.ops import growth
+from sparsekd.ops.gradient_tiles import Tile, tiles
 from sparsekd.testing import available_backends
 
 
@@ -135,7 +136,7 @@ def test_tiles_cover_a_weight_once_and_stay_small(channels, kernel, groups, stri
     shape = (channels[0] * groups, channels[1], *kernel)
     rows, ins, taps = shape[0], shape[1], math.prod(kernel)
     seen = torch.zeros(rows, ins, dtype=torch.int32)
-    cut = growth.tiles(shape, stride, groups)
+    cut = tiles(shape, stride, groups)
     for tile in cut:
         part = (
             slice(tile.row, tile.row + tile.rows),
@@ -192,6 +193,6 @@ def test_a_tile_outside_the_weight_is_refused() -> None:
     grad, x, out = torch.ones(1, 4, 2, 2), torch.ones(1, 3, 2, 2), torch.zeros(2, 3)
     geometry = [4, 3, 1, 1], [1, 1], [0] * 4, [1, 1], 1
     with pytest.raises(ShapeError, match="tile: expected rows and channels of a weight of 4 x 3"):
-        cpp.conv2d_wgrad_tile(grad, x, out, growth.Tile(3, 2, 0, 3), *geometry)
+        cpp.conv2d_wgrad_tile(grad, x, out, Tile(3, 2, 0, 3), *geometry)
     with pytest.raises(ShapeError, match="out: expected shape"):
-        cpp.conv2d_wgrad_tile(grad, x, out, growth.Tile(0, 3, 0, 3), *geometry)
+        cpp.conv2d_wgrad_tile(grad, x, out, Tile(0, 3, 0, 3), *geometry)

@@ -17,7 +17,7 @@ from torch import Tensor
 import sparsekd as skd
 from sparsekd import Topology, functional, ops
 from sparsekd.ops.dispatch import backends
-from sparsekd.ops.growth import Tile
+from sparsekd.ops.gradient_tiles import Tile
 
 BACKENDS = ("reference", "cpp", "dense", "auto")
 BATCHES = (1, 2, 3, 8, 15, 16, 17, 33)

@@ -25,8 +25,8 @@ import sparsekd as skd
 from sparsekd import ops
 from sparsekd.ops import observe
 from sparsekd.ops.dispatch import backends, context
-from sparsekd.ops.dispatch.single import Single
 from sparsekd.ops.kernel import Product
+from sparsekd.ops.single import Single
 from sparsekd.topology import Topology
 
 THREADS = 4

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from torch import Tensor
 import sparsekd._C as _C
 from sparsekd.ops import reference
 from sparsekd.ops.checks import conv2d_shape
+from sparsekd.ops.gradient_tiles import Tile
 from sparsekd.ops.memory_format import matrix, memory_format_of
-
-if TYPE_CHECKING:
-    from sparsekd.ops.growth import Tile
 
 _HALF = (torch.bfloat16, torch.float16)
 _NARROW = 4  # input channels to a group, below which torch's own grouped kernels are faster

@@ -27,8 +27,8 @@ from sparsekd.ops.dispatch import cache_key
 from sparsekd.ops.dispatch.backends import BACKENDS, Decision
 from sparsekd.ops.dispatch.cache_key import Key
 from sparsekd.ops.dispatch.choices import CHOICES, Choice, Choices, default_path
-from sparsekd.ops.dispatch.single import Single
 from sparsekd.ops.dispatch.watch import Watch
+from sparsekd.ops.single import Single
 from sparsekd.timing import interleave, spread
 
 logger = logging.getLogger(__name__)

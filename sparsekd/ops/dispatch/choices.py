@@ -20,7 +20,7 @@ import sparsekd._C as _C
 from sparsekd.ops.cpu.processor import cpu_name
 from sparsekd.ops.dispatch import cache_key
 from sparsekd.ops.dispatch.cache_key import Key
-from sparsekd.ops.dispatch.store import Store, path_of
+from sparsekd.ops.store import Store, path_of
 
 CHOICES = ("cpp", "dense")
 _FORMAT = 2

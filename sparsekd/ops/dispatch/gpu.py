@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsekd.errors import UnavailableError
 from sparsekd.ops.dispatch.backends import BACKENDS, PRODUCTS, Decision, load
-from sparsekd.ops.dispatch.single import Single
+from sparsekd.ops.single import Single
 
 _missing = {name: reason for name in ("cuda", "triton") if (reason := load(name)[1])}
 _there = [BACKENDS[name] for name in ("cuda", "triton") if name not in _missing]

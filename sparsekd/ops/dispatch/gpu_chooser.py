@@ -25,7 +25,7 @@ from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops.dispatch import cache_key
 from sparsekd.ops.dispatch.backends import BACKENDS, Decision, module
 from sparsekd.ops.dispatch.cache_key import Key
-from sparsekd.ops.dispatch.store import Store, path_of
+from sparsekd.ops.store import Store, path_of
 from sparsekd.ops.triton import tuning as triton_tuning
 from sparsekd.ops.triton.tuning import Clock
 

@@ -23,8 +23,8 @@ from triton.runtime.errors import TritonError
 
 from sparsekd import settings
 from sparsekd.kernels import config
-from sparsekd.ops.dispatch.single import Single
-from sparsekd.ops.dispatch.store import Store, path_of
+from sparsekd.ops.single import Single
+from sparsekd.ops.store import Store, path_of
 
 logger = logging.getLogger(__name__)
 
