@@ -9,6 +9,7 @@ from sparsekd import (
     data,
     dst,
     errors,
+    flops,
     functional,
     models,
     nn,
@@ -18,7 +19,7 @@ from sparsekd import (
     sparsity,
     tickets,
 )
-from sparsekd.diagnose import coverage, explain, flops
+from sparsekd.diagnose import coverage, explain
 from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify
