@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import signal
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import sparsekd as skd
 from sparsekd.train import StopRequest
@@ -20,6 +22,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with files that have slow tests, so that none still runs when all else is done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group with this process as its only member."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,18 +126,7 @@ def test_COMPILED_MODULE_COMPILED_PREFIX_and_compiler_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=path, timeout=120)
 
 
-@pytest.fixture
-def alone():
-    """Be the only process of a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_rebuild_buckets(alone) -> None:
+def test_rebuild_buckets(process_group) -> None:
     model = nn.Linear(2, 2, bias=False)
     wrapper = DistributedDataParallel(model)
     calls = []
@@ -159,7 +146,7 @@ def test_rebuild_buckets(alone) -> None:
     assert torch.equal(model.weight.grad, torch.ones(3, 2))
 
 
-def test_leave_out_of_ddp(alone) -> None:
+def test_leave_out_of_ddp(process_group) -> None:
     model = nn.BatchNorm1d(2)
     _torch.leave_out_of_ddp(model, ["running_mean"])
     _torch.leave_out_of_ddp(model, ["running_var"])
@@ -167,7 +154,7 @@ def test_leave_out_of_ddp(alone) -> None:
     assert wrapper.parameters_to_ignore == {"running_mean", "running_var"}
 
 
-def test_fsdp_flattened(alone) -> None:
+def test_fsdp_flattened(process_group) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     parameter = nn.Parameter(torch.zeros(2))

@@ -91,7 +91,7 @@ def dense_view(opt: torch.optim.Optimizer, model: nn.Module) -> list[Tensor]:
 
 
 def check_counts(updater: Any, start: dict[str, int], sparsity: float) -> None:
-    """Hold the numbers of tiles against what the method promises."""
+    """Check the numbers of tiles against what the method promises."""
     now = tile_counts(updater.model)
     grids = updater.grids()
     match type(updater).__name__:
@@ -114,7 +114,7 @@ def check_counts(updater: Any, start: dict[str, int], sparsity: float) -> None:
 
 
 def exact(updater: Any) -> bool:
-    """Say whether each count is the nearest; GraNet goes on to move tiles of unequal size."""
+    """Return whether each count is the nearest; GraNet goes on to move tiles of unequal size."""
     return type(updater) is not dst.GraNet and getattr(updater, "scope", "global") == "global"
 
 

@@ -16,7 +16,7 @@ STEPS, EVERY, UPDATES = 50, 9, 5
 
 
 class Course(NamedTuple):
-    """Hold what a run did: its losses, and every mask after each update."""
+    """The losses of a run, and every mask after each of its updates."""
 
     losses: list[float]
     masks: list[dict[str, Tensor]]

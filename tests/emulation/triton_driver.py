@@ -23,7 +23,7 @@ FLOATS = {"fp16": "<e", "fp32": "<f", "fp64": "<d"}
 
 
 class Launch(NamedTuple):
-    """Hold what was launched."""
+    """A kernel that was launched, and how."""
 
     kernel: str
     grid: tuple[int, ...]

@@ -1,9 +1,10 @@
-"""What the tests of fused norms share."""
+"""What the tests of modules share."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekd as skd
+
+
+@pytest.fixture
+def no_unexpected_warnings() -> Iterator[None]:
+    """Errors in place of all warnings but the one that small random layers give."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "no weight is left in some output channels")
+        yield
 
 
 class Calls(TorchDispatchMode):

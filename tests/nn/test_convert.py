@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -22,13 +21,7 @@ from sparsekd.nn import (
 from sparsekd.nn.init import active_fans
 from sparsekd.sparsity import allocate
 
-
-@pytest.fixture(autouse=True)
-def no_unexpected_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "no weight is left in some output channels")
-        yield
+pytestmark = pytest.mark.usefixtures("no_unexpected_warnings")
 
 
 def network() -> nn.Sequential:

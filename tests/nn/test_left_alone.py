@@ -11,13 +11,7 @@ from torch.nn.utils import prune
 
 from sparsekd.nn import sparse_modules, sparsify, survey
 
-
-@pytest.fixture(autouse=True)
-def no_unexpected_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "no weight is left in some output channels")
-        yield
+pytestmark = pytest.mark.usefixtures("no_unexpected_warnings")
 
 
 class Wider(nn.Linear):

@@ -6,7 +6,6 @@ import collections
 import copy
 import dataclasses
 import functools
-import socket
 import types
 import weakref
 
@@ -186,17 +185,6 @@ def test_a_model_that_runs_its_layers_from_a_list_equals_dense_and_trains():
         torch.testing.assert_close(layer.values.grad, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def group():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def fsdp1(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -222,7 +210,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("process_group")
 def test_wrappers_are_refused_by_name(name, nested):
     for call, layer in ((skd.sparsify, nn.Linear(8, 8)), (skd.densify, SparseLinear(8, 8))):
         if name.startswith("F") and call is skd.densify:

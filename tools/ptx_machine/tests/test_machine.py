@@ -315,7 +315,7 @@ def test_copies_fill_up_with_zeros() -> None:
 
 
 def shadow_of(*events: tuple[str, int, int, int, int]) -> list[bool]:
-    """Say of accesses (kind, thread, barriers of the block, of the warp, granule) which race."""
+    """List which accesses race: (kind, thread, barriers of the block, of the warp, granule)."""
     shadow = Shadow(4, warps=2, lenient=False)
     found = []
     for kind, thread, block, warp, granule in events:
