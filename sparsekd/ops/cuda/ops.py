@@ -6,20 +6,18 @@ nothing waits for the device, except where a structure is seen for the first tim
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from sparsekd import cuda_library
-from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.gpu import gather_plans
 from sparsekd.ops.gpu.convolution import conv_of, new_input_gradient
 from sparsekd.ops.gpu.gather_plans import GatherPlan
-from sparsekd.ops.gpu.structure import find_structure, structure_of
+from sparsekd.ops.gpu.growth import FreePositions
+from sparsekd.ops.gpu.structure import structure_of
 from sparsekd.ops.memory_format import memory_format_of, pixels
 
 _library = cuda_library.load()
@@ -185,25 +183,17 @@ def linear_wgrad(
     return conv2d_wgrad(pixels(grad), pixels(x), crow, col, [*weight_shape, 1, 1], *_POINTWISE)
 
 
-class LargestK:
+class LargestK(FreePositions):
     """The k best positions outside a structure, over rectangles of scores."""
 
     def __init__(
         self, crow: Tensor, col: Tensor, rows: int, cols: int, k: int, dtype: torch.dtype
     ) -> None:
-        structure = find_structure(crow, col, rows, cols)
-        free = rows * cols - col.shape[0]
-        if not 0 <= k <= free:
-            raise ShapeError(f"k: expected 0 <= k <= {free} free positions, got {k}")
-        self._cols, self._taken = cols, (structure.rows(), structure.cols())
-        self._best = col.new_zeros(k, dtype=torch.int64)
-        self._nan = col.new_zeros(1)
-        self._lock = threading.Lock()  # one offer after the other
+        super().__init__(crow, col, rows, cols, k, empty=0, nan=col.new_zeros(1))
 
     def offer(self, scores: Tensor, row: int, col: int, magnitude: bool) -> None:
+        self._check_device(scores)
         scores, k, device = scores.contiguous(), self._best.shape[0], self._best.device
-        if scores.device != device:
-            raise UnsupportedError(f"score: expected device {device}, got {scores.device}")
         keys = self._best.new_empty(k + scores.numel())
         _library.run(
             "grow_keys", device, scores.dtype, scores, row, scores.shape[0], col, scores.shape[1],
@@ -215,9 +205,3 @@ class LargestK:
             best = torch.zeros_like(self._best)
             _library.run("grow_select", device, keys.shape[0], keys, k, best, scratch, self._nan)
             self._best = best
-
-    def positions(self) -> Tensor:
-        if self._nan.item():
-            raise ValueError("score: NaN among the positions that could grow")
-        found = self._best[self._best != 0]
-        return (~found & 0xFFFFFFFF).sort().values

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
-from sparsekd.errors import ShapeError, UnsupportedError
+from sparsekd.errors import UnsupportedError
 from sparsekd.kernels import grow
-from sparsekd.ops.gpu.structure import find_structure
+from sparsekd.ops.gpu.growth import FreePositions
 
 
-class LargestK:
+class LargestK(FreePositions):
     """The k best positions outside a structure, over rectangles of scores."""
 
     def __init__(
         self, crow: Tensor, col: Tensor, rows: int, cols: int, k: int, dtype: torch.dtype
     ) -> None:
-        structure = find_structure(crow, col, rows, cols)
-        free = rows * cols - col.shape[0]
-        if not 0 <= k <= free:
-            raise ShapeError(f"k: expected 0 <= k <= {free} free positions, got {k}")
+        nan = torch.zeros((), dtype=torch.bool, device=col.device)
+        super().__init__(crow, col, rows, cols, k, empty=grow.TAKEN, nan=nan)
         if rows * cols > 1 << 32:
             raise UnsupportedError(
                 f"score: backend 'triton' supports weights of up to 2^32 positions to grow from, "
                 f"got {rows} x {cols}"
             )
-        self._cols, self._taken = cols, (structure.rows(), structure.cols())
-        self._best = torch.full((k,), grow.TAKEN, dtype=torch.int64, device=col.device)
-        self._nan = torch.zeros((), dtype=torch.bool, device=col.device)
-        self._lock = threading.Lock()  # one offer after the other
 
     def offer(self, scores: Tensor, row: int, col: int, magnitude: bool) -> None:
-        if scores.device != self._best.device:
-            raise UnsupportedError(
-                f"score: expected device {self._best.device}, got {scores.device}"
-            )
+        self._check_device(scores)
         if not scores.numel():
             return
         keys = self._best.new_empty(len(self._best) + scores.numel())
@@ -60,9 +49,3 @@ class LargestK:
                 *self._taken, keys, nnz, row, rows, col, cols,
                 TAKEN=grow.TAKEN, BLOCK=grow.BLOCK,
             )  # fmt: skip
-
-    def positions(self) -> Tensor:
-        if self._nan.item():
-            raise ValueError("score: NaN among the positions that could grow")
-        found = self._best[self._best != grow.TAKEN]
-        return (~found & 0xFFFFFFFF).sort().values
