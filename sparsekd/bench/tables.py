@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from sparsekd.bench.layers import RIVALS_FROM
 from sparsekd.bench.race import Field, is_ours
 from sparsekd.bench.results import Results
-from sparsekd.terminal import Columns
 from sparsekd.train import Row
 
 
@@ -29,9 +31,21 @@ class Grid:
     lines: list[list[str]] = field(default_factory=list)
     note: str = ""
 
-    def rich(self) -> Columns:
+    def rich(self) -> Table:
         """Return it for a terminal."""
-        return Columns(self.header, self.lines, self.title, self.note)
+        result = Table(
+            title=self.title,
+            title_justify="left",
+            caption=self.note or None,
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        for number, name in enumerate(self.header):
+            result.add_column(name, justify="right" if number else "left", no_wrap=not number)
+        for line in self.lines:
+            result.add_row(*line)
+        return result
 
     def markdown(self) -> str:
         """Return it as Markdown."""
