@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -10,14 +11,41 @@ from torch import Tensor, nn
 
 from sparsekd import models
 from sparsekd.bench.cases import NETWORKS, LayerCase, ModelCase, dense_ends
+from sparsekd.bench.suite import BenchConfig
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 MODELS = {name: ModelCase(name) for name in NETWORKS}
+STEP_CASES = (
+    ModelCase("resnet18"),
+    ModelCase("wrn22_2"),
+    ModelCase("resnet50", batch=64),
+    ModelCase("resnet20", (1, 28, 28)),
+    ModelCase("resnet20", (1, 8, 8), batch=64),
+    ModelCase("vgg16_bn"),
+)
+"""Large and small networks on large and small maps, whose steps are held against dense ones."""
 LINEAR_LAYERS = (
     LayerCase("linear", 2048, 1000, batch=128),
     LayerCase("linear", 1024, 1024, batch=512),
     LayerCase("linear", 768, 3072, batch=2048),
 )
+
+
+def step_cases(config: BenchConfig) -> Iterator[ModelCase]:
+    """Iterate over the networks of `STEP_CASES` that a config names, by default all of them.
+
+    A network or image size that is not among them is taken as the config gives it.
+
+    Example:
+        >>> [case.title for case in step_cases(BenchConfig(networks=("resnet20",)))]
+        ['resnet20 28x28', 'resnet20 8x8 b64']
+    """
+    for name in config.networks or dict.fromkeys(case.name for case in STEP_CASES):
+        known = [case for case in STEP_CASES if case.name == name]
+        if config.input_shape is not None:
+            known = [case for case in known if case.input_shape == config.input_shape]
+        for case in known or [ModelCase(name, config.input_shape or (3, 32, 32))]:
+            yield replace(case, batch=config.batch or case.batch)
 
 
 @cache

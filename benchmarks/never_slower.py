@@ -1,141 +1,151 @@
-"""Is a training step ever slower than dense? And could other choices have made it faster?
+"""Is a training step ever slower than dense, on the path that a user gets by default?
 
-For each network and sparsity: whole training steps (forward, loss, backward, SGD with momentum),
-sparse against dense in both layouts, interleaved in one process on the same threads with the same
-allocator setting. The first convolution and the last linear layer stay dense. With --regret,
-instead, every pass of every layer is timed both ways on the operands of a real step, and what the
-measured choices take is compared with what the best ones would. One JSON line per network and
-sparsity goes to --out; lines that are there already are not measured again. --help lists the
-options.
+Whole steps (forward, loss, backward, SGD) of six networks from 0 to 98 % sparsity: made sparse by
+`sparsify` and prepared by `optimize`, both with their defaults, against dense in both layouts and
+in bfloat16, and against the same sparse network without `optimize`; all in turns in one process.
+The report lists every cell that is more than 2 % slower than one of the two. Rows are written as
+sparsities finish, and the same command goes on after a stop.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import torch
+import typer
 
-import sparsekd as skd
-from benchmarks.cases import MODELS
-from sparsekd.bench.cases import BASELINES
-from sparsekd.bench.steps import STEP_COMPETITORS, StepProblem, step_problem
-from sparsekd.ops import observe
-from sparsekd.ops.cpu import cpp, dense
-from sparsekd.ops.dispatch.choices import surroundings
-from sparsekd.ops.dispatch.decisions import decide
-from sparsekd.timing import interleave
+from benchmarks.arena.competitors import MAIN, STEPS
+from benchmarks.cases import step_cases
+from sparsekd.bench.command import command
+from sparsekd.bench.results import Results
+from sparsekd.bench.steps import StepProblem, StepRace, step_problem
+from sparsekd.bench.suite import BenchConfig, Suite, step_races
+from sparsekd.bench.tables import Grid, cell, percent, shortfall_grid
+from sparsekd.nn import sparsify
+from sparsekd.train import Row
 
-PASSES = (
-    *(f"conv2d{p}" for p in ("", "_dgrad", "_wgrad")),
-    *(f"linear{p}" for p in ("", "_dgrad", "_wgrad")),
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+COMPETITORS = {name: STEPS[name] for name in STEPS if name in (*MAIN, "dense_bf16")}
+ALLOWED = 1.02
+_LEVEL = "default"
+
+
+class DefaultRace(StepRace):
+    """A race over steps of a network that `sparsify` made sparse with its defaults."""
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """Level, case and operation."""
+        return (_LEVEL, self.case.title, "step")
+
+    def problem(self, sparsity: float) -> StepProblem:
+        """Build what all competitors are given."""
+        return step_problem(self.case, sparsity, sparsify)
+
+
+class Cell(NamedTuple):
+    """The steps of a network at a sparsity.
+
+    Args:
+        case: the network.
+        sparsity: of the whole network.
+        dense_ms: of the better float32 layout.
+        bf16: time of dense in bfloat16 over that; None where it was not timed.
+        plain: likewise, of the sparse network as it is.
+        optimized: likewise, after `optimize`.
+        over_plain: time after `optimize` over that before.
+    """
+
+    case: str
+    sparsity: float
+    dense_ms: float
+    bf16: float | None
+    plain: float
+    optimized: float
+    over_plain: float
+
+    @property
+    def slower(self) -> bool:
+        """Whether what a user gets loses by more than the allowed 2 %."""
+        return max(self.optimized, self.over_plain) > ALLOWED
+
+
+def cells(results: Results) -> list[Cell]:
+    """Evaluate the rows of each network and sparsity whose three times are there."""
+    found = []
+    for case in results.cases(_LEVEL):
+        bf16 = results.speedup(results.find(_LEVEL, case, "step", "dense_bf16"))
+        for sparsity in results.sparsities(_LEVEL):
+            plain, ours = (
+                results.find(_LEVEL, case, "step", name, sparsity)
+                for name in ("sparsekd", "sparsekd_optimized")
+            )
+            dense = results.dense(ours) if ours else None
+            if plain and ours and dense and plain["ms"] and ours["ms"]:
+                found.append(
+                    Cell(
+                        case,
+                        sparsity,
+                        dense["ms"],
+                        1 / bf16 if bf16 else None,
+                        _ratio(plain, dense),
+                        _ratio(ours, dense),
+                        _ratio(ours, plain),
+                    )
+                )
+    return found
+
+
+def _ratio(one: Row, other: Row) -> float:
+    """Return the median ratio of turns that followed each other: drift meets both of a turn."""
+    return statistics.median(a / b for a, b in zip(one["times"], other["times"], strict=False))
+
+
+def _grids(results: Results) -> list[Grid | None]:
+    found = cells(results)
+    header = ["network, sparsity", "dense, ms", "dense bf16", "plain", "optimized", "over plain"]
+    every = Grid(
+        "Time of a step over float32 dense in its better layout",
+        header,
+        [_line(one) for one in found],
+        note="Below 1 is faster. Plain is `sparsify` alone; over plain is the time with `optimize` "
+        "over that without.",
+    )
+    slower = [one for one in found if one.slower]
+    check = Grid(
+        f"{len(slower)} of {len(found)} cells are over {ALLOWED} of dense or of plain",
+        header,
+        [_line(one) for one in slower],
+    )
+    return [every, check, shortfall_grid(results)] if found else [shortfall_grid(results)]
+
+
+def _line(one: Cell) -> list[str]:
+    return [
+        f"{one.case}, {percent(one.sparsity)}",
+        f"{one.dense_ms:.1f}",
+        cell(one.bf16, ".2f"),
+        *(f"{ratio:.3f}" for ratio in (one.plain, one.optimized, one.over_plain)),
+    ]
+
+
+def _steps(config: BenchConfig) -> Iterator[StepRace]:
+    chosen = config.chosen(COMPETITORS, COMPETITORS)
+    for case in step_cases(config):
+        sparsities = config.sparsities or SPARSITIES
+        yield from step_races(DefaultRace, case, sparsities, chosen, config.rounds or 7)
+
+
+NEVER_SLOWER = Suite(
+    title="Never slower than dense",
+    command="python -m benchmarks.never_slower",
+    help="Time training steps on the default path against dense; list the cells that lose.",
+    levels={_LEVEL: _steps},
+    competitors=tuple(COMPETITORS),
+    grids=_grids,
+    figures=lambda results: {},
 )
 
-
-class Passes:
-    """Listen to the passes of a step; with `rounds`, time each both ways."""
-
-    def __init__(self, rounds: int = 0) -> None:
-        self.rounds = rounds
-        self.chosen: list[str] = []
-        self.times: list[dict[str, float]] = []
-
-    def on_call(self, op: str, args: tuple[Any, ...]) -> None:
-        """Note which backend is chosen for a call, and what each takes."""
-        if op not in PASSES:
-            return
-        self.chosen.append(decide(op, args).backend)
-        if self.rounds:
-            ways = {"cpp": getattr(cpp, op), "dense": getattr(dense, op)}
-            calls = {name: partial(run, *args) for name, run in ways.items()}
-            times = interleave(calls, self.rounds, settle=True)
-            self.times.append({name: statistics.median(taken) for name, taken in times.items()})
-
-
-def listened(step: Callable[[], object], rounds: int = 0) -> Passes:
-    """Run a step and return what its passes were."""
-    passes = Passes(rounds)
-    observe.listeners.add(passes)
-    step()
-    observe.listeners.discard(passes)
-    return passes
-
-
-def compare(given: StepProblem, rounds: int) -> dict[str, Any]:
-    """Time steps of a sparse model and of its dense twins."""
-    steps = {name: STEP_COMPETITORS[name].build(given).call for name in (*BASELINES, "sparsekd")}
-    chosen = listened(steps["sparsekd"]).chosen  # where nothing is known yet, this measures
-    times = interleave(steps, rounds, settle=True)
-    times["sparse"] = times.pop("sparsekd")
-    median = {name: statistics.median(taken) for name, taken in times.items()}
-    best = min(BASELINES, key=median.__getitem__)
-    ratios = sorted(s / d for s, d in zip(times["sparse"], times[best], strict=True))
-    return {
-        "ms": {name: round(value, 2) for name, value in median.items()},
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_spread": [round(ratios[0], 4), round(ratios[-1], 4)],
-        "dense_share": round(chosen.count("dense") / len(chosen), 3),
-        "rounds": rounds,
-    }
-
-
-def regret(given: StepProblem, rounds: int) -> dict[str, Any]:
-    """Compare the measured choices with the best ones, pass by pass."""
-    step = STEP_COMPETITORS["sparsekd"].build(given).call
-    step()
-    passes = listened(step, rounds)
-    taken = sum(t[name] for t, name in zip(passes.times, passes.chosen, strict=True))
-    best = sum(min(t.values()) for t in passes.times)
-    return {
-        "passes": len(passes.times),
-        "chosen_ms": round(taken, 2),
-        "best_ms": round(best, 2),
-        "all_sparse_ms": round(sum(t["cpp"] for t in passes.times), 2),
-        "all_dense_ms": round(sum(t["dense"] for t in passes.times), 2),
-        "regret": round(taken / best - 1, 4),
-        "dense_share": round(passes.chosen.count("dense") / len(passes.chosen), 3),
-        "rounds": rounds,
-    }
-
-
-def main() -> None:
-    """Measure and print one line per network and sparsity."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--sparsity", default="0,0.5,0.7,0.8,0.9,0.95,0.98")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--regret", action="store_true", help="time every pass both ways")
-    parser.add_argument("--out", type=Path, help="JSONL file to append to and go on from")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    skd.keep_memory_warm()
-    done = set()
-    if options.out and options.out.exists():
-        rows = map(json.loads, options.out.read_text().splitlines())
-        done = {(row["what"], row["model"], row["sparsity"], row["batch"]) for row in rows}
-    what = "regret" if options.regret else "step"
-    for name in options.models.split(","):
-        for sparsity in map(float, options.sparsity.split(",")):
-            if (what, name, sparsity, options.batch) in done:
-                continue
-            given = step_problem(replace(MODELS[name], batch=options.batch), sparsity)
-            measure = regret if options.regret else compare
-            row = {"what": what, "model": name, "sparsity": sparsity, "batch": options.batch}
-            row |= measure(given, options.rounds)
-            row |= {"threads": options.threads, "machine": surroundings()}
-            print({key: row[key] for key in row if key not in ("machine", "what")}, flush=True)
-            if options.out:
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(command(NEVER_SLOWER, "runs/never_slower"))

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from sparsekd import diagnose, models, ops, terminal
+from sparsekd.analysis.command import app as analysis
 from sparsekd.bench.command import command as bench_command
 from sparsekd.bench.suite import SUITE
 from sparsekd.errors import SparsekdError
@@ -231,6 +232,7 @@ def recipes(
 
 
 app.command("bench")(bench_command(SUITE, "runs/bench"))
+app.add_typer(analysis, name="analyze")
 
 
 @app.command()

@@ -59,6 +59,29 @@ def single_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def panel_grid(panels: int, xlabel: str, ylabel: str) -> tuple[Figure, list[Axes]]:
+    """Make a figure of panels, three a line at most, with labels at its left and lower edge.
+
+    Example:
+        >>> len(panel_grid(4, "sparsity", "accuracy")[1])
+        4
+    """
+    columns = min(3, panels)
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(4.0 * columns + 0.4, 3.4 * lines + 0.5), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for number, axes in enumerate(grid):
+        if number >= panels:
+            axes.remove()
+            continue
+        clean(axes)
+        if number % columns == 0:
+            axes.set_ylabel(ylabel)
+        if number + columns >= panels:  # nothing below it
+            axes.set_xlabel(xlabel)
+    return figure, grid[:panels]
+
+
 def clean(axes: Axes) -> None:
     """Draw a faint grid and no frame."""
     axes.grid(True, color="#dddddd", linewidth=0.6)

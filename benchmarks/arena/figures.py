@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.arena.tables import best_steps, fit, roofline_rows, waterfall_label
+from benchmarks.arena.tables import (
+    best_steps,
+    density_line,
+    density_points,
+    roofline_rows,
+    waterfall_label,
+)
 from benchmarks.arena.waterfall import PARTS
 from sparsekd.bench.figures import LOSES
 from sparsekd.bench.results import Results
-from sparsekd.plots import COLORS, MARKERS, single_axes
+from sparsekd.bench.tables import percent
+from sparsekd.plots import COLORS, MARKERS, line_style, panel_grid, single_axes
+
+_FITTED = 0.205  # the densities that the line is fitted to, and a little room
+_LINES = {"sparsekd_optimized": "optimize()", "sparsekd": "plain"}
 
 
 def roofline(results: Results) -> Figure | None:
@@ -82,51 +91,64 @@ def flops_and_time(results: Results) -> Figure | None:
     if not pairs:
         return None
     figure, axes = single_axes(
-        "FLOPs saved and time saved, whole training steps", "share of FLOPs saved", "of time saved"
+        "FLOPs saved and time saved, whole training steps",
+        "share of FLOPs saved",
+        "share of time saved",
     )
+    named: set[float] = set()
     for number, case in enumerate(results.cases("step")):
         group = [(row, dense) for row, dense, _ in pairs if row["case"] == case]
-        if group:
-            axes.plot(
-                [1 - row["flops"] / dense["flops"] for row, dense in group],
-                [1 - row["ms"] / dense["ms"] for row, dense in group],
-                color=COLORS[number % len(COLORS)],
-                marker=MARKERS[number % len(MARKERS)],
-                label=case,
-            )
+        points = [
+            (1 - row["flops"] / dense["flops"], 1 - row["ms"] / dense["ms"]) for row, dense in group
+        ]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), label=case, **line_style(number))
+        for (row, _), point in zip(group, points, strict=True):
+            if row["sparsity"] not in named:  # networks of one sparsity lie above each other
+                named.add(row["sparsity"])
+                axes.annotate(
+                    percent(row["sparsity"]), point, (-6, 4), textcoords="offset points",
+                    ha="right", fontsize=7,
+                )  # fmt: skip
     axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", label="all of it")
-    axes.axhspan(-10, 0, **LOSES)
-    axes.set(xlim=(0, 1), ylim=(min(-0.05, axes.get_ylim()[0]), 1))
+    low = min(-0.05, axes.get_ylim()[0])  # before the shading, which moves it
+    axes.axhspan(low, 0, **LOSES)
+    axes.set(xlim=(0, 1), ylim=(low, 1))
     axes.legend(fontsize=8)
     return figure
 
 
 def time_and_density(results: Results) -> Figure | None:
-    """Plot a step's time over dense's against density, with the line fitted through it."""
-    figure, axes = single_axes(
-        "A step's time against density", "density of the sparse layers", "time, dense = 1"
-    )
-    drawn = 0
-    for number, case in enumerate(results.cases("step")):
-        for competitor in ("sparsekd_optimized", "sparsekd"):
-            rows = [
-                r for r in results.rows("step", name=competitor, case=case) if r["ms"] is not None
-            ]
-            dense = results.dense_ms(rows[0]) if rows else None
-            points = [(1 - row["sparsity"], row["ms"] / (dense or 1)) for row in rows]
-            line = fit(points)
-            if line is None or dense is None:
-                continue
-            style: dict[str, Any] = {"color": COLORS[number % len(COLORS)]}
-            label = f"{case}: {line.intercept:.3f} + {line.slope:.2f} density, R² {line.r2:.3f}"
-            axes.plot(*zip(*points, strict=True), MARKERS[number % len(MARKERS)], **style)
-            ends = [0.0, min(0.2, max(density for density, _ in points))]
-            axes.plot(ends, [line.intercept + line.slope * x for x in ends], label=label, **style)
-            drawn += 1
-            break
-    if not drawn:
+    """Plot a step's time over dense's against density with the fitted lines, a panel a network."""
+    cases = [
+        case
+        for case in results.cases("step")
+        if any(density_line(results, case, name)[0] for name in _LINES)
+    ]
+    if not cases:
         return None
-    axes.axhspan(1, max(1.05, axes.get_ylim()[1]), **LOSES)
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.legend(fontsize=8)
+    figure, panels = panel_grid(len(cases), "density of the sparse layers", "time, dense = 1")
+    for axes, case in zip(panels, cases, strict=True):
+        axes.set_title(case, fontsize=10)
+        for number, name in enumerate(_LINES):
+            _plot_line(axes, results, case, name, COLORS[number], MARKERS[number])
+        bf16 = results.speedup(results.find("step", case, "step", "dense_bf16"))
+        if bf16 is not None:
+            axes.axhline(1 / bf16, color="#666666", linestyle=":", label="dense, bfloat16")
+        top = max(1.05, axes.get_ylim()[1])
+        axes.axhspan(1, top, **LOSES)
+        axes.set(xlim=(0, _FITTED * 1.05), ylim=(0, top))
+        axes.legend(fontsize=7, loc="upper left", framealpha=0.8)
     return figure
+
+
+def _plot_line(axes: Axes, results: Results, case: str, name: str, color: str, marker: str) -> None:
+    line, _ = density_line(results, case, name)
+    if line is None:
+        return
+    points = [one for one in density_points(results, case, name) if one[0] <= _FITTED]
+    axes.plot(*zip(*points, strict=True), linestyle="", marker=marker, color=color)
+    label = f"{_LINES[name]}: {line.intercept:.3f} + {line.slope:.2f} d"
+    ends = [0.0, _FITTED]
+    axes.plot(ends, [line.intercept + line.slope * x for x in ends], color=color, label=label)

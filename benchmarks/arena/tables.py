@@ -209,23 +209,26 @@ def density_grid(results: Results) -> Grid | None:
             "per 10 % of density, ms",
             "R²",
             "intercept / dense",
+            "slope / dense",
+            "limit",
         ],
         note="Least squares from 80 % sparsity on; below, some layers run dense. The intercept is "
-        "what a step costs without any multiplication in the sparse layers.",
+        "what a step costs without any multiplication in the sparse layers, and the limit how many "
+        "times faster than dense that would be.",
     )
     for case in results.cases("step"):
         for name in OURS:
-            rows = [r for r in results.rows("step", name=name, case=case) if r["ms"] is not None]
-            line = fit([(1 - row["sparsity"], row["ms"]) for row in rows])
-            dense = results.dense_ms(rows[-1]) if rows else None
+            line, dense = density_line(results, case, name)
             if line and dense:
                 grid.lines.append(
                     [
                         f"{case}, {STEPS[name].label}",
-                        f"{line.intercept:.1f}",
-                        f"{line.slope / 10:.1f}",
+                        f"{line.intercept * dense:.1f}",
+                        f"{line.slope * dense / 10:.1f}",
                         f"{line.r2:.3f}",
-                        f"{line.intercept / dense:.2f}",
+                        f"{line.intercept:.2f}",
+                        f"{line.slope:.2f}",
+                        cell(1 / line.intercept if line.intercept > 0 else None, ".1f", "x"),
                     ]
                 )
     return grid if grid.lines else None
@@ -237,6 +240,26 @@ class Line(NamedTuple):
     intercept: float
     slope: float
     r2: float
+
+
+def density_points(results: Results, case: str, name: str) -> list[tuple[float, float]]:
+    """List (density, time over that of the better dense layout) of a competitor's steps.
+
+    Each time is held against dense as it was timed in turns with it.
+    """
+    speedups = [
+        (1 - row["sparsity"], results.speedup(row))
+        for row in results.rows("step", name=name, case=case)
+    ]
+    return sorted((density, 1 / speedup) for density, speedup in speedups if speedup)
+
+
+def density_line(results: Results, case: str, name: str) -> tuple[Line | None, float | None]:
+    """Fit the line of a competitor's steps over dense ones; return it and the dense time in ms."""
+    rows = results.rows("step", name=name, case=case)
+    dense = [ms for ms in map(results.dense_ms, rows) if ms is not None]
+    line = fit(density_points(results, case, name))
+    return line, statistics.median(dense) if dense else None
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Line | None:

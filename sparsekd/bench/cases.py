@@ -14,6 +14,7 @@ from sparsekd import models
 from sparsekd.errors import UnsupportedError
 
 BATCH = 128  # of the published figures; names mention only others
+_IMAGE = (32, 32)  # likewise
 NETWORKS = ("resnet18", "resnet50", "resnet20", "wrn22_2", "vgg16_bn")
 # What speed-ups refer to: eager float32 torch, in the better layout of a case. Compiled and
 # bfloat16 dense are competitors of their own, shown beside it.
@@ -122,7 +123,9 @@ class ModelCase:
     @property
     def title(self) -> str:
         """What rows and figures call the network."""
-        return f"{self.name}{_batch(self.batch)}"
+        size = self.input_shape[1:]
+        images = "" if size == _IMAGE else f" {size[0]}x{size[1]}"
+        return f"{self.name}{images}{_batch(self.batch)}"
 
     def build(self, seed: int = 0) -> nn.Module:
         """Build the dense network from a seed of its own."""

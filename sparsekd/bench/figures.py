@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 from sparsekd.bench.race import Field
 from sparsekd.bench.results import Results
 from sparsekd.bench.tables import geomeans, layer_cases, percent
-from sparsekd.plots import COLORS, clean, line_style, single_axes, sparsity_axis, stretched
+from sparsekd.plots import COLORS, line_style, panel_grid, single_axes, sparsity_axis, stretched
 
 LOSES: dict[str, Any] = {"color": "#d55e00", "alpha": 0.08, "linewidth": 0}
 """How the region where dense wins is shaded."""
@@ -55,13 +55,10 @@ def speedup_models(results: Results, competitors: Field) -> Figure | None:
     cases, sparsities = results.cases("step"), results.sparsities("step")
     if not cases or not sparsities:
         return None
-    columns = min(3, len(cases))
-    lines = -(-len(cases) // columns)
-    figure = Figure(figsize=(4.0 * columns + 0.4, 3.4 * lines + 0.5), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
+    figure, panels = panel_grid(len(cases), "sparsity", "times faster than dense,\nbetter layout")
     sparse = [competitor for competitor in competitors.values() if competitor.sparse]
     shown: dict[str, Line2D] = {}
-    for axes, case in zip(grid.flat, cases, strict=False):
+    for axes, case in zip(panels, cases, strict=True):
         for number, competitor in enumerate(sparse):
             line = _plot_speedups(
                 axes, results, "step", case, competitor.name, **line_style(number)
@@ -74,12 +71,8 @@ def speedup_models(results: Results, competitors: Field) -> Figure | None:
                 line = axes.axhline(speedup, color="#666666", linestyle=dashes)
                 shown.setdefault(competitors[name].label, line)
         axes.set_title(case, fontsize=10)
-        clean(axes)
         sparsity_axis(axes, sparsities, percent, fontsize=8)
         _mark_losses(axes)
-    for axes in list(grid.flat)[len(cases) :]:
-        axes.set_axis_off()
-    grid[0, 0].set_ylabel("times faster than dense, better layout")
     handles, labels = list(shown.values()), list(shown)
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     return figure

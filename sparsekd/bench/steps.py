@@ -24,6 +24,7 @@ from sparsekd.train import CrossEntropy, Row, to_channels_last
 from sparsekd.train.step_time import training_step
 
 Tensors = dict[str, Tensor]
+MakeSparse = Callable[[nn.Module, float], object]
 _VALUES = ("weight", "values", "W_val")  # what packages call a layer's trainable weights
 
 
@@ -49,8 +50,15 @@ class StepProblem:
         return {name: module.topology.mask() for name, module in sparse_modules(self.model)}
 
 
-def step_problem(case: ModelCase, sparsity: float) -> StepProblem:
-    """Build a network with uniform sparsity and dense ends, and a batch, the same ones every time.
+def step_problem(
+    case: ModelCase, sparsity: float, make_sparse: MakeSparse | None = None
+) -> StepProblem:
+    """Build a sparse network and a batch, the same ones every time.
+
+    Args:
+        case: the network.
+        sparsity: of its sparse layers.
+        make_sparse: makes the network sparse in place; by default uniformly, with dense ends.
 
     Example:
         >>> from sparsekd.bench.cases import ModelCase
@@ -63,9 +71,13 @@ def step_problem(case: ModelCase, sparsity: float) -> StepProblem:
     with torch.no_grad():
         classes = model.eval()(x[:1]).shape[-1]
     y = torch.randint(0, classes, (case.batch,), generator=generator)
-    ends = dense_ends(model.train())
-    sparsify(model, sparsity=sparsity, distribution="uniform", skip=ends, init="sparse")
+    (make_sparse or _uniform)(model.train(), sparsity)
     return StepProblem(case, model, x, y)
+
+
+def _uniform(model: nn.Module, sparsity: float) -> None:
+    ends = dense_ends(model)
+    sparsify(model, sparsity=sparsity, distribution="uniform", skip=ends, init="sparse")
 
 
 @torch.no_grad()
@@ -216,10 +228,14 @@ class StepRace(Race):
         trim()
         return super().measure()
 
+    def problem(self, sparsity: float) -> StepProblem:
+        """Build what all competitors are given."""
+        return step_problem(self.case, sparsity)
+
     def _problems(self) -> Iterator[_Given]:
         jitter: dict[torch.dtype, dict[str, float]] = {}
         for sparsity in self.sparsities:
-            problem = step_problem(self.case, sparsity)
+            problem = self.problem(sparsity)
             right = [_results(name, problem) for name in BASELINES]
             jitter = jitter or {
                 dtype: _errors(_results(REFERENCE, jittered(problem, dtype)), right[0])

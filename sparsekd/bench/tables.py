@@ -6,12 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from sparsekd.bench.layers import RIVALS_FROM
 from sparsekd.bench.race import Field, is_ours
 from sparsekd.bench.results import Results
+from sparsekd.terminal import Columns
 from sparsekd.train import Row
 
 
@@ -31,21 +29,9 @@ class Grid:
     lines: list[list[str]] = field(default_factory=list)
     note: str = ""
 
-    def rich(self) -> Table:
+    def rich(self) -> Columns:
         """Return it for a terminal."""
-        result = Table(
-            title=self.title,
-            title_justify="left",
-            caption=self.note or None,
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for number, name in enumerate(self.header):
-            result.add_column(name, justify="right" if number else "left", no_wrap=not number)
-        for line in self.lines:
-            result.add_row(*line)
-        return result
+        return Columns(self.header, self.lines, self.title, self.note)
 
     def markdown(self) -> str:
         """Return it as Markdown."""

@@ -1,4 +1,4 @@
-"""The time of one pass, sparse and dense, and the sparsity from which on sparse is faster.
+"""The time of one pass, sparse, dense and in bfloat16, and the sparsity where sparse gets faster.
 
 The cost of a sparse pass is linear in its nonzeros, with a small intercept for reading and writing
 the maps. Times at a few densities give the line; break-even is where it meets the dense time.
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekd._torch import onednn_computes
 from sparsekd.layouts import Tiling
 from sparsekd.ops.checks import geometry
 from sparsekd.ops.dispatch.backends import module
@@ -39,6 +40,9 @@ class PassTimes:
         intercept_ms: of the line that sparse times at several densities lie on.
         full_ms: where that line is at full density.
         reason: why that backend runs it, a rule or a measurement.
+        bf16_ms: with a dense weight on torch's kernels, all in bfloat16; None where the processor
+            has no instructions for it, which makes it slower than float32, or no float32 is
+            computed.
     """
 
     backend: str
@@ -48,26 +52,23 @@ class PassTimes:
     intercept_ms: float
     full_ms: float
     reason: str = ""
+    bf16_ms: float | None = None
 
     @classmethod
     def zero(cls) -> PassTimes:
         """Return zero times, to start a sum from."""
-        return cls("", 0.0, 0.0, 0.0, 0.0, 0.0)
+        return cls("", 0.0, 0.0, 0.0, 0.0, 0.0, bf16_ms=0.0)
 
     def __add__(self, other: PassTimes) -> PassTimes:
-        sparse = (
-            None
-            if self.sparse_ms is None or other.sparse_ms is None
-            else self.sparse_ms + other.sparse_ms
-        )
         return PassTimes(
             other.backend,
             self.ms + other.ms,
             self.dense_ms + other.dense_ms,
-            sparse,
+            _sum(self.sparse_ms, other.sparse_ms),
             self.intercept_ms + other.intercept_ms,
             self.full_ms + other.full_ms,
             other.reason,
+            _sum(self.bf16_ms, other.bf16_ms),
         )
 
     @property
@@ -98,18 +99,36 @@ def time_pass(op: str, args: tuple[Any, ...], backend: str) -> PassTimes:
         name: _call(name, op, args) for name in ("cpp", "dense")
     }
     probes = [_with_density(op, args, shape, density) for density in _DENSITIES]
+    if args[0].dtype == torch.float32 and onednn_computes(torch.bfloat16):
+        ways["bf16"] = _call("dense", op, tuple(map(_in_bf16, args)))
     ways |= {probe[3].shape[0]: _call("cpp", op, probe) for probe in probes}
     times = fastest(interleave(ways, _enough))
     for probe in probes:
         module("cpp").forget(probe[2], probe[3])
     points = {nnz: times["cpp"], **{n: ms for n, ms in times.items() if isinstance(n, int)}}
     intercept, full = _line(points, size)
-    ms = times[backend]
-    return PassTimes(backend, ms, times["dense"], times["cpp"], intercept, full)
+    return PassTimes(
+        backend,
+        times[backend],
+        times["dense"],
+        times["cpp"],
+        intercept,
+        full,
+        bf16_ms=times.get("bf16"),
+    )
 
 
 def _call(name: str, op: str, args: tuple[Any, ...]) -> Callable[[], Tensor]:
     return partial(getattr(module(name), op), *args)
+
+
+def _in_bf16(arg: Any) -> Any:
+    return arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    """Return the sum, None if a part is unknown."""
+    return None if one is None or other is None else one + other
 
 
 def _enough(times: list[list[float]]) -> bool:

@@ -1,4 +1,4 @@
-"""Which kernels run: each pass of each sparse layer timed both ways, and when dense would win."""
+"""Which kernels run: passes of sparse layers, timed sparse and dense; and when dense would win."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsekd._torch import onednn_computes
 from sparsekd.diagnose.breakeven import PassTimes, time_pass
 from sparsekd.diagnose.coverage import Coverage, coverage
 from sparsekd.diagnose.inputs import example_inputs, tensors_in
@@ -23,9 +24,7 @@ from sparsekd.ops import observe
 from sparsekd.ops.dispatch import cache_key
 from sparsekd.ops.dispatch.backends import module
 from sparsekd.ops.dispatch.decisions import decide
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from sparsekd.terminal import Columns
 
 PASSES = {
     f"{kind}{suffix}": name
@@ -70,6 +69,11 @@ class LayerReport:
         return sum(times.dense_ms for times in self.passes.values())
 
     @property
+    def bf16_ms(self) -> float | None:
+        """Time of all passes with a dense weight in bfloat16, None where it was not timed."""
+        return sum(self.passes.values(), start=PassTimes.zero()).bf16_ms
+
+    @property
     def break_even(self) -> float | None:
         """Sparsity from which on the sparse kernels are faster in sum, None if never or unknown."""
         return sum(self.passes.values(), start=PassTimes.zero()).break_even
@@ -99,11 +103,17 @@ class Explanation:
         """Time of the same layers with dense weights."""
         return sum(layer.dense_ms for layer in self.layers)
 
+    @property
+    def bf16_ms(self) -> float | None:
+        """Time of the same layers with dense weights in bfloat16, None where it was not timed."""
+        times = [layer.bf16_ms for layer in self.layers]
+        return None if None in times else sum(ms for ms in times if ms is not None)
+
     def rows(self) -> list[tuple[str, ...]]:
         """Return the cells of the table, its header first."""
         names = ("fprop", "dgrad", "wgrad")
         rows: list[tuple[str, ...]] = [
-            ("layer", "weight", "density", "tiles", *names, "all passes", "break-even")
+            ("layer", "weight", "density", "tiles", *names, "all passes", "bf16", "break-even")
         ]
         for layer in self.layers:
             cells = [_pair(layer.passes.get(name)) for name in names]
@@ -115,10 +125,12 @@ class Explanation:
                     "none" if layer.tile == (1, 1) else "x".join(map(str, layer.tile)),
                     *cells,
                     f"{layer.ms:.3g} / {layer.dense_ms:.3g}",
+                    _number(layer.bf16_ms),
                     _break_even(layer),
                 )
             )
-        rows.append(("total", "", "", "", "", "", "", f"{self.ms:.3g} / {self.dense_ms:.3g}", ""))
+        total = f"{self.ms:.3g} / {self.dense_ms:.3g}"
+        rows.append(("total", *[""] * 6, total, _number(self.bf16_ms), ""))
         return rows
 
     @property
@@ -129,9 +141,20 @@ class Explanation:
             f"Reasons for what runs, and passes: {self._reasons()}\n"
             "Passes: ms sparse / dense, * is what runs. All passes: ms as they run / dense. "
             "Tiles: output x input channels that are there together. "
+            f"{self._bf16()} "
             "Break-even: the sparsity from which on the sparse kernels are faster. "
             f"{self.threads} threads."
         )
+
+    def _bf16(self) -> str:
+        if self.bf16_ms is not None:
+            return "Bf16: all passes dense in bfloat16, as under autocast."
+        if not onednn_computes(torch.bfloat16):
+            return (
+                "Bf16: not timed, as this processor has no instructions for it and dense bfloat16 "
+                "is slower here than dense float32."
+            )
+        return "Bf16: not timed, as no sparse kernels run in float32 on the CPU."
 
     def _reasons(self) -> str:
         reasons = Counter(t.reason for layer in self.layers for t in layer.passes.values())
@@ -149,16 +172,13 @@ class Explanation:
         ]
         return "\n".join([*lines, self.caption])
 
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
+    def __rich__(self) -> Columns:
         header, *rows = self.rows()
-        table = Table(caption=self.caption, caption_justify="left")
-        for number, title in enumerate(header):
-            table.add_column(title, justify="left" if number < 2 else "right", no_wrap=number > 1)
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return Columns(header, rows, note=self.caption, left=2)
+
+
+def _number(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.3g}"
 
 
 def _break_even(layer: LayerReport) -> str:

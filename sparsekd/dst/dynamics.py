@@ -94,8 +94,7 @@ class Dynamics:
         decay: "cosine" lets it fall to 0, "constant" keeps it.
         every: iterations from one update to the next.
         until: share of the run, less the cycles of Sup-tickets, after which the topology rests.
-        prune_from: share of it up to which GMP and GraNet prune nothing.
-        prune_until: share of it at which they have reached their sparsity.
+        prune_until: share of it at which GMP and GraNet have reached their sparsity.
         backward: of Top-KAST, how many times as many weights get a gradient as compute.
 
     Source: Rigging the Lottery (arXiv 1911.11134), section 4.
@@ -108,7 +107,6 @@ class Dynamics:
     until: float = 0.75
     prune_until: float = 0.5
     backward: float = 2.0
-    prune_from: float = 0.0
 
 
 def at_share(share: float, steps: int) -> int:

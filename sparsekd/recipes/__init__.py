@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
-from sparsekd.recipes.experiment import Experiment, build_model, load_data
+from sparsekd.recipes.experiment import Experiment, TrainingRun, build_model, load_data, plan
 from sparsekd.recipes.folder import RunFolder
 from sparsekd.recipes.overrides import override
 from sparsekd.recipes.presets import RECIPES, get
-from sparsekd.recipes.runs import TrainingRun, plan
 
 __all__ = [
     "RECIPES",

@@ -7,20 +7,16 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar, get_type_hints
+from typing import Any, BinaryIO
 
 from sparsekd import ops
-from sparsekd.dst import METHODS
 from sparsekd.errors import CheckpointError
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
-from sparsekd.recipes.presets import RECIPES
 from sparsekd.train import MetricsLog, Row, Training, distributed, write_atomic
-
-T = TypeVar("T")
 
 # More of these may be asked for later; the runs that are there stay valid.
 _GRID = ("methods", "sparsities", "seeds", "first_seed")
@@ -32,9 +28,8 @@ class RunFolder:
     """A folder with config.json, metrics.jsonl, one subfolder per run, and figures.
 
     Opening it again with the same recipe resumes where it stopped; methods, sparsities and seeds
-    may differ from the last time, everything else may not, unless no run reads it. An earlier
-    version's folder goes on as it began: see `as_meant`. In a distributed run every
-    rank opens it, on a file system they share; rank 0 holds the lock and writes.
+    may differ from the last time, everything else may not. In a distributed run every rank
+    opens it, on a file system they share; rank 0 holds the lock and writes.
 
     Args:
         path: the folder; created if missing.
@@ -57,14 +52,12 @@ class RunFolder:
         self.log = MetricsLog(path / "metrics.jsonl")
         self._recipe = recipe
         self._fresh = fresh
-        self._config: Mapping[str, Any] = {}
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> RunFolder:
         if distributed.rank() == 0:
             self._prepare()
         distributed.wait()
-        self._config = self._read_config()
         return self
 
     def _prepare(self) -> None:
@@ -81,10 +74,7 @@ class RunFolder:
             self._clear()
         config = self._read_config()
         self._check_same(config)
-        recipe = _jsonable(_as_meant(self._recipe, config))
-        if _began_earlier(config):
-            del recipe["layers"]  # it goes on as one that began earlier
-        config["recipe"] = recipe
+        config["recipe"] = _jsonable(self._recipe)
         config["sessions"].append(_session())
         write_atomic(self.path / "config.json", json.dumps(config, indent=2).encode() + b"\n")
         self.log.keep(lambda row: True)  # drops a line that a crash cut short
@@ -97,15 +87,6 @@ class RunFolder:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
-
-    def as_meant(self, recipe: Recipe) -> Recipe:
-        """Return a recipe as it was when this folder began, if an earlier version began it.
-
-        Before recipes said which layers a method masks, that was convolutions alone, and recipes
-        that ship had other values in some fields. Where `recipe` asks for nothing else than
-        the one that ships does now, the folder goes on with what it has recorded.
-        """
-        return _as_meant(recipe, self._config)
 
     def model_path(self, run: str) -> Path:
         """Return where a run keeps its final model."""
@@ -143,23 +124,14 @@ class RunFolder:
         if "recipe" not in config:
             return
         # A field that came after this folder was made had its default then.
-        stored = _recorded(config)
-        wanted = _flatten(_jsonable(_as_meant(self._recipe, config)))
-        read = {*stored["methods"], *wanted["methods"]}
-        differ = [
-            name
-            for name in sorted(stored.keys() | wanted.keys())
-            if name not in (*_GRID, "description") and stored.get(name) != wanted.get(name)
-            if not name.startswith("sup.") or any(METHODS[m].superpose for m in read & set(METHODS))
-        ]
-        if differ:
-            what = ", ".join(
-                f"{name}={stored.get(name)!r}, expected {wanted.get(name)!r}" for name in differ
-            )
-            raise CheckpointError(
-                f"{self.path}: holds an experiment with {what}; --set goes on with its values, or "
-                "choose another --out, or --fresh to start over"
-            )
+        stored = _flatten(_jsonable(_DEFAULTS)) | _flatten(config["recipe"])
+        wanted = _flatten(_jsonable(self._recipe))
+        for name in sorted(stored.keys() | wanted.keys()):
+            if name not in (*_GRID, "description") and stored.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"{self.path}: holds an experiment with {name}={stored.get(name)!r}, expected "
+                    f"{wanted.get(name)!r}; choose another --out, or --fresh to start over"
+                )
 
     def _clear(self) -> None:
         if not (self.path / "config.json").exists():
@@ -169,28 +141,6 @@ class RunFolder:
         for folder in (self.path / "figures", *self.path.glob("seed*")):
             if folder.is_dir():
                 shutil.rmtree(folder)
-
-
-def _began_earlier(config: Mapping[str, Any]) -> bool:
-    """Return whether a folder began before recipes said which layers a method masks."""
-    return "recipe" in config and "layers" not in config["recipe"]
-
-
-def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a folder's recipe by dotted names; missing ones as they were then."""
-    before = {"layers": "convolutions"} if _began_earlier(config) else {}
-    return _flatten(_jsonable(_DEFAULTS)) | before | _flatten(config["recipe"])
-
-
-def _as_meant(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
-    if not _began_earlier(config):
-        return recipe
-    now: dict[str, Any] = {"layers": None}
-    if recipe.name in RECIPES:
-        now |= _flatten(_jsonable(RECIPES[recipe.name].with_epochs(recipe.training.epochs)))
-    recorded, wanted = _recorded(config), _flatten(_jsonable(recipe))
-    plain = {name for name in now.keys() - set(_GRID) if now[name] == wanted[name]}
-    return _from_json(Recipe, wanted | {name: recorded[name] for name in plain & recorded.keys()})
 
 
 def _acquire(path: Path) -> BinaryIO:
@@ -219,18 +169,6 @@ def _session() -> dict[str, Any]:
 
 def _jsonable(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe)))
-
-
-def _from_json(kind: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
-    """Build a dataclass, with dataclasses as fields, from values by dotted names."""
-    values: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        if isinstance(hint, type) and is_dataclass(hint):
-            values[name] = _from_json(hint, flat, f"{prefix}{name}.")
-        else:
-            value = flat[f"{prefix}{name}"]
-            values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

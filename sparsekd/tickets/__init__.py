@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from sparsekd.tickets.cycles import Cycles, Superposition
 from sparsekd.tickets.kd import Distillation, DistillationConfig, kd_loss
 from sparsekd.tickets.pipeline import Pipeline
-from sparsekd.tickets.pruning import Masks, collapsed_layers, maskable, prune, prune_further
-from sparsekd.tickets.sup import SupTickets
+from sparsekd.tickets.pruning import Masks, collapsed_layers, prune, prune_further
+from sparsekd.tickets.sup import Cycles, Superposition, SupTickets
 from sparsekd.tickets.superposition import superpose
 from sparsekd.tickets.ticket import make_ticket
 
@@ -21,7 +20,6 @@ __all__ = [
     "collapsed_layers",
     "kd_loss",
     "make_ticket",
-    "maskable",
     "prune",
     "prune_further",
     "superpose",

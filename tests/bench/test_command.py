@@ -84,7 +84,7 @@ def test_a_network_of_ones_own_is_timed(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in lines]
     assert {row["arm"] for row in rows} == {"dense_contiguous", "sparsekd"}
     assert all(row["ms"] > 0 for row in rows)
-    assert {row["case"] for row in rows} == {"their_network:make b4"}
+    assert {row["case"] for row in rows} == {"their_network:make 8x8 b4"}
 
 
 @pytest.mark.parametrize("network", ["no_such_module:make", "sparsekd.models:no_such_function"])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import sparsekd as skd
+from sparsekd._torch import onednn_computes
 from sparsekd.diagnose.breakeven import PassTimes, _line, _with_density, time_pass
 from sparsekd.errors import ShapeError
 from sparsekd.nn import SparseConv2d, SparseLinear
@@ -202,3 +203,35 @@ def test_the_line_goes_through_measured_points() -> None:
     assert _line({10: 3.0}, 200) == (3.0, 3.0)
     intercept, full = _line({10: 3.0, 100: 2.0}, 200)  # noise must not make nonzeros profitable
     assert intercept == full > 0
+
+
+def test_dense_bfloat16_is_timed_beside_sparse_and_dense(monkeypatch) -> None:
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    if not onednn_computes(torch.bfloat16):
+        pytest.skip("this processor has no bfloat16")
+    found = skd.explain(network(), (4, 3, 6, 6))
+    for layer in found.layers:
+        assert layer.bf16_ms is not None
+        assert layer.bf16_ms == pytest.approx(sum(t.bf16_ms or 0 for t in layer.passes.values()))
+        assert layer.bf16_ms > 0
+    assert found.bf16_ms == pytest.approx(sum(layer.bf16_ms or 0 for layer in found.layers))
+    header, *rows = found.rows()
+    assert rows[0][header.index("bf16")] == f"{found.layers[0].bf16_ms:.3g}"
+    assert "dense in bfloat16" in found.caption
+
+
+def test_without_instructions_for_bfloat16_it_is_said_to_be_slower(monkeypatch) -> None:
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    for module in ("breakeven", "explain"):
+        name = sys.modules[f"sparsekd.diagnose.{module}"]
+        monkeypatch.setattr(name, "onednn_computes", lambda dtype: dtype != torch.bfloat16)
+    found = skd.explain(network(), (4, 3, 6, 6))
+    assert found.bf16_ms is None
+    assert {layer.bf16_ms for layer in found.layers} == {None}
+    assert "dense bfloat16 is slower here than dense float32" in found.caption
+
+
+def test_float64_has_no_bfloat16_beside_it() -> None:
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+    found = skd.explain(network().double(), (4, 3, 6, 6))
+    assert {layer.bf16_ms for layer in found.layers} == {None}

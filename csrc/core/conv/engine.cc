@@ -354,6 +354,7 @@ void gather(const GatherCall<T>& call) {
   share(call.threads, s.groups * s.chunks * s.parts, run);
 }
 
+#include "core/conv/sample.inl"
 #include "core/conv/wgrad.inl"
 
 }  // namespace

@@ -1,0 +1,194 @@
+"""The command `sparsekd analyze`: run a study, or go on with it, and draw its figures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib.figure import Figure
+
+from sparsekd import data, terminal
+from sparsekd.analysis import bases, bootstrap, flow
+from sparsekd.analysis.bases import figure as bases_figure
+from sparsekd.analysis.bases.study import PRESETS as BASIS_PRESETS
+from sparsekd.analysis.bootstrap import figure as bootstrap_figure
+from sparsekd.analysis.bootstrap.study import PRESETS as BOOTSTRAP_PRESETS
+from sparsekd.analysis.flow import figure as flow_figure
+from sparsekd.analysis.flow.study import PRESETS as FLOW_PRESETS
+from sparsekd.analysis.folder import StudyFolder
+from sparsekd.errors import DataError, SparsekdError
+from sparsekd.memory import keep_memory_warm
+from sparsekd.plots import save
+from sparsekd.terminal import fail, one_line_errors
+from sparsekd.train import Interrupted, ProgressReporter, Row, StopRequest
+
+app = typer.Typer(
+    help="Study what sparse networks learn: each study resumes, and redraws its figures.",
+    no_args_is_help=True,
+)
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as the command line sees it.
+
+    Args:
+        presets: settings by name.
+        runner: settings, data set, folder -> what runs it.
+        draw: rows -> figures by name.
+        tabulate: rows -> lines of a table, its head first.
+    """
+
+    presets: Mapping[str, Any]
+    runner: Callable[..., Any]
+    draw: Callable[[Sequence[Row]], Mapping[str, Figure]]
+    tabulate: Callable[[Sequence[Row]], list[list[str]]]
+
+
+_Preset = Annotated[str, typer.Option(help="small, in minutes, or full, in hours.")]
+_DataDir = Annotated[Path | None, typer.Option(help="Folder of the data files.")]
+_Out = Annotated[Path, typer.Option(help="Folder of the study.")]
+_Seeds = Annotated[int | None, typer.Option(help="Number of seeds.")]
+_Epochs = Annotated[int | None, typer.Option(help="Epochs of a run.")]
+_Sparsity = Annotated[str | None, typer.Option(help="Sparsities, as 0.9,0.98.")]
+_Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over instead of going on.")]
+_Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
+
+
+_FLOW = Study(FLOW_PRESETS, flow.GradientFlowStudy, flow_figure.figures, flow_figure.table)
+_BASES = Study(BASIS_PRESETS, bases.BasisStudy, bases_figure.figures, bases_figure.table)
+_BOOTSTRAP = Study(
+    BOOTSTRAP_PRESETS, bootstrap.BootstrapStudy, bootstrap_figure.figures, bootstrap_figure.table
+)
+
+
+@app.command("gradient-flow")
+def gradient_flow(
+    preset: _Preset = "small",
+    data_dir: _DataDir = None,
+    sparsity: _Sparsity = None,
+    seeds: _Seeds = None,
+    epochs: _Epochs = None,
+    out: _Out = Path("runs/gradient-flow"),
+    fresh: _Fresh = False,
+    threads: _Threads = None,
+) -> None:
+    """Compare gradient norms, and lottery tickets with the solution they were pruned from."""
+    changes = {"sparsities": sparsity, "seeds": seeds, "epochs": epochs}
+    _run(_FLOW, preset, changes, out, data_dir, fresh, threads)
+
+
+@app.command("bases")
+def generalized_tickets(
+    preset: _Preset = "small",
+    data_dir: _DataDir = None,
+    density: Annotated[str | None, typer.Option(help="Shares to keep, as 0.1,0.02.")] = None,
+    seeds: _Seeds = None,
+    epochs: _Epochs = None,
+    timing: Annotated[bool, typer.Option(help="Time a step of every ticket at the end.")] = True,
+    out: _Out = Path("runs/bases"),
+    fresh: _Fresh = False,
+    threads: _Threads = None,
+) -> None:
+    """Prune and train tickets in six bases: which one needs fewest numbers?"""
+    changes = {"densities": density, "seeds": seeds, "epochs": epochs}
+    last = bases.BasisStudy.time if timing else None
+    _run(_BASES, preset, changes, out, data_dir, fresh, threads, last)
+
+
+@app.command("bootstrap")
+def deep_bootstrap(
+    preset: Annotated[
+        str, typer.Option(help="small, full, or held-out for real images.")
+    ] = "small",
+    data_dir: _DataDir = None,
+    sparsity: _Sparsity = None,
+    seeds: _Seeds = None,
+    out: _Out = Path("runs/bootstrap"),
+    fresh: _Fresh = False,
+    threads: _Threads = None,
+) -> None:
+    """Train on samples that repeat, and on fresh ones: does density change the gap or the speed?"""
+    changes = {"sparsities": sparsity, "seeds": seeds}
+    _run(_BOOTSTRAP, preset, changes, out, data_dir, fresh, threads)
+
+
+def _config(presets: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> Any:
+    """Return a preset with the fields that options name changed."""
+    if name not in presets:
+        raise ValueError(f"--preset: expected one of {', '.join(presets)}, got {name!r}")
+    given = {field: value for field, value in changes.items() if value is not None}
+    for field, value in given.items():
+        if isinstance(value, str):
+            given[field] = _fractions(field, value)
+        elif value < 1:
+            raise ValueError(f"{field}: expected at least 1, got {value}")
+    return replace(presets[name], **given)
+
+
+def _fractions(field: str, text: str) -> tuple[float, ...]:
+    numbers = tuple(float(part) for part in text.split(","))
+    for number in numbers:
+        if not 0 < number < 1:
+            raise ValueError(f"{field}: expected numbers in (0, 1), got {number}")
+    return numbers
+
+
+def _run(
+    study: Study,
+    preset: str,
+    changes: Mapping[str, Any],
+    path: Path,
+    data_dir: Path | None,
+    fresh: bool,
+    threads: int | None,
+    last: Callable[[Any], None] | None = None,
+) -> None:
+    console = terminal.console()
+    with one_line_errors(ValueError):
+        config = _config(study.presets, preset, changes)
+        if threads is not None and threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {threads}")
+    with one_line_errors(SparsekdError, OSError), contextlib.ExitStack() as stack:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        keep_memory_warm()
+        stop = stack.enter_context(StopRequest())
+        dataset = _load(config, data_dir)
+        folder = stack.enter_context(StudyFolder(path, config, fresh=fresh))
+        reporter = stack.enter_context(ProgressReporter(console))
+        try:
+            work = study.runner(config, dataset, folder, reporter=reporter, stop=stop)
+            work.run()
+            if last is not None:
+                last(work)
+        except Interrupted as interruption:
+            typer.echo(f"{interruption}; the same command goes on from {path}")
+            raise typer.Exit(_INTERRUPTED) from None
+        except FloatingPointError as error:
+            fail(error, code=1)
+    rows = folder.rows()
+    head, *lines = study.tabulate(rows)
+    console.print(terminal.Columns(head, lines))
+    for file in [*save(study.draw(rows), path / "figures"), path / "rows.jsonl"]:
+        console.print(str(file), highlight=False, soft_wrap=True)
+
+
+def _load(config: Any, root: Path | None) -> data.Dataset | None:
+    """Load the data set of a study, with as many training images as it asks for."""
+    if config.data == "mixture":
+        return None
+    dataset = data.load(config.data, root=root, val_fraction=0)
+    count = config.train_images
+    if count is None:
+        return dataset
+    if not 1 <= count <= len(dataset.train):
+        raise DataError(f"train_images: expected 1 to {len(dataset.train)}, got {count}")
+    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
+    return replace(dataset, train=dataset.train.subset(order[:count].sort().values))
