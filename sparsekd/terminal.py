@@ -1,24 +1,104 @@
-"""The terminal of all commands: its width, tables that fit it, and errors in one line."""
+"""The terminal of all commands: its width, its threads, tables that fit, errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
+
+from sparsekd.errors import SparsekdError
+
+_THREADS_PER_PROCESSOR = 4
+_WIDEST = 1000
 
 
 def console() -> Console:
     """Return a console for standard output."""
-    # A log file has no width; rich would fold a table at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 110)
+    # A log file has no width; rich would fold a table at 80 columns. Without markup, brackets stay:
+    # `pip install sparsekd[onnx]` is text.
+    return Console(width=None if sys.stdout.isatty() else 110, markup=False)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table with every column whole: lines longer than the terminal is wide wrap there."""
+    unbounded = console.options.update(width=_WIDEST)
+    width = Measurement.get(console, unbounded, table).maximum
+    if width > console.width:
+        terminal = console.is_terminal
+        console = Console(file=console.file, width=width, force_terminal=terminal, markup=False)
+    console.print(table, highlight=False)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of torch's threads; None leaves it.
+
+    Raises:
+        ValueError: it is below 1, or so far above the number of processors that the system would
+            run out of threads.
+    """
+    if threads is None:
+        return
+    processors = os.cpu_count() or 1
+    most = _THREADS_PER_PROCESSOR * processors
+    if not 1 <= threads <= most:
+        raise ValueError(
+            f"--threads: expected at least 1 and at most {most} "
+            f"(this machine has {processors} processors), got {threads}"
+        )
+    torch.set_num_threads(threads)
+
+
+def image_shape(flag: str, text: str) -> tuple[int, int, int]:
+    """Read channels, height and width.
+
+    Raises:
+        ValueError: the text is not three positive numbers; the message names the flag.
+
+    Example:
+        >>> image_shape("--input", "3,32,32")
+        (3, 32, 32)
+    """
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != 3 or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"{flag}: expected channels,height,width, as 3,32,32, got {text!r}")
+    return int(words[0]), int(words[1]), int(words[2])
+
+
+class OneLineGroup(TyperGroup):
+    """Commands whose every error is one line on standard error.
+
+    Mistakes on the command line and errors that sparsekd raises on purpose end with exit status 2,
+    a second Ctrl-C with 130.
+    """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        standalone = options.pop("standalone_mode", True)
+        options["standalone_mode"] = False
+        try:
+            code = super().main(*args, **options)
+        except typer.Abort:
+            code = 130
+        except (SparsekdError, OSError) as error:
+            code = _say(error, 2)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # what a command-line parser raises has one
+                raise
+            code = _show_usage(error)
+        if not standalone:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 _GAP = 2
@@ -110,7 +190,21 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         fail(error, code=2)
 
 
-def fail(error: Exception, code: int) -> NoReturn:
+def fail(error: Exception | str, code: int) -> NoReturn:
     """End the process with an exit status and one line on standard error."""
+    raise typer.Exit(_say(error, code))
+
+
+def _say(error: Exception | str, code: int) -> int:
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(code)
+    return code
+
+
+def _show_usage(error: Any) -> int:
+    """Show what a command-line parser raised: a mistake in one line, or the help asked for."""
+    context, message = getattr(error, "ctx", None), str(error.format_message())
+    if context is not None and message == context.get_help():
+        typer.echo(message)  # a group of commands, called without one
+        return 0
+    command = "sparsekd" if context is None else context.command_path
+    return _say(f"{message.rstrip('.')}; see `{command} --help`", 2)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from sparsekd.bench import machine
@@ -17,7 +16,7 @@ from sparsekd.bench.results import Results
 from sparsekd.bench.runner import run
 from sparsekd.bench.suite import BenchConfig, Suite
 from sparsekd.errors import SparsekdError
-from sparsekd.terminal import console, fail, one_line_errors
+from sparsekd.terminal import console, fail, image_shape, one_line_errors, set_threads
 from sparsekd.train import MetricsLog
 
 _Level = Annotated[str | None, typer.Option(help="What to time, as layer,step.")]
@@ -73,14 +72,13 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
             config = BenchConfig(
                 levels=_words(level),
                 networks=_words(network),
-                input_shape=_image(input_shape),
+                input_shape=None if input_shape is None else image_shape("--input", input_shape),
                 sparsities=tuple(map(float, _words(sparsity) or ())) or None,
                 competitors=_words(competitor),
                 batch=batch,
                 rounds=rounds,
             )
-            if threads is not None:
-                torch.set_num_threads(threads)
+            set_threads(threads)
             if not draw:
                 sessions = suite.sessions(config)
                 # Choices of the dispatcher are those of this run, not of a busy day before it.
@@ -108,12 +106,3 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
 
 def _words(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _image(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    sizes = [int(word) for word in text.split(",")]
-    if len(sizes) != 3:
-        raise ValueError(f"input: expected channels,height,width, got {text!r}")
-    return sizes[0], sizes[1], sizes[2]

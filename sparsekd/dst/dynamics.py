@@ -97,6 +97,9 @@ class Dynamics:
         prune_until: share of it at which GMP and GraNet have reached their sparsity.
         backward: of Top-KAST, how many times as many weights get a gradient as compute.
 
+    Raises:
+        ValueError: a value is out of range.
+
     Source: Rigging the Lottery (arXiv 1911.11134), section 4.
     """
 
@@ -107,6 +110,14 @@ class Dynamics:
     until: float = 0.75
     prune_until: float = 0.5
     backward: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_positive(every=self.every)
+        check_fraction(
+            drop_fraction=self.drop_fraction, until=self.until, prune_until=self.prune_until
+        )
+        if not self.backward >= 1:
+            raise ValueError(f"backward: expected at least 1, got {self.backward}")
 
 
 def at_share(share: float, steps: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sparsekd.dst import Dynamics, find_method
 from sparsekd.errors import UnsupportedError
@@ -127,6 +128,10 @@ class Recipe:
         """Check that every sparsity is one that the layout allows; ValueError otherwise."""
         for sparsity in self.sparsities:
             check_fixed_density(Layout.parse(self.layout), sparsity)
+
+    def with_dynamics(self, **changes: Any) -> Recipe:
+        """Return the recipe with fields of its `dynamics` changed."""
+        return replace(self, dynamics=replace(self.dynamics, **changes))
 
     def with_epochs(self, epochs: int) -> Recipe:
         """Return the recipe at another length, every epoch number scaled in proportion.

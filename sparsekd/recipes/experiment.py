@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
 
-import torch
 from torch import nn
 
-from sparsekd import data, models
+from sparsekd import data
 from sparsekd.diagnose import coverage, flops
 from sparsekd.dst import METHODS
-from sparsekd.errors import DataError
 from sparsekd.layouts import Layout
 from sparsekd.nn import sparse_modules
-from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
+from sparsekd.recipes.building import build_model
+from sparsekd.recipes.config import Recipe
 from sparsekd.recipes.folder import RunFolder
 from sparsekd.tickets import Masks, Pipeline, collapsed_layers
 from sparsekd.train import (
@@ -99,66 +96,6 @@ def _rounds(seed: int, name: str, recipe: Recipe) -> Iterator[TrainingRun]:
         yield TrainingRun(seed, name, round(1 - keep**number, 4), number)
 
 
-def build_model(
-    choice: ModelChoice, dataset: data.Dataset, seed: int, sparsity: float | None = None
-) -> nn.Module:
-    """Build the dense network of a recipe for a data set.
-
-    Args:
-        choice: the network.
-        dataset: gives the number of classes and of input channels.
-        seed: of the initialisation; torch's global generator is left as it was.
-        sparsity: None for the network itself; a number for the narrower one that takes as many
-            bits as the network does at this sparsity.
-
-    Returns:
-        The network.
-
-    Raises:
-        ValueError: the network cannot be built for these images.
-    """
-    options: dict[str, Any] = {"stem": choice.stem, "bottleneck": choice.bottleneck}
-    options = {name: value for name, value in options.items() if value is not None}
-    channels = dataset.input_shape[0]
-    if channels != 3:
-        options["in_channels"] = channels
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            if sparsity is not None:
-                return models.small_dense(
-                    choice.name, sparsity, num_classes=dataset.num_classes, **options
-                )
-            return models.build(choice.name, num_classes=dataset.num_classes, **options)
-        except TypeError as error:
-            raise ValueError(f"model: {choice.name} does not fit {dataset.name}: {error}") from None
-
-
-def load_data(choice: DataChoice, root: Path | None) -> data.Dataset:
-    """Load the data set of a recipe.
-
-    Args:
-        choice: the data set.
-        root: folder of its files, or None for its default.
-
-    Returns:
-        The data set.
-
-    Raises:
-        DataError: the files are missing or damaged, or hold too few images.
-    """
-    fields = {"image_size": choice.image_size, "scale": choice.scale, "ratio": choice.ratio}
-    options: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    dataset = data.load(choice.name, root=root, val_fraction=choice.val_fraction, **options)
-    wanted = choice.train_images
-    if wanted is None:
-        return dataset
-    if wanted > len(dataset.train):
-        raise DataError(f"train_images: expected at most {len(dataset.train)}, got {wanted}")
-    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
-    return replace(dataset, train=dataset.train.subset(order[:wanted].sort().values))
-
-
 class Experiment:
     """A recipe that runs in a folder, and resumes where an earlier call stopped.
 
@@ -171,7 +108,8 @@ class Experiment:
 
     Example:
         >>> import tempfile
-        >>> from sparsekd.recipes import RunFolder, get
+        >>> from pathlib import Path
+        >>> from sparsekd.recipes import RunFolder, get, load_data
         >>> recipe = get("demo").with_epochs(1)
         >>> with RunFolder(Path(tempfile.mkdtemp()), recipe) as folder:
         ...     experiment = Experiment(recipe, load_data(recipe.data, None), folder)
@@ -227,7 +165,7 @@ class Experiment:
                 trainer.model.load_state_dict(load_state(self.folder.model_path(run.name)))
                 times = time_step(trainer.model, x, y, trainer.objective)
                 row = {"kind": "timing", "run": run.name, **_identity(run), **asdict(times)}
-                self.folder.log.append(row)
+                self.folder.append(row)
 
     def _pipeline(self, seed: int) -> Pipeline:
         recipe = self.recipe
@@ -279,7 +217,7 @@ class Experiment:
         self.reporter.run(run.name, epochs, trainer.epoch, done)
         self.folder.sync_epochs(run.name, trainer.rows)
         for row in trainer.epochs():
-            self.folder.append_epoch(run.name, row)
+            self.folder.append({"kind": "epoch", "run": run.name, **row})
         model = self._pipeline(run.seed).outcome(trainer)
         if distributed.rank() == 0:
             self._finish(run, model, trainer)
@@ -289,7 +227,7 @@ class Experiment:
         result = self._result(run, model, trainer)
         # The row comes last: a run counts as finished once it is there, and its files then are.
         save_model(self.folder.model_path(run.name), model)
-        self.folder.log.append(result)
+        self.folder.append(result)
         if trainer.state_path is not None:
             trainer.state_path.unlink(missing_ok=True)
         self.reporter.message(f"{run.name}: test accuracy {result['test_accuracy']:.2%}")

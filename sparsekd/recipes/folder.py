@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any, BinaryIO
 from sparsekd import ops
 from sparsekd.errors import CheckpointError
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
+from sparsekd.recipes.overrides import merge
 from sparsekd.train import MetricsLog, Row, Training, distributed, write_atomic
+from sparsekd.train.sinks import Sink
 
 # More of these may be asked for later; the runs that are there stay valid.
 _GRID = ("methods", "sparsities", "seeds", "first_seed")
@@ -35,6 +37,7 @@ class RunFolder:
         path: the folder; created if missing.
         recipe: what to run.
         fresh: first delete what an earlier experiment left here.
+        sinks: receive every row besides.
 
     Raises:
         CheckpointError: the folder holds another experiment, is damaged, or is in use.
@@ -47,11 +50,14 @@ class RunFolder:
         []
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, fresh: bool = False) -> None:
+    def __init__(
+        self, path: Path, recipe: Recipe, *, fresh: bool = False, sinks: Sequence[Sink] = ()
+    ) -> None:
         self.path = path
         self.log = MetricsLog(path / "metrics.jsonl")
         self._recipe = recipe
         self._fresh = fresh
+        self._sinks = sinks
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> RunFolder:
@@ -72,12 +78,16 @@ class RunFolder:
     def _open(self) -> None:
         if self._fresh:
             self._clear()
-        config = self._read_config()
+        config = _read_config(self.path)
         self._check_same(config)
+        for unfinished in self.path.rglob(".*.tmp"):  # of `write_atomic`, killed
+            unfinished.unlink()
         config["recipe"] = _jsonable(self._recipe)
         config["sessions"].append(_session())
         write_atomic(self.path / "config.json", json.dumps(config, indent=2).encode() + b"\n")
         self.log.keep(lambda row: True)  # drops a line that a crash cut short
+        for sink in self._sinks:
+            sink.begin(self.log.rows())
 
     def __exit__(
         self,
@@ -101,31 +111,29 @@ class RunFolder:
 
     def sync_epochs(self, run: str, rows: list[Row]) -> None:
         """Replace the epoch rows of a run by those in its saved state."""
+        known = {row.get("epoch") for row in self.log.rows() if row["run"] == run}
         self.log.keep(lambda row: row["run"] != run)
         for row in rows:
-            self.append_epoch(run, row)
+            full = {"kind": "epoch", "run": run, **row}
+            self.log.append(full)
+            if row["epoch"] not in known:
+                self._tell(full)
 
-    def append_epoch(self, run: str, row: Row) -> None:
-        """Append the row of an epoch."""
-        self.log.append({"kind": "epoch", "run": run, **row})
+    def append(self, row: Row) -> None:
+        """Append a row, for good, and pass it on."""
+        self.log.append(row)
+        self._tell(row)
 
-    def _read_config(self) -> dict[str, Any]:
-        path = self.path / "config.json"
-        if not path.exists():
-            return {"sessions": []}
-        try:
-            config = json.loads(path.read_bytes())
-            _ = config["recipe"], config["sessions"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged: {error!r}; --fresh starts over") from error
-        return config
+    def _tell(self, row: Row) -> None:
+        for sink in self._sinks:
+            sink.add(row)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         if "recipe" not in config:
             return
         # A field that came after this folder was made had its default then.
-        stored = _flatten(_jsonable(_DEFAULTS)) | _flatten(config["recipe"])
-        wanted = _flatten(_jsonable(self._recipe))
+        stored = flatten(_jsonable(_DEFAULTS)) | flatten(config["recipe"])
+        wanted = flatten(_jsonable(self._recipe))
         for name in sorted(stored.keys() | wanted.keys()):
             if name not in (*_GRID, "description") and stored.get(name) != wanted.get(name):
                 raise CheckpointError(
@@ -136,11 +144,43 @@ class RunFolder:
     def _clear(self) -> None:
         if not (self.path / "config.json").exists():
             return  # nothing of ours
-        for name in ("metrics.jsonl", "config.json"):
+        for name in ("metrics.jsonl", "config.json", "epochs.csv", "report.html"):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.path / "figures", *self.path.glob("seed*")):
+        for folder in (
+            *map(self.path.joinpath, ("figures", "tensorboard")),
+            *self.path.glob("seed*"),
+        ):
             if folder.is_dir():
                 shutil.rmtree(folder)
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Read the recipe of an experiment from its folder.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    config = _read_config(folder)
+    if "recipe" not in config:
+        raise CheckpointError(
+            f"{folder}: expected the folder of an experiment, found no config.json"
+        )
+    try:
+        return merge(_DEFAULTS, config["recipe"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: damaged: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        return {"sessions": []}
+    try:
+        config = json.loads(path.read_bytes())
+        _ = config["recipe"], config["sessions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged: {error!r}; --fresh starts over") from error
+    return config
 
 
 def _acquire(path: Path) -> BinaryIO:
@@ -153,7 +193,10 @@ def _acquire(path: Path) -> BinaryIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise CheckpointError(f"{path.parent}: another process is training here") from None
+        raise CheckpointError(
+            f"{path.parent}: another process is training here; wait until it is done, or choose "
+            "another --out"
+        ) from None
     return file
 
 
@@ -171,11 +214,17 @@ def _jsonable(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe)))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by their dotted names.
+
+    Example:
+        >>> flatten({"a": {"b": 1}, "c": 2})
+        {'a.b': 1, 'c': 2}
+    """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -32,26 +33,63 @@ def override(config: T, assignment: str) -> T:
     path, equals, text = assignment.partition("=")
     if not equals:
         raise ValueError(f"--set: expected a.b=value, got {assignment!r}")
-    return _replace(config, path.strip().split("."), text.strip(), path.strip())
+    tree: Any = text.strip()
+    for name in reversed(path.strip().split(".")):
+        tree = {name: tree}
+    return merge(config, tree)
 
 
-def _replace(config: Any, path: list[str], text: str, full: str) -> Any:
-    names = [f.name for f in fields(config)]
-    head, *rest = path
-    if head not in names:
-        close = difflib.get_close_matches(head, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{full}: no field {head!r}, expected one of {', '.join(names)}{hint}")
-    current = getattr(config, head)
-    if is_dataclass(current):
-        if not rest:
-            inner = ", ".join(f.name for f in fields(current))
-            raise ValueError(f"{full}: expected one of its fields ({inner}), as {full}.FIELD=value")
-        return replace(config, **{head: _replace(current, rest, text, full)})
-    if rest:
-        raise ValueError(f"{full}: {head!r} is a value and has no fields")
-    value = _parse(text, get_type_hints(type(config))[head], full)
-    return replace(config, **{head: value})
+def merge(config: T, tree: Mapping[str, Any], prefix: str = "") -> T:
+    """Return a frozen dataclass with many fields changed at once, at any depth.
+
+    Args:
+        config: the dataclass, with dataclasses as fields.
+        tree: field -> value, or -> the same for a field that is a dataclass: as TOML, YAML and
+            JSON files are read. Numbers and lists may be text too, as `override` takes it.
+        prefix: of the names in messages.
+
+    Returns:
+        The changed copy.
+
+    Raises:
+        ValueError: as for `override`.
+
+    Example:
+        >>> from sparsekd.recipes import get
+        >>> merge(get("demo"), {"seeds": 3, "training": {"lr": 0.05}}).training.lr
+        0.05
+    """
+    changes = {}
+    hints = get_type_hints(type(config))
+    names = [f.name for f in fields(config)]  # type: ignore[arg-type]
+    for name, value in tree.items():
+        full = f"{prefix}{name}"
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{full}: no field {name!r}, expected one of {', '.join(names)}{hint}")
+        current = getattr(config, name)
+        if is_dataclass(current):
+            if not isinstance(value, Mapping):
+                inner = ", ".join(f.name for f in fields(current))
+                raise ValueError(
+                    f"{full}: expected one of its fields ({inner}), as {full}.FIELD=value"
+                )
+            changes[name] = merge(current, value, f"{full}.")
+        elif isinstance(value, Mapping):
+            raise ValueError(f"{full}: {name!r} is a value and has no fields")
+        else:
+            changes[name] = _parse(_text(value), hints[name], full)
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
+def _text(value: Any) -> str:
+    """Return a value of a file as it would be written after --set."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(_text, value))
+    return str(value)
 
 
 def _parse(text: str, kind: Any, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from sparsekd.dst import METHODS, Dynamics, Method
@@ -24,12 +24,20 @@ def _published(method: str) -> Dynamics:
     return dynamics
 
 
+# Three cycles of an epoch move a tenth of the weights each, in place of the published half: so few
+# steps heal no more.
+_SHORT_CYCLES = Superposition(
+    cycle_fraction=0.3, cycle_epochs=1, lr=(0.001, 0.01), drop_fraction=0.1
+)
+
 _DEMO = Recipe(
     name="demo",
     description="digits, ResNet-20: LT, Reinit and KD ticket at three sparsities, in minutes",
     data=DataChoice("digits"),
     model=ModelChoice("resnet20"),
     training=Training(epochs=12, batch_size=64, schedule="cosine", warmup=1, augment=False),
+    dynamics=Dynamics(every=10),  # of 276 steps, for `--method rigl`
+    sup=_SHORT_CYCLES,
     methods=("lt", "reinit", "kd"),
     sparsities=(0.8, 0.9, 0.95),
 )
@@ -161,12 +169,6 @@ _GRANET_CIFAR100 = Recipe(
     seeds=3,
 )
 
-# Three cycles of an epoch move a tenth of the weights each, in place of the published half: so few
-# steps heal no more.
-_SHORT_CYCLES = Superposition(
-    cycle_fraction=0.3, cycle_epochs=1, lr=(0.001, 0.01), drop_fraction=0.1
-)
-
 # 157 steps an epoch, so updates come every 40 of them, about 47 in all.
 _COMPARE = Recipe(
     name="compare",
@@ -196,11 +198,13 @@ def _alone(method: Method) -> Recipe:
     )
 
 
-RECIPES: Mapping[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        _DEMO,
-        _FASHION_MNIST,
+def _alone_where(condition: Callable[[Method], bool]) -> tuple[Recipe, ...]:
+    return tuple(_alone(method) for method in METHODS.values() if condition(method))
+
+
+GROUPS: Mapping[str, tuple[Recipe, ...]] = {
+    "To begin with": (_DEMO, _FASHION_MNIST, _COMPARE),
+    "As published; the data are to be downloaded": (
         _KD_TICKET_CIFAR10,
         _KD_TICKET_IMAGENET,
         _SUP_TICKETS_CIFAR100,
@@ -208,9 +212,22 @@ RECIPES: Mapping[str, Recipe] = {
         _RIGL_CIFAR10,
         _RIGL_IMAGENET,
         _GRANET_CIFAR100,
-        _COMPARE,
-        *map(_alone, METHODS.values()),
-    )
+    ),
+    "One method: tickets from a dense run": _alone_where(
+        lambda method: method.needs_dense and method.updater is None
+    ),
+    "One method: masks that stay": _alone_where(
+        lambda method: not method.needs_dense and method.updater is None
+    ),
+    "One method: topologies that move": _alone_where(
+        lambda method: method.updater is not None and not method.superpose
+    ),
+    "One method: Sup-tickets": _alone_where(lambda method: method.superpose),
+}
+"""The recipes, as `sparsekd recipes` lists them."""
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe for members in GROUPS.values() for recipe in members
 }
 
 

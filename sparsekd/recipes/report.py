@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,10 +54,17 @@ def table(rows: Sequence[Row]) -> Table:
         >>> table([]).row_count
         0
     """
-    result = Table(box=SIMPLE_HEAD, pad_edge=False, caption=_caption(rows), caption_justify="left")
+    result = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=_caption(rows),
+        caption_justify="left",
+    )
     result.add_column("method", no_wrap=True)
     for name in (
         "sparsity",
+        "updates",
         "test\naccuracy",
         "nnz of\nconvs",
         "whole\nsparsity",
@@ -69,6 +77,10 @@ def table(rows: Sequence[Row]) -> Table:
         result.add_column(name, justify="right", no_wrap=True)
     results = [row for row in rows if row["kind"] == "result"]
     timings = {r["run"]: r for r in rows if r["kind"] == "timing"}
+    updates = Counter[str]()
+    for row in rows:
+        if row["kind"] == "epoch":
+            updates[row["run"]] += row.get("updates", 0)
     cells = {(row["sparsity"], row["method"]) for row in results}
     previous = None
     for sparsity, method in sorted(cells, key=lambda c: (c[0], _ORDER.index(c[1]))):
@@ -77,7 +89,8 @@ def table(rows: Sequence[Row]) -> Table:
         previous = sparsity
         group = [r for r in results if (r["sparsity"], r["method"]) == (sparsity, method)]
         timing = next((timings[r["run"]] for r in group if r["run"] in timings), None)
-        result.add_row(*_line(group, timing))
+        moved = [updates[row["run"]] for row in group if row["run"] in updates]
+        result.add_row(*_line(group, timing, moved))
     return result
 
 
@@ -99,8 +112,10 @@ def figures(rows: Sequence[Row], folder: Path) -> list[Path]:
     return draw(rows, folder / "figures", labels, needs_dense)
 
 
-def _line(group: Sequence[Row], timing: Row | None) -> list[str]:
+def _line(group: Sequence[Row], timing: Row | None, updates: Sequence[int]) -> list[str]:
     first = group[0]
+    method = METHODS.get(first["method"])
+    moves = method is not None and method.updater is not None
     accuracies = [row["test_accuracy"] for row in group]
     accuracy = f"{statistics.mean(accuracies):.2%}"
     if len(group) > 1:
@@ -108,6 +123,7 @@ def _line(group: Sequence[Row], timing: Row | None) -> list[str]:
     return [
         LABELS.get(first["method"], "dense"),
         f"{first['sparsity']:.4g}",
+        f"{statistics.mean(updates):.3g}" if moves and updates else "-",
         accuracy,
         f"{first['nnz']:,}",
         f"{first['sparsity_whole']:.4g}" if "sparsity_whole" in first else "-",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsekd.tickets.kd import Distillation, DistillationConfig, kd_loss
-from sparsekd.tickets.pipeline import Pipeline
+from sparsekd.tickets.pipeline import Pipeline, check_layout
 from sparsekd.tickets.pruning import Masks, collapsed_layers, prune, prune_further
 from sparsekd.tickets.sup import Cycles, Superposition, SupTickets
 from sparsekd.tickets.superposition import superpose
@@ -17,6 +17,7 @@ __all__ = [
     "Pipeline",
     "SupTickets",
     "Superposition",
+    "check_layout",
     "collapsed_layers",
     "kd_loss",
     "make_ticket",

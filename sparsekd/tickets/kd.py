@@ -35,6 +35,8 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.temperature, self.alpha, self.reduction)
+        if self.until is not None and self.until < 1:
+            raise ValueError(f"until: expected at least 1 epoch, or None, got {self.until}")
 
 
 def kd_loss(

@@ -144,8 +144,7 @@ class Pipeline:
         Raises:
             UnsupportedError: the method's masks do not have the layout, or it cannot keep it.
         """
-        if method.updater is not None:
-            self._check_layout(method.name, method.updater.layouts)
+        check_layout(method, self.layout)
         match method.start:
             case "pruned":
                 return self.one_shot_masks(sparsity, allow_collapse=True, layers=method.layers)
@@ -164,20 +163,12 @@ class Pipeline:
         return draw(shapes, nnz, seed=seed)
 
     def _scored_masks(self, method: Method, sparsity: float) -> Masks:
-        self._check_layout(method.start, ("csr",))
         model = self.fresh()
         order = torch.Generator().manual_seed(derive_seed(self.seed, "masks"))
         batches = self.data.train.batches(self.training.batch_size, shuffle=True, generator=order)
         score: dict[str, Callable[..., Masks]] = {"snip": snip, "grasp": grasp, "synflow": synflow}
         dense = maskable(model, "all").keys() - maskable(model, method.layers).keys()
         return score[method.start](model, next(iter(batches)), sparsity, skip=sorted(dense))
-
-    def _check_layout(self, method: str, known: tuple[str, ...]) -> None:
-        if self.layout.name not in known:
-            raise UnsupportedError(
-                f"method {method!r} does not support layout {str(self.layout)!r}; "
-                f"it supports {', '.join(known)}"
-            )
 
     def next_masks(
         self, previous: Path | None, rate: float, layers: Layers = "convolutions", **options: Any
@@ -305,6 +296,30 @@ class Pipeline:
             reporter=self.reporter,
             stop=self.stop,
             **options,
+        )
+
+
+def check_layout(method: Method, layout: Layout) -> None:
+    """Check that a method can start and keep a layout.
+
+    Args:
+        method: of the run.
+        layout: of its sparse network.
+
+    Raises:
+        UnsupportedError: it cannot; the message names the layouts that it supports.
+
+    Example:
+        >>> from sparsekd.dst import METHODS
+        >>> check_layout(METHODS["rigl"], Layout.parse("bcsr"))
+    """
+    known = (layout.name,) if method.updater is None else method.updater.layouts
+    if method.start in ("snip", "grasp", "synflow"):
+        known = ("csr",)
+    if layout.name not in known:
+        raise UnsupportedError(
+            f"method {method.name!r} does not support layout {str(layout)!r}; "
+            f"it supports {', '.join(known)}"
         )
 
 

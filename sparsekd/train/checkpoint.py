@@ -20,6 +20,11 @@ from sparsekd.train import distributed
 
 _MAGIC = b"sparsekd training state 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_REMEDY_MODEL = (
+    "in a folder of runs, remove the folder it lies in and repeat the command, which trains this "
+    "run again"
+)
+_REMEDY_STATE = "remove it and repeat the command, which begins this run again"
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
@@ -112,9 +117,13 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             expected = (file.metadata() or {}).get("sha256")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file: {error}; {_REMEDY_MODEL}"
+        ) from error
     if expected is not None and expected != state_hash(state):
-        raise CheckpointError(f"{path}: damaged, its tensors do not match the stored SHA-256")
+        raise CheckpointError(
+            f"{path}: damaged, its tensors do not match the stored SHA-256; {_REMEDY_MODEL}"
+        )
     return state
 
 
@@ -158,7 +167,11 @@ def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     start = len(_MAGIC) + _DIGEST_BYTES
     if not content.startswith(_MAGIC):
-        raise CheckpointError(f"{path}: expected a training state of sparsekd, got another file")
+        raise CheckpointError(
+            f"{path}: expected a training state of sparsekd, got another file; {_REMEDY_STATE}"
+        )
     if hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
-        raise CheckpointError(f"{path}: damaged, its content does not match the stored SHA-256")
+        raise CheckpointError(
+            f"{path}: damaged, its content does not match the stored SHA-256; {_REMEDY_STATE}"
+        )
     return torch.load(io.BytesIO(content[start:]), weights_only=True)

@@ -192,7 +192,7 @@ class Trainer:
         Yields:
             epoch (1 = after the first epoch of the full schedule), lr, train_loss,
             train_accuracy, images_per_second, seconds, flops (see `StepCost`), updates (of the
-            topology that took the place of an optimizer step), and val_loss and val_accuracy if
+            topology), and val_loss and val_accuracy if
             there is a validation split.
 
         Raises:
@@ -333,9 +333,13 @@ class Trainer:
             self._sums["loss"] += value * len(labels)
             self._sums["correct"] += correct_predictions(logits, labels)
             self._sums["seen"] += len(labels)
+        # Top-KAST moves its topology and steps in the same iteration.
+        beside = getattr(self.dst, "due", False)
+        beside = beside and not getattr(self.dst, "skip_sgd_on_update", True)
         if self.dst is not None and self.dst.step():
             self._sums["updates"] += 1
         else:
+            self._sums["updates"] += beside
             self.optimizer.step()
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:

@@ -63,7 +63,10 @@ class MetricsLog:
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise CheckpointError(f"{self.path}: line {number} is not JSON: {error}") from error
+                raise CheckpointError(
+                    f"{self.path}: line {number} is not JSON: {error}; remove this line and repeat "
+                    "the command"
+                ) from error
         return rows
 
     def keep(self, condition: Callable[[Row], bool]) -> None:

@@ -52,9 +52,9 @@ class ProgressReporter(Reporter):
         self.live = self.console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=self.console,
             refresh_per_second=4,
             disable=not self.live,
@@ -118,7 +118,7 @@ class ProgressReporter(Reporter):
         self._begin_epoch()
 
     def message(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _begin_epoch(self) -> None:
         self._images, self._first_step = 0, None

@@ -107,6 +107,7 @@ def test_report_draws_from_the_rows_alone(finished):
 def test_methods_are_compared_and_more_can_join(tmp_path):
     shared = ["--data", "digits", "--sparsity", "0.9", "--seeds", "1", "--epochs", "1"]
     shared += ["--set", "data.train_images=300", "--threads", "1", "--out", str(tmp_path)]
+    shared += ["--set", "dynamics.every=1"]
     first = call("compare", "kd-ticket", "gmp", *shared)
     assert first.exit_code == 0, first.output
     second = call("compare", "kd-ticket", "gmp", "rigl", "small-dense", *shared)
@@ -122,7 +123,7 @@ def test_methods_are_compared_and_more_can_join(tmp_path):
 
 def test_a_recipe_trains_on_a_layout(tmp_path):
     shared = [*_QUICK, "--sparsity", "0.8", "--threads", "1", "--out", str(tmp_path)]
-    shared += ["--set", "data.train_images=200"]
+    shared += ["--set", "data.train_images=200", "--set", "dynamics.every=1"]
     result = call(*shared, "--method", "lt,rigl", "--set", "layout=bcsr:8")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "config.json").read_text())["recipe"]["layout"] == "bcsr:8"
@@ -268,7 +269,7 @@ def test_a_stopped_process_resumes_to_the_same_rows(whole, tmp_path, number, cod
     assert process.returncode == code
     assert "Traceback" not in errors
     if number == signal.SIGINT:
-        assert f"the same command goes on from {tmp_path}" in output
+        assert f"the same command goes on from {tmp_path}:\n  sparsekd train demo" in output
     process = start(*_TWO_RUNS, "--out", str(tmp_path))
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

@@ -1,0 +1,99 @@
+"""`sparsekd recipes`, `explain` and `info`: what there is, and what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparsekd import diagnose, models, ops, terminal
+from sparsekd.cli import options
+from sparsekd.errors import UnsupportedError
+from sparsekd.memory import keep_memory_warm
+from sparsekd.nn import sparsify
+from sparsekd.recipes import GROUPS, get
+from sparsekd.recipes.files import to_toml
+from sparsekd.terminal import one_line_errors
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show every field of this recipe.")] = None,
+    toml: Annotated[
+        bool, typer.Option("--toml", help="As a file that `sparsekd train` takes.")
+    ] = False,
+) -> None:
+    """List the recipes, or every field of one, as --set names them.
+
+    \b
+    sparsekd recipes
+    sparsekd recipes rigl
+    sparsekd recipes rigl --toml > mine.toml
+    """
+    console = terminal.console()
+    if name is None:
+        for group, members in GROUPS.items():
+            listing = Table("recipe", "what it does", title=group, title_justify="left")
+            for recipe in members:
+                listing.add_row(recipe.name, recipe.description)
+            console.print(listing)
+        return
+    with one_line_errors(ValueError):
+        if toml:
+            typer.echo(to_toml(get(name)), nl=False)
+            return
+        for field, value in _fields(asdict(get(name))):
+            console.print(f"{field} = {value}", highlight=False, soft_wrap=True)
+
+
+def explain(
+    network: Annotated[str, typer.Argument(help="A network, as resnet18.")],
+    sparsity: Annotated[float, typer.Option(help="Of the whole network.")] = 0.9,
+    distribution: Annotated[str, typer.Option(help="uniform, er or erk.")] = "uniform",
+    layout: Annotated[
+        str, typer.Option(help="csr, bcsr, fanin or nm; with numbers as bcsr:32.")
+    ] = "csr",
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 128,
+    input_shape: Annotated[
+        str, typer.Option("--input", help="Channels, height and width.")
+    ] = "3,32,32",
+    threads: options.Threads = None,
+) -> None:
+    """Time each pass of each sparse layer both ways; show what runs, and when dense would win.
+
+    \b
+    sparsekd explain resnet18 --sparsity 0.95
+    sparsekd explain wrn22_2 --layout bcsr:8 --batch 64
+    """
+    with one_line_errors(ValueError, UnsupportedError):
+        image = terminal.image_shape("--input", input_shape)
+        terminal.set_threads(threads)
+        keep_memory_warm()
+        model = models.build(network, num_classes=10, in_channels=image[0])
+        sparsify(model, sparsity=sparsity, distribution=distribution, layout=layout)
+        terminal.console().print(diagnose.explain(model, (batch, *image)))
+
+
+def info() -> None:
+    """Show versions, backends, instruction set, threads and OpenMP runtime."""
+    console = terminal.console()
+    facts = ops.info()
+    backends = facts.pop("backends")
+    for field, value in _fields(facts):
+        console.print(f"{field}: {value}", highlight=False, soft_wrap=True)
+    listing = Table("backend", "available", "detail")
+    for name, entry in backends.items():
+        listing.add_row(name, "yes" if entry["available"] else "no", entry["detail"])
+    console.print(listing)
+
+
+def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        elif isinstance(value, (tuple, list)):
+            yield f"{prefix}{name}", ",".join(map(str, value))
+        else:
+            yield f"{prefix}{name}", str(value).lower() if value is None else str(value)

@@ -1,0 +1,230 @@
+"""`sparsekd train`, `compare` and `report`: experiments and their summaries."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sparsekd import ops, terminal
+from sparsekd.cli import options
+from sparsekd.memory import keep_memory_warm
+from sparsekd.recipes import Experiment, Recipe, RunFolder, check, get, load_data, override
+from sparsekd.recipes.files import SUFFIXES, read_file
+from sparsekd.recipes.html import write_html
+from sparsekd.recipes.report import figures, read_rows, table
+from sparsekd.terminal import fail, one_line_errors
+from sparsekd.train import (
+    Interrupted,
+    ProgressReporter,
+    Reporter,
+    StopRequest,
+    distributed,
+)
+from sparsekd.train.sinks import make_sinks
+
+_INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A name that `sparsekd recipes` lists, or a TOML or YAML file.")
+    ],
+    data: options.Data = None,
+    data_dir: options.DataDir = None,
+    sparsity: options.Sparsity = None,
+    seeds: options.Seeds = None,
+    first_seed: options.FirstSeed = None,
+    epochs: options.Epochs = None,
+    method: Annotated[str | None, typer.Option(help="Methods, as lt,kd.")] = None,
+    out: options.Out = None,
+    assignments: options.Set = None,
+    fresh: options.Fresh = False,
+    threads: options.Threads = None,
+    backend: options.Backend = None,
+    log: options.Log = None,
+) -> None:
+    """Train a recipe's dense network and its tickets; go on where an earlier call stopped.
+
+    \b
+    sparsekd train demo
+    sparsekd train fashion-mnist --sparsity 0.9,0.98 --seeds 3
+    sparsekd train rigl --data digits --epochs 20 --set dynamics.every=10
+    sparsekd recipes demo --toml > mine.toml; sparsekd train mine.toml
+    """
+    named = {
+        "data.name": data,
+        "sparsities": sparsity,
+        "seeds": seeds,
+        "first_seed": first_seed,
+        "methods": method,
+    }
+    _train(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend, log)
+
+
+def compare(
+    methods: Annotated[
+        list[str] | None, typer.Argument(help="Methods, as kd-ticket rigl set; by default six.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="What they share: data, network, length.")
+    ] = "compare",
+    data: options.Data = None,
+    data_dir: options.DataDir = None,
+    sparsity: options.Sparsity = None,
+    seeds: options.Seeds = None,
+    first_seed: options.FirstSeed = None,
+    epochs: options.Epochs = None,
+    out: options.Out = None,
+    assignments: options.Set = None,
+    fresh: options.Fresh = False,
+    threads: options.Threads = None,
+    backend: options.Backend = None,
+    log: options.Log = None,
+) -> None:
+    """Train methods side by side; draw accuracy over sparsity, training FLOPs and time.
+
+    Runs that have finished stay; more methods, sparsities and seeds can be added later.
+
+    \b
+    sparsekd compare rigl set static --seeds 3
+    sparsekd compare kd-ticket gmp --data digits --set data.train_images=none
+    """
+    named = {
+        "data.name": data,
+        "sparsities": sparsity,
+        "seeds": seeds,
+        "first_seed": first_seed,
+        "methods": ",".join(methods or []) or None,
+    }
+    _train(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend, log)
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of an experiment, as runs/demo.")],
+    html: Annotated[
+        bool, typer.Option("--html", help="Write report.html too, a page that needs no network.")
+    ] = False,
+    log: options.Log = None,
+) -> None:
+    """Print the table of an experiment and draw its figures again, from its raw rows.
+
+    \b
+    sparsekd report runs/demo
+    sparsekd report runs/demo --html --log csv
+    """
+    with one_line_errors(ValueError):
+        sinks = make_sinks(log or "", run_dir)
+    _report(run_dir, terminal.console())
+    rows = read_rows(run_dir)
+    for sink in sinks:
+        sink.begin(rows)
+    if html:
+        typer.echo(write_html(run_dir, rows))
+
+
+def _train(
+    recipe: str,
+    named: dict[str, Any],
+    epochs: int | None,
+    assignments: list[str] | None,
+    out: Path | None,
+    data_dir: Path | None,
+    fresh: bool,
+    threads: int | None,
+    backend: str | None,
+    log: str | None,
+) -> None:
+    """Run a recipe with the fields that options name, then those of --set, changed."""
+    console = terminal.console()
+    with one_line_errors(ValueError):
+        chosen = read_file(Path(recipe)) if Path(recipe).suffix in SUFFIXES else get(recipe)
+        for field, value in named.items():
+            if value is not None:
+                chosen = override(chosen, f"{field}={value}")
+        if epochs is not None:
+            chosen = chosen.with_epochs(epochs)
+        for assignment in assignments or []:
+            chosen = override(chosen, assignment)
+        terminal.set_threads(threads)
+    folder = out or Path("runs") / chosen.name
+    try:
+        with contextlib.ExitStack() as stack:
+            if backend is not None:
+                stack.enter_context(ops.backend(backend))
+            first = _run(chosen, data_dir, folder, fresh, log or "", console, stack)
+    except Interrupted as interruption:
+        typer.echo(f"{interruption}; the same command goes on from {folder}:\n  {_resume()}")
+        raise typer.Exit(_INTERRUPTED) from None
+    except distributed.LostRank as error:
+        fail(f"{error}; the same command goes on from {folder}", code=1)
+    except FloatingPointError as error:
+        fail(error, code=1)
+    except OSError as error:
+        fail(f"{error}; {_remedy(error, folder)}", code=2)
+    if first:
+        _report(folder, console)
+
+
+def _run(
+    recipe: Recipe,
+    data_dir: Path | None,
+    path: Path,
+    fresh: bool,
+    log: str,
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> bool:
+    """Train what has not finished; return whether this process is the one that reports."""
+    stop = stack.enter_context(StopRequest())
+    warm = keep_memory_warm()
+    with one_line_errors(ValueError):
+        dataset = load_data(recipe.data, data_dir)
+        check(recipe, dataset)  # before anything is written
+        sinks = make_sinks(log, path)
+    with distributed.process_group():
+        first, ranks = distributed.rank() == 0, distributed.ranks()
+        folder = stack.enter_context(RunFolder(path, recipe, fresh=fresh, sinks=sinks))
+        reporter = stack.enter_context(ProgressReporter(console)) if first else Reporter()
+        reporter.message(_mode(warm, ranks))
+        experiment = Experiment(recipe, dataset, folder, reporter=reporter, stop=stop)
+        experiment.run()
+    if first and ranks == 1:
+        reporter.message("measuring a training step of every run, sparse and dense")
+        experiment.time_steps()
+    return first
+
+
+def _mode(warm: bool, ranks: int) -> str:
+    text = (
+        "freed memory stays mapped (keep_memory_warm), for sparse and dense alike"
+        if warm
+        else "freed memory is returned to the system (keep_memory_warm has no effect here)"
+    )
+    return text if ranks == 1 else f"{ranks} processes, each with its share of every batch; {text}"
+
+
+def _resume() -> str:
+    """Return the command line that goes on: this one, less what would start over."""
+    return shlex.join(["sparsekd", *(word for word in sys.argv[1:] if word != "--fresh")])
+
+
+def _remedy(error: OSError, folder: Path) -> str:
+    if error.errno in _FULL:
+        return f"free some space and the same command goes on; what {folder} holds is intact"
+    return "choose a folder that can be written by --out"
+
+
+def _report(path: Path, console: Console) -> None:
+    rows = read_rows(path)
+    terminal.print_table(console, table(rows))
+    for file in figures(rows, path):
+        console.print(str(file), highlight=False, soft_wrap=True)
+    console.print(str(path / "metrics.jsonl"), highlight=False, soft_wrap=True)

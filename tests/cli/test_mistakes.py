@@ -1,0 +1,208 @@
+"""Wrong invocations: one line that says what to do, exit status 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import sparsekd
+from sparsekd.cli import app
+from sparsekd.recipes.report import read_rows, table
+from sparsekd.train import MetricsLog
+
+_ENV = {**os.environ, "PYTHONPATH": str(Path(sparsekd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+_CALL = [sys.executable, "-m", "sparsekd"]
+_RIGL = ("train", "demo", "--method", "rigl", "--sparsity", "0.9")
+_SHORT = [
+    *("train", "demo", "--epochs", "1", "--sparsity", "0.9", "--threads", "1"),
+    *("--set", "data.train_images=128"),
+]
+
+
+def call(*arguments: str):
+    threads = torch.get_num_threads()
+    try:
+        return CliRunner(env={"COLUMNS": "120"}).invoke(app, list(arguments))
+    finally:
+        torch.set_num_threads(threads)
+
+
+MISTAKES = [
+    # options
+    (("train",), "Missing argument 'recipe'"),
+    (("train", "demo", "--no-such-flag"), "No such option: --no-such-flag"),
+    (("trian", "demo"), "No such command 'trian'"),
+    (("train", "demo", "--seeds", "many"), "--seeds"),
+    (("train", "demo", "--threads", "100000"), "--threads: expected at least 1 and at most"),
+    (("explain", "resnet20", "--threads", "0"), "--threads: expected at least 1"),
+    (("bench", "--threads", "-2"), "--threads: expected at least 1"),
+    # values
+    (("train", "demo", "--sparsity", "nan"), "sparsities: expected numbers in [0, 1), got nan"),
+    (("train", "demo", "--sparsity", ""), "sparsities: expected at least one for lt"),
+    (("train", "demo", "--first-seed", "-3"), "first_seed: expected at least 0, got -3"),
+    ((*_RIGL, "--set", "dynamics.every=0"), "every: expected a positive integer, got 0"),
+    ((*_RIGL, "--set", "dynamics.drop_fraction=2"), "drop_fraction: expected 0 to 1, got 2.0"),
+    ((*_RIGL, "--set", "dynamics.until=-1"), "until: expected 0 to 1, got -1.0"),
+    (("train", "demo", "--set", "kd.until=0"), "until: expected at least 1 epoch"),
+    # what does not fit together
+    (("train", "demo", "--set", "model.name=lenet5"), "model.name=lenet5: does not take the 1x8x8"),
+    (("train", "demo", "--set", "model.stem=cifar"), "resnet20 does not fit digits"),
+    (
+        ("train", "demo", "--set", "data.train_images=5000"),
+        "--set data.train_images=none trains on all",
+    ),
+    (("train", "demo", "--set", "layout=nm"), "layout 'nm:2:4' keeps 2 of 4 weights"),
+    (
+        ("train", "demo", "--method", "topkast", "--set", "layout=bcsr"),
+        "method 'topkast' does not support layout",
+    ),
+    # runs that would not be what their name says
+    ((*_RIGL, "--epochs", "1", "--set", "dynamics.every=100"), "0 updates of the topology"),
+    ((*_RIGL, "--set", "dynamics.until=0"), "raise dynamics.until"),
+    (
+        ("train", "demo", "--method", "sup-rigl", "--set", "sup.cycle_epochs=8"),
+        "0 cycles of Sup-tickets fit",
+    ),
+    # folders and files
+    (("train", "demo", "--out", "/proc/runs"), "choose a folder that can be written by --out"),
+    (("report", "."), "expected the rows of a finished run"),
+    (("bench", "--draw", "--rows", "/dev/null/rows.jsonl"), "/dev/null/rows.jsonl"),
+    # networks
+    (("explain", "resnet21"), "resnet21"),
+    (("explain", "resnet20", "--input", "3,32"), "--input: expected channels,height,width"),
+    (("explain", "resnet20", "--batch", "0"), "--batch"),
+    (("bench", "--network", "resnet20", "--input", "a,b,c"), "--input: expected channels"),
+    (("recipes", "demmo"), "expected one of demo"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_suggested_setting_mends_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = [*_SHORT, "--epochs", "2", "--method", "rigl", "--set", "training.batch_size=32"]
+    refused = call(*wrong, "--set", "dynamics.every=100", "--out", "out")
+    assert refused.exit_code == 2
+    assert "rigl: 0 updates of the topology fall into the run, which has 8 steps" in refused.stderr
+    assert "--set dynamics.every=1 makes 5" in refused.stderr
+    mended = call(*wrong, "--set", "dynamics.every=1", "--out", "out")  # the folder is free
+    assert mended.exit_code == 0, mended.output
+    rows = MetricsLog(Path("out/metrics.jsonl")).rows()
+    assert sum(row["updates"] for row in rows if row["kind"] == "epoch") == 5
+    (line,) = (line for line in mended.stdout.splitlines() if line.startswith(" RigL"))
+    assert line.split()[:3] == ["RigL", "0.9", "5"]
+
+
+def test_a_refused_setting_leaves_a_folder_as_it_was(tmp_path):
+    out = tmp_path / "out"
+    assert call(*_SHORT, "--method", "dense", "--out", str(out)).exit_code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for more in (["--fresh", "--set", "model.name=lenet5"], ["--set", "training.lr=0.01"]):
+        refused = call(*_SHORT, "--method", "dense", *more, "--out", str(out))
+        assert refused.exit_code == 2
+        after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        assert after == before
+
+
+def test_damage_names_what_to_remove_and_removing_it_mends(tmp_path):
+    out = tmp_path / "out"
+    assert call(*_SHORT, "--method", "dense", "--out", str(out)).exit_code == 0
+    model = out / "seed0/dense/epoch_001.safetensors"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-100])
+    refused = call(*_SHORT, "--method", "lt", "--out", str(out))
+    assert refused.exit_code == 2
+    assert "remove the folder it lies in" in refused.stderr
+    shutil.rmtree(model.parent)
+    assert call(*_SHORT, "--method", "lt", "--out", str(out)).exit_code == 0
+    assert model.read_bytes() == whole
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "epoch"}\nnonsense\n{}\n')
+    result = call("report", str(tmp_path))
+    assert result.exit_code == 2
+    assert "line 2 is not JSON" in result.stderr
+    assert "remove this line" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path):
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "from sparsekd.cli import main; main()"
+    )
+    arguments = [*_SHORT, "--method", "dense", "--out", str(tmp_path / "out")]
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=_ENV, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert "free some space and the same command goes on" in line
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_help_version_and_brackets():
+    for arguments in (["-h"], ["train", "-h"], ["bench", "--help"], []):
+        result = call(*arguments)
+        assert result.exit_code == 0
+        assert "Usage: " in result.stdout
+    for command in ("train", "compare", "report", "recipes", "explain"):
+        assert f"\n  sparsekd {command} " in call(command, "-h").stdout  # an example
+    assert "--install-completion" in call("-h").stdout
+    assert f"torch {torch.__version__}" in call("--version").stdout
+
+
+def test_markup_does_not_eat_text(capsys):
+    sparsekd.terminal.console().print("pip install 'sparsekd[bench]' [default: 3]")
+    with sparsekd.train.ProgressReporter(sparsekd.terminal.console()) as reporter:
+        reporter.message("[bench]")
+    printed = capsys.readouterr().out
+    assert "sparsekd[bench]" in printed
+    assert "[default: 3]" in printed
+    assert "\n[bench]\n" in printed
+
+
+def test_a_narrow_terminal_loses_no_column(capsys):
+    rows = read_rows(Path(__file__).parents[2] / "docs/results/compare")
+    sparsekd.terminal.print_table(Console(width=60), table(rows))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    for text in ("KD + Sup (RigL)", "90.70% ± 0.35", "updates", "MFLOPs", "speed"):
+        assert text in printed
+
+
+def test_recipes_come_in_groups():
+    output = call("recipes").stdout
+    titles = ["To begin with", "As published", "tickets from a dense run", "topologies that move"]
+    assert [title for title in titles if title in output] == titles
+    assert sorted(titles, key=output.index) == titles
+    for name in sparsekd.recipes.RECIPES:
+        assert f" {name} " in output
+
+
+def test_a_run_folder_says_how_to_go_on(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"recipe": {}}))
+    result = call(*_SHORT, "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "--fresh starts over" in result.stderr
