@@ -82,6 +82,10 @@ class ACDC(Updater):
         decompress = sorted(set(_iterations(_DECOMPRESS, steps)) - set(compress))
         return {"sparsity": sparsity, "compress": compress, "decompress": decompress}
 
+    def updates_ahead(self, steps: int) -> int:
+        """Return how many updates are planned in a run of `steps` iterations, from here on."""
+        return sum(self.iteration < iteration <= steps for iteration, _ in self.phases)
+
     def compressed(self, iteration: int) -> bool:
         """Return whether the update of this iteration, or the last before it, compresses."""
         return next((sparse for t, sparse in reversed(self.phases) if t <= iteration), False)

@@ -153,6 +153,19 @@ class Updater:
         until = at_share(dynamics.until, steps)
         return {"drop_fraction": dynamics.drop_fraction, "every": dynamics.every, "until": until}
 
+    def updates_ahead(self, steps: int) -> int:
+        """Return how many updates are planned in a run of `steps` iterations, from here on.
+
+        Example:
+            >>> import torch, sparsekd as skd
+            >>> layer = skd.nn.SparseLinear(8, 4)
+            >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+            >>> skd.dst.RigL(layer, opt, every=10, until=75).updates_ahead(100)
+            7
+        """
+        ahead = range(self.iteration + 1, steps + 1)
+        return sum(self.schedule(iteration) is not None for iteration in ahead)
+
     def attach(self, *wrappers: DistributedDataParallel) -> None:
         """Register DistributedDataParallel wrappers of the model that were not passed as `model`.
 

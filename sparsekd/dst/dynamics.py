@@ -94,7 +94,8 @@ class Dynamics:
         decay: "cosine" lets it fall to 0, "constant" keeps it.
         every: iterations from one update to the next.
         until: share of the run, less the cycles of Sup-tickets, after which the topology rests.
-        prune_until: share of it at which GMP and GraNet have reached their sparsity.
+        prune_from: share of it up to which GMP and GraNet prune nothing.
+        prune_until: share of it at which they have reached their sparsity.
         backward: of Top-KAST, how many times as many weights get a gradient as compute.
 
     Raises:
@@ -110,6 +111,7 @@ class Dynamics:
     until: float = 0.75
     prune_until: float = 0.5
     backward: float = 2.0
+    prune_from: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(every=self.every)

@@ -54,6 +54,11 @@ class GMP(Updater):
         [(True, 11), (True, 8), (False, 8)]
     """
 
+    published: ClassVar[Dynamics] = Dynamics(
+        every=1000, prune_from=20_000 / 97_656, prune_until=75_000 / 97_656
+    )
+    """On CIFAR, as the baseline of RigL: from step 20,000 to 75,000 of 97,656."""
+
     layouts: ClassVar[tuple[str, ...]] = ("csr", "bcsr", "fanin")
     saved = ("initial_sparsity",)
 
@@ -94,7 +99,15 @@ class GMP(Updater):
     def options(cls, dynamics: Dynamics, sparsity: float, steps: int) -> dict[str, Any]:
         """Return the arguments of the constructor for a run; see `Updater.options`."""
         until = at_share(dynamics.prune_until, steps)
-        return {"every": min(dynamics.every, until), "sparsity": sparsity, "until": until}
+        every, begin = min(dynamics.every, until), round(dynamics.prune_from * steps)
+        return {"every": every, "sparsity": sparsity, "until": until, "begin": begin}
+
+    def updates_ahead(self, steps: int) -> int:
+        """Return how many updates are planned in a run of `steps` iterations, from here on."""
+        if self.schedule != self._due:
+            return super().updates_ahead(steps)
+        done = max(self.iteration, self.begin)
+        return max(0, min(self.end, steps) // self.every - done // self.every)
 
     def target(self, iteration: int) -> int:
         """Return the number of weights that the update of this iteration leaves."""

@@ -96,6 +96,7 @@ class GraNet(GMP, RigL):
             "until": at_share(dynamics.until, steps),
             "sparsity": sparsity,
             "prune_until": pruned["until"],
+            "begin": pruned["begin"],
         }
 
     def counts(self, fraction: float) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sparsekd.dst.acdc import ACDC
@@ -46,9 +46,8 @@ class Method:
         dense_gradients: that growth forms besides those of the stored weights: "never", at its
             "updates", or at all "steps" until the topology rests; "partly" is of the weights that
             Top-KAST trains without computing with them.
-        layers: that get masks: "convolutions", or "all" for linear layers too.
-        dynamics: hyper-parameters of the recipe that has the method's name.
-        published: those of its paper on CIFAR, where a recipe reproduces it.
+        layers: that get masks in its paper: "convolutions", or "all" for linear layers too.
+        dynamics: hyper-parameters of its paper, on CIFAR.
         source: of weights, biases and BatchNorm state at the start: the dense run's own
             initialisation ("init"), a fresh one ("reinit"), its checkpoint after epoch k
             ("rewind") or its final state ("final").
@@ -69,9 +68,8 @@ class Method:
     updater: type[Updater] | None = None
     start: Start = "pruned"
     dense_gradients: DenseGradients = "never"
-    layers: Layers = "convolutions"
+    layers: Layers = "all"
     dynamics: Dynamics = field(default_factory=Dynamics)
-    published: Dynamics | None = None
     source: Source = "init"
     distil: bool = False
     iterative: bool = False
@@ -115,19 +113,22 @@ class Method:
         return {"full": 0.0, "half": min(0.5, sparsity)}.get(self.start, sparsity)
 
 
-# arXiv 2205.15322: half of the weights move at each update, to the end.
+# arXiv 2205.15322: half of the weights move at each update, to the end; on GraNet pruning ends at
+# epoch 110 of the 226 before the cycles.
 _SUP = Dynamics(drop_fraction=0.5, decay="constant", every=1000, until=1.0)
+_SUP_GRANET = replace(_SUP, prune_until=110 / 226)
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        # tickets: masks pruned from a trained dense network
-        Method("lt", "LT"),
-        Method("reinit", "Reinit", source="reinit"),
-        Method("kd", "KD ticket", distil=True),
-        Method("rewind", "Weight rewinding", source="rewind"),
-        Method("lr-rewind", "LR rewinding", source="final"),
-        Method("kd-rewind", "KD + rewinding", source="rewind", distil=True),
+        # tickets: masks pruned from a trained dense network, of its convolutions alone as in the
+        # paper of the KD ticket; iterative pruning takes linear layers too, as Frankle's does
+        Method("lt", "LT", layers="convolutions"),
+        Method("reinit", "Reinit", layers="convolutions", source="reinit"),
+        Method("kd", "KD ticket", layers="convolutions", distil=True),
+        Method("rewind", "Weight rewinding", layers="convolutions", source="rewind"),
+        Method("lr-rewind", "LR rewinding", layers="convolutions", source="final"),
+        Method("kd-rewind", "KD + rewinding", layers="convolutions", source="rewind", distil=True),
         Method("imp", "IMP with rewinding", source="rewind", iterative=True),
         # masks that stay as they were at initialisation
         Method("static", "Static", start="random"),
@@ -137,23 +138,38 @@ METHODS: Mapping[str, Method] = {
         Method("small-dense", "Small-dense", start="none"),
         # topologies that move
         Method("set", "SET", SET, "random"),
-        Method("itop", "ITOP (SET)", ITOP, "random", published=ITOP.published),
+        Method("itop", "ITOP (SET)", ITOP, "random", dynamics=ITOP.published),
         Method("mest", "MEST", MEST, "random"),
         Method("snfs", "SNFS", SNFS, "random", "steps"),
-        Method("rigl", "RigL", RigL, "random", "updates", published=RigL.published),
+        Method("rigl", "RigL", RigL, "random", "updates", dynamics=RigL.published),
         Method("rigl-sg", "RigL-SG", RigLSG, "random", "updates"),
         Method("rigl-sm", "RigL-SM", RigLSM, "random", "updates"),
         Method("srigl", "SRigL", SRigL, "fan-in", "updates"),
         Method("topkast", "Top-KAST", TopKAST, "full", "partly"),
-        Method("granet", "GraNet", GraNet, "half", "updates", published=GraNet.published),
-        Method("gmp", "GMP", GMP, "full"),
+        Method("granet", "GraNet", GraNet, "half", "updates", dynamics=GraNet.published),
+        Method("gmp", "GMP", GMP, "full", dynamics=GMP.published),
         Method("acdc", "AC/DC", ACDC, "full"),
         # the same with the cycles of Sup-tickets at the end
-        Method("sup-set", "Sup (SET)", SET, "random", published=_SUP, superpose=True),
-        Method("sup-rigl", "Sup (RigL)", RigL, "random", "updates", published=_SUP, superpose=True),
-        Method("sup-granet", "Sup (GraNet)", GraNet, "half", "updates", superpose=True),
+        Method("sup-set", "Sup (SET)", SET, "random", dynamics=_SUP, superpose=True),
+        Method("sup-rigl", "Sup (RigL)", RigL, "random", "updates", dynamics=_SUP, superpose=True),
         Method(
-            "kd-sup-rigl", "KD + Sup (RigL)", RigL, "pruned", "updates", distil=True, superpose=True
+            "sup-granet",
+            "Sup (GraNet)",
+            GraNet,
+            "half",
+            "updates",
+            dynamics=_SUP_GRANET,
+            superpose=True,
+        ),
+        Method(
+            "kd-sup-rigl",
+            "KD + Sup (RigL)",
+            RigL,
+            dense_gradients="updates",
+            layers="convolutions",  # it starts from a KD ticket
+            dynamics=_SUP,
+            distil=True,
+            superpose=True,
         ),
     )
 }

@@ -34,9 +34,11 @@ def build_model(
     """
     options: dict[str, Any] = {"stem": choice.stem, "bottleneck": choice.bottleneck}
     options = {name: value for name, value in options.items() if value is not None}
-    channels = dataset.input_shape[0]
+    channels, side, _ = dataset.input_shape
     if channels != 3:
         options["in_channels"] = channels
+    if choice.name.startswith("lenet"):
+        options["input_size"] = side
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

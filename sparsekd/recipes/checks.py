@@ -13,7 +13,7 @@ from sparsekd.layouts import Layout
 from sparsekd.nn import SparseLinear
 from sparsekd.recipes.building import build_model
 from sparsekd.recipes.config import Recipe
-from sparsekd.tickets import SupTickets, check_layout
+from sparsekd.tickets import SupTickets, check_layout, masked_layers
 from sparsekd.tickets.ticket import attach
 
 _WANTED_UPDATES = 10  # of the value that a message suggests
@@ -60,6 +60,9 @@ def _check_network(recipe: Recipe, dataset: Dataset, methods: list[Method]) -> N
     with torch.device("meta"), torch.no_grad():
         for sparsity in (None, *narrow):
             model = build_model(recipe.model, dataset, 0, sparsity).eval()
+            if sparsity is None:
+                for method in methods:
+                    masked_layers(method, model, recipe.layers, recipe.skip)
             try:
                 model(torch.empty(2, *dataset.input_shape))
             except (RuntimeError, ValueError) as error:
@@ -86,7 +89,7 @@ def _check_updates(recipe: Recipe, method: Method, steps: int) -> None:
         )
     if updates(recipe, method, steps, enough=1):
         return
-    dynamics = recipe.dynamics
+    dynamics = recipe.dynamics_of(method)
     limit = round(dynamics.until * epochs * steps)
     every = max(1, limit // (_WANTED_UPDATES + 1))
     made = updates(recipe.with_dynamics(every=every), method, steps)
@@ -131,7 +134,7 @@ def updates(recipe: Recipe, method: Method, steps: int, enough: float = math.inf
         sparsity=sparsity,
         epochs=epochs,
         steps=steps,
-        dynamics=recipe.dynamics,
+        dynamics=recipe.dynamics_of(method),
         superposition=recipe.sup,
         seed=0,
     )

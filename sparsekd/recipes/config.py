@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sparsekd.dst import Dynamics, find_method
+from sparsekd.dst import METHODS, Dynamics, Method, find_method
+from sparsekd.dst.registry import Layers
 from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.sparsity import check_fixed_density
 from sparsekd.tickets import DistillationConfig, Superposition
+from sparsekd.tickets.pipeline import Init
 from sparsekd.tickets.pruning import PRUNE_RATE
 from sparsekd.train import Training
+
+_SHARED = ("distribution", "every", "backward")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Recipe:
         training: hyper-parameters of every run, the dense network's included.
         kd: of the methods that distil.
         dynamics: of the methods that move their topology, and of random masks.
+        own_dynamics: each method moves its topology as in its own paper (`Method.dynamics`); of
+            `dynamics` only `distribution`, `every` and `backward` are read.
         sup: of Sup-tickets.
         methods: names from `sparsekd.dst.METHODS`, where "kd-ticket" is "kd", and "dense",
             which runs in any case where another method needs it.
@@ -75,7 +81,12 @@ class Recipe:
             experiment this way.
         rewind_epoch: k of the methods that rewind.
         prune_rate: fraction of the remaining weights pruned in a round of the iterative methods.
-        layout: of the sparse convolutions, as `sparsekd.Layout.parse` reads it: "csr", "bcsr:32".
+        layout: of the sparse layers, as `sparsekd.Layout.parse` reads it: "csr", "bcsr:32".
+        layers: that get masks, "convolutions" or "all", which is linear layers too; None leaves it
+            to each method, as in its paper.
+        skip: names of layers that stay dense in every method, or fnmatch patterns of them.
+        init: of methods that start from no dense run, and of Reinit: "keep" for the network's own,
+            "sparse" for that scaled to the active inputs of each neuron.
 
     Raises:
         ValueError: a value is out of range.
@@ -101,6 +112,10 @@ class Recipe:
     rewind_epoch: int = 1
     prune_rate: float = PRUNE_RATE
     layout: str = "csr"
+    layers: Layers | None = None
+    skip: tuple[str, ...] = ()
+    init: Init = "keep"
+    own_dynamics: bool = False
 
     def __post_init__(self) -> None:
         names = (name if name == "dense" else find_method(name).name for name in self.methods)
@@ -121,8 +136,21 @@ class Recipe:
             raise ValueError(
                 f"rewind_epoch: expected 0 to {self.training.epochs}, got {self.rewind_epoch}"
             )
+        if any(name != "dense" and METHODS[name].superpose for name in methods):
+            self.sup.tail(self.training.epochs)  # refuses cycles that do not fit
+        if self.own_dynamics and self.dynamics != replace(Dynamics(), **_shared(self.dynamics)):
+            raise ValueError(
+                f"own_dynamics: leaves only {', '.join(_SHARED)} of dynamics to the recipe; set it "
+                "to false to give every method the same"
+            )
         if not 0 < self.prune_rate < 1:
             raise ValueError(f"prune_rate: expected a number in (0, 1), got {self.prune_rate}")
+
+    def dynamics_of(self, method: Method) -> Dynamics:
+        """Return the hyper-parameters by which a method moves its topology in this recipe."""
+        if not self.own_dynamics:
+            return self.dynamics
+        return replace(method.dynamics, **_shared(self.dynamics))
 
     def check_layout(self) -> None:
         """Check that every sparsity is one that the layout allows; ValueError otherwise."""
@@ -136,6 +164,9 @@ class Recipe:
     def with_epochs(self, epochs: int) -> Recipe:
         """Return the recipe at another length, every epoch number scaled in proportion.
 
+        A shorter run also updates its topology more often, to have as many updates; a longer one
+        keeps the distance between them, and has more, as published.
+
         Args:
             epochs: new length of the schedule.
 
@@ -144,10 +175,16 @@ class Recipe:
         """
         share = epochs / self.training.epochs
         until = self.kd.until
+        every = max(1, round(self.dynamics.every * min(share, 1)))
         return replace(
             self,
             training=self.training.scaled(epochs),
             kd=replace(self.kd, until=None if until is None else round(until * share)),
+            dynamics=replace(self.dynamics, every=every),
             sup=replace(self.sup, cycle_epochs=max(1, round(self.sup.cycle_epochs * share))),
             rewind_epoch=round(self.rewind_epoch * share),
         )
+
+
+def _shared(dynamics: Dynamics) -> dict[str, Any]:
+    return {name: getattr(dynamics, name) for name in _SHARED}

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 from torch import nn
 
 from sparsekd import data
-from sparsekd.diagnose import coverage, flops
-from sparsekd.dst import METHODS
+from sparsekd.dst import METHODS, Updater
 from sparsekd.layouts import Layout
 from sparsekd.nn import sparse_modules
 from sparsekd.recipes.building import build_model
 from sparsekd.recipes.config import Recipe
 from sparsekd.recipes.folder import RunFolder
-from sparsekd.tickets import Masks, Pipeline, collapsed_layers
+from sparsekd.recipes.results import result
+from sparsekd.recipes.runs import TrainingRun, identity, plan
+from sparsekd.tickets import Masks, Pipeline, SupTickets, collapsed_layers
 from sparsekd.train import (
     Reporter,
-    Row,
     StopRequest,
     Trainer,
     distributed,
@@ -27,73 +26,7 @@ from sparsekd.train import (
     load_state,
     save_model,
 )
-from sparsekd.train.cost import growth_epochs
 from sparsekd.train.step_time import time_step
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """One training run of an experiment.
-
-    Args:
-        seed: of the run.
-        method: "dense" or a name from `sparsekd.dst.METHODS`.
-        sparsity: fraction of the weights pruned in the layers that the method masks.
-        round: of an iterative method, counted from 1; 0 for the others.
-    """
-
-    seed: int
-    method: str
-    sparsity: float = 0.0
-    round: int = 0
-
-    @property
-    def name(self) -> str:
-        """The run's subfolder, and its name in the rows."""
-        if self.method == "dense":
-            return f"seed{self.seed}/dense"
-        if self.round:
-            return f"seed{self.seed}/{self.method}-round{self.round:02}"
-        return f"seed{self.seed}/{self.method}-{self.sparsity:g}"
-
-
-def plan(recipe: Recipe) -> list[TrainingRun]:
-    """List the runs of a recipe in the order in which they run.
-
-    An iterative method has a run per round, up to the first round that reaches the highest
-    sparsity asked for.
-
-    Args:
-        recipe: the recipe.
-
-    Returns:
-        The runs; the dense one of a seed, where a method needs it, comes before its tickets.
-
-    Example:
-        >>> from sparsekd.recipes import get
-        >>> [run.name for run in plan(get("demo"))][:2]
-        ['seed0/dense', 'seed0/lt-0.8']
-    """
-    runs = []
-    methods = [METHODS[name] for name in recipe.methods if name != "dense"]
-    dense = len(methods) < max(1, len(recipe.methods)) or any(m.needs_dense for m in methods)
-    for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
-        if dense:
-            runs.append(TrainingRun(seed, "dense"))
-        for sparsity in recipe.sparsities:
-            runs += [TrainingRun(seed, m.name, sparsity) for m in methods if not m.iterative]
-        for method in methods:
-            if method.iterative:
-                runs += _rounds(seed, method.name, recipe)
-    return runs
-
-
-def _rounds(seed: int, name: str, recipe: Recipe) -> Iterator[TrainingRun]:
-    keep = 1 - recipe.prune_rate
-    # Published sparsities are 1 - 0.8^k rounded to four digits; do not add a round for the rest.
-    last = math.ceil(math.log(1 - max(recipe.sparsities, default=0)) / math.log(keep) - 0.01)
-    for number in range(1, last + 1):
-        yield TrainingRun(seed, name, round(1 - keep**number, 4), number)
 
 
 class Experiment:
@@ -124,7 +57,8 @@ class Experiment:
         reporter: Reporter | None = None,
         stop: StopRequest | None = None,
     ) -> None:
-        self.recipe = recipe
+        self._announced: set[str] = set()
+        self._asked, self.recipe = recipe, folder.as_meant(recipe)
         self.data = dataset
         self.folder = folder
         self.reporter = reporter or Reporter()
@@ -138,6 +72,8 @@ class Experiment:
             CheckpointError: a file of an earlier call is damaged.
             FloatingPointError: a loss is no longer finite.
         """
+        if self.recipe != self._asked:
+            self.reporter.message(f"{self.folder.path}: goes on as an earlier version began it")
         open_runs = [run for run in plan(self.recipe) if self.folder.result(run.name) is None]
         done = len(plan(self.recipe)) - len(open_runs)
         if done:
@@ -161,10 +97,10 @@ class Experiment:
         for run in plan(self.recipe):
             if run.seed == self.recipe.first_seed and run.name not in timed:
                 self.stop.check()
-                trainer = self._trainer(run)
+                trainer = self.trainer(run)
                 trainer.model.load_state_dict(load_state(self.folder.model_path(run.name)))
                 times = time_step(trainer.model, x, y, trainer.objective)
-                row = {"kind": "timing", "run": run.name, **_identity(run), **asdict(times)}
+                row = {"kind": "timing", "run": run.name, **identity(run), **asdict(times)}
                 self.folder.append(row)
 
     def _pipeline(self, seed: int) -> Pipeline:
@@ -183,17 +119,25 @@ class Experiment:
             superposition=recipe.sup,
             rewind_epoch=recipe.rewind_epoch,
             layout=Layout.parse(recipe.layout),
+            layers=recipe.layers,
+            skip=recipe.skip,
+            init=recipe.init,
             reporter=self.reporter,
             stop=self.stop,
         )
 
-    def _trainer(self, run: TrainingRun) -> Trainer:
+    def trainer(self, run: TrainingRun) -> Trainer:
+        """Build the trainer of a run; one that has begun goes on from its saved state.
+
+        Raises:
+            CheckpointError: the dense run that it needs has not got that far.
+        """
         pipeline = self._pipeline(run.seed)
         if run.method == "dense":
             return pipeline.dense_trainer()
-        name = run.name.partition("/")[2]
-        method, masks = METHODS[run.method], self._masks(pipeline, run)
-        return pipeline.ticket_trainer(method, masks, name, run.sparsity)
+        name, method = run.name.partition("/")[2], METHODS[run.method]
+        pipeline = replace(pipeline, dynamics=self.recipe.dynamics_of(method))
+        return pipeline.ticket_trainer(method, self._masks(pipeline, run), name, run.sparsity)
 
     def _masks(self, pipeline: Pipeline, run: TrainingRun) -> Masks:
         if run.round == 0:
@@ -211,10 +155,13 @@ class Experiment:
         return epochs - METHODS[run.method].start_epoch(self.recipe.rewind_epoch)
 
     def _train(self, run: TrainingRun) -> None:
-        trainer = self._trainer(run)
+        trainer = self.trainer(run)
         self._warn_of_collapse(run, trainer.model)
+        self._announce_updates(run, trainer)
         epochs, done = self.recipe.training.epochs, len(trainer.rows)
         self.reporter.run(run.name, epochs, trainer.epoch, done)
+        if isinstance(trainer.dst, SupTickets):
+            trainer.keep = self._test_tickets(trainer, trainer.dst)
         self.folder.sync_epochs(run.name, trainer.rows)
         for row in trainer.epochs():
             self.folder.append({"kind": "epoch", "run": run.name, **row})
@@ -223,60 +170,36 @@ class Experiment:
             self._finish(run, model, trainer)
         distributed.wait()  # the next run reads these files on every rank
 
+    def _test_tickets(self, trainer: Trainer, sup: SupTickets) -> Callable[[int, nn.Module], None]:
+        """Return what evaluates each ticket of Sup-tickets when its epoch ends, into its row."""
+
+        def keep(epoch: int, model: nn.Module) -> None:
+            done, cycles = sup.dst.iteration - sup.cycles.first_phase, sup.cycles
+            if cycles.count and done >= 0 and done % cycles.cycle_steps == 0:
+                trainer.rows[-1]["ticket_test_accuracy"] = evaluate(model, self.data.test).accuracy
+
+        return keep
+
     def _finish(self, run: TrainingRun, model: nn.Module, trainer: Trainer) -> None:
-        result = self._result(run, model, trainer)
+        row = result(self.recipe, self.data, run, model, trainer)
         # The row comes last: a run counts as finished once it is there, and its files then are.
         save_model(self.folder.model_path(run.name), model)
-        self.folder.append(result)
+        self.folder.append(row)
         if trainer.state_path is not None:
             trainer.state_path.unlink(missing_ok=True)
-        self.reporter.message(f"{run.name}: test accuracy {result['test_accuracy']:.2%}")
+        self.reporter.message(f"{run.name}: test accuracy {row['test_accuracy']:.2%}")
 
     def _warn_of_collapse(self, run: TrainingRun, model: nn.Module) -> None:
         masks = {name: module.topology.mask() for name, module in sparse_modules(model)}
         for name in collapsed_layers(masks):
             self.reporter.message(f"warning: {run.name}: layer {name} lost every weight")
 
-    def _result(self, run: TrainingRun, model: nn.Module, trainer: Trainer) -> Row:
-        rows, test = trainer.rows, evaluate(model, self.data.test)
-        cost = flops.count(model, (1, *self.data.input_shape))
-        whole = run.method != "dense" and METHODS[run.method].layers == "all"
-        masked = [layer for layer in cost.layers if whole or len(layer.shape) == 4]
-        return {
-            "kind": "result",
-            "run": run.name,
-            **_identity(run),
-            "test_accuracy": test.accuracy,
-            "test_loss": test.loss,
-            "epochs": len(rows),
-            "seconds": round(sum(row["seconds"] for row in rows), 1),
-            "nnz": sum(layer.nnz for layer in masked),
-            "numel": sum(math.prod(layer.shape) for layer in masked),
-            "sparsity_whole": coverage(model).whole,
-            "flops_train": cost.train,
-            "flops_train_dense": cost.train_dense,
-            "flops_run": sum(row["flops"] for row in rows)
-            + self._extra_flops(run, trainer, cost.forward_dense),
-            "density": {layer.name: layer.density for layer in cost.layers},
-        }
-
-    def _extra_flops(self, run: TrainingRun, trainer: Trainer, dense: int) -> int:
-        """Count the operations of a run's dense gradients for growth, and of its teacher.
-
-        Each costs what a forward pass of the dense network does, `dense` operations an image.
-        """
-        if run.method == "dense":
-            return 0
-        method, recipe = METHODS[run.method], self.recipe
-        steps = len(self.data.train.batches(recipe.training.batch_size))
-        gradients = growth_epochs(method, trainer.rows, steps, recipe.dynamics.until)
-        taught = 0
-        if method.distil:
-            epochs = recipe.training.epochs
-            until = epochs if recipe.kd.until is None else min(recipe.kd.until, epochs)
-            taught = max(0, until - trainer.start_epoch)
-        return round((gradients + taught) * len(self.data.train) * dense)
-
-
-def _identity(run: TrainingRun) -> Row:
-    return {"method": run.method, "sparsity": run.sparsity, "seed": run.seed}
+    def _announce_updates(self, run: TrainingRun, trainer: Trainer) -> None:
+        """Say how many updates a method has in its first run: a short run may leave too few."""
+        dst = trainer.dst.dst if isinstance(trainer.dst, SupTickets) else trainer.dst
+        if isinstance(dst, Updater) and run.method not in self._announced:
+            self._announced.add(run.method)
+            steps = len(self.data.train.batches(trainer.config.batch_size))
+            ahead = dst.updates_ahead((trainer.config.epochs - trainer.start_epoch) * steps)
+            every = self.recipe.dynamics.every
+            self.reporter.message(f"{run.name}: {ahead} updates of the topology, every={every}")

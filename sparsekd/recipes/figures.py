@@ -65,7 +65,7 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
     if not tickets:
         return None
     figure, axes = single_axes(
-        "Accuracy after the last epoch", "sparsity of the convolutions", "test accuracy"
+        "Accuracy after the last epoch", "sparsity of the masked layers", "test accuracy"
     )
     sparsities = sorted({row["sparsity"] for row in tickets})
     methods = [method for method in labels if any(row["method"] == method for row in tickets)]
@@ -92,7 +92,7 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
     axes.yaxis.set_major_formatter(_PERCENT)
     if seeds > 1:
         axes.set_xlabel(
-            f"sparsity of the convolutions (mean and standard deviation, {seeds} seeds)"
+            f"sparsity of the masked layers (mean and standard deviation, {seeds} seeds)"
         )
     _legend(axes, len(methods))
     return figure

@@ -14,9 +14,11 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from sparsekd import ops
+from sparsekd.dst import METHODS
 from sparsekd.errors import CheckpointError
 from sparsekd.recipes.config import DataChoice, ModelChoice, Recipe
 from sparsekd.recipes.overrides import merge
+from sparsekd.recipes.presets import RECIPES
 from sparsekd.train import MetricsLog, Row, Training, distributed, write_atomic
 from sparsekd.train.sinks import Sink
 
@@ -30,8 +32,9 @@ class RunFolder:
     """A folder with config.json, metrics.jsonl, one subfolder per run, and figures.
 
     Opening it again with the same recipe resumes where it stopped; methods, sparsities and seeds
-    may differ from the last time, everything else may not. In a distributed run every rank
-    opens it, on a file system they share; rank 0 holds the lock and writes.
+    may differ from the last time, everything else may not, unless no run reads it. An earlier
+    version's folder goes on as it began: see `as_meant`. In a distributed run every
+    rank opens it, on a file system they share; rank 0 holds the lock and writes.
 
     Args:
         path: the folder; created if missing.
@@ -58,12 +61,14 @@ class RunFolder:
         self._recipe = recipe
         self._fresh = fresh
         self._sinks = sinks
+        self._config: Mapping[str, Any] = {}
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> RunFolder:
         if distributed.rank() == 0:
             self._prepare()
         distributed.wait()
+        self._config = _read_config(self.path)
         return self
 
     def _prepare(self) -> None:
@@ -82,7 +87,10 @@ class RunFolder:
         self._check_same(config)
         for unfinished in self.path.rglob(".*.tmp"):  # of `write_atomic`, killed
             unfinished.unlink()
-        config["recipe"] = _jsonable(self._recipe)
+        recipe = _jsonable(_as_meant(self._recipe, config))
+        if _began_earlier(config):
+            del recipe["layers"]  # it goes on as one that began earlier
+        config["recipe"] = recipe
         config["sessions"].append(_session())
         write_atomic(self.path / "config.json", json.dumps(config, indent=2).encode() + b"\n")
         self.log.keep(lambda row: True)  # drops a line that a crash cut short
@@ -97,6 +105,15 @@ class RunFolder:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    def as_meant(self, recipe: Recipe) -> Recipe:
+        """Return a recipe as it was when this folder began, if an earlier version began it.
+
+        Before recipes said which layers a method masks, that was convolutions alone, and recipes
+        that ship had other values in some fields. Where `recipe` asks for nothing else than
+        the one that ships does now, the folder goes on with what it has recorded.
+        """
+        return _as_meant(recipe, self._config)
 
     def model_path(self, run: str) -> Path:
         """Return where a run keeps its final model."""
@@ -132,14 +149,23 @@ class RunFolder:
         if "recipe" not in config:
             return
         # A field that came after this folder was made had its default then.
-        stored = flatten(_jsonable(_DEFAULTS)) | flatten(config["recipe"])
-        wanted = flatten(_jsonable(self._recipe))
-        for name in sorted(stored.keys() | wanted.keys()):
-            if name not in (*_GRID, "description") and stored.get(name) != wanted.get(name):
-                raise CheckpointError(
-                    f"{self.path}: holds an experiment with {name}={stored.get(name)!r}, expected "
-                    f"{wanted.get(name)!r}; choose another --out, or --fresh to start over"
-                )
+        stored = _recorded(config)
+        wanted = flatten(_jsonable(_as_meant(self._recipe, config)))
+        read = {*stored["methods"], *wanted["methods"]}
+        differ = [
+            name
+            for name in sorted(stored.keys() | wanted.keys())
+            if name not in (*_GRID, "description") and stored.get(name) != wanted.get(name)
+            if not name.startswith("sup.") or any(METHODS[m].superpose for m in read & set(METHODS))
+        ]
+        if differ:
+            what = ", ".join(
+                f"{name}={stored.get(name)!r}, expected {wanted.get(name)!r}" for name in differ
+            )
+            raise CheckpointError(
+                f"{self.path}: holds an experiment with {what}; --set goes on with its values, or "
+                "choose another --out, or --fresh to start over"
+            )
 
     def _clear(self) -> None:
         if not (self.path / "config.json").exists():
@@ -166,7 +192,7 @@ def read_recipe(folder: Path) -> Recipe:
             f"{folder}: expected the folder of an experiment, found no config.json"
         )
     try:
-        return merge(_DEFAULTS, config["recipe"])
+        return merge(_DEFAULTS, _nested(_recorded(config)))
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: damaged: {error}") from error
 
@@ -181,6 +207,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged: {error!r}; --fresh starts over") from error
     return config
+
+
+def _began_earlier(config: Mapping[str, Any]) -> bool:
+    """Return whether a folder began before recipes said which layers a method masks."""
+    return "recipe" in config and "layers" not in config["recipe"]
+
+
+def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a folder's recipe by dotted names; missing ones as they were then."""
+    before = {"layers": "convolutions"} if _began_earlier(config) else {}
+    return flatten(_jsonable(_DEFAULTS)) | before | flatten(config["recipe"])
+
+
+def _as_meant(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
+    if not _began_earlier(config):
+        return recipe
+    now: dict[str, Any] = {"layers": None}
+    if recipe.name in RECIPES:
+        now |= flatten(_jsonable(RECIPES[recipe.name].with_epochs(recipe.training.epochs)))
+    recorded, wanted = _recorded(config), flatten(_jsonable(recipe))
+    plain = {name for name in now.keys() - set(_GRID) if now[name] == wanted[name]}
+    return merge(recipe, _nested({name: recorded[name] for name in plain & recorded.keys()}))
 
 
 def _acquire(path: Path) -> BinaryIO:
@@ -212,6 +260,18 @@ def _session() -> dict[str, Any]:
 
 def _jsonable(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe)))
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `flatten` was given."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = name.split(".")
+        inner = tree
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[leaf] = value
+    return tree
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

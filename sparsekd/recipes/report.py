@@ -66,8 +66,9 @@ def table(rows: Sequence[Row]) -> Table:
         "sparsity",
         "updates",
         "test\naccuracy",
-        "nnz of\nconvs",
-        "whole\nsparsity",
+        "nnz",
+        "masked\nlayers",
+        "whole\nmodel",
         "image\nMFLOPs",
         "run\nTFLOPs",
         "run\ns",
@@ -126,6 +127,7 @@ def _line(group: Sequence[Row], timing: Row | None, updates: Sequence[int]) -> l
         f"{statistics.mean(updates):.3g}" if moves and updates else "-",
         accuracy,
         f"{first['nnz']:,}",
+        f"{1 - first['nnz'] / max(first['numel'], 1):.4g}",
         f"{first['sparsity_whole']:.4g}" if "sparsity_whole" in first else "-",
         f"{first['flops_train'] / 1e6:,.2f}",
         _mean(group, "flops_run", 1e12),
@@ -155,10 +157,10 @@ def _caption(rows: Sequence[Row]) -> str:
     seeds = len({row["seed"] for row in rows if row["kind"] == "result"})
     spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
     text = (
-        f"Accuracy on the test split after the last epoch, {spread}. Sparsity as asked for, whole\n"
-        "sparsity over all parameters of the network. FLOPs: of training on an\n"
-        "image at the end, and of the whole run with its teacher and the gradients that growth\n"
-        "reads; methods that start from a dense run need that besides."
+        f"Accuracy on the test split after the last epoch, {spread}. Sparsity as asked for,\n"
+        "then that of the layers that the method masks, which nnz counts, and of all parameters.\n"
+        "FLOPs: of training on an image at the end, and of the whole run with its teacher and the\n"
+        "gradients that growth reads; methods that start from a dense run need that besides."
     )
     if timing is not None:
         text += (

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from sparsekd.sparsity import (
     snip,
     synflow,
 )
+from sparsekd.tickets.cycles import Superposition
 from sparsekd.tickets.kd import Distillation, DistillationConfig
 from sparsekd.tickets.pruning import Masks, maskable, prune, prune_further
-from sparsekd.tickets.sup import Superposition, SupTickets
-from sparsekd.tickets.ticket import attach, make_ticket
+from sparsekd.tickets.sup import SupTickets
+from sparsekd.tickets.ticket import attach, make_ticket, scale_to_active_
 from sparsekd.train import (
     Reporter,
     StopRequest,
@@ -39,6 +40,8 @@ from sparsekd.train import (
     save_model,
     to_channels_last,
 )
+
+Init = Literal["keep", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Pipeline:
         superposition: of Sup-tickets.
         rewind_epoch: k of the methods that rewind.
         layout: of the sparse networks.
+        layers: that get masks, "convolutions" or "all"; None for those of each method.
+        skip: layers that stay dense, as in `maskable`.
+        init: of networks that start from no dense run, and of Reinit: "keep" for the dense
+            network's own, "sparse" for `scale_to_active_` of it.
         reporter: receives progress.
         stop: checked after every step.
 
@@ -86,6 +93,9 @@ class Pipeline:
     superposition: Superposition = field(default_factory=Superposition)
     rewind_epoch: int = 0
     layout: Layout = field(default_factory=Layout)
+    layers: Layers | None = None
+    skip: tuple[str, ...] = ()
+    init: Init = "keep"
     build_narrow: Callable[[int, float], nn.Module] | None = None
     reporter: Reporter | None = None
     stop: StopRequest | None = None
@@ -129,6 +139,7 @@ class Pipeline:
 
     def one_shot_masks(self, sparsity: float, **options: Any) -> Masks:
         """Prune the dense run's final network once; options are those of `prune`."""
+        options = {"layers": self.layers or "convolutions", "skip": self.skip, **options}
         return prune(self.dense_final(), sparsity, layout=self.layout, **options)
 
     def masks(self, method: Method, sparsity: float) -> Masks:
@@ -147,12 +158,14 @@ class Pipeline:
         check_layout(method, self.layout)
         match method.start:
             case "pruned":
-                return self.one_shot_masks(sparsity, allow_collapse=True, layers=method.layers)
+                return self.one_shot_masks(
+                    sparsity, allow_collapse=True, layers=self.layers or method.layers
+                )
             case "none":
                 return {}
             case "snip" | "grasp" | "synflow":
                 return self._scored_masks(method, sparsity)
-        masked = maskable(self.fresh(), method.layers)
+        masked = masked_layers(method, self.fresh(), self.layers, self.skip)
         shapes = {name: cast(Tensor, module.weight).shape for name, module in masked.items()}
         begin = method.start_sparsity(sparsity)
         distribution, seed = self.dynamics.distribution, derive_seed(self.seed, "masks")
@@ -167,7 +180,8 @@ class Pipeline:
         order = torch.Generator().manual_seed(derive_seed(self.seed, "masks"))
         batches = self.data.train.batches(self.training.batch_size, shuffle=True, generator=order)
         score: dict[str, Callable[..., Masks]] = {"snip": snip, "grasp": grasp, "synflow": synflow}
-        dense = maskable(model, "all").keys() - maskable(model, method.layers).keys()
+        masked = masked_layers(method, model, self.layers, self.skip)
+        dense = maskable(model, "all").keys() - masked.keys()
         return score[method.start](model, next(iter(batches)), sparsity, skip=sorted(dense))
 
     def next_masks(
@@ -178,15 +192,16 @@ class Pipeline:
         Args:
             previous: model file of the round before, None in the first round.
             rate: fraction of the remaining weights to prune.
-            layers: as in `prune_further`.
+            layers: as in `prune_further`, unless the pipeline has its own.
             **options: of `prune_further`.
 
         Returns:
             The masks, each inside that of the round before.
         """
-        model = self.dense_final()
+        model, layers = self.dense_final(), self.layers or layers
+        options["skip"] = self.skip
         if previous is not None:
-            everything = prune(model, 0.0, layers=layers)
+            everything = prune(model, 0.0, layers=layers, skip=self.skip)
             model = make_ticket(model, everything)
             model.load_state_dict(load_state(previous))
         return prune_further(model, rate, layers=layers, layout=self.layout, **options)
@@ -210,7 +225,8 @@ class Pipeline:
                 raise ValueError(f"build_narrow, sparsity: expected both for {method.name}")
             return self.build_narrow(derive_seed(self.seed, "init"), sparsity)
         if not method.needs_dense or method.source == "reinit":
-            return make_ticket(self.fresh(method.source), masks, layout=self.layout)
+            ticket = make_ticket(self.fresh(method.source), masks, layout=self.layout)
+            return scale_to_active_(ticket) if self.init == "sparse" else ticket
         epoch = {"init": 0, "rewind": self.rewind_epoch, "final": self.training.epochs}
         state = self.dense_state(epoch[method.source])
         return make_ticket(self.fresh(), masks, state, self.layout)
@@ -240,8 +256,11 @@ class Pipeline:
             sparsity = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(numel, 1)
         model = self.start(method, masks, sparsity)
         training, first = self.training, method.start_epoch(self.rewind_epoch)
-        if method.superpose:
-            training = training.squeezed(self.superposition.tail(training.epochs - first))
+        steps, superposition = len(self.data.train.batches(training.batch_size)), self.superposition
+        if method.superpose and (tail := superposition.tail(training.epochs - first)):
+            training = training.squeezed(tail)
+            last = training.learning_rate(max(first, training.epochs - tail - 1 / steps))
+            superposition = superposition.with_host(last, training.lr)
         optimizer = make_optimizer(model, training)
         dst = attach(
             method,
@@ -249,9 +268,9 @@ class Pipeline:
             optimizer,
             sparsity=sparsity,
             epochs=training.epochs - first,
-            steps=len(self.data.train.batches(training.batch_size)),
+            steps=steps,
             dynamics=self.dynamics,
-            superposition=self.superposition,
+            superposition=superposition,
             seed=derive_seed(self.seed, "growth"),
         )
         return self._trainer(
@@ -297,6 +316,33 @@ class Pipeline:
             stop=self.stop,
             **options,
         )
+
+
+def masked_layers(
+    method: Method, model: nn.Module, layers: Layers | None = None, skip: Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """Return the layers of a network that a method masks, by name.
+
+    Args:
+        method: of the run.
+        model: its dense network, or one of its sparse ones.
+        layers: "convolutions" or "all"; None for those of the method.
+        skip: layers that stay dense, as in `maskable`.
+
+    Raises:
+        ValueError: there are none, or a pattern of `skip` matches no layer.
+
+    Example:
+        >>> from sparsekd.dst import METHODS
+        >>> list(masked_layers(METHODS["rigl"], nn.Sequential(nn.Linear(2, 2))))
+        ['0']
+    """
+    layers = layers or method.layers
+    found = maskable(model, layers, skip)
+    if not found and method.start != "none":
+        hint = "; --set layers=all masks linear layers too" if layers == "convolutions" else ""
+        raise ValueError(f"layers: {method.name} masks {layers}, the network has none{hint}")
+    return found
 
 
 def check_layout(method: Method, layout: Layout) -> None:

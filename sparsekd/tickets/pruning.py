@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import cast
 
@@ -21,25 +22,37 @@ PRUNE_RATE = 0.2
 """Fraction of the remaining weights that a round of iterative pruning takes."""
 
 
-def maskable(model: nn.Module, layers: Layers = "convolutions") -> dict[str, nn.Module]:
+def maskable(
+    model: nn.Module, layers: Layers = "convolutions", skip: Iterable[str] = ()
+) -> dict[str, nn.Module]:
     """Find the layers of a model, dense or sparse, whose weights get masks.
 
     Args:
         model: any network.
         layers: "convolutions", or "all" for linear layers too.
+        skip: names of layers that stay dense, or fnmatch patterns of them.
 
     Returns:
         Modules by name.
+
+    Raises:
+        ValueError: a pattern of `skip` matches no convolution or linear layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10))
         >>> list(maskable(model)), list(maskable(model, "all"))
         (['0'], ['0', '2'])
     """
-    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, SparseConv2d)
-    if layers == "all":
-        kinds += (nn.Linear, SparseLinear)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    convolutions, linear = (nn.Conv2d, SparseConv2d), (nn.Linear, SparseLinear)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, (*convolutions, *linear))}
+    skipped: set[str] = set()
+    for pattern in skip:
+        matches = {name for name in found if fnmatchcase(name, pattern)}
+        if not matches:
+            raise ValueError(f"skip: {pattern!r} matches none of {', '.join(found) or 'no layer'}")
+        skipped |= matches
+    kinds = (*convolutions, *linear) if layers == "all" else convolutions
+    return {n: m for n, m in found.items() if n not in skipped and isinstance(m, kinds)}
 
 
 def prune(
@@ -48,6 +61,7 @@ def prune(
     *,
     allow_collapse: bool = False,
     layers: Layers = "convolutions",
+    skip: Iterable[str] = (),
     layout: str | Layout = "csr",
 ) -> Masks:
     """Mask the smallest weights of all convolutions at once, exactly ``floor(sparsity * N)``.
@@ -61,6 +75,7 @@ def prune(
         sparsity: fraction to prune, in [0, 1).
         allow_collapse: accept a layer that loses every weight.
         layers: that get masks, as `maskable` finds them.
+        skip: layers that stay dense, as in `maskable`.
         layout: of the masks. If it has tiles, those of smallest mean magnitude are pruned, and the
             count is met as closely as whole tiles allow.
 
@@ -83,7 +98,7 @@ def prune(
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity}")
     layout = Layout.parse(layout)
     check_fixed_density(layout, sparsity)
-    weights, active = _weights(model, layers)
+    weights, active = _weights(model, layers, skip)
     everything = {name: torch.ones_like(mask) for name, mask in active.items()}
     drop = math.floor(_as_written(sparsity) * sum(w.numel() for w in weights.values()))
     return _drop_smallest(weights, everything, drop, allow_collapse, layout)
@@ -96,6 +111,7 @@ def prune_further(
     masks: Mapping[str, Tensor] | None = None,
     allow_collapse: bool = False,
     layers: Layers = "convolutions",
+    skip: Iterable[str] = (),
     layout: str | Layout = "csr",
 ) -> Masks:
     """Mask exactly ``ceil(rate * remaining)`` more weights: one round of iterative pruning.
@@ -106,6 +122,7 @@ def prune_further(
         masks: the current masks of a dense model; a sparse model carries its own.
         allow_collapse: accept a layer that loses every weight.
         layers: that get masks, as `maskable` finds them.
+        skip: layers that stay dense, as in `maskable`.
         layout: of the current masks and the new ones, as in `prune`.
 
     Returns:
@@ -128,7 +145,7 @@ def prune_further(
         raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
     layout = Layout.parse(layout)
     check_layouts([("masks", layout)], ("csr", "bcsr", "fanin"), "pruning in rounds")
-    weights, active = _weights(model, layers)
+    weights, active = _weights(model, layers, skip)
     for name, mask in (masks or {}).items():
         if name not in active or mask.shape != active[name].shape:
             raise ValueError(f"masks: {name!r} does not fit a convolution of the model")
@@ -159,11 +176,13 @@ def _as_written(fraction: float) -> Fraction:
     return Fraction(repr(float(fraction)))
 
 
-def _weights(model: nn.Module, layers: Layers) -> tuple[dict[str, Tensor], Masks]:
+def _weights(
+    model: nn.Module, layers: Layers, skip: Iterable[str]
+) -> tuple[dict[str, Tensor], Masks]:
     """Return the dense weight of every layer that gets a mask, and its mask of stored positions."""
     weights: dict[str, Tensor] = {}
     active: Masks = {}
-    for name, module in maskable(model, layers).items():
+    for name, module in maskable(model, layers, skip).items():
         if isinstance(module, (SparseConv2d, SparseLinear)):
             weights[name] = module.dense_weight().detach()
             active[name] = module.topology.mask()
@@ -171,7 +190,8 @@ def _weights(model: nn.Module, layers: Layers) -> tuple[dict[str, Tensor], Masks
             weights[name] = cast(Tensor, module.weight).detach()
             active[name] = torch.ones_like(weights[name], dtype=torch.bool)
     if not weights:
-        raise ValueError("model: expected at least one convolution, found none")
+        kind = "convolution" if layers == "convolutions" else "convolution or linear layer"
+        raise ValueError(f"model: expected at least one {kind} to mask, found none")
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"model: the weight of {name!r} is not finite")

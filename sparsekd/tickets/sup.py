@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,9 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from sparsekd.dst import Updater, replicas
-from sparsekd.dst.dynamics import UpdateSchedule, check_fraction, check_positive
+from sparsekd.dst.dynamics import UpdateSchedule, check_fraction
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import sparse_modules
+from sparsekd.tickets.cycles import Cycles, Superposition, warn_if_annealed
 from sparsekd.tickets.superposition import (
     BETA,
     Average,
@@ -29,105 +28,15 @@ from sparsekd.tickets.superposition import (
 )
 
 
-@dataclass(frozen=True)
-class Cycles:
-    """The division of a run into a first phase and `count` cycles of equal length at its end.
-
-    Args:
-        total_steps: iterations of the whole run.
-        cycle_fraction: largest share of them to spend on cycles.
-        cycle_steps: iterations of a cycle; `count` is the number of whole cycles that fit.
-        lr: learning rate at both ends of a cycle, and in its middle.
-
-    Raises:
-        ValueError: a value is out of range.
-
-    Source: Superposing Many Tickets into One (arXiv 2205.15322), section 3 and released code.
-
-    Example:
-        >>> cycles = Cycles(250, 0.1, 8, (0.001, 0.005))
-        >>> cycles.count, cycles.first_phase, cycles.learning_rate(226 + 8 + 4)
-        (3, 226, 0.005)
-    """
-
-    total_steps: int
-    cycle_fraction: float
-    cycle_steps: int
-    lr: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        check_positive(total_steps=self.total_steps, cycle_steps=self.cycle_steps)
-        check_fraction(cycle_fraction=self.cycle_fraction)
-        if len(self.lr) != 2 or not all(rate >= 0 for rate in self.lr):
-            raise ValueError(f"lr: expected two numbers of at least 0, got {self.lr}")
-
-    @property
-    def count(self) -> int:
-        """Number of cycles; 0 if not even one fits."""
-        # as written: 0.29 * 100 is 28.999999999999996 in floating point
-        share = Fraction(repr(float(self.cycle_fraction)))
-        return int(self.total_steps * share) // self.cycle_steps
-
-    @property
-    def first_phase(self) -> int:
-        """Number of iterations before the first cycle."""
-        return self.total_steps - self.count * self.cycle_steps
-
-    def begins(self, step: int) -> bool:
-        """Return whether a cycle begins after `step` iterations."""
-        done = step - self.first_phase
-        return 0 <= done < self.count * self.cycle_steps and done % self.cycle_steps == 0
-
-    def tickets(self, step: int) -> int:
-        """Count the networks to average after `step` iterations.
-
-        The first is the one at the end of the first phase; each cycle adds one.
-        """
-        if self.count == 0:
-            return 0
-        done = min(step, self.total_steps) - self.first_phase
-        return 0 if done < 0 else 1 + done // self.cycle_steps
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate after `step` iterations: a triangle within each cycle."""
-        low, high = self.lr
-        done = min(step, self.total_steps) - self.first_phase
-        t = done % self.cycle_steps / self.cycle_steps
-        return low + (high - low) * (1 - abs(2 * t - 1))
-
-
-@dataclass(frozen=True)
-class Superposition:
-    """Hyper-parameters of Sup-tickets, with times in epochs; see `SupTickets`."""
-
-    cycle_fraction: float = 0.1
-    cycle_epochs: int = 8
-    lr: tuple[float, ...] = (0.001, 0.005)
-    drop_fraction: float = 0.5
-    average: Average = "caa"
-    prune_each: bool = False
-
-    def __post_init__(self) -> None:
-        check_average(self.average)
-        self.cycles(1, 1)
-
-    def cycles(self, epochs: int, steps: int) -> Cycles:
-        """Return the cycles at the end of `epochs` epochs of `steps` steps."""
-        return Cycles(epochs * steps, self.cycle_fraction, self.cycle_epochs * steps, self.lr)
-
-    def tail(self, epochs: int) -> int:
-        """Return the number of epochs that the cycles take at the end of `epochs`."""
-        return self.cycles(epochs, 1).count * self.cycle_epochs
-
-
 class SupTickets:
     """The average of cheap tickets that a sparse run passes through in cycles at its end.
 
     The first phase belongs to the host method. At the start of each cycle one large update moves
     `drop_fraction` of every layer by the host's rules; there are no other updates in the cycle. The
-    learning rate of all parameter groups rises from `lr[0]` to `lr[1]` and falls back, and the
-    network at the end of the cycle is folded into the average. Training continues from that
-    network, never from the average, and keeps its momentum. The loop is that of the host:
+    learning rate of each parameter group rises from the host's last one to five times that and
+    falls back, and the network at the end of the cycle is folded into the average. Training
+    continues from that network, never from the average, and keeps its momentum. The loop is that
+    of the host:
 
         opt.zero_grad(); loss.backward()
         if not sup.step():
@@ -146,15 +55,18 @@ class SupTickets:
         cycle_fraction: largest share of them to spend on cycles; without room for one, the run is
             the host's alone.
         cycle_steps: iterations of a cycle.
-        lr: learning rate at both ends of a cycle, and in its middle.
+        lr: learning rate at both ends of a cycle, and in its middle; None for that of the host's
+            last iteration, group by group, and five times that.
         drop_fraction: fraction of a layer's weights that the update of a cycle moves.
         average: "caa" for the mean of all tickets, "cima" for a moving average.
         prune_each: prune the average after every ticket, as the released code does, instead of
             once at the end.
         beta: weight of the newest ticket in "cima".
+        cycle_count: number of cycles, instead of `cycle_fraction`.
 
     Raises:
-        ValueError: an argument is out of range, or `dst` belongs to another model or optimizer.
+        ValueError: an argument is out of range, the cycles do not fit, or `dst` belongs to another
+            model or optimizer.
         UnsupportedError: a layer's layout is not "csr" or "bcsr".
 
     Source: Superposing Many Tickets into One (arXiv 2205.15322), algorithm 1. Its code grows by
@@ -186,11 +98,12 @@ class SupTickets:
         total_steps: int,
         cycle_fraction: float = Superposition.cycle_fraction,
         cycle_steps: int,
-        lr: tuple[float, ...] = Superposition.lr,
+        lr: tuple[float, ...] | None = Superposition.lr,
         drop_fraction: float = Superposition.drop_fraction,
         average: Average = Superposition.average,
         prune_each: bool = Superposition.prune_each,
         beta: float = BETA,
+        cycle_count: int | None = Superposition.cycle_count,
     ) -> None:
         model = replicas.unwrap(model)
         if dst.model is not model or dst.optimizer is not opt:
@@ -198,12 +111,16 @@ class SupTickets:
         check_fraction(drop_fraction=drop_fraction)
         check_superposable(model)
         check_average(average, beta)
-        self.cycles = Cycles(total_steps, cycle_fraction, cycle_steps, lr)
+        self.cycles = Cycles(total_steps, cycle_fraction, cycle_steps, lr, cycle_count)
+        if lr is None and self.cycles.count and not self.cycles.first_phase:
+            raise ValueError("lr: expected two numbers, as the cycles leave the host no iteration")
         self.model, self.optimizer, self.dst = model, opt, dst
         self.average, self.prune_each, self.beta = average, prune_each, beta
         dst.schedule = _in_cycles(dst.schedule, self.cycles, drop_fraction)
         self._merged: nn.Module | None = None
         self._folded = 0
+        self._host_lr: list[float] = []
+        self._highest_lr = 0.0
 
     def attach(self, *wrappers: DistributedDataParallel) -> None:
         """Register the DistributedDataParallel wrappers of the model, as `Updater.attach` does."""
@@ -219,10 +136,16 @@ class SupTickets:
             As `step` of `dst`.
         """
         self._collect()
-        step = self.dst.iteration
-        if step >= self.cycles.first_phase and self.cycles.count:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.cycles.learning_rate(step)
+        step, first_phase = self.dst.iteration, self.cycles.first_phase
+        if self.cycles.count and step >= first_phase:
+            if step == first_phase and self.cycles.lr is None:
+                warn_if_annealed(max(self._host_lr), self._highest_lr)
+            for number, group in enumerate(self.optimizer.param_groups):
+                host_lr = self._host_lr[number] if self._host_lr else 0.0
+                group["lr"] = self.cycles.learning_rate(step, host_lr)
+        elif self.cycles.count and self.cycles.lr is None:
+            self._host_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self._highest_lr = max(self._highest_lr, *self._host_lr)
         return self.dst.step()
 
     def finish(self, loader: Iterable[Any]) -> nn.Module:
@@ -253,13 +176,29 @@ class SupTickets:
             update_bn(loader, merged, device=_device(merged))
         return merged.train(self.model.training)
 
+    @property
+    def union_density(self) -> float | None:
+        """Density of the average so far, the union of the tickets' supports; None before the first.
+
+        Only weights of sparse modules count. With `prune_each` it has been pruned after each
+        ticket.
+        """
+        self._collect()
+        if self._merged is None:
+            return None
+        numel = sum(module.topology.numel for _, module in sparse_modules(self._merged))
+        return _nnz(self._merged) / max(numel, 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, the host's included."""
-        return {
+        state = {
             "dst": self.dst.state_dict(),
             "folded": self._folded,
             "merged": None if self._merged is None else self._merged.state_dict(),
         }
+        if self.cycles.lr is None:
+            state |= {"host_lr": list(self._host_lr), "highest_lr": self._highest_lr}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict()` was taken; load model and optimizer as well.
@@ -275,6 +214,8 @@ class SupTickets:
         if state["merged"] is not None:
             self._merged = blank_copy(self.model)
             self._merged.load_state_dict(state["merged"])
+        if self.cycles.lr is None:
+            self._host_lr, self._highest_lr = list(state["host_lr"]), float(state["highest_lr"])
 
     def _collect(self) -> None:
         """Fold the current network into the average, if the last iteration completed a ticket."""

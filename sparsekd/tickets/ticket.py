@@ -6,15 +6,18 @@ import copy
 import glob
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekd.dst import Dynamics, Method, Updater
 from sparsekd.dst.dynamics import Periodic
 from sparsekd.layouts import Layout
-from sparsekd.nn import sparsify, survey
+from sparsekd.nn import sparse_modules, sparsify, survey
+from sparsekd.nn.init import active_fans
 from sparsekd.sparsity import Constant
-from sparsekd.tickets.sup import Superposition, SupTickets
+from sparsekd.tickets.cycles import Superposition
+from sparsekd.tickets.sup import SupTickets
 
 
 def make_ticket(
@@ -54,6 +57,38 @@ def make_ticket(
     unmasked = [name for name, names in found.aliases.items() if not masks.keys() & set(names)]
     skip = [glob.escape(name) for name in unmasked if name]
     return sparsify(ticket, masks=dict(masks), layout=layout, skip=skip)
+
+
+@torch.no_grad()
+def scale_to_active_(model: nn.Module) -> nn.Module:
+    """Scale each neuron's weights by sqrt(fan-in / active fan-in), in place.
+
+    A fresh network's neurons then have the variance of pre-activation that they have dense, however
+    few inputs the masks leave them, whatever law its layers were initialised by; a full mask
+    changes nothing.
+
+    Args:
+        model: a freshly initialised network with sparse modules.
+
+    Returns:
+        The model.
+
+    Source: Evci et al., Gradient Flow in Sparse Neural Networks (arXiv 2010.03533), section 3.
+
+    Example:
+        >>> import torch, sparsekd as skd
+        >>> mask = torch.tensor([[True] * 4, [True] + [False] * 3])
+        >>> ticket = make_ticket(nn.Sequential(nn.Linear(4, 2)), {"0": mask})
+        >>> before = ticket[0].values.clone()
+        >>> (scale_to_active_(ticket)[0].values / before).tolist()
+        [1.0, 1.0, 1.0, 1.0, 2.0]
+    """
+    for _, module in sparse_modules(model):
+        topology = module.topology
+        active, _ = active_fans(topology)
+        fan_in = topology.numel // max(topology.rows, 1)
+        module.values.mul_((fan_in / active.to(torch.float64)).sqrt().to(module.values))
+    return model
 
 
 def attach(
@@ -113,6 +148,7 @@ def attach(
         cycle_fraction=cycles.cycle_fraction,
         cycle_steps=cycles.cycle_steps,
         lr=cycles.lr,
+        cycle_count=cycles.cycle_count,
         drop_fraction=superposition.drop_fraction,
         average=superposition.average,
         prune_each=superposition.prune_each,

@@ -177,6 +177,18 @@ def test_a_thousand_random_updates(entry, sizes, sparsities, harder, kind, seed)
         assert all(layer.values.shape == layer.values.grad.shape for layer in layers)
 
 
+@ENTRIES
+def test_the_updates_ahead_are_those_that_come(entry, make_network, train):
+    model = make_network()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    dst = entry.make(model, opt, sparsity=0.9, every=3, until=60, seed=0)
+    ahead, rewired = [], []
+    for _ in range(16):
+        ahead.append(dst.updates_ahead(16))
+        rewired += train(dst, 1)
+    assert ahead == [sum(rewired[t:]) for t in range(16)]
+
+
 def masks(layers: list[SparseLinear]) -> list[Tensor]:
     return [layer.topology.mask().view(-1) for layer in layers for _ in range(2)]
 

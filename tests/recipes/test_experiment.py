@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
 from sparsekd.recipes import (
     Experiment,
+    ModelChoice,
     RunFolder,
+    check,
     plan,
 )
 from sparsekd.recipes.report import read_rows, table
+from sparsekd.tickets import Superposition
 from sparsekd.train import Reporter, Training, load_state, state_hash
 
 
@@ -59,6 +64,38 @@ def test_iterative_pruning_runs_and_reports_every_round(run, tmp_path, tiny):
         remaining -= -(-remaining // 5)
         assert row["nnz"] == remaining
     assert rows[1]["epochs"] == 1  # rewound to epoch 1 of 2
+
+
+def test_a_run_of_sup_tickets_tells_of_its_tickets(run, tmp_path, tiny):
+    sup = Superposition(cycle_count=2, cycle_epochs=1, drop_fraction=0.5)
+    training = replace(tiny.training, epochs=3)
+    run(replace(tiny, training=training, sup=sup, methods=("sup-set",)), tmp_path)
+    rows = read_rows(tmp_path)
+    epochs = [row.get("ticket_test_accuracy") for row in rows if row["kind"] == "epoch"]
+    (result,) = (row for row in rows if row["kind"] == "result")
+    assert result["ticket_test_accuracies"] == epochs  # the host's end, and those of two cycles
+    assert len(epochs) == 3
+    stored = result["nnz"] / result["numel"]
+    assert stored < result["union_density"] <= min(1, 3 * stored) + 1e-3
+    assert result["sparsity_masked"] == pytest.approx(0.8, abs=1e-3)
+    assert result["density"]["fc"] < 1
+    assert result["layers"] == "all"
+
+
+def test_a_network_without_convolutions_takes_methods_that_mask_linear_layers(
+    run, digits, tmp_path, tiny
+):
+    mlp = replace(tiny, model=ModelChoice("lenet300_100"), methods=("rigl",), training=Training(1))
+    run(mlp, tmp_path / "rigl")
+    (result,) = (row for row in read_rows(tmp_path / "rigl") if row["kind"] == "result")
+    assert result["sparsity_masked"] == pytest.approx(0.8, abs=1e-4)
+    assert result["sparsity_whole"] < result["sparsity_masked"]  # biases count there
+    with pytest.raises(ValueError, match="kd masks convolutions, the network has none"):
+        check(replace(mlp, methods=("kd",)), digits)
+    check(replace(mlp, methods=("kd",), layers="all"), digits)
+    with pytest.raises(ValueError, match="skip: 'conv1' matches none of fc1, fc2, fc3"):
+        check(replace(mlp, skip=("conv1",)), digits)
+    run(replace(mlp, methods=("lt",), layers="all"), tmp_path / "all")
 
 
 def test_the_table_has_a_line_a_method_and_sparsity(finished):

@@ -61,7 +61,9 @@ def test_the_published_recipes_of_sup_tickets(name, tail, milestones, warmup, lr
     assert recipe.sup.tail(recipe.training.epochs) == tail
     squeezed = recipe.training.squeezed(tail)
     assert (squeezed.milestones, squeezed.warmup) == (milestones, warmup)
-    assert (recipe.sup.lr, recipe.sup.drop_fraction, recipe.sup.prune_each) == (lr, 0.5, True)
+    assert squeezed.learning_rate(recipe.training.epochs - tail - 1) == pytest.approx(lr[0])
+    assert recipe.sup.with_host(lr[0], 0.1).lr == pytest.approx(lr)
+    assert (recipe.sup.drop_fraction, recipe.sup.prune_each) == (0.5, True)
     assert (recipe.dynamics.distribution, recipe.dynamics.decay) == ("erk", "constant")
     assert {"rigl", "sup-rigl"} <= set(recipe.methods)
 
@@ -86,7 +88,7 @@ def test_every_method_has_a_recipe_of_its_own(name):
 
 @pytest.mark.parametrize(
     "name, until, milestones",
-    [("rigl_cifar10", 0.75, (77, 153, 230)), ("rigl_imagenet", 25 / 32, (30, 70, 90))],
+    [("rigl_cifar10", 75_000 / 97_656, (77, 153, 230)), ("rigl_imagenet", 25 / 32, (30, 70, 90))],
 )
 def test_the_published_recipes_of_rigl(name, until, milestones):
     recipe = get(name)
@@ -173,6 +175,33 @@ def test_epochs_scale_the_whole_schedule():
     recipe = get("kd_ticket_imagenet").with_epochs(18)
     assert recipe.training.milestones == (6, 12, 16)
     assert (recipe.training.warmup, recipe.kd.until, recipe.rewind_epoch) == (1, 12, 1)
+
+
+def test_a_shorter_run_updates_as_often_and_a_longer_one_more():
+    recipe = get("rigl_cifar10")
+    assert [recipe.with_epochs(e).dynamics.every for e in (250, 125, 25, 500)] == [100, 50, 10, 100]
+    assert recipe.with_epochs(25).dynamics.until == recipe.dynamics.until
+
+
+def test_methods_keep_their_own_dynamics_in_a_comparison():
+    recipe = get("compare")
+    own = {name: recipe.dynamics_of(METHODS[name]) for name in ("rigl", "granet", "sup-granet")}
+    assert {dynamics.every for dynamics in own.values()} == {40}
+    shares = [(d.drop_fraction, d.decay, d.until, d.prune_until) for d in own.values()]
+    assert shares == [
+        (0.3, "cosine", 0.75, 0.5),
+        (0.5, "cosine", 1.0, 110 / 160),
+        (0.5, "constant", 1.0, 110 / 226),
+    ]
+    same = override(recipe, "own_dynamics=false")
+    assert same.dynamics_of(METHODS["granet"]) == same.dynamics
+    with pytest.raises(ValueError, match="own_dynamics: leaves only distribution, every, backward"):
+        override(recipe, "dynamics.drop_fraction=0.5")
+
+
+def test_cycles_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="cycle_count: 20 cycles of 1 do not fit into 16"):
+        override(get("compare"), "sup.cycle_count=20")
 
 
 def test_networks_follow_the_data_and_the_seed(digits):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from sparsekd.recipes import (
     ModelChoice,
     Recipe,
     RunFolder,
+    experiment,
+    get,
     load_data,
     override,
     plan,
@@ -56,7 +58,7 @@ def test_a_folder_older_than_a_field_is_one_with_its_default(run, finished, tmp_
     with RunFolder(tmp_path, tiny):
         pass
     (tmp_path / "config.json").write_text(json.dumps(config))
-    other = override(tiny, "sup.drop_fraction=0.1")
+    other = replace(override(tiny, "sup.drop_fraction=0.1"), methods=("sup-set",))
     with pytest.raises(CheckpointError, match=r"sup\.drop_fraction=0\.5, expected 0\.1"):
         RunFolder(tmp_path, other).__enter__()
 
@@ -89,11 +91,11 @@ def test_an_interrupted_experiment_ends_with_the_same_rows(
 
 
 def test_a_crash_before_the_last_row_repeats_no_epoch(run, finished, tmp_path, monkeypatch, tiny):
-    def crash(self, run, model, rows):
+    def crash(*arguments):
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "_result", crash)
+        patch.setattr(experiment, "result", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             run(tiny, tmp_path)
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -104,11 +106,12 @@ def test_a_crash_before_the_last_row_repeats_no_epoch(run, finished, tmp_path, m
     assert comparable(read_rows(tmp_path)) == comparable(expected)
 
 
-def test_a_folder_of_version_0_1_0_is_resumed(tmp_path):
-    """One run has finished there; RigL was stopped after its first of two epochs."""
+@pytest.fixture
+def of_version_0_1_0(tmp_path):
+    """Return a recipe, with the folder that version 0.1.0 made of it in `tmp_path`."""
     with tarfile.open(Path(__file__).with_name("run_folder_0.1.0.tar.xz")) as archive:
         archive.extractall(tmp_path, filter="data")
-    recipe = Recipe(
+    return Recipe(
         "old",
         "",
         DataChoice("digits", train_images=200),
@@ -118,6 +121,11 @@ def test_a_folder_of_version_0_1_0_is_resumed(tmp_path):
         methods=("static", "rigl"),
         sparsities=(0.99,),
     )
+
+
+def test_a_folder_of_version_0_1_0_is_resumed(tmp_path, of_version_0_1_0):
+    """One run has finished there; RigL was stopped after its first of two epochs."""
+    recipe = of_version_0_1_0
     before = MetricsLog(tmp_path / "metrics.jsonl").rows()
     with RunFolder(tmp_path, recipe) as folder:
         Experiment(recipe, load_data(recipe.data, None), folder).run()
@@ -129,3 +137,83 @@ def test_a_folder_of_version_0_1_0_is_resumed(tmp_path):
     sessions = json.loads((tmp_path / "config.json").read_text())["sessions"]
     assert sessions[0] == {"sparsekd": "0.1.0"}
     assert len(sessions) == 2
+    rigl = rows[-1]
+    assert (rigl["method"], rigl["layers"]) == ("rigl", "convolutions")
+    assert (rigl["density"]["fc"], 1 - rigl["sparsity_masked"] < 0.011) == (1.0, True)
+
+
+def test_masks_of_an_older_folder_stay_on_its_convolutions(tmp_path, of_version_0_1_0):
+    """Methods mask linear layers too by now; this folder goes on as it began, time after time."""
+    recipe = of_version_0_1_0
+    for _ in range(2):
+        with RunFolder(tmp_path, recipe) as folder:
+            assert folder.as_meant(recipe).layers == "convolutions"
+    with RunFolder(tmp_path, replace(recipe, layers="convolutions")):
+        pass
+    whole = replace(recipe, layers="all")
+    refused = r"layers='convolutions', expected 'all'"
+    with pytest.raises(CheckpointError, match=refused), RunFolder(tmp_path, whole):
+        pass
+
+
+def test_masks_of_a_new_folder_are_those_of_each_method(tmp_path, tiny):
+    for _ in range(2):
+        with RunFolder(tmp_path, tiny) as folder:
+            assert folder.as_meant(tiny) == tiny
+    other = replace(tiny, layers="convolutions")
+    refused = r"layers=None, expected 'convolutions'"
+    with pytest.raises(CheckpointError, match=refused), RunFolder(tmp_path, other):
+        pass
+
+
+def test_a_preset_that_has_changed_goes_on_in_an_older_folder_as_it_was(tmp_path):
+    """A recipe that ships has other values by now; what a command asks for still has to fit."""
+    recipe = get("compare")
+    old = replace(recipe.dynamics, drop_fraction=0.123)
+    before = replace(recipe, own_dynamics=False, dynamics=old)
+    stored = json.loads(json.dumps(asdict(before)))
+    for name in ("layers", "skip", "init", "own_dynamics"):
+        del stored[name]
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": stored, "sessions": []}))
+    for _ in range(2):
+        with RunFolder(tmp_path, recipe) as folder:
+            meant = folder.as_meant(recipe)
+            assert meant == replace(before, layers="convolutions")
+    asked = override(recipe, "training.lr=0.2")
+    with pytest.raises(CheckpointError, match=r"training\.lr=0\.1, expected 0\.2"):
+        RunFolder(tmp_path, asked).__enter__()
+
+
+@pytest.mark.parametrize("name, epochs", [("compare", 16), ("fashion-mnist", 5)])
+def test_folders_of_published_results_go_on_by_their_commands(tmp_path, name, epochs):
+    published = Path(__file__).parents[2] / "docs/results" / name / "config.json"
+    stored = json.loads(published.read_text())["recipe"]
+    (tmp_path / "config.json").write_bytes(published.read_bytes())
+    recipe = get(name).with_epochs(epochs)
+    with RunFolder(tmp_path, recipe) as folder:
+        meant = json.loads(json.dumps(asdict(folder.as_meant(recipe))))
+    for field in ("training", "dynamics", "sup", "kd"):
+        assert stored.get(field, {}).items() <= meant[field].items()
+    assert (meant["layers"], meant["own_dynamics"], meant["init"]) == (
+        "convolutions",
+        False,
+        "keep",
+    )
+
+
+def test_fields_of_cycles_may_change_where_no_run_has_them(tmp_path, tiny):
+    with RunFolder(tmp_path, tiny):
+        pass
+    other = override(tiny, "sup.drop_fraction=0.1")
+    with RunFolder(tmp_path, other):
+        pass
+    with pytest.raises(CheckpointError, match=r"sup\.drop_fraction=0\.1, expected 0\.5"):
+        RunFolder(tmp_path, replace(tiny, methods=("sup-set",))).__enter__()
+
+
+def test_every_field_that_differs_is_named(tmp_path, tiny):
+    with RunFolder(tmp_path, tiny):
+        pass
+    other = override(override(tiny, "training.lr=0.2"), "kd.alpha=0.5")
+    with pytest.raises(CheckpointError, match=r"kd\.alpha=0\.9, .*training\.lr=0\.1"):
+        RunFolder(tmp_path, other).__enter__()

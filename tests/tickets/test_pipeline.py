@@ -12,7 +12,13 @@ from sparsekd import Layout
 from sparsekd.dst import METHODS, Dynamics
 from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn import densify, sparse_modules
-from sparsekd.tickets import Distillation, DistillationConfig, Superposition, make_ticket
+from sparsekd.tickets import (
+    Distillation,
+    DistillationConfig,
+    Superposition,
+    make_ticket,
+    masked_layers,
+)
 from sparsekd.train import (
     Interrupted,
     Trainer,
@@ -28,6 +34,9 @@ def pipeline(make_pipeline):
     pipeline = make_pipeline(rewind_epoch=1)
     pipeline.dense_trainer().fit()
     return pipeline
+
+
+MASKED = {"convolutions": 54 + 432, "all": 54 + 432 + 288}
 
 
 def masks_of(model):
@@ -165,7 +174,7 @@ def test_a_ticket_stores_only_its_weights(pipeline):
 def test_random_masks_need_no_dense_run_and_meet_the_sparsity(make_pipeline):
     pipeline = make_pipeline()
     masks = pipeline.masks(METHODS["rigl"], 0.8)
-    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * 486)
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * MASKED["all"])
     start = pipeline.start(METHODS["rigl"], masks)
     for name, module in sparse_modules(start):
         assert torch.equal(module.values, pipeline.fresh().get_submodule(name).weight[masks[name]])
@@ -175,7 +184,7 @@ def test_random_masks_need_no_dense_run_and_meet_the_sparsity(make_pipeline):
 
 @pytest.mark.parametrize("name", ["lt", "rigl", "snip", "imp"])
 def test_a_row_says_which_layers_get_masks(make_pipeline, name):
-    pipeline, convolutions = make_pipeline(), METHODS[name]
+    pipeline, convolutions = make_pipeline(), replace(METHODS[name], layers="convolutions")
     save_model(pipeline.checkpoint(3), pipeline.fresh("final"))
     save_model(pipeline.checkpoint(1), pipeline.fresh())
     save_model(pipeline.checkpoint(0), pipeline.fresh())
@@ -183,6 +192,7 @@ def test_a_row_says_which_layers_get_masks(make_pipeline, name):
         (convolutions, ["0", "3"]),
         (replace(convolutions, layers="all"), ["0", "3", "7"]),
     ):
+        assert masked_layers(method, pipeline.fresh()).keys() == set(layers)
         if method.iterative:
             masks = pipeline.next_masks(None, 0.8, method.layers)
         else:
@@ -192,6 +202,72 @@ def test_a_row_says_which_layers_get_masks(make_pipeline, name):
         stored = sum(int(mask.sum()) for mask in masks.values())
         assert abs(stored - 0.2 * total) < 1
         assert [name for name, _ in sparse_modules(pipeline.start(method, masks))] == layers
+
+
+@pytest.mark.parametrize("name", ["lt", "rigl", "snip", "imp"])
+def test_a_pipeline_may_say_it_for_all_methods_and_leave_layers_out(make_pipeline, name):
+    method, pipeline = METHODS[name], make_pipeline(layers="all", skip=("0",))
+    for epoch in (0, 1, 3):
+        save_model(pipeline.checkpoint(epoch), pipeline.fresh("final" if epoch == 3 else "init"))
+    for layers, masked in (("all", ["3", "7"]), ("convolutions", ["3"])):
+        changed = replace(pipeline, layers=layers)
+        if method.iterative:
+            masks = changed.next_masks(None, 0.8, method.layers)
+        else:
+            masks = changed.masks(method, 0.8)
+        assert sorted(masks) == masked
+    with pytest.raises(ValueError, match="skip: 'conv1' matches none of 0, 3, 7"):
+        replace(pipeline, skip=("conv1",)).masks(method, 0.8)
+
+
+def test_a_network_without_layers_to_mask_is_refused():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    assert list(masked_layers(METHODS["rigl"], linear)) == ["1"]
+    with pytest.raises(ValueError, match="lt masks convolutions, the network has none; --set lay"):
+        masked_layers(METHODS["lt"], linear)
+    assert list(masked_layers(METHODS["lt"], linear, "all")) == ["1"]
+
+
+@pytest.mark.parametrize("name", ["static", "rigl", "gmp", "snip", "reinit"])
+def test_sparse_initialisation_scales_the_networks_own(pipeline, name):
+    masks, method = pipeline.masks(METHODS[name], 0.8), METHODS[name]
+    kept, scaled = (
+        replace(pipeline, init=init).start(method, masks) for init in ("keep", "sparse")
+    )
+    for (layer, a), (_, b) in zip(sparse_modules(kept), sparse_modules(scaled), strict=True):
+        rows = masks[layer].flatten(1)
+        factor = (rows[0].numel() / rows.sum(1, keepdim=True)).sqrt().expand(rows.shape)[rows]
+        torch.testing.assert_close(b.values, a.values * factor)
+        if rows.all():
+            assert torch.equal(a.values, b.values)
+
+
+def test_sparse_initialisation_leaves_tickets_alone(pipeline):
+    masks = pipeline.one_shot_masks(0.8)
+    for name in ("lt", "kd", "rewind", "lr-rewind"):
+        starts = [
+            replace(pipeline, init=init).start(METHODS[name], masks) for init in ("keep", "sparse")
+        ]
+        assert len({state_hash(start.state_dict()) for start in starts}) == 1
+
+
+def test_sparse_initialisation_keeps_the_variance_of_preactivations(make_pipeline):
+    """Whatever the number of inputs that masks leave a neuron."""
+
+    def build(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(1024, 4096, bias=False))
+
+    pipeline = make_pipeline(init="sparse")
+    rows = torch.arange(4096) % 4  # 1024, 256, 64 and 16 inputs
+    mask = torch.rand(4096, 1024, generator=torch.Generator().manual_seed(0)).argsort(1)
+    masks = {"1": mask < 1024 // 4 ** rows[:, None]}
+    model = replace(pipeline, build=build).start(METHODS["static"], masks)
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1))
+    variance = model(x).var(0)
+    dense = torch.nn.functional.linear(x, build(0)[1].weight).var().item()
+    for kind in range(4):
+        assert variance[rows == kind].mean().item() == pytest.approx(dense, rel=0.06)
 
 
 MOVING = [m.name for m in METHODS.values() if m.updater is not None]
@@ -207,7 +283,11 @@ def test_a_moving_topology_ends_at_its_sparsity(pipeline, name):
     masks = pipeline.masks(method, 0.8)
     trainer = pipeline.ticket_trainer(method, masks, name, 0.8)
     trainer.fit()
-    target = 486 - int(0.8 * 486) if method.start == "pruned" else round(0.2 * 486)
+    numel = MASKED[method.layers]
+    target = numel - int(0.8 * numel) if method.start == "pruned" else round(0.2 * numel)
+    if name == "srigl":  # a fan-in is whole from the start
+        target = sum(int(mask.sum()) for mask in masks.values())
+        assert abs(target - 0.2 * numel) < sum(len(mask) for mask in masks.values())
     for model in (trainer.model, pipeline.outcome(trainer)):
         moved = masks_of(model)
         assert not same(moved, masks)
@@ -253,11 +333,11 @@ def narrow(seed, sparsity):
 
 
 @pytest.mark.parametrize("name", ["snip", "grasp", "synflow"])
-def test_masks_from_one_batch_cover_the_convolutions_exactly(make_pipeline, name):
+def test_masks_from_one_batch_cover_every_layer_exactly(make_pipeline, name):
     pipeline = make_pipeline()
     masks = pipeline.masks(METHODS[name], 0.8)
-    assert set(masks) == {"0", "3"}
-    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * 486)
+    assert set(masks) == {"0", "3", "7"}
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * MASKED["all"])
     assert same(masks, pipeline.masks(METHODS[name], 0.8))
 
 
@@ -287,6 +367,27 @@ def test_sup_tickets_superpose_at_the_end_and_squeeze_the_schedule(pipeline, met
     merged = pipeline.outcome(trainer)
     assert merged is not trainer.model
     assert state_hash(merged.state_dict()) == state_hash(pipeline.outcome(trainer).state_dict())
+
+
+def test_cycles_begin_at_the_last_rate_of_their_host(pipeline):
+    training = Training(epochs=4, batch_size=32, lr=0.4, milestones=(2, 3))
+    sup = Superposition(cycle_fraction=0.25, cycle_epochs=1)
+    pipeline = replace(pipeline, training=training, superposition=sup)
+    method = METHODS["sup-set"]
+    trainer = pipeline.ticket_trainer(method, pipeline.masks(method, 0.5), "a")
+    assert trainer.config.milestones == (2,)  # 3 would be the first epoch of the cycle
+    assert trainer.dst.cycles.lr == pytest.approx((0.04, 0.2))
+
+
+@pytest.mark.parametrize(
+    "lr, effect", [(None, "hardly train the weights"), ((0.01, 0.05), "leave the minimum")]
+)
+def test_a_host_annealed_to_nothing_is_a_warning_before_it_trains(pipeline, lr, effect):
+    cosine = replace(pipeline.training, schedule="cosine", epochs=300, milestones=())
+    pipeline = replace(pipeline, training=cosine, superposition=Superposition(lr=lr))
+    method = METHODS["sup-set"]
+    with pytest.warns(RuntimeWarning, match=effect):
+        pipeline.ticket_trainer(method, pipeline.masks(method, 0.5), "a")
 
 
 def test_a_sup_run_resumes_after_its_last_step(pipeline):

@@ -13,7 +13,7 @@ from torch import nn
 from sparsekd.dst import SET, RigL, Static
 from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn import SparseLinear, sparse_modules, sparsify
-from sparsekd.tickets import Cycles, SupTickets, kd_loss, superpose
+from sparsekd.tickets import Cycles, Superposition, SupTickets, kd_loss, superpose
 from sparsekd.train import state_hash
 
 TOTAL, FRACTION, LENGTH = 22, 0.6, 4  # 10 + 3 cycles of 4
@@ -34,7 +34,7 @@ class Run:
         self.dst = host(self.model, self.opt, drop_fraction=0.3, every=3, until=100, seed=seed)
         self.sup = SupTickets(
             self.model, self.opt, self.dst, total_steps=total, cycle_fraction=fraction,
-            cycle_steps=LENGTH, lr=(0.01, 0.05), **options,
+            cycle_steps=LENGTH, **{"lr": (0.01, 0.05), **options},
         )  # fmt: skip
         self.tickets: list[nn.Module] = []
         self.rewired: list[int] = []
@@ -101,6 +101,7 @@ def learned(model):
         (100, 0.29, 29, 71, 1),  # 0.29 * 100 is below 29 in floating point
         (100, 0.05, 8, 100, 0),
         (10, 1.0, 5, 0, 2),
+        (45, 12 / 45, 4, 33, 3),  # 12 / 45 * 45 is below 12 in floating point
     ],
 )
 def test_phases(total, fraction, length, first_phase, count):
@@ -267,3 +268,64 @@ def test_tickets_of_blocks_superpose_to_blocks(prune_each):
     opt = torch.optim.SGD(fixed.parameters(), lr=0.1)
     with pytest.raises(UnsupportedError, match="superposition, which takes unions of masks, does"):
         SupTickets(fixed, opt, RigL(fixed, opt, until=5), total_steps=10, cycle_steps=2)
+
+
+def test_the_union_of_tickets_is_told_before_it_is_pruned():
+    run = Run()
+    assert run.sup.union_density is None
+    run.train()
+    masks = [dict(sparse_modules(ticket)) for ticket in run.tickets]
+    union, numel = 0, 0
+    for name, module in sparse_modules(run.model):
+        union += int(sum(m[name].topology.mask() for m in masks).bool().sum())
+        numel += module.topology.numel
+    assert run.sup.union_density == union / numel > sum(nnz(run.finish())) / numel
+
+
+def test_cycles_by_count():
+    cycles = Cycles(45, 0.0, 4, cycle_count=3)
+    assert (cycles.first_phase, cycles.count) == (33, 3)
+    with pytest.raises(ValueError, match="cycle_count: 12 cycles of 4 do not fit into 45"):
+        Cycles(45, 0.1, 4, cycle_count=12)
+    with pytest.raises(ValueError, match="cycle_count: expected at least 0"):
+        Superposition(cycle_count=-1)
+    assert Superposition(cycle_count=3, cycle_epochs=4).tail(45) == 12
+
+
+def test_rates_of_cycles_follow_the_hosts_last_in_every_group():
+    run = Run(lr=None)
+    run.opt.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.3})
+    rates = []
+    for t in range(TOTAL):
+        for group, base in zip(run.opt.param_groups, (0.1, 0.3), strict=True):
+            group["lr"] = base * (0.1 if t >= 5 else 1)  # a step schedule sets them every iteration
+        run.train(t, t + 1)
+        rates.append([group["lr"] for group in run.opt.param_groups])
+    assert rates[9] == pytest.approx([0.01, 0.03])
+    triangle = torch.tensor([1.0, 3, 5, 3])
+    for number, last in enumerate((0.01, 0.03)):
+        cycles = torch.tensor(rates)[10:, number].view(3, LENGTH)
+        torch.testing.assert_close(cycles, (last * triangle).expand(3, LENGTH))
+
+
+def test_rates_of_cycles_survive_a_resume():
+    whole = Run(lr=None).train()
+    first = Run(lr=None).train(last=13)
+    second = Run(lr=None, seed=3)
+    second.load(first.save())
+    second.train(13)
+    assert second.rates == whole.rates[13:]
+    assert state_hash(second.finish().state_dict()) == state_hash(whole.finish().state_dict())
+
+
+def test_a_host_annealed_to_nothing_is_a_warning():
+    run = Run(lr=None).train(last=9)
+    run.opt.param_groups[0]["lr"] = 1e-7
+    run.train(9, 10)
+    with pytest.warns(RuntimeWarning, match="ends at 1e-07, from 0.1; cycles that rise to 5e-07"):
+        run.train(10, 11)
+
+
+def test_cycles_without_a_host_need_rates():
+    with pytest.raises(ValueError, match="lr: expected two numbers"):
+        Run(lr=None, total=12, fraction=1.0)
