@@ -1,0 +1,105 @@
+"""Run the studies, or go on where they stopped; write their rows and tables; --help lists options.
+
+A study has a folder in --out with a run folder a column, which `sparsekd report` reads too, and
+after each call `rows.jsonl` (a line a finished run) and `README.md` (all of them, and the paired
+differences). Settings are in studies.py and in nothing else. --wall trains the first seed of every
+column once more by the sparse kernels and once by dense ones, for the time it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence import summary
+from benchmarks.evidence.studies import STUDIES, Study
+from sparsekd import ops, terminal
+from sparsekd.memory import keep_memory_warm
+from sparsekd.recipes import Experiment, Recipe, RunFolder, load_data
+from sparsekd.train import Interrupted, ProgressReporter, Reporter, StopRequest
+
+Run = Callable[[Recipe, Path], None]
+
+
+def run_study(name: str, study: Study, folder: Path, run: Run) -> None:
+    """Train what has not finished of a study, and write its rows and tables.
+
+    Args:
+        name: of the study.
+        study: its settings.
+        folder: of the study.
+        run: trains a recipe in a folder.
+    """
+    for column, recipe in study.columns.items():
+        run(recipe, folder / column)
+        rows = summary.collect(name, study.columns, folder)
+        summary.write(rows, folder / "rows.jsonl")
+        text = f"# {name}\n\n{study.question}\n\n{summary.differences(study, rows)}\n\n"
+        (folder / "README.md").write_text(text + summary.table(rows) + "\n")
+
+
+def run_wall(name: str, study: Study, folder: Path, run: Run) -> None:
+    """Train one seed of a study twice, by sparse and by dense kernels, and write the seconds."""
+    rows = []
+    for backend in ("sparse", "dense"):
+        forced = ops.backend("dense") if backend == "dense" else contextlib.nullcontext()
+        with forced:
+            for column, recipe in study.columns.items():
+                run(replace(recipe, seeds=1), folder / backend / column)
+        found = summary.collect(name, study.columns, folder / backend)
+        rows += [{"backend": backend, **row} for row in found]
+    summary.write(rows, folder / "rows.jsonl")
+    for backend in ("sparse", "dense"):
+        seconds = sum(row["seconds"] for row in rows if row["backend"] == backend)
+        print(f"{name}: {seconds:,.0f} s by {backend} kernels")
+
+
+def train(
+    recipe: Recipe, folder: Path, data_dir: Path | None, reporter: Reporter, stop: StopRequest
+) -> None:
+    """Train the open runs of a recipe in a folder."""
+    with RunFolder(folder, recipe) as opened:
+        data = load_data(recipe.data, data_dir)
+        Experiment(recipe, data, opened, reporter=reporter, stop=stop).run()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.evidence", description=__doc__)
+    parser.add_argument("study", nargs="*", help=f"{', '.join(STUDIES)}; by default all")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--data-dir", type=Path, help="folder of the data files")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--wall", action="store_true", help="measure time instead of accuracy")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few hundred images: shows only that it runs"
+    )
+    options = parser.parse_args(arguments)
+    if unknown := set(options.study) - STUDIES.keys():
+        parser.error(f"study: expected names among {', '.join(STUDIES)}, got {sorted(unknown)}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    keep_memory_warm()
+    work = run_wall if options.wall else run_study
+    out = options.out / "smoke" if options.smoke else options.out
+    with StopRequest() as stop, ProgressReporter(terminal.console()) as reporter:
+
+        def run(recipe: Recipe, folder: Path) -> None:
+            reporter.message(f"{folder}: {recipe.description}")
+            train(recipe, folder, options.data_dir, reporter, stop)
+
+        try:
+            for name in options.study or STUDIES:
+                study = STUDIES[name].shortened() if options.smoke else STUDIES[name]
+                work(name, study, (out / "wall" if options.wall else out) / name, run)
+        except Interrupted as interruption:
+            raise SystemExit(f"{interruption}; the same command goes on from {out}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Rows of a study from its run folders, and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.evidence.studies import Study
+from sparsekd.recipes.report import LABELS
+from sparsekd.train import MetricsLog, Row, write_atomic
+
+
+def column(pair: str) -> tuple[str, str]:
+    """Split column/method."""
+    name, _, method = pair.partition("/")
+    return name, method
+
+
+def collect(study: str, columns: Iterable[str], folder: Path) -> list[Row]:
+    """Read the rows of the finished runs of a study, with the names of study and column.
+
+    Args:
+        study: its name.
+        columns: of the study.
+        folder: with a run folder a column.
+
+    Returns:
+        The rows of kind "result", in the order of the columns.
+    """
+    rows: list[Row] = []
+    for name in columns:
+        path = folder / name / "metrics.jsonl"
+        found = MetricsLog(path).rows() if path.exists() else []
+        results = [row for row in found if row["kind"] == "result"]
+        rows += [{"study": study, "column": name, **row} for row in results]
+    return rows
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as JSON lines, all or none."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def accuracies(rows: Sequence[Row]) -> dict[tuple[str, str, float], dict[int, float]]:
+    """Return test accuracy in % by (column, method, sparsity), then seed."""
+    found: dict[tuple[str, str, float], dict[int, float]] = {}
+    for row in rows:
+        key = row["column"], row["method"], row["sparsity"]
+        found.setdefault(key, {})[row["seed"]] = 100 * row["test_accuracy"]
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of all runs: a line a column, method and sparsity."""
+    lines = [
+        "| column | method | sparsity | whole model | test accuracy, % | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (name, method, sparsity), by_seed in accuracies(rows).items():
+        whole = next(
+            row["sparsity_whole"]
+            for row in rows
+            if (row["column"], row["method"], row["sparsity"]) == (name, method, sparsity)
+        )
+        lines.append(
+            f"| {name} | {LABELS.get(method, method)} | {sparsity:.4g} | {whole:.4g} "
+            f"| {spread(list(by_seed.values()))} | {listed(by_seed)} |"
+        )
+    return "\n".join(lines)
+
+
+def differences(study: Study, rows: Sequence[Row]) -> str:
+    """Return a Markdown table of the paired differences: mean, deviation, each seed, how many up.
+
+    Only seeds that both have count.
+    """
+    found = accuracies(rows)
+    lines = ["| less | sparsity | difference | seeds | above 0 |", "|---|---|---|---|---|"]
+    for first, second in study.pairs:
+        (a, m), (b, n) = column(first), column(second)
+        sparsities = zip(study.columns[a].sparsities, study.columns[b].sparsities, strict=True)
+        for s, t in sparsities:
+            one, other = found.get((a, m, s), {}), found.get((b, n, t), {})
+            pairs = {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}
+            if not pairs:
+                continue
+            above = sum(d > 0 for d in pairs.values())
+            lines.append(
+                f"| {first} less {second} | {s:.4g} | {spread(list(pairs.values()), '+')} "
+                f"| {listed(pairs, '+')} | {above} of {len(pairs)} |"
+            )
+    return "\n".join(lines)
+
+
+def spread(numbers: Sequence[float], sign: str = "") -> str:
+    """Return mean and standard deviation."""
+    mean = f"{statistics.mean(numbers):{sign}.2f}"
+    return mean if len(numbers) < 2 else f"{mean} ± {statistics.stdev(numbers):.2f}"
+
+
+def listed(by_seed: dict[int, float], sign: str = "") -> str:
+    """Return the number of each seed, in the order of the seeds."""
+    return ", ".join(f"{by_seed[seed]:{sign}.2f}" for seed in sorted(by_seed))

@@ -1,0 +1,122 @@
+"""The studies' settings, the tables made of rows, and a study run in two calls."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from benchmarks.evidence import summary
+from benchmarks.evidence.__main__ import run_study, run_wall, train
+from benchmarks.evidence.studies import EQUAL_FLOPS, STUDIES, Study
+from sparsekd import flops, models
+from sparsekd.recipes import DataChoice, ModelChoice, Recipe, plan
+from sparsekd.sparsity import allocate
+from sparsekd.tickets import maskable
+from sparsekd.train import Interrupted, Reporter, StopRequest, Training
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_settings_are_of_fresh_seeds_and_answer_their_question(name):
+    study = STUDIES[name]
+    for recipe in study.columns.values():
+        assert (recipe.first_seed, recipe.seeds) == (3, 5)
+        assert not recipe.training.augment
+    for pair in study.pairs:
+        (a, m), (b, n) = map(summary.column, pair)
+        assert m in study.columns[a].methods
+        assert n in study.columns[b].methods
+        assert len(study.columns[a].sparsities) == len(study.columns[b].sparsities)
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name.startswith("superposed")])
+def test_hosts_are_trained_as_with_cycles_and_annealed_further(name):
+    for column, recipe in STUDIES[name].columns.items():
+        if column.endswith("annealed"):
+            rates = [recipe.training.learning_rate(e) for e in (0, recipe.training.epochs - 1)]
+            assert rates == pytest.approx([0.1, 0.001])
+        else:
+            cycles = recipe.sup.cycles(recipe.training.epochs, 157)
+            assert cycles.count == 3
+            assert recipe.training.learning_rate(cycles.first_phase / 157) == pytest.approx(0.01)
+            assert recipe.sup.with_host(0.01, 0.1).lr == pytest.approx((0.01, 0.05))
+            if "resnet" in name or "wrn" in name:
+                assert cycles.cycle_steps >= 1000
+
+
+def test_uniform_masks_cost_what_erk_does():
+    model = models.build("resnet20", num_classes=10, in_channels=1)
+    cost = flops.count(model, (1, 1, 28, 28))
+    recipe = STUDIES["reproduced"].columns["erk"]
+    layers = maskable(model, "all", recipe.skip)
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
+    for sparsity, equal in zip(recipe.sparsities, EQUAL_FLOPS, strict=True):
+        erk = cost.at(allocate(shapes, sparsity, "erk")).forward
+        uniform = cost.at(allocate(shapes, equal, "uniform")).forward
+        assert uniform == pytest.approx(erk, rel=0.002)
+
+
+@pytest.fixture
+def study():
+    recipe = Recipe(
+        "evidence",
+        "",
+        DataChoice("digits", train_images=200),
+        ModelChoice("lenet300_100"),
+        Training(1, batch_size=50, augment=False),
+        methods=("static", "rigl"),
+        sparsities=(0.9, 0.95),
+        seeds=2,
+        first_seed=3,
+        layers="all",
+    )
+    columns = {"one": recipe, "two": replace(recipe, sparsities=(0.8, 0.9), methods=("rigl",))}
+    return Study("?", columns, (("one/rigl", "one/static"), ("one/rigl", "two/rigl")))
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_study_goes_on_where_it_stopped_and_pairs_seeds(study, tmp_path, stop_at):
+    run = partial(train, data_dir=None, reporter=Reporter())
+    with pytest.raises(Interrupted):
+        run_study("s", study, tmp_path, partial(run, stop=stop_at(9)))
+    run_study("s", study, tmp_path, partial(run, stop=StopRequest()))
+    rows = rows_of(tmp_path)
+    assert len(rows) == sum(len(plan(recipe)) for recipe in study.columns.values()) == 12
+    run_study("s", study, tmp_path, partial(run, stop=StopRequest()))
+    assert rows_of(tmp_path) == rows
+    page = (tmp_path / "README.md").read_text()
+    by = {(r["column"], r["method"], r["sparsity"], r["seed"]): r["test_accuracy"] for r in rows}
+    for first, second, s, t in (
+        ("one/rigl", "one/static", 0.95, 0.95),
+        ("one/rigl", "two/rigl", 0.95, 0.9),  # the second sparsity of each
+    ):
+        differences = [
+            100 * (by[*summary.column(first), s, seed] - by[*summary.column(second), t, seed])
+            for seed in (3, 4)
+        ]
+        line = next(x for x in page.splitlines() if f"| {first} less {second} | {s}" in x)
+        assert ", ".join(f"{d:+.2f}" for d in differences) in line
+        assert f"| {sum(d > 0 for d in differences)} of 2 |" in line
+
+
+def test_time_is_measured_by_both_kinds_of_kernels(study, tmp_path, capsys):
+    short = replace(study, columns={"one": replace(study.columns["one"], sparsities=(0.9,))})
+    run = partial(train, data_dir=None, reporter=Reporter(), stop=StopRequest())
+    run_wall("s", short, tmp_path, run)
+    rows = rows_of(tmp_path)
+    assert [row["backend"] for row in rows] == ["sparse"] * 2 + ["dense"] * 2
+    forced = json.loads((tmp_path / "dense/one/config.json").read_text())["sessions"][0]["forced"]
+    assert forced == "dense"
+    assert "by dense kernels" in capsys.readouterr().out
+
+
+def test_short_studies_keep_their_methods():
+    for study in STUDIES.values():
+        for name, recipe in study.shortened().columns.items():
+            assert recipe.methods == study.columns[name].methods
+            assert recipe.sup.tail(recipe.training.epochs) == 1
