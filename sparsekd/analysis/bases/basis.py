@@ -6,15 +6,13 @@ few small products and B itself is never formed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
-from scipy.fft import dct
-from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 from sparsekd.errors import UnsupportedError
@@ -78,7 +76,10 @@ def dct_matrix(size: int) -> Tensor:
         >>> dct_matrix(4)[:, 0]
         tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    return torch.from_numpy(np.ascontiguousarray(dct(np.eye(size), axis=0, norm="ortho").T))
+    place = torch.arange(size, dtype=torch.float64)[:, None] + 0.5
+    matrix = torch.cos(math.pi / size * place * torch.arange(size)) * math.sqrt(2 / size)
+    matrix[:, 0] /= math.sqrt(2)
+    return matrix
 
 
 def hadamard_matrix(size: int) -> Tensor:
@@ -91,9 +92,10 @@ def hadamard_matrix(size: int) -> Tensor:
         >>> (hadamard_matrix(3) * 2**0.5).round(decimals=3).tolist()
         [[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 1.414]]
     """
-    powers = [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
-    blocks = [torch.from_numpy(hadamard(n).astype(np.float64)) / math.sqrt(n) for n in powers]
-    return torch.block_diag(*blocks)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    exponents = [bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
+    return torch.block_diag(*(functools.reduce(torch.kron, [two] * n, one) for n in exponents))
 
 
 def random_matrix(size: int, seed: int) -> Tensor:

@@ -9,16 +9,18 @@ near each).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekd.tickets.superposition import blank_copy
+
+if TYPE_CHECKING:  # scipy takes a while to import, and the command line imports this
+    from scipy.sparse.linalg import LinearOperator
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def hessian(model: nn.Module, x: Tensor, y: Tensor) -> LinearOperator:
         >>> bool(eigsh(operator, k=1, return_eigenvectors=False)[0] > 0)
         True
     """
+    from scipy.sparse.linalg import LinearOperator
+
     twin = blank_copy(model).eval()
     parameters = [p for p in twin.parameters() if p.requires_grad]
     with torch.enable_grad():
@@ -93,6 +97,8 @@ def lanczos(operator: LinearOperator, steps: int = 40, seed: int = 0) -> Spectru
         >>> lanczos(aslinearoperator(np.diag([1.0, 2.0, 3.0])), steps=3).eigenvalues.round(6)
         array([1., 2., 3.])
     """
+    from scipy.linalg import eigh_tridiagonal
+
     size = operator.shape[0]
     basis = np.empty((min(steps, size), size))
     diagonal: list[float] = []
