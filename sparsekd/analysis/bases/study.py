@@ -100,11 +100,11 @@ class BasisTickets:
 
 PRESETS: Mapping[str, BasisTickets] = {
     "small": BasisTickets(
-        train_images=10_000,
-        networks=("lenet5",),
-        densities=(0.1, 0.03, 0.01),
-        seeds=2,
-        epochs=10,
+        data="digits",
+        networks=("lenet300_100",),
+        densities=(0.1, 0.05, 0.02, 0.01),
+        seeds=3,
+        epochs=40,
     ),
     "full": BasisTickets(),
 }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from sparsekd.plots import clean, line_style
 from sparsekd.train import Row
@@ -22,6 +23,8 @@ LABELS: Mapping[str, str] = {
     "rigl": "RigL",
     "rigl+": "RigL, sparse init",
 }
+
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
@@ -42,6 +45,10 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
         for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
             clean(axes)
             panel(axes, here)
+            axes.title.set_fontsize(10)
+            if axes.get_yscale() == "log":
+                axes.yaxis.set_major_formatter(_PLAIN)
+                axes.yaxis.set_minor_formatter(NullFormatter())
         drawn[f"{network}-{sparsity:g}"] = figure
     return drawn
 
@@ -121,7 +128,8 @@ def _updates(axes: Axes, rows: Sequence[Row]) -> None:
         ratio = [r["after"]["norm"] / max(r["before"]["norm"], 1e-12) for r in moved]
         axes.scatter([r["step"] for r in moved], ratio, **style)
     axes.axhline(1.0, color="#666666", linewidth=0.8)
-    axes.set(title="Gradient norm after an update, over that before", xlabel="step", yscale="log")
+    axes.set(title="Gradient norm after an update, over that before", xlabel="step")
+    axes.set_yscale("log", base=2)
     axes.legend(fontsize=7)
 
 
@@ -174,7 +182,7 @@ def _paths(axes: Axes, rows: Sequence[Row]) -> None:
             style = {**_style(row["method"]), "linestyle": "-" if row["from"] == "end" else ":"}
             style["label"] = f"{style['label']}, {row['from']}"
             axes.plot(row["alphas"], row["losses"], **style)
-    axes.set(title="Line from a run to the pruned solution", xlabel="alpha", yscale="log")
+    axes.set(title="Line from a run to the pruned solution", xlabel="alpha")
     axes.set_ylabel("training loss")
     axes.legend(fontsize=7)
 
