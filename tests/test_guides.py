@@ -1,0 +1,62 @@
+"""The guides run as printed, from top to bottom."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
+_ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+_BLOCK = re.compile(r"^```(python|sh)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def runnable(heading: str) -> bool:
+    package = heading.strip().removeprefix("needs ")
+    return not package or importlib.util.find_spec(package) is not None
+
+
+def run(*command: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=_ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def script(page: Path) -> str:
+    """Return a page as a program: its Python, and its commands where they stand."""
+    lines = ["import subprocess, sys"]
+    for language, heading, text in _BLOCK.findall(page.read_text()):
+        if not runnable(heading):
+            lines.append(f"print('left out: this block {heading.strip()}')")
+        elif language == "python":
+            lines.append(text)
+        else:
+            for command in text.splitlines():
+                program, *arguments = shlex.split(command)
+                assert program == "sparsekd"
+                call = f"[sys.executable, '-m', 'sparsekd', *{arguments!r}]"
+                lines.append(f"subprocess.run({call}, check=True)")
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES, ids=[page.stem for page in GUIDES])
+def test_a_guide_runs(page, tmp_path):
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "guide.py").write_text(script(page))
+    printed = run("guide.py", folder=tmp_path)
+    if "left out" in printed and importlib.util.find_spec("onnxruntime") is None:
+        pytest.skip("all but the blocks that need onnxruntime has run")
+
+
+def test_there_are_guides():
+    assert {page.stem for page in GUIDES} >= {"choose", "deploy", "your-own-model"}
