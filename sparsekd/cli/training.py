@@ -31,6 +31,7 @@ from sparsekd.train.sinks import make_sinks
 
 _INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
 def train(
@@ -168,7 +169,7 @@ def _train(
     except FloatingPointError as error:
         fail(error, code=1)
     except OSError as error:
-        fail(f"{error}; {_remedy(error, folder)}", code=2)
+        fail(f"{error}{_remedy(error, folder)}", code=2)
     if first:
         _report(folder, console)
 
@@ -218,8 +219,10 @@ def _resume() -> str:
 
 def _remedy(error: OSError, folder: Path) -> str:
     if error.errno in _FULL:
-        return f"free some space and the same command goes on; what {folder} holds is intact"
-    return "choose a folder that can be written by --out"
+        return f"; free some space and the same command goes on; what {folder} holds is intact"
+    if error.errno in _REFUSED:
+        return "; choose a folder that can be written by --out"
+    return ""
 
 
 def _report(path: Path, console: Console) -> None:

@@ -179,7 +179,7 @@ class Recipe:
         return replace(
             self,
             training=self.training.scaled(epochs),
-            kd=replace(self.kd, until=None if until is None else round(until * share)),
+            kd=replace(self.kd, until=None if until is None else max(1, round(until * share))),
             dynamics=replace(self.dynamics, every=every),
             sup=replace(self.sup, cycle_epochs=max(1, round(self.sup.cycle_epochs * share))),
             rewind_epoch=round(self.rewind_epoch * share),

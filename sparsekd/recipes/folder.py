@@ -40,7 +40,7 @@ class RunFolder:
         path: the folder; created if missing.
         recipe: what to run.
         fresh: first delete what an earlier experiment left here.
-        sinks: receive every row besides.
+        sinks: receive every row besides, on rank 0.
 
     Raises:
         CheckpointError: the folder holds another experiment, is damaged, or is in use.
@@ -142,8 +142,9 @@ class RunFolder:
         self._tell(row)
 
     def _tell(self, row: Row) -> None:
-        for sink in self._sinks:
-            sink.add(row)
+        if distributed.rank() == 0:
+            for sink in self._sinks:
+                sink.add(row)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         if "recipe" not in config:

@@ -20,11 +20,12 @@ from sparsekd.train.optional import need
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2rem auto; padding: 0 1rem;
        color: #222; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; }}
+td {{ white-space: nowrap; }}
+th:first-child, td:first-child, .pairs td {{ text-align: left; }}
 .wide {{ overflow-x: auto; }}
 .note {{ color: #666; }}
 </style></head><body>
@@ -32,6 +33,9 @@ th:first-child, td:first-child {{ text-align: left; }}
 {body}
 </body></html>
 """
+
+
+_LOG = {"type": "log", "dtick": "D2"}  # labels at 1, 2 and 5
 
 
 def write_html(folder: Path, rows: Sequence[Row]) -> Path:
@@ -104,7 +108,7 @@ def _pairs(items: Iterable[tuple[str, Any]]) -> str:
     lines = "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in items
     )
-    return f'<div class="wide"><table>{lines}</table></div>'
+    return f'<div class="wide"><table class="pairs">{lines}</table></div>'
 
 
 def _figure(graphs: Any, title: str, x: str, y: str, **axis: Any) -> Any:
@@ -117,6 +121,16 @@ def _figure(graphs: Any, title: str, x: str, y: str, **axis: Any) -> Any:
             "yaxis": {"title": {"text": y}},
         }
     )
+
+
+def _line(number: int) -> dict[str, Any]:
+    """Return the style of a line; the first 21 differ."""
+    cycle, symbols = number // len(COLORS), ("circle", "square", "triangle-up")
+    color = COLORS[number % len(COLORS)]
+    return {
+        "line": {"color": color, "dash": ("solid", "dash", "dot")[cycle % 3]},
+        "marker": {"color": color, "symbol": symbols[cycle % 3]},
+    }
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, dict[float, list[Row]]]:
@@ -145,9 +159,13 @@ def _accuracy(graphs: Any, rows: Sequence[Row]) -> Any:
     groups, dense = _groups(rows), _dense(rows)
     if not groups:
         return None
-    figure = _figure(graphs, "Accuracy after the last epoch", "sparsity", "test accuracy")
-    for name, cells in groups.items():
+    ticks = sorted({sparsity for cells in groups.values() for sparsity in cells})
+    figure = _figure(
+        graphs, "Accuracy after the last epoch", "sparsity", "test accuracy", tickvals=ticks
+    )
+    for number, (name, cells) in enumerate(groups.items()):
         figure.add_scatter(
+            **_line(number),
             x=list(cells),
             y=[statistics.mean(row["test_accuracy"] for row in group) for group in cells.values()],
             error_y=_bars(cells.values()),
@@ -167,8 +185,8 @@ def _price(graphs: Any, rows: Sequence[Row], price: str) -> Any:
     if not groups or not all(price in row for row in results):
         return None
     title = {"flops_run": "training FLOPs", "seconds": "training time in seconds"}[price]
-    figure = _figure(graphs, "Accuracy and what it took", title, "test accuracy", type="log")
-    for name, cells in groups.items():
+    figure = _figure(graphs, "Accuracy and what it took", title, "test accuracy", **_LOG)
+    for number, (name, cells) in enumerate(groups.items()):
         extra = dense if METHODS[name].needs_dense else {}
         cost = [
             statistics.mean(
@@ -178,6 +196,7 @@ def _price(graphs: Any, rows: Sequence[Row], price: str) -> Any:
             for group in cells.values()
         ]
         figure.add_scatter(
+            **_line(number),
             x=cost,
             y=[statistics.mean(row["test_accuracy"] for row in group) for group in cells.values()],
             text=[f"sparsity {sparsity:g}" for sparsity in cells],
@@ -198,21 +217,23 @@ def _price(graphs: Any, rows: Sequence[Row], price: str) -> Any:
 
 
 def _losses(graphs: Any, rows: Sequence[Row]) -> Any:
+    first = min((row["seed"] for row in rows if row["kind"] == "result"), default=0)
     curves: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["kind"] == "epoch":
+        if row["kind"] == "epoch" and row["run"].startswith(f"seed{first}/"):
             curves[row["run"]].append(row)
     if not curves:
         return None
-    figure = _figure(graphs, "Training loss, of each run's own objective", "epoch", "loss")
-    for run, points in curves.items():
+    figure = _figure(graphs, "Training loss, first seed", "epoch", "loss of the run's objective")
+    for number, (run, points) in enumerate(curves.items()):
         figure.add_scatter(
+            line=_line(number)["line"],
             x=[point["epoch"] for point in points],
             y=[point["train_loss"] for point in points],
-            name=run,
+            name=run.partition("/")[2],
             mode="lines",
         )
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(**_LOG)
     return figure
 
 
@@ -221,14 +242,15 @@ def _density(graphs: Any, rows: Sequence[Row]) -> Any:
     if not groups:
         return None
     figure = _figure(graphs, "Density of each layer at the end, first seed", "", "density")
-    for name, cells in groups.items():
-        for sparsity, group in cells.items():
-            density = group[0]["density"]
-            figure.add_scatter(
-                x=list(density),
-                y=[value or None for value in density.values()],
-                name=f"{LABELS[name]}, {sparsity:g}",
-                mode="lines+markers",
-            )
-    figure.update_yaxes(type="log")
+    lines = ((name, sparsity, group) for name in groups for sparsity, group in groups[name].items())
+    for number, (name, sparsity, group) in enumerate(lines):
+        density = group[0]["density"]
+        figure.add_scatter(
+            **_line(number),
+            x=list(density),
+            y=[value or None for value in density.values()],
+            name=f"{LABELS[name]}, {sparsity:g}",
+            mode="lines+markers",
+        )
+    figure.update_yaxes(type="log", dtick=1)
     return figure
