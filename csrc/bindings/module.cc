@@ -10,6 +10,7 @@
 
 namespace sparsekd {
 
+void bind_blocked(py::module_& m);
 void bind_densify(py::module_& m);
 void bind_growth(py::module_& m);
 void bind_peak(py::module_& m);
@@ -179,11 +180,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear);
   m.def("linear_dgrad", &linear_dgrad_);
   m.def("linear_wgrad", &linear_wgrad_);
+  bind_blocked(m);
   bind_densify(m);
   bind_growth(m);
   bind_norm(m);
   bind_structure(m);
   m.def("info", &info);
+  m.def("current_isa", [] { return isa_name(current_isa()); });
   m.def("set_isa", &set_isa);
   bind_peak(m);
 }

@@ -134,7 +134,7 @@ void test_far_reach() {
                       columns);
     const std::string what = describe(g, "any", 0.7, 1);
 
-    const auto fprop = fprop_plan(g, s, 4), dgrad = dgrad_plan(g, s, 4);
+    const auto fprop = fprop_plan(g, s, {1, 4}), dgrad = dgrad_plan(g, s, {1, 4});
     const auto wgrad = wgrad_plan(g, s);
     check(fprop && dgrad && wgrad, "a plan " + what);
     if (!fprop || !dgrad || !wgrad) continue;

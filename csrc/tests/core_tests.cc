@@ -26,6 +26,7 @@
 
 using namespace sparsekd;
 
+void test_blocked();
 void test_borders();
 void test_caches();
 void test_densify();
@@ -197,7 +198,7 @@ void test_schedule() {
   for (int i = 0; i < 500; ++i) {
     const int64_t images = pick(1, 70), rows = pick(1, 60), channels = pick(1, 600), halo = pick(0, 6);
     const int threads = static_cast<int>(pick(1, 9));
-    const Schedule s = schedule_rows(images, rows, channels, halo, 16, threads, 4);
+    const Schedule s = schedule_rows(images, rows, channels, halo, 16, 16, threads, 4);
     check(s.strips * s.strip_rows >= rows && s.groups * 16 >= images * s.strips &&
               s.chunks * s.chunk_rows >= s.strip_rows && s.parts >= 1 &&
               s.parts <= std::max<int64_t>(1, channels),
@@ -247,6 +248,7 @@ int main() {
   test_panels();
   test_peak();
   test_norm();
+  test_blocked();
   test_engines<ConvEngine<float>>("convolution");
   test_engines<LinearEngine<float>>("linear");
   test_engines<NormEngine<float>>("norm");

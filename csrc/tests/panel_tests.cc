@@ -89,7 +89,7 @@ void test_plans() {
                          [&](const RowEntry& entry) { return entry.rows == expected; });
     };
     const auto wgrad = wgrad_plan(g, s);
-    bool all = all_panels(*fprop_plan(g, s, 8)) && all_panels(*dgrad_plan(g, s, 8));
+    bool all = all_panels(*fprop_plan(g, s, {1, 8})) && all_panels(*dgrad_plan(g, s, {1, 8}));
     for (int64_t r = 0; r < rows; r += expected) all &= wgrad->panel_rows[r] == expected;
     check(all, "plans of " + std::to_string(groups) + " groups have panels");
   }

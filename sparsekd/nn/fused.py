@@ -16,7 +16,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from sparsekd.models.norm_act import BatchNormAct2d
-from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, norm_act
+from sparsekd.nn.blocked import Blocked, call_blocked, conv_norm_act_blocked, leave
+from sparsekd.nn.norm_act import FusedBatchNormAct2d, norm_act
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -69,6 +70,7 @@ def register_fused(plain: type[nn.Module]) -> Callable[[type[_Module]], type[_Mo
 
 def load_rows() -> None:
     """Add the rows for libraries that have been imported by now."""
+    importlib.import_module("sparsekd.nn.blocked_models")
     for library, rows in _LIBRARIES.items():
         if library in sys.modules:
             importlib.import_module(rows)
@@ -84,19 +86,23 @@ class FusedSequential(nn.Sequential):
         0.0
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Call one module after the other."""
+    def forward_blocked(self, x: Tensor | Blocked) -> Tensor | Blocked:
+        """Call one module after the other, on ordinary or blocked images."""
         rest = list(self)
         while rest:
             conv, norm = None, rest.pop(0)
             if type(norm) is not nn.BatchNorm2d and rest and type(rest[0]) is nn.BatchNorm2d:
                 conv, norm = norm, rest.pop(0)
             if type(norm) is not nn.BatchNorm2d:
-                input = norm(input)
+                x = call_blocked(norm, x)
                 continue
             act = rest.pop(0) if rest and type(rest[0]) is nn.ReLU else None
             if conv is None:
-                input = norm_act(norm, input, act)
+                x = norm_act(norm, leave(x), act)
             else:
-                input = conv_norm_act(conv, norm, input, act)
-        return input
+                x = conv_norm_act_blocked(conv, norm, x, act)
+        return x
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Call one module after the other."""
+        return leave(self.forward_blocked(input))

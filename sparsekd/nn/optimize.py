@@ -10,7 +10,6 @@ from torch import nn
 
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.fused import FUSED, load_rows
-from sparsekd.nn.held import as_class, replace_modules
 from sparsekd.ops.memory_format import memory_format_of
 
 _log = logging.getLogger(__name__)
@@ -20,18 +19,21 @@ _log = logging.getLogger(__name__)
 def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     """Prepare a model for fast steps on the CPU, in place, without changing what it computes.
 
-    Modules that call an nn.BatchNorm2d, and that are known, are replaced by ones that run it as one
-    op with the residual addition and the ReLU behind it, forward and backward; the results equal
-    the plain ones to rounding. Known are the networks of `sparsekd.models`, nn.Sequential, the
-    blocks of torchvision's ResNets, DenseNets, MobileNets, RegNets, GoogLeNet and Inception, timm's
+    Modules that call an nn.BatchNorm2d, and that are known, get a class that runs it as one op with
+    the residual addition and the ReLU behind it, forward and backward; the results equal the plain
+    ones to rounding. Known are the networks of `sparsekd.models`, nn.Sequential, the blocks of
+    torchvision's ResNets, DenseNets, MobileNets, RegNets, GoogLeNet and Inception, timm's
     BatchNormAct2d, and what `sparsekd.nn.register_fused` adds; only modules of exactly these
-    classes are replaced. `fused_norms` lists which norms that reaches and which are left, and
-    `unfuse` takes it back.
+    classes change. `fused_norms` lists which norms that reaches and which are left, and `unfuse`
+    takes it back.
 
-    Parameters, buffers, hooks, names and state_dict stay, and the new modules are subclasses of the
-    old ones, so optimizers, `sparsify`, `densify` and rewiring are not concerned. Where a hook is
-    registered on one of the modules that run as one, now or later, and on other devices and dtypes,
-    they are called one after the other as before.
+    From one sparse convolution with a norm to the next, and through residual blocks, activations
+    stay in the layout of the kernels, in batches of 10 images or more; see `sparsekd.nn.blocked`.
+
+    Modules stay the objects they are, with parameters, buffers, hooks, names and state_dict, and
+    their new classes are subclasses of the old ones, so optimizers, `sparsify`, `densify` and
+    rewiring are not concerned. Where a hook is registered on one of the modules that run as one,
+    now or later, and on other devices and dtypes, they are called one after the other as before.
 
     Convolutions take the channels_last layout, so that the whole network runs in it whatever the
     layout of the images. Calling this again does nothing; call it after adding modules.
@@ -41,8 +43,7 @@ def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         channels_last: False leaves the layout of the convolutions as it is.
 
     Returns:
-        The model; if it is itself replaced (an nn.Sequential with norms, a ResNet of torchvision),
-        the module in its place.
+        The model.
 
     Example:
         >>> import sparsekd as skd
@@ -56,9 +57,9 @@ def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
             module.channels_last = True
         elif isinstance(module, nn.Conv2d) and not nn.parameter.is_lazy(module.weight):
             _to_channels_last(module.weight)
-    known = [module for module in model.modules() if type(module) in FUSED and _has_norm(module)]
-    replacements = {module: as_class(module, FUSED[type(module)]) for module in known}
-    model = replace_modules(model, replacements, "optimize")
+    for module in model.modules():
+        if type(module) in FUSED and _has_norm(module):
+            module.__class__ = FUSED[type(module)]
     _log.info("optimize: %s", fused_norms(model))
     return model
 
@@ -70,8 +71,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         model: any module.
 
     Returns:
-        The model, of modules of the classes that it had; if it is itself replaced, the module in
-        its place.
+        The model, of modules of the classes that they had.
 
     Example:
         >>> import sparsekd as skd
@@ -80,9 +80,10 @@ def unfuse(model: nn.Module) -> nn.Module:
           left, as optimize was not called: bn1, layer1.0.bn1, ...
     """
     plain = {fused: cls for cls, fused in FUSED.items()}
-    known = [module for module in model.modules() if type(module) in plain]
-    replacements = {module: as_class(module, plain[type(module)]) for module in known}
-    return replace_modules(model, replacements, "unfuse")
+    for module in model.modules():
+        if type(module) in plain:
+            module.__class__ = plain[type(module)]
+    return model
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,10 @@ def _caller(model: nn.Module, name: str) -> str:
 
 
 def _has_norm(module: nn.Module) -> bool:
-    """Return whether a module is a norm, or calls one itself."""
+    """Return whether a module is a norm, calls one itself, or calls blocks one after the other."""
     return isinstance(module, nn.BatchNorm2d) or any(
-        type(child) is nn.BatchNorm2d for child in module.children()
+        isinstance(child, nn.BatchNorm2d) or hasattr(FUSED.get(type(child)), "forward_blocked")
+        for child in module.children()
     )
 
 

@@ -29,28 +29,6 @@ void refold(ConvGeometry& g, View4<A>& x, View4<B>& y) {
   y.stride_h = width * y.stride_w;
 }
 
-enum class Pass : int64_t { kFprop, kDgrad, kWgrad };
-
-// The batch is not part of a plan.
-std::vector<int64_t> plan_key(Pass pass, const ConvGeometry& g, int64_t tile_pixels) {
-  return {static_cast<int64_t>(pass),
-          tile_pixels,
-          g.in_channels,
-          g.in_h,
-          g.in_w,
-          g.kernel_h,
-          g.kernel_w,
-          g.stride_h,
-          g.stride_w,
-          g.pad_top,
-          g.pad_bottom,
-          g.pad_left,
-          g.pad_right,
-          g.dilation_h,
-          g.dilation_w,
-          g.groups};
-}
-
 // Writes the bias (or zero) everywhere, walking along whichever of channels and columns lies contiguous.
 template <class T>
 void fill(const View4<T>& y, const T* bias, int threads) {
@@ -94,11 +72,7 @@ bool run_plans(const ConvEngine<T>& kernels, const GatherPlans& plans, const Vie
     const View4<T> phase = phase_view(out, plan);
     const int64_t nnz = static_cast<int64_t>(plan.slot.size());
     T* ordered = static_cast<T*>(scratch(Scratch::kValues, nnz * sizeof(T)));
-    auto order = [&](int part) {
-      for (int64_t k = nnz * part / threads; k < nnz * (part + 1) / threads; ++k)
-        ordered[k] = values[plan.slot[k]];
-    };
-    parallel(nnz > 16384 ? threads : 1, threads, order);
+    order_values(plan, values, ordered, threads);
     kernels.gather({in, phase, &plan, ordered, bias, threads, &finite});
   }
   return finite;
@@ -109,11 +83,11 @@ bool empty(const ConvGeometry& g) { return g.batch == 0 || g.out_h == 0 || g.out
 }  // namespace
 
 Schedule schedule_rows(int64_t images, int64_t out_rows, int64_t out_channels, int64_t halo_rows,
-                       int64_t lanes, int threads, int64_t chunks_per_thread) {
+                       int64_t lanes, int64_t most_strips, int threads, int64_t chunks_per_thread) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   Schedule best{};
   int64_t best_cost = 0;
-  for (int64_t strips = 1; strips <= std::min(lanes, out_rows); strips *= 2) {
+  for (int64_t strips = 1; strips <= std::min(most_strips, out_rows); strips *= 2) {
     const int64_t rows = ceil_div(out_rows, strips), groups = ceil_div(images * strips, lanes);
     // Packing the halo again costs about a quarter of computing a row.
     const int64_t cost = groups * (4 * rows + halo_rows);
@@ -141,8 +115,8 @@ void conv_fprop(const ConvGeometry& geometry, const Structure& s, View4<const T>
   if (const Isa isa = current_isa(); isa != Isa::kScalar) {
     const ConvEngine<T>& kernels = engine<ConvEngine<T>>(isa);
     refold(g, x, y);
-    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kFprop, g, kernels.tile_pixels),
-                                           [&] { return fprop_plan(g, s, kernels.tile_pixels); });
+    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kFprop, g, kernels.tile),
+                                           [&] { return fprop_plan(g, s, kernels.tile); });
     if (plans) {
       if (!run_plans(kernels, *plans, x, values, bias, y, threads))
         exact::conv_fprop(g, s, x, values, bias, y, threads);
@@ -160,8 +134,8 @@ void conv_dgrad(const ConvGeometry& geometry, const Structure& s, View4<const T>
   if (const Isa isa = current_isa(); isa != Isa::kScalar) {
     const ConvEngine<T>& kernels = engine<ConvEngine<T>>(isa);
     refold(g, dx, grad);
-    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kDgrad, g, kernels.tile_pixels),
-                                           [&] { return dgrad_plan(g, s, kernels.tile_pixels); });
+    const auto plans = s.plan<GatherPlans>(plan_key(Pass::kDgrad, g, kernels.tile),
+                                           [&] { return dgrad_plan(g, s, kernels.tile); });
     if (plans) {
       if (!run_plans<T>(kernels, *plans, grad, values, nullptr, dx, threads))
         exact::conv_dgrad(g, s, grad, values, dx, threads);
@@ -178,7 +152,7 @@ void conv_wgrad(const ConvGeometry& geometry, const Structure& s, View4<const T>
   if (empty(g) || s.nnz == 0) return std::fill(dvalues, dvalues + s.nnz, T(0));
   if (const Isa isa = current_isa(); isa != Isa::kScalar) {
     refold(g, x, grad);
-    const auto plan = s.plan<WgradPlan>(plan_key(Pass::kWgrad, g, 0), [&] { return wgrad_plan(g, s); });
+    const auto plan = s.plan<WgradPlan>(plan_key(Pass::kWgrad, g, {0, 0}), [&] { return wgrad_plan(g, s); });
     if (plan) {
       if (static_cast<int64_t>(plan->outside.size()) < s.nnz)
         engine<ConvEngine<T>>(isa).wgrad({grad, x, &s, plan.get(), dvalues, threads});

@@ -117,24 +117,30 @@ inline void deinterleave<float, 16, true>(const float* src, int64_t src_stride, 
 }
 #endif
 
+// Which of `count` columns of a window row from `begin` on, evenly spaced in the input, are not padding:
+// [first, last).
+struct ColumnRange {
+  int64_t first, last;
+  ColumnRange(const Window& w, int64_t inputs, int64_t begin, int64_t count) {
+    const int64_t lo = w.cols.at(begin), near = w.cols.near, left = inputs - lo;
+    first = min64(lo < 0 ? (-lo + near - 1) / near : 0, count);
+    last = max64(first, left <= 0 ? 0 : min64(count, (left + near - 1) / near));
+  }
+};
+
 // Fills `count` columns of a window row from `begin` on, which lie evenly spaced in the input; those of the
 // padding become zeros. A lane without a row has no src; `whole` says that there is none.
 template <class T>
 void pack_columns(const View4<const T>& in, const Window& w, const T* const* src, bool whole, int64_t begin,
                   int64_t count, T* dst) {
   constexpr int L = kLanes<T>;
-  const int64_t lo = w.cols.at(begin), near = w.cols.near, left = in.w - lo;
-  const int64_t first = lo < 0 ? (-lo + near - 1) / near : 0;
-  const int64_t last = left <= 0 ? 0 : min64(count, (left + near - 1) / near);
-  const int64_t left_pad = min64(first, count);
+  const int64_t lo = w.cols.at(begin), near = w.cols.near;
+  const auto [first, last] = ColumnRange(w, in.w, begin, count);
   dst += begin * L;
   for (int64_t ch = 0; ch < w.channels; ++ch) {
     T* line = dst + ch * w.pitch * L;
-    if (left_pad) std::memset(line, 0, left_pad * kPixelBytes);
-    if (last < count) {
-      const int64_t from = max64(last, left_pad);
-      std::memset(line + from * L, 0, (count - from) * kPixelBytes);
-    }
+    if (first > 0) std::memset(line, 0, first * kPixelBytes);
+    if (last < count) std::memset(line + last * L, 0, (count - last) * kPixelBytes);
   }
   const auto element = [&](int64_t ch, int64_t c) {
     const int64_t at = ch * in.stride_c + (lo + c * near) * in.stride_w;

@@ -101,6 +101,7 @@ int32_t window_offset(const Window& w, int64_t in, int64_t dh, int64_t dw) {
 // Input channels to a block: the `pixels` of each channel that a tile of outputs reads should stay in L1, but
 // a list shorter than a few nonzeros costs more in loading and storing its accumulators than it saves.
 int64_t block_channels(const Window& w, int64_t pixels, int64_t outs, int64_t taps) {
+  if (taps == 0) return w.channels;
   constexpr int64_t kShortestList = 4;
   const int64_t in_l1 = cache_sizes().l1d * 5 / 6 / (pixels * kPixelBytes);
   return std::max({int64_t{1}, in_l1, ceil_div(kShortestList * w.channels * outs, taps)});
@@ -135,6 +136,7 @@ void join_panels(GatherPlan& plan) {
 // Sorts the taps by (block, out) in linear time; taps come with rising slots.
 void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, int64_t block) {
   const Window& w = plan.window;
+  plan.out_channels = outs;
   const int64_t blocks = ceil_div(w.channels, block);
   std::vector<int32_t> count(blocks * outs + 1, 0);
   for (const Tap& t : taps) ++count[t.in / block * outs + t.out + 1];
@@ -156,26 +158,88 @@ void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, in
   join_panels(plan);
 }
 
+// Makes the lists of outputs whose window is there.
+void fill_plan(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, TileShape tile) {
+  const WindowAxis &down = plan.window.rows, &cols = plan.window.cols;
+  std::set<int64_t> taken, rows;  // a dilated kernel skips rows of its span
+  for (const Tap& t : taps) taken.insert(down.position(t.dh));
+  for (const int64_t row : taken)
+    for (int64_t r = 0; r < tile.rows; ++r) rows.insert(row + r * down.step);
+  const int64_t pixels = rows.size() * ((tile.cols - 1) * cols.step + cols.span);
+  fill_lists(plan, taps, outs, block_channels(plan.window, pixels, outs, taps.size()));
+}
+
 // Adds the plan of outputs that have taps; false when its window is too large.
 bool add_gather(GatherPlans& plans, GatherPlan plan, const std::vector<Tap>& taps, int64_t ins, int64_t outs,
-                int64_t stride_h, int64_t stride_w, int64_t tile_pixels) {
+                int64_t stride_h, int64_t stride_w, TileShape tile) {
   Reach dh, dw;
-  std::set<int64_t> rows;  // a dilated kernel skips rows of its span
   for (const Tap& t : taps) {
-    rows.insert(t.dh);
     dh.add(t.dh);
     dw.add(t.dw);
   }
-  const WindowAxis cols = make_axis(dw, plan.out_w, stride_w);
-  plan.window = make_window(ins, make_axis(dh, plan.out_h, stride_h), cols, plan.out_w);
+  plan.window =
+      make_window(ins, make_axis(dh, plan.out_h, stride_h), make_axis(dw, plan.out_w, stride_w), plan.out_w);
   if (!fits(plan.window)) return false;
-  const int64_t pixels = rows.size() * ((tile_pixels - 1) * cols.step + cols.span);
-  fill_lists(plan, taps, outs, block_channels(plan.window, pixels, outs, taps.size()));
+  fill_plan(plan, taps, outs, tile);
   plans.phases.push_back(std::move(plan));
   return true;
 }
 
+// The inputs that the outputs of a strided convolution reach at one phase, and the taps by which they do: dx
+// row a * stride + phase receives from output row a + dh when kernel row kh meets it exactly. A long stride
+// has many phases, but a nonzero is in one of them only.
+using Phases = std::map<std::pair<int64_t, int64_t>, std::vector<Tap>>;
+
+int64_t phase_size(int64_t phase, int64_t size, int64_t stride) {
+  return phase < size ? ceil_div(size - phase, stride) : 0;
+}
+
+Phases find_phases(const ConvGeometry& g, const Structure& s) {
+  Phases phases;
+  const auto phase_of = [](int64_t at, int64_t stride) { return (at % stride + stride) % stride; };
+  for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
+    const int64_t at_h = kh * g.dilation_h - g.pad_top, at_w = kw * g.dilation_w - g.pad_left;
+    const int64_t ph = phase_of(at_h, g.stride_h), pw = phase_of(at_w, g.stride_w);
+    const int64_t dh = (ph - at_h) / g.stride_h, dw = (pw - at_w) / g.stride_w;
+    if (meets(dh, 1, phase_size(ph, g.in_h, g.stride_h), g.out_h) &&
+        meets(dw, 1, phase_size(pw, g.in_w, g.stride_w), g.out_w))
+      phases[{ph, pw}].push_back({static_cast<int32_t>(in), static_cast<int32_t>(out), slot, dh, dw});
+  });
+  return phases;
+}
+
+GatherPlan phase_plan(const ConvGeometry& g, std::pair<int64_t, int64_t> phase) {
+  GatherPlan plan;
+  plan.first_h = phase.first;
+  plan.first_w = phase.second;
+  plan.out_h = phase_size(plan.first_h, g.in_h, g.stride_h);
+  plan.out_w = phase_size(plan.first_w, g.in_w, g.stride_w);
+  plan.every_h = g.stride_h;
+  plan.every_w = g.stride_w;
+  return plan;
+}
+
 }  // namespace
+
+PlanKey plan_key(Pass pass, const ConvGeometry& g, TileShape tile) {
+  return {static_cast<int64_t>(pass),
+          tile.rows,
+          tile.cols,
+          g.in_channels,
+          g.in_h,
+          g.in_w,
+          g.kernel_h,
+          g.kernel_w,
+          g.stride_h,
+          g.stride_w,
+          g.pad_top,
+          g.pad_bottom,
+          g.pad_left,
+          g.pad_right,
+          g.dilation_h,
+          g.dilation_w,
+          g.groups};
+}
 
 int64_t GatherPlans::bytes() const {
   size_t total = 0;
@@ -185,8 +249,7 @@ int64_t GatherPlans::bytes() const {
   return static_cast<int64_t>(total);
 }
 
-std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Structure& s,
-                                              int64_t tile_pixels) {
+std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Structure& s, TileShape tile) {
   std::vector<Tap> taps;
   taps.reserve(s.nnz);
   for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
@@ -199,43 +262,20 @@ std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Struc
   GatherPlan plan;
   plan.out_h = g.out_h;
   plan.out_w = g.out_w;
-  if (plans->covers && !add_gather(*plans, std::move(plan), taps, g.in_channels, g.out_channels, g.stride_h,
-                                   g.stride_w, tile_pixels))
+  if (plans->covers &&
+      !add_gather(*plans, std::move(plan), taps, g.in_channels, g.out_channels, g.stride_h, g.stride_w, tile))
     return nullptr;
   return plans;
 }
 
-std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Structure& s,
-                                              int64_t tile_pixels) {
-  // dx row a * stride + phase receives from output row a + dh when kernel row kh meets it exactly. A long
-  // stride has many phases, but a nonzero is in one of them only.
-  std::map<std::pair<int64_t, int64_t>, std::vector<Tap>> phases;
-  const auto phase_of = [](int64_t at, int64_t stride) { return (at % stride + stride) % stride; };
-  const auto count = [](int64_t phase, int64_t size, int64_t stride) {
-    return phase < size ? ceil_div(size - phase, stride) : 0;
-  };
-  for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
-    const int64_t at_h = kh * g.dilation_h - g.pad_top, at_w = kw * g.dilation_w - g.pad_left;
-    const int64_t ph = phase_of(at_h, g.stride_h), pw = phase_of(at_w, g.stride_w);
-    const int64_t dh = (ph - at_h) / g.stride_h, dw = (pw - at_w) / g.stride_w;
-    if (meets(dh, 1, count(ph, g.in_h, g.stride_h), g.out_h) &&
-        meets(dw, 1, count(pw, g.in_w, g.stride_w), g.out_w))
-      phases[{ph, pw}].push_back({static_cast<int32_t>(in), static_cast<int32_t>(out), slot, dh, dw});
-  });
+std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Structure& s, TileShape tile) {
+  const Phases phases = find_phases(g, s);
   auto plans = std::make_shared<GatherPlans>();
   plans->covers =
       static_cast<int64_t>(phases.size()) == std::min(g.stride_h, g.in_h) * std::min(g.stride_w, g.in_w);
-  for (const auto& [phase, taps] : phases) {
-    GatherPlan plan;
-    plan.first_h = phase.first;
-    plan.first_w = phase.second;
-    plan.out_h = count(plan.first_h, g.in_h, g.stride_h);
-    plan.out_w = count(plan.first_w, g.in_w, g.stride_w);
-    plan.every_h = g.stride_h;
-    plan.every_w = g.stride_w;
-    if (!add_gather(*plans, std::move(plan), taps, g.out_channels, g.in_channels, 1, 1, tile_pixels))
+  for (const auto& [phase, taps] : phases)
+    if (!add_gather(*plans, phase_plan(g, phase), taps, g.out_channels, g.in_channels, 1, 1, tile))
       return nullptr;
-  }
   return plans;
 }
 
@@ -282,6 +322,43 @@ std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry& g, const Structu
   });
   for (size_t i = 1; i < plan->list_begin.size(); ++i) plan->list_begin[i] += plan->list_begin[i - 1];
   plan->panel_rows = find_panels(s.crow.data(), plan->offset.data(), s.rows);
+  return plan;
+}
+
+std::shared_ptr<const BackwardPlan> backward_plan(const ConvGeometry& g, const Structure& s, TileShape tile,
+                                                  bool compact) {
+  auto plan = std::make_shared<BackwardPlan>();
+  plan->wgrad = wgrad_plan(g, s);
+  if (!plan->wgrad) return nullptr;
+  const Phases phases = find_phases(g, s);
+  Reach dh, dw;  // of all phases; the weight gradient needs the outputs themselves
+  dh.add(0);
+  dw.add(0);
+  for (const auto& [phase, taps] : phases)
+    for (const Tap& t : taps) {
+      dh.add(t.dh);
+      dw.add(t.dw);
+    }
+  const auto axis = [](const Reach& reach) {
+    WindowAxis a;
+    a.lo = reach.lo;
+    a.span = reach.hi - reach.lo + 1;
+    return a;
+  };
+  const int64_t widest = std::max(g.out_w, phase_size(0, g.in_w, g.stride_w));
+  plan->grad = make_window(g.out_channels, axis(dh), axis(dw), widest);
+  if (!fits(plan->grad)) return nullptr;
+  const int64_t rows = compact ? 1 : std::min(g.stride_h, g.in_h),
+                cols = compact ? 1 : std::min(g.stride_w, g.in_w);
+  for (int64_t ph = 0; ph < rows; ++ph)
+    for (int64_t pw = 0; pw < cols; ++pw) {
+      GatherPlan phase = phase_plan(g, {ph, pw});
+      if (compact) phase.every_h = phase.every_w = 1;
+      phase.window = plan->grad;
+      const auto taps = phases.find({ph, pw});
+      fill_plan(phase, taps == phases.end() ? std::vector<Tap>{} : taps->second, g.in_channels, tile);
+      plan->dgrad.phases.push_back(std::move(phase));
+    }
   return plan;
 }
 

@@ -4,14 +4,12 @@
 #include <memory>
 #include <vector>
 
+#include "core/blocked/map.h"
 #include "core/conv/conv.h"
 #include "core/panels.h"
+#include "core/parallel.h"
 
 namespace sparsekd {
-
-// One pixel of one channel in a packed window holds kPixelBytes: 16 floats or 8 doubles, one for each of the
-// images that are computed together.
-constexpr int64_t kPixelBytes = 64;
 
 // Where the positions of a packed window, its rows or its columns, lie in the input. Those that no output
 // reads are left out: what a long stride passes over, and what lies between the taps of a dilated kernel
@@ -51,6 +49,7 @@ struct RowEntry {
 // (block of input channels, output channel). Taps that meet the padding wherever they are have no entry.
 struct GatherPlan {
   Window window;
+  int64_t out_channels = 0;
   std::vector<int32_t> block_begin;  // entries of block b: [block_begin[b], block_begin[b + 1])
   std::vector<RowEntry> entries;     // one more than used; its begin closes the last
   std::vector<int32_t> offset;       // bytes from the window row and column of the output position
@@ -60,6 +59,15 @@ struct GatherPlan {
   int64_t every_h = 1, every_w = 1;  // and how far apart they lie
 };
 
+// Output rows and columns that are computed together, see kTilePixels.
+struct TileShape {
+  int64_t rows, cols;
+};
+
+// What a plan depends on besides the structure; the batch is no part of it.
+enum class Pass : int64_t { kFprop, kDgrad, kWgrad, kBackward, kBackwardCompact };
+PlanKey plan_key(Pass, const ConvGeometry&, TileShape);
+
 // fprop is one gather; dgrad is one for each phase of the stride that has taps. Where phases without taps are
 // left out, `covers` is false: their outputs are the bias. Null when a window would be too large to pack: the
 // caller then takes the plain loops.
@@ -68,8 +76,21 @@ struct GatherPlans {
   bool covers = true;
   int64_t bytes() const;
 };
-std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry&, const Structure&, int64_t tile_pixels);
-std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry&, const Structure&, int64_t tile_pixels);
+
+// ordered[k] = the value that the k-th nonzero of the plan's lists multiplies by.
+template <class T>
+void order_values(const GatherPlan& plan, const T* values, T* ordered, int threads) {
+  constexpr int64_t kWorthAThread = 16384;
+  const int64_t nnz = static_cast<int64_t>(plan.slot.size());
+  auto order = [&](int part) {
+    for (int64_t k = nnz * part / threads; k < nnz * (part + 1) / threads; ++k)
+      ordered[k] = values[plan.slot[k]];
+  };
+  parallel(nnz > kWorthAThread ? threads : 1, threads, order);
+}
+
+std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry&, const Structure&, TileShape);
+std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry&, const Structure&, TileShape);
 
 // The nonzeros of one output channel whose input lies in one block of channels stand together in row-major
 // order: list (o, b) is [list_begin[o * blocks + b], list_begin[o * blocks + b + 1]).
@@ -88,5 +109,16 @@ struct WgradPlan {
   }
 };
 std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry&, const Structure&);
+
+// Both gradients, from one packed window of the output gradient. dgrad has every phase of the stride, also
+// those without taps; `compact` leaves these out and puts the outputs of the only other one side by side.
+struct BackwardPlan {
+  Window grad;
+  GatherPlans dgrad;
+  std::shared_ptr<const WgradPlan> wgrad;
+  int64_t bytes() const { return dgrad.bytes() + wgrad->bytes(); }
+};
+std::shared_ptr<const BackwardPlan> backward_plan(const ConvGeometry&, const Structure&, TileShape,
+                                                  bool compact);
 
 }  // namespace sparsekd

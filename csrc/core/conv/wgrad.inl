@@ -28,10 +28,9 @@ struct WgradPlace {
   }
 };
 
-// All nonzeros of the channels, block by block, for one strip of rows cut into pieces that fit L1.
+// All nonzeros of channels [first, last), block by block, for one strip of rows cut into pieces that fit L1.
 template <class T>
-void sample_strip(const WgradCall<T>& call, const WgradPlace<T>& place, const Strip& strip, T* out) {
-  const WgradPlan& plan = *call.plan;
+void sample_strip(const WgradPlan& plan, int64_t first, int64_t last, const Strip& strip, T* out) {
   const int64_t blocks = plan.blocks;
   const int64_t pieces = (strip.cols + plan.piece_cols - 1) / plan.piece_cols;
   for (int64_t i = 0; i < pieces; ++i) {
@@ -40,9 +39,9 @@ void sample_strip(const WgradCall<T>& call, const WgradPlace<T>& place, const St
     piece.cols = strip.cols * (i + 1) / pieces - w;
     piece.x += w * strip.x_step;
     for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t ch = place.begin; ch < place.end; ch += plan.panel_rows[ch]) {
+      for (int64_t ch = first; ch < last; ch += plan.panel_rows[ch]) {
         const int32_t* begin = plan.list_begin.data() + ch * blocks + b;
-        piece.grad = strip.grad + (ch - place.begin) * strip.grad_channel + w * kPixelBytes;
+        piece.grad = strip.grad + (ch - first) * strip.grad_channel + w * kPixelBytes;
         const int32_t* const list = plan.offset.data() + begin[0];
         const int32_t count = begin[1] - begin[0];
         if (plan.panel_rows[ch] > 1)
@@ -64,12 +63,13 @@ void wgrad_item(const WgradCall<T>& call, const WgradPlace<T>& place, T* out) {
       max64(1, min64(min64(rows_left, call.plan->strip_pixels / place.grad.w), 1 + buffered));
   const int64_t grad_row = place.grad_window.row_bytes();
   char* packed = static_cast<char*>(scratch(Scratch::kGradient, together * grad_row));
-  RollingWindow<T> rows(window, rows_left, (together - 1) * step);
+  RollingWindow<T> rows(Scratch::kWindow, window, rows_left, (together - 1) * step);
   rows.restart(place.h0 * step);
+  const auto pack = [&](int64_t row, T* to) { pack_row(call.x, window, place.x_lanes, row, to); };
   for (int64_t h = place.h0, count; h < place.h1; h += count) {
     count = min64(together, place.h1 - h);
     Strip strip{nullptr,
-                rows.advance(call.x, place.x_lanes, h * step),
+                rows.advance(h * step, pack),
                 count,
                 place.grad.w,
                 grad_row,
@@ -80,37 +80,48 @@ void wgrad_item(const WgradCall<T>& call, const WgradPlace<T>& place, T* out) {
       pack_row(place.grad, place.grad_window, place.grad_lanes, h + r,
                reinterpret_cast<T*>(packed + r * grad_row));
     strip.grad = packed;
-    sample_strip(call, place, strip, out);
+    sample_strip(*call.plan, place.begin, place.end, strip, out);
   }
+}
+
+// dvalues = the sum of what add(place, part, sum) adds to sum [nnz] for every place; a part adds to the
+// values of its output channels only. Which places share a sum depends on the number of threads alone, and
+// the sums are added in order.
+template <class T, class F>
+void sum_places(const Schedule& s, const Structure& weight, int threads, T* dvalues, F add) {
+  const int64_t places = s.groups * s.chunks, nnz = weight.nnz;
+  const int32_t* crow = weight.crow.data();
+  const int64_t sums = s.parts > 1 ? places : min64(threads, places);
+  T* partial = static_cast<T*>(scratch(Scratch::kPartial, sums * nnz * sizeof(T)));
+  auto work = [&](int slot) {
+    const int64_t sum = slot / s.parts, part = slot % s.parts;
+    const int64_t begin = panel_cut(weight.rows * part / s.parts, weight.rows),
+                  end = panel_cut(weight.rows * (part + 1) / s.parts, weight.rows);
+    T* out = partial + sum * nnz;
+    std::memset(out + crow[begin], 0, (crow[end] - crow[begin]) * sizeof(T));
+    for (int64_t place = places * sum / sums; place < places * (sum + 1) / sums; ++place)
+      add(place, part, out);
+  };
+  parallel(threads, static_cast<int>(sums * s.parts), work);
+
+  auto reduce = [&](int slot) {
+    for (int64_t k = nnz * slot / threads; k < nnz * (slot + 1) / threads; ++k) {
+      T total = partial[k];
+      for (int64_t i = 1; i < sums; ++i) total += partial[i * nnz + k];
+      dvalues[k] = total;
+    }
+  };
+  parallel(nnz > 4096 ? threads : 1, threads, reduce);
 }
 
 template <class T>
 void wgrad(const WgradCall<T>& call) {
   const Window& window = call.plan->window;
   const Schedule s = schedule_rows(call.grad.n, call.grad.h, call.grad.c, window.rows.span - window.rows.step,
-                                   kLanes<T>, call.threads, 2);
-  const int64_t places = s.groups * s.chunks, nnz = call.weight->nnz;
-  const int32_t* crow = call.weight->crow.data();
-  // Which items share a sum depends on the number of threads alone, and the sums are added in order.
-  const int64_t sums = s.parts > 1 ? places : min64(call.threads, places);
-  T* partial = static_cast<T*>(scratch(Scratch::kPartial, sums * nnz * sizeof(T)));
-  auto work = [&](int slot) {
-    const int64_t sum = slot / s.parts, part = slot % s.parts;
+                                   kLanes<T>, kLanes<T>, call.threads, 2);
+  sum_places(s, *call.weight, call.threads, call.dvalues, [&](int64_t place, int64_t part, T* sum) {
     const int64_t begin = panel_cut(call.grad.c * part / s.parts, call.grad.c),
                   end = panel_cut(call.grad.c * (part + 1) / s.parts, call.grad.c);
-    T* out = partial + sum * nnz;
-    std::memset(out + crow[begin], 0, (crow[end] - crow[begin]) * sizeof(T));
-    for (int64_t place = places * sum / sums; place < places * (sum + 1) / sums; ++place)
-      wgrad_item(call, WgradPlace<T>(call, s, place / s.chunks, place % s.chunks, begin, end), out);
-  };
-  parallel(call.threads, static_cast<int>(sums * s.parts), work);
-
-  auto reduce = [&](int slot) {
-    for (int64_t k = nnz * slot / call.threads; k < nnz * (slot + 1) / call.threads; ++k) {
-      T total = partial[k];
-      for (int64_t i = 1; i < sums; ++i) total += partial[i * nnz + k];
-      call.dvalues[k] = total;
-    }
-  };
-  parallel(nnz > 4096 ? call.threads : 1, call.threads, reduce);
+    wgrad_item(call, WgradPlace<T>(call, s, place / s.chunks, place % s.chunks, begin, end), sum);
+  });
 }

@@ -1,0 +1,194 @@
+#include "core/blocked/conv.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/conv/engine.h"
+#include "core/parallel.h"
+
+namespace sparsekd::blocked {
+namespace {
+
+std::shared_ptr<const GatherPlans> forward_plan(const ConvGeometry& g, const Structure& s, TileShape tile) {
+  return s.plan<GatherPlans>(plan_key(Pass::kFprop, g, tile), [&] { return fprop_plan(g, s, tile); });
+}
+
+std::shared_ptr<const BackwardPlan> gradient_plan(const ConvGeometry& g, const Structure& s, TileShape tile,
+                                                  bool compact) {
+  const Pass pass = compact ? Pass::kBackwardCompact : Pass::kBackward;
+  return s.plan<BackwardPlan>(plan_key(pass, g, tile), [&] { return backward_plan(g, s, tile, compact); });
+}
+
+// What the places have been summed up to, for one result.
+template <class T>
+class Places {
+ public:
+  Places(const Result<T>& y, const Schedule& s, int64_t rows)
+      : y_(y),
+        schedule_(s),
+        rows_(rows),
+        sums_(places() * y.out.channels * 3),
+        centre_(places() * y.out.channels) {}
+
+  PlaceSums out() { return {sums_.data(), centre_.data()}; }
+
+  // In the order of the places, whoever has computed them.
+  void finish(ChannelSums* to) const {
+    const int64_t channels = y_.out.channels;
+    for (auto* v : {&to->first, &to->second, &to->third}) v->assign(channels, 0);
+    for (int64_t c = 0; c < channels; ++c) {
+      double count = 0, mean = 0, squares = 0;
+      for (int64_t p = 0; p < places(); ++p) {
+        const double* const sum = sums_.data() + (p * channels + c) * 3;
+        if (y_.sum == Sum::kGradient) {
+          to->first[c] += sum[0];
+          to->second[c] += sum[1];
+          to->third[c] += sum[2];
+          continue;
+        }
+        const double more = static_cast<double>(pixels(p));
+        if (more == 0) continue;
+        const double own = sum[0] / more, total = count + more, away = centre_[p * channels + c] + own - mean;
+        squares += std::max(0.0, sum[1] - sum[0] * own) + away * away * count * more / total;
+        mean += away * more / total;
+        count = total;
+      }
+      if (y_.sum == Sum::kMoments) {
+        to->first[c] = mean;
+        to->second[c] = squares / count;
+      }
+    }
+  }
+
+ private:
+  int64_t places() const { return schedule_.groups * schedule_.chunks; }
+  int64_t pixels(int64_t place) const {
+    const int64_t h0 = place % schedule_.chunks * schedule_.chunk_rows,
+                  h1 = std::min(rows_, h0 + schedule_.chunk_rows);
+    return std::max<int64_t>(0, h1 - h0) * y_.out.w * y_.out.lanes(place / schedule_.chunks);
+  }
+
+  const Result<T>& y_;
+  const Schedule& schedule_;
+  const int64_t rows_;
+  std::vector<double> sums_, centre_;
+};
+
+template <class T>
+Schedule schedule(const BlockedMap<T>& map, int64_t rows, int64_t channels, int64_t halo, int threads,
+                  int64_t chunks_per_thread) {
+  return schedule_rows(map.images, rows, channels, halo, BlockedMap<T>::kLanes, 1, threads,
+                       chunks_per_thread);
+}
+
+}  // namespace
+
+bool supported(const ConvGeometry& g, const Structure& s) {
+  const Isa isa = current_isa();
+  if (isa == Isa::kScalar || g.batch == 0 || g.out_h == 0 || g.out_w == 0 || s.nnz == 0) return false;
+  const TileShape tile = engine<ConvEngine<float>>(isa).blocked_tile;
+  const auto forward = forward_plan(g, s, tile);
+  return forward && forward->covers && gradient_plan(g, s, tile, false);
+}
+
+bool compact_supported(const ConvGeometry& g) {
+  return g.kernel_h == 1 && g.kernel_w == 1 && g.pad_top == 0 && g.pad_left == 0 &&
+         g.out_h == (g.in_h - 1) / g.stride_h + 1 && g.out_w == (g.in_w - 1) / g.stride_w + 1;
+}
+
+template <class T>
+bool conv_forward(const ConvGeometry& g, const Structure& s, const Operand<T>& x, const T* values,
+                  const T* bias, const Result<T>& y, ChannelSums* sums, int threads) {
+  const auto& kernels = engine<ConvEngine<T>>();
+  const auto plans = forward_plan(g, s, kernels.blocked_tile);
+  const GatherPlan& plan = plans->phases[0];
+  T* ordered = static_cast<T*>(scratch(Scratch::kValues, plan.slot.size() * sizeof(T)));
+  order_values(plan, values, ordered, threads);
+  const WindowAxis& rows = plan.window.rows;
+  const Schedule schedule =
+      blocked::schedule(y.out, g.out_h, g.out_channels, rows.span - rows.step, threads, 4);
+  Places<T> places(y, schedule, g.out_h);
+  bool finite = true;
+  kernels.blocked_forward({x, y, &plan, ordered, bias, schedule, places.out(), threads, &finite});
+  if (y.sum != Sum::kNothing) places.finish(sums);
+  return finite;
+}
+
+template <class T>
+bool conv_backward(const ConvGeometry& g, const Structure& s, const Operand<T>& grad, const Operand<T>& x,
+                   const T* values, T* dvalues, const Result<T>* dx, bool compact, ChannelSums* sums,
+                   int threads) {
+  const auto& kernels = engine<ConvEngine<T>>();
+  const auto plan = gradient_plan(g, s, kernels.blocked_tile, compact);
+  size_t taps = 0;
+  for (const GatherPlan& phase : plan->dgrad.phases) taps += phase.slot.size();
+  T* const ordered = static_cast<T*>(scratch(Scratch::kValues, taps * sizeof(T)));
+  int64_t rows = g.out_h;
+  T* next = ordered;
+  for (const GatherPlan& phase : plan->dgrad.phases) {
+    if (dx) order_values(phase, values, next, threads);
+    if (dx) rows = std::max(rows, phase.out_h);
+    next += phase.slot.size();
+  }
+  const WindowAxis &down = plan->wgrad->window.rows, &grads = plan->grad.rows;
+  const int64_t halo = std::max(down.span - down.step, grads.span - grads.step);
+  const Schedule schedule =
+      blocked::schedule(x.map, rows, std::min(g.out_channels, g.in_channels), halo, threads, 2);
+  const Result<T> nothing{};
+  Places<T> places(dx ? *dx : nothing, schedule, rows);
+  bool finite = true;
+  kernels.blocked_backward(
+      {grad, x, dx, &s, plan.get(), ordered, dvalues, schedule, places.out(), threads, &finite});
+  for (const int32_t slot : plan->wgrad->outside) dvalues[slot] = T(0);
+  T zero = T(0);
+  for (int64_t k = 0; k < s.nnz; ++k) zero += dvalues[k] - dvalues[k];
+  if (dx && dx->sum != Sum::kNothing) places.finish(sums);
+  return finite && zero == T(0);
+}
+
+template <class T>
+bool join(const Operand<T>& main, const Operand<T>& other, bool relu, const Result<T>& y, ChannelSums* sums,
+          int threads) {
+  const Schedule schedule = blocked::schedule(y.out, y.out.h, y.out.channels, 0, threads, 4);
+  Places<T> places(y, schedule, y.out.h);
+  bool finite = true;
+  engine<ConvEngine<T>>().blocked_join({main, other, relu, y, schedule, places.out(), threads, &finite});
+  if (y.sum != Sum::kNothing) places.finish(sums);
+  return finite;
+}
+
+template <class T>
+bool gate(const T* grad, const Result<T>& y, ChannelSums* sums, int threads) {
+  const Schedule schedule = blocked::schedule(y.out, y.out.h, y.out.channels, 0, threads, 4);
+  Places<T> places(y, schedule, y.out.h);
+  bool finite = true;
+  engine<ConvEngine<T>>().blocked_gate({grad, y, schedule, places.out(), threads, &finite});
+  places.finish(sums);
+  return finite;
+}
+
+template <class T>
+void enter(const View4<const T>& x, const BlockedMap<T>& y, int threads) {
+  engine<ConvEngine<T>>().blocked_enter(x, y, threads);
+}
+
+template <class T>
+void leave(const BlockedMap<const T>& x, const View4<T>& y, int threads) {
+  engine<ConvEngine<T>>().blocked_leave(x, y, threads);
+}
+
+#define SPARSEKD_INSTANTIATE(T)                                                                           \
+  template bool conv_forward<T>(const ConvGeometry&, const Structure&, const Operand<T>&, const T*,       \
+                                const T*, const Result<T>&, ChannelSums*, int);                           \
+  template bool conv_backward<T>(const ConvGeometry&, const Structure&, const Operand<T>&,                \
+                                 const Operand<T>&, const T*, T*, const Result<T>*, bool, ChannelSums*,   \
+                                 int);                                                                    \
+  template bool join<T>(const Operand<T>&, const Operand<T>&, bool, const Result<T>&, ChannelSums*, int); \
+  template bool gate<T>(const T*, const Result<T>&, ChannelSums*, int);                                   \
+  template void enter<T>(const View4<const T>&, const BlockedMap<T>&, int);                               \
+  template void leave<T>(const BlockedMap<const T>&, const View4<T>&, int);
+SPARSEKD_INSTANTIATE(float)
+SPARSEKD_INSTANTIATE(double)
+#undef SPARSEKD_INSTANTIATE
+
+}  // namespace sparsekd::blocked

@@ -1,0 +1,384 @@
+// The gather and the weight gradient on blocked maps (core/blocked/map.h). Part of engine.cc.
+//
+// The heart is the same as for ordinary tensors: windows of packed rows, tiles in registers, lists of
+// nonzeros. What differs is the way in and out. A row is packed by copying lines, normalised or led back
+// through a BatchNorm on the way; a tile is stored line by line, after the residual addition, the gate of a
+// ReLU and the sums that the next BatchNorm needs. So no pass over a map is made for a BatchNorm alone.
+//
+// Both gradients come from one window of the output gradient: row by row, first the weight gradient of a
+// strip, then the input gradient of a tile, while the rows are in the caches. Sums are kept by lane in T over
+// the rows of one group of images, and added up in double after that, so lanes without an image are left out.
+//
+// Tests: blocked_tests.cc compares every instruction set with scalar.cc and plain loops in double.
+
+// A tile of two rows reads fewer inputs than one of the same size in one row.
+constexpr TileShape kBlockedTile{kTilePixels > 1 ? 2 : 1, kTilePixels > 1 ? kTilePixels / 2 : 1};
+
+inline int64_t blocked_tile_rows(int64_t width, int64_t rows) {
+  const int64_t narrow = tile_rows(width, rows);
+  return narrow > 1 || rows < kBlockedTile.rows ? narrow : kBlockedTile.rows;
+}
+
+// NaN passes, as it does in torch.
+template <class V>
+inline V rectified(V gate, V value) {
+  return gate <= V{} ? V{} : value;
+}
+
+template <class T>
+inline Vec<T> load_vector(const T* at) {
+  return *reinterpret_cast<const Vec<T>*>(at);
+}
+
+template <bool Stream, class T>
+inline void store_vector(T* to, Vec<T> value) {
+#if defined(__SSE2__)
+  if constexpr (Stream) {
+    float* const at = reinterpret_cast<float*>(to);
+#if SPARSEKD_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return _mm512_stream_ps(at, (__m512)value);
+#elif SPARSEKD_VECTOR_BYTES == 64
+    __m256 half[2];
+    std::memcpy(half, &value, sizeof(half));
+    _mm256_stream_ps(at, half[0]);
+    return _mm256_stream_ps(at + 8, half[1]);
+#elif SPARSEKD_VECTOR_BYTES == 32
+    return _mm256_stream_ps(at, (__m256)value);
+#else
+    return _mm_stream_ps(at, (__m128)value);
+#endif
+  }
+#endif
+  *reinterpret_cast<Vec<T>*>(to) = value;
+}
+
+// Columns [begin, begin + count) of a window row from row y of the operand.
+template <class T, blocked::Read read>
+void pack_blocked_columns(const blocked::Operand<T>& in, const Window& w, int64_t group, int64_t y,
+                          int64_t begin, int64_t count, T* dst) {
+  constexpr int64_t L = kLanes<T>, N = kVectorBytes / static_cast<int64_t>(sizeof(T));
+  const ColumnRange present(w, in.map.w, begin, count);
+  const int64_t width = in.map.w, near = w.cols.near * L, row = in.map.row(group, y) - in.map.data;
+  for (int64_t ch = 0; ch < w.channels; ++ch) {
+    T* const line = dst + (ch * w.pitch + begin) * L;
+    if (present.first > 0) std::memset(line, 0, present.first * kPixelBytes);
+    if (present.last < count) std::memset(line + present.last * L, 0, (count - present.last) * kPixelBytes);
+    const int64_t at = row + (ch * width + w.cols.at(begin)) * L;
+    Vec<T> mean{}, scale{}, shift{}, slope{};
+    if constexpr (read != blocked::Read::kPlain) {
+      mean = in.mean[ch] - mean;
+      scale = in.scale[ch] - scale;
+      shift = in.shift[ch] - shift;
+    }
+    if constexpr (read == blocked::Read::kGradient) slope = in.slope[ch] - slope;
+    for (int64_t c = present.first; c < present.last; ++c)
+      for (int64_t v = 0; v < L; v += N) {
+        Vec<T> x = load_vector(in.map.data + at + c * near + v);
+        if constexpr (read == blocked::Read::kNormalised) {
+          x = (x - mean) * scale + shift;
+          if (in.relu) x = rectified(x, x);
+        }
+        if constexpr (read == blocked::Read::kGradient)
+          x = x * scale + ((load_vector(in.normed + at + c * near + v) - mean) * slope + shift);
+        *reinterpret_cast<Vec<T>*>(line + c * L + v) = x;
+      }
+  }
+}
+
+template <class T, blocked::Read read>
+void pack_blocked_row(const blocked::Operand<T>& in, const Window& w, int64_t group, int64_t y, T* dst) {
+  const int64_t run = min64(w.cols.run, w.width);
+  for (int64_t c = 0; c < w.width; c += run) pack_blocked_columns<T, read>(in, w, group, y, c, run, dst);
+}
+
+// Row `row` of a window; zeros where the map has none, and in lanes without an image.
+template <class T>
+void pack_blocked(const blocked::Operand<T>& in, const Window& w, int64_t group, int64_t row, T* dst) {
+  const int64_t y = w.rows.at(row), lanes = in.map.lanes(group);
+  if (y < 0 || y >= in.map.h) {
+    std::memset(dst, 0, w.row_bytes());
+    return;
+  }
+  switch (in.read) {
+    case blocked::Read::kPlain:
+      pack_blocked_row<T, blocked::Read::kPlain>(in, w, group, y, dst);
+      break;
+    case blocked::Read::kNormalised:
+      pack_blocked_row<T, blocked::Read::kNormalised>(in, w, group, y, dst);
+      break;
+    case blocked::Read::kGradient:
+      pack_blocked_row<T, blocked::Read::kGradient>(in, w, group, y, dst);
+      break;
+  }
+  if (lanes == kLanes<T>) return;
+  for (int64_t ch = 0; ch < w.channels; ++ch)
+    for (int64_t c = 0; c < w.width; ++c) {
+      T* const pixel = dst + (ch * w.pitch + c) * kLanes<T>;
+      for (int64_t lane = lanes; lane < kLanes<T>; ++lane) pixel[lane] = T(0);
+    }
+}
+
+// What the results of one item have been summed up to: three pixels for each channel, lane by lane.
+template <class T>
+struct LaneSums {
+  T *sums, *centre;
+  bool fresh = true;  // the first tile sets the centre
+
+  explicit LaneSums(int64_t channels) {
+    const int64_t count = channels * 3 * kLanes<T>;
+    sums = static_cast<T*>(scratch(Scratch::kSums, (count + channels) * sizeof(T)));
+    centre = sums + count;
+    std::memset(sums, 0, (count + channels) * sizeof(T));
+  }
+
+  // Adds the lanes of images to what a place has for channels [begin, end) of `channels`. Returns whether
+  // all sums are finite.
+  bool add_to(const PlaceSums& place_sums, int64_t place, int64_t channels, int64_t begin, int64_t end,
+              int64_t lanes) const {
+    double finite = 0;
+    for (int64_t ch = begin; ch < end; ++ch) {
+      const int64_t at = place * channels + ch;
+      place_sums.centre[at] = centre[ch - begin];
+      for (int64_t i = 0; i < 3; ++i) {
+        const T* const lane = sums + ((ch - begin) * 3 + i) * kLanes<T>;
+        double total = 0;
+        for (int64_t l = 0; l < lanes; ++l) total += lane[l];
+        place_sums.sums[at * 3 + i] += total;
+        finite += total - total;
+      }
+    }
+    return finite == 0;
+  }
+};
+
+// Where a tile lies in the result, in elements of its first channel, and in the residual, or nowhere.
+struct TilePlace {
+  int count;
+  int64_t at[kTilePixels], residual[kTilePixels];
+};
+
+template <class T, blocked::Gate gate, blocked::Sum sum, bool Stream>
+void finish_channels(const blocked::Result<T>& y, const TilePlace& place, int64_t begin, int64_t end,
+                     const T* tile, LaneSums<T>& to) {
+  using blocked::Gate;
+  using blocked::Sum;
+  constexpr int64_t L = kLanes<T>, N = kVectorBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t line = y.out.w * L, every = y.residual_every,
+                residual_line = (y.out.w + every - 1) / every * L;
+  for (int64_t ch = begin; ch < end; ++ch, tile += place.count * L) {
+    T* const sums = to.sums + (ch - begin) * 3 * L;
+    Vec<T> mean{}, scale{}, shift{}, other_mean{};
+    if constexpr (sum == Sum::kMoments) {
+      if (to.fresh) to.centre[ch - begin] = tile[0];
+      mean = to.centre[ch - begin] - mean;
+    }
+    if constexpr (sum == Sum::kGradient) mean = y.mean[ch] - mean;
+    if constexpr (gate == Gate::kNormalised) {
+      scale = y.scale[ch] - scale;
+      shift = y.shift[ch] - shift;
+    }
+    const bool other = sum == Sum::kGradient && y.other;
+    if (other) other_mean = y.other_mean[ch] - other_mean;
+    for (int64_t v = 0; v < L; v += N) {
+      Vec<T> first{}, second{}, third{};
+      for (int p = 0; p < place.count; ++p) {
+        Vec<T> value = load_vector(tile + p * L + v);
+        const int64_t at = place.at[p] + ch * line + v;
+        if (y.residual && place.residual[p] >= 0)
+          value += load_vector(y.residual + place.residual[p] + ch * residual_line + v);
+        Vec<T> away{};
+        if constexpr (sum == Sum::kGradient) away = load_vector(y.normed + at) - mean;
+        if constexpr (gate == Gate::kNormalised) value = rectified(away * scale + shift, value);
+        if constexpr (gate == Gate::kStored) value = rectified(load_vector(y.active + at), value);
+        store_vector<Stream>(y.out.data + at, value);
+        if constexpr (sum == Sum::kMoments) {
+          away = value - mean;
+          first += away;
+          second += away * away;
+        }
+        if constexpr (sum == Sum::kGradient) {
+          first += value;
+          second += value * away;
+          if (other) third += value * (load_vector(y.other + at) - other_mean);
+        }
+      }
+      if constexpr (sum != Sum::kNothing) {
+        *reinterpret_cast<Vec<T>*>(sums + v) += first;
+        *reinterpret_cast<Vec<T>*>(sums + L + v) += second;
+        if (other) *reinterpret_cast<Vec<T>*>(sums + 2 * L + v) += third;
+      }
+    }
+  }
+  to.fresh = false;
+}
+
+// What one item does with its tiles.
+template <class T>
+struct Finish {
+  const blocked::Result<T>& y;
+  const GatherPlan& plan;
+  int64_t group, begin, end;
+  bool stream;
+  LaneSums<T>& sums;
+  Seen<T>& seen;
+
+  // Results [h, h + rows) x [w, w + cols) of the plan.
+  void operator()(int64_t h, int64_t w, int rows, int cols, const T* tile) const {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t every = y.residual_every, residual_h = (y.out.h + every - 1) / every,
+                  residual_w = (y.out.w + every - 1) / every;
+    TilePlace place{rows * cols, {}, {}};
+    for (int p = 0; p < place.count; ++p) {
+      const int64_t row = (h + p / cols) * plan.every_h + plan.first_h;
+      const int64_t col = (w + p % cols) * plan.every_w + plan.first_w;
+      place.at[p] = ((group * y.out.h + row) * y.out.channels * y.out.w + col) * L;
+      place.residual[p] =
+          row % every || col % every
+              ? -1
+              : ((group * residual_h + row / every) * y.out.channels * residual_w + col / every) * L;
+    }
+    using blocked::Gate;
+    using blocked::Sum;
+    if (y.sum == Sum::kMoments) return run<Gate::kOpen, Sum::kMoments>(place, tile);
+    if (y.gate == Gate::kNormalised) return run<Gate::kNormalised, Sum::kGradient>(place, tile);
+    if (y.gate == Gate::kStored) return run<Gate::kStored, Sum::kGradient>(place, tile);
+    if (y.sum == Sum::kGradient) return run<Gate::kOpen, Sum::kGradient>(place, tile);
+    seen.add(tile, (end - begin) * place.count * kVectors);
+    run<Gate::kOpen, Sum::kNothing>(place, tile);
+  }
+
+ private:
+  template <blocked::Gate gate, blocked::Sum sum>
+  void run(const TilePlace& place, const T* tile) const {
+    if (stream)
+      finish_channels<T, gate, sum, true>(y, place, begin, end, tile, sums);
+    else
+      finish_channels<T, gate, sum, false>(y, place, begin, end, tile, sums);
+  }
+};
+
+// Rows [h, h + rows) of the results of a plan; the window row of the first is x.
+template <class T>
+void blocked_tiles(const Lists<T>& lists, const char* x, int64_t h, int64_t rows, int64_t together, T* tile,
+                   const Finish<T>& finish) {
+  const Window& window = lists.plan.window;
+  const int64_t row_step = window.rows.step * window.row_bytes(), step = window.cols.step * kPixelBytes;
+  for (int64_t r = 0, count; r < rows; r += count) {
+    count = rows - r >= together ? together : 1;
+    for_tiles<T>(count, lists.plan.out_w, [&](auto shape, int64_t w) {
+      using Shape = decltype(shape);
+      compute_tile<T, Shape>(lists, x + r * row_step + w * step, finish.begin, finish.end, tile);
+      finish(h + r, w, Shape::kRows, Shape::kCols, tile);
+    });
+  }
+}
+
+// A result whose lines have left the caches when somebody reads them need not go through them.
+template <class T>
+bool streams_blocked(const blocked::Result<T>& y) {
+  constexpr int64_t kLeast = int64_t{1} << 20;
+  return y.out.elements() * static_cast<int64_t>(sizeof(T)) > kLeast;
+}
+
+inline void note(bool* finite, bool all) {
+  if (!all) __atomic_store_n(finite, false, __ATOMIC_RELAXED);
+}
+
+template <class T>
+void blocked_forward(const BlockedForward<T>& call) {
+  const Schedule& s = call.schedule;
+  const Window& window = call.plan->window;
+  const int64_t channels = call.y.out.channels, step = window.rows.step;
+  const bool stream = streams_blocked(call.y);
+  auto run = [&](int64_t item) {
+    const int64_t part = item % s.parts, place = item / s.parts, group = place / s.chunks;
+    const int64_t h0 = place % s.chunks * s.chunk_rows, h1 = min64(s.strip_rows, h0 + s.chunk_rows);
+    const int64_t begin = panel_cut(channels * part / s.parts, channels),
+                  end = panel_cut(channels * (part + 1) / s.parts, channels);
+    const int64_t together = blocked_tile_rows(call.plan->out_w, h1 - h0);
+    T* const tile = static_cast<T*>(scratch(Scratch::kTile, (end - begin) * kTilePixels * kPixelBytes));
+    LaneSums<T> sums(end - begin);
+    Seen<T> seen;
+    const Finish<T> finish{call.y, *call.plan, group, begin, end, stream, sums, seen};
+    RollingWindow<T> rows(Scratch::kWindow, window, h1 - h0, (together - 1) * step);
+    rows.restart(h0 * step);
+    const auto pack = [&](int64_t row, T* to) { pack_blocked(call.x, window, group, row, to); };
+    for (int64_t h = h0, count; h < h1; h += count) {
+      count = min64(together, h1 - h);
+      blocked_tiles<T>({*call.plan, call.values, call.bias}, rows.advance(h * step, pack), h, count, together,
+                       tile, finish);
+    }
+    if (stream) finish_streams();
+    const bool summed = call.y.sum == blocked::Sum::kNothing ||
+                        sums.add_to(call.sums, place, channels, begin, end, call.y.out.lanes(group));
+    note(call.finite, summed && seen.finite());
+  };
+  share(call.threads, s.groups * s.chunks * s.parts, run);
+}
+
+// Both gradients of one place: the weight gradient of output channels [begin, end), the input gradient of its
+// channels [first, last).
+template <class T>
+void blocked_backward_item(const BlockedBackward<T>& call, int64_t place, int64_t begin, int64_t end,
+                           int64_t first, int64_t last, T* dvalues) {
+  const Schedule& s = call.schedule;
+  const WgradPlan& wgrad = *call.plan->wgrad;
+  const Window &grad = call.plan->grad, &window = wgrad.window;
+  const int64_t group = place / s.chunks, h0 = place % s.chunks * s.chunk_rows,
+                h1 = min64(s.strip_rows, h0 + s.chunk_rows);
+  const int64_t x_step = window.rows.step, height = call.grad.map.h, width = call.grad.map.w;
+  const int64_t tile_rows = blocked_tile_rows(call.plan->dgrad.phases[0].out_w, h1 - h0);
+  const int64_t strip_rows = max64(1, min64(wgrad.strip_pixels / width, h1 - h0));
+  const int64_t together = max64(tile_rows, strip_rows / tile_rows * tile_rows);
+  T* const tile = static_cast<T*>(scratch(Scratch::kTile, (last - first) * kTilePixels * kPixelBytes));
+  LaneSums<T> sums(last - first);
+  Seen<T> seen;
+  RollingWindow<T> grads(Scratch::kGradient, grad, h1 - h0, together - 1);
+  RollingWindow<T> inputs(Scratch::kWindow, window, h1 - h0, (together - 1) * x_step);
+  grads.restart(h0);
+  inputs.restart(h0 * x_step);
+  const auto pack_grad = [&](int64_t row, T* to) { pack_blocked(call.grad, grad, group, row, to); };
+  const auto pack_input = [&](int64_t row, T* to) { pack_blocked(call.x, window, group, row, to); };
+  const bool stream = call.dx && streams_blocked(*call.dx);
+  for (int64_t h = h0; h < h1; h += together) {
+    const int64_t count = min64(together, h1 - h);
+    const char* const g = grads.advance(h, pack_grad);
+    if (const int64_t rows = min64(h + count, height) - h; rows > 0) {
+      const char* const x = inputs.advance(h * x_step, pack_input);
+      for (int64_t r = 0; r < rows; r += strip_rows)
+        sample_strip(
+            wgrad, begin, end,
+            Strip{
+                g + (r - grad.rows.lo) * grad.row_bytes() + (begin * grad.pitch - grad.cols.lo) * kPixelBytes,
+                x + r * x_step * window.row_bytes(), min64(strip_rows, rows - r), width, grad.row_bytes(),
+                grad.pitch * kPixelBytes, x_step * window.row_bytes(), window.cols.step * kPixelBytes},
+            dvalues);
+    }
+    if (!call.dx) continue;
+    const T* values = call.values;
+    for (const GatherPlan& phase : call.plan->dgrad.phases) {
+      const int64_t rows = min64(h + count, phase.out_h) - h;
+      if (rows > 0)
+        blocked_tiles<T>({phase, values, nullptr}, g, h, rows, tile_rows, tile,
+                         {*call.dx, phase, group, first, last, stream, sums, seen});
+      values += phase.slot.size();
+    }
+  }
+  if (stream) finish_streams();
+  if (!call.dx) return;
+  const blocked::Result<T>& dx = *call.dx;
+  const bool summed = dx.sum == blocked::Sum::kNothing ||
+                      sums.add_to(call.sums, place, dx.out.channels, first, last, dx.out.lanes(group));
+  note(call.finite, summed && seen.finite());
+}
+
+template <class T>
+void blocked_backward(const BlockedBackward<T>& call) {
+  const Schedule& s = call.schedule;
+  const int64_t outs = call.grad.map.channels, ins = call.x.map.channels;
+  sum_places(s, *call.weight, call.threads, call.dvalues, [&](int64_t place, int64_t part, T* sum) {
+    const auto cut = [&](int64_t of, int64_t i) { return panel_cut(of * i / s.parts, of); };
+    blocked_backward_item(call, place, cut(outs, part), cut(outs, part + 1), cut(ins, part),
+                          cut(ins, part + 1), sum);
+  });
+}

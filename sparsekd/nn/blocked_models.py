@@ -1,0 +1,85 @@
+"""The networks of `sparsekd.models` in the blocked layout of the CPU kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsekd._torch import is_bare
+from sparsekd.models.norm_act import BatchNormAct2d
+from sparsekd.models.resnet import BasicBlock, Bottleneck, ResNet
+from sparsekd.nn.blocked import Blocked, ConvNorm, call_blocked, leave, run_block
+from sparsekd.nn.fused import FusedSequential, register_fused
+
+
+class _Residual(nn.Module):
+    """A residual block; the class behind it in the order of bases is the plain one."""
+
+    downsample: nn.Sequential | None
+
+    def units(self) -> list[ConvNorm]:
+        """Return the convolutions of the main branch."""
+        raise NotImplementedError
+
+    def forward_blocked(self, x: Tensor | Blocked) -> Tensor | Blocked:
+        """Apply the block to ordinary or blocked images."""
+        result = None
+        if not torch.compiler.is_compiling():
+            identity = self.downsample is None
+            shortcut = None if identity else projection(self.downsample)
+            if identity or shortcut is not None:
+                result = run_block(self, x, self.units(), shortcut, identity=identity)
+        return super().forward(leave(x)) if result is None else result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to `x`."""
+        return leave(self.forward_blocked(x))
+
+
+@register_fused(BasicBlock)
+class BlockedBasicBlock(_Residual, BasicBlock):
+    """Residual block of two 3x3 convolutions, in the blocked layout."""
+
+    def units(self) -> list[ConvNorm]:
+        """Return the convolutions of the main branch."""
+        return [unit(self.conv1, self.bn1), unit(self.conv2, self.bn2)]
+
+
+@register_fused(Bottleneck)
+class BlockedBottleneck(_Residual, Bottleneck):
+    """Residual block of a 1x1, a 3x3 and a 1x1 convolution, in the blocked layout."""
+
+    def units(self) -> list[ConvNorm]:
+        """Return the convolutions of the main branch."""
+        return [unit(self.conv1, self.bn1), unit(self.conv2, self.bn2), unit(self.conv3, self.bn3)]
+
+
+def projection(module: nn.Module | None) -> ConvNorm | None:
+    """Return the convolution and norm of a shortcut, None if it is anything else."""
+    if isinstance(module, nn.Sequential) and len(module) == 2 and is_bare(module):
+        conv, norm = module
+        if type(module) in (nn.Sequential, FusedSequential) and isinstance(norm, nn.BatchNorm2d):
+            return ConvNorm(conv, norm, False)
+    return None
+
+
+def unit(conv: nn.Module, norm: BatchNormAct2d) -> ConvNorm:
+    """Return a convolution and its norm, with the ReLU that the norm has."""
+    return ConvNorm(conv, norm, norm.act)
+
+
+@register_fused(ResNet)
+class BlockedResNet(ResNet):
+    """Residual network in the blocked layout from the stem to the pooling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the images `x`."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        stem = run_block(self, x, [unit(self.conv1, self.bn1)])
+        maps = self.bn1(self.conv1(x)) if stem is None else stem
+        if not isinstance(self.maxpool, nn.Identity):
+            maps = self.maxpool(leave(maps))
+        for name in self.stages:
+            maps = call_blocked(getattr(self, name), maps)
+        return self.fc(torch.flatten(self.avgpool(leave(maps)), 1))
