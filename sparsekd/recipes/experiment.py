@@ -175,7 +175,8 @@ class Experiment:
 
         def keep(epoch: int, model: nn.Module) -> None:
             done, cycles = sup.dst.iteration - sup.cycles.first_phase, sup.cycles
-            if cycles.count and done >= 0 and done % cycles.cycle_steps == 0:
+            ticket = cycles.count and done >= 0 and done % cycles.cycle_steps == 0
+            if ticket and distributed.rank() == 0:
                 trainer.rows[-1]["ticket_test_accuracy"] = evaluate(model, self.data.test).accuracy
 
         return keep
