@@ -18,7 +18,7 @@ CMAKE_TESTS := cmake -S . -G Ninja -DSPARSEKD_PYTHON=OFF -DSPARSEKD_TESTS=ON
 DROP_FOREIGN_BUILD := grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' build/*/CMakeCache.txt \
   || rm -rf build
 
-.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize gpu-races bench gpu-check clean
+.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize package gpu-races bench gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.built
@@ -82,6 +82,11 @@ sanitize: $(VENV)/.installed
 	cmake --build build/sanitize --target core_tests
 	build/sanitize/core_tests
 
+# The sdist and a wheel in dist/, tried in a clean environment with and without a compiler on PATH. The
+# wheel has no CUDA kernels, and runs on systems as old as this one; see docs/releasing.md.
+package: $(VENV)/.packaging
+	$(RUN) tools/package.py
+
 # Races in the CUDA kernels by ThreadSanitizer, and what else is too slow for every day: minutes.
 gpu-races: $(VENV)/.built
 	$(RUN) -m pytest tests/emulation -m thorough
@@ -112,6 +117,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(RUN)
 	  print(*p["build-system"]["requires"], *p["project"]["dependencies"], \
 	  *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/.packaging: $(VENV)/.installed
+	$(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*p["project"]["optional-dependencies"]["package"], sep="\n")' > $(VENV)/packaging.txt
+	$(PIP) -r $(VENV)/packaging.txt
 	touch $@
 
 # Popular models for tests/thirdparty. Without what torchvision and timm depend on, which would bring

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from sparsekd import (
-    data,
-    dst,
-    errors,
-    flops,
-    functional,
-    models,
-    nn,
-    ops,
-    optim,
-    settings,
-    sparsity,
-    tickets,
-)
-from sparsekd.diagnose import coverage, explain
+from sparsekd import errors, functional, nn, ops, optim, settings, sparsity
 from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import densify, make_capturable, optimize, relayout, sparsify
 from sparsekd.ops import backend
 from sparsekd.ops.cpu.processor import select_isa
-from sparsekd.tickets import kd_loss
 from sparsekd.topology import Topology, TopologyDelta
+
+if TYPE_CHECKING:
+    from sparsekd import data, dst, flops, models, tickets
+    from sparsekd.diagnose import coverage, explain
+    from sparsekd.tickets import kd_loss
 
 settings.check()
 settings.warn_of_unknown(os.environ)
@@ -64,3 +56,24 @@ __all__ = [
     "sparsity",
     "tickets",
 ]
+
+# What a program that uses sparse layers may not need is imported when it is first asked for.
+_LATER = {
+    **dict.fromkeys(("data", "diagnose", "dst", "flops", "models", "tickets", "train"), ""),
+    "coverage": "diagnose",
+    "explain": "diagnose",
+    "kd_loss": "tickets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LATER[name] or name}")
+    found = getattr(module, name) if _LATER[name] else module
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -42,7 +42,8 @@ TABLE: Mapping[str, Setting] = {
     "SPARSEKD_ISA": Setting(("auto", "scalar", "generic", "avx2", "avx512")),
     "SPARSEKD_CACHE": Setting(("off",), folder=True),
     "SPARSEKD_TUNE": Setting(("on", "off")),
-    "SPARSEKD_CUDA": Setting(("auto", "on", "off")),  # of the build
+    "SPARSEKD_CPP": Setting(("on", "off")),  # this and the next: of the build
+    "SPARSEKD_CUDA": Setting(("auto", "on", "off")),
     "SPARSEKD_EMULATION_SANITIZED": Setting(("1", "thread")),  # of the tests
 }
 """Every variable by name. The docs list them, see docs/dispatch.md."""

@@ -1,0 +1,1 @@
+"""Bridges to other packages; each module needs the one that it is about."""
