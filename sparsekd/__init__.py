@@ -17,7 +17,8 @@ from sparsekd.topology import Topology, TopologyDelta
 
 if TYPE_CHECKING:
     from sparsekd import data, dst, flops, models, tickets
-    from sparsekd.diagnose import coverage, explain
+    from sparsekd.diagnose.coverage import coverage
+    from sparsekd.diagnose.explain import explain
     from sparsekd.tickets import kd_loss
 
 settings.check()

@@ -116,6 +116,18 @@ def _timm() -> ModuleType:
     return importlib.import_module("timm")
 
 
+def _lightning() -> ModuleType:
+    with suppress(ImportError):
+        _torchvision()  # which its metrics import where there is one
+    return importlib.import_module("lightning.pytorch")
+
+
+def _accelerate() -> ModuleType:
+    with suppress(ImportError):
+        _torchvision()
+    return importlib.import_module("accelerate")
+
+
 def _or_skip(load: Callable[[], ModuleType]) -> ModuleType:
     try:
         return load()
@@ -136,3 +148,13 @@ def timm() -> ModuleType:
 @pytest.fixture(scope="session")
 def transformers() -> ModuleType:
     return _or_skip(_transformers)
+
+
+@pytest.fixture(scope="session")
+def lightning() -> ModuleType:
+    return _or_skip(_lightning)
+
+
+@pytest.fixture(scope="session")
+def accelerate() -> ModuleType:
+    return _or_skip(_accelerate)

@@ -124,7 +124,8 @@ def model_card(
 
     Example:
         >>> import sparsekd as skd
-        >>> print(model_card(skd.nn.SparseLinear(8, 4, sparsity=0.5), method="RigL"))
+        >>> layer = skd.nn.SparseLinear(8, 4, sparsity=0.5)
+        >>> print(model_card(layer, method="RigL"), end="")
         ---
         library_name: sparsekd
         tags: [sparsekd, sparse]
@@ -199,7 +200,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         shards = {_WEIGHTS}
         if index.exists():
             shards = set(json.loads(index.read_text())["weight_map"].values())
-        state = {}
+        state: dict[str, Tensor] = {}
         for shard in sorted(shards):
             if Path(shard).name != shard:
                 raise ValueError(f"{shard!r} is no name of a file in this folder")
@@ -275,7 +276,7 @@ def _make_sparse(model: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
             f"{', '.join(lost)}: sparse in the checkpoint, but no layer of its own"
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # channels without a weight
+        warnings.simplefilter("ignore")  # what sparsify said when the model was made sparse
         sparse.sparsify(model, masks=masks)
     for name, layer in sparse.sparse_modules(model):
         if name in rows:

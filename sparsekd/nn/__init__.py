@@ -13,6 +13,7 @@ from sparsekd.nn.fused import register_fused
 from sparsekd.nn.linear import SparseLinear
 from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, norm_act
 from sparsekd.nn.optimize import FusedNorms, fused_norms, optimize, unfuse
+from sparsekd.nn.state import stored_masks
 from sparsekd.sparsity import Survey, survey
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "relayout",
     "sparse_modules",
     "sparsify",
+    "stored_masks",
     "survey",
     "unfuse",
 ]

@@ -50,7 +50,7 @@ def sparsify(
     skip: str | Iterable[str] = (),
     layout: str | Layout = "csr",
     seed: int = 0,
-    masks: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | str | None = None,
     *,
     init: str = "keep",
 ) -> nn.Module:
@@ -90,7 +90,9 @@ def sparsify(
         seed: seed of the masks (and values); each layer draws from its own generator, so the
             result does not depend on torch's global generator, which is left alone.
         masks: bool masks by layer name, of the shapes of the dense weights, instead of a
-            distribution and criterion; layers without one stay dense.
+            distribution and criterion; layers without one stay dense. Or "nonzero": a layer that
+            has zeros keeps its other weights, as of a pruned model stored dense; one that has none
+            stays dense.
         init: "keep" leaves the weights at the nonzeros as they are, which is what a pretrained
             model and a lottery ticket (the dense net's own initialisation) need; "sparse" draws
             them anew with the active fan-in, as a fresh SparseLinear or SparseConv2d does.
@@ -124,6 +126,8 @@ def sparsify(
     found = survey(model, parameter_count(model))
     skipped = skipped_layers(found, skip)
     layers = {name: m for name, m in found.convertible.items() if name not in skipped}
+    if isinstance(masks, str):
+        masks = _nonzero_masks(masks, layers)
     if masks is not None:
         chosen = _given_masks(masks, layers, found, skipped)
     else:
@@ -327,6 +331,16 @@ def _given_masks(
             raise ValueError(f"masks: {alias!r} and {name!r} are one module but differ")
         chosen[name] = mask
     return chosen
+
+
+def _nonzero_masks(word: str, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the masks of the layers that have zeros."""
+    _check_choice("masks", word, ("nonzero",))
+    masks = {name: layer.get_parameter("weight") != 0 for name, layer in layers.items()}
+    masks = {name: mask for name, mask in masks.items() if not mask.all()}
+    if not masks:
+        raise ValueError(f"masks: none of {len(layers)} layers has a weight that is zero")
+    return masks
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

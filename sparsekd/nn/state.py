@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekd._torch import metadata_of
 from sparsekd.csr import validate
-from sparsekd.errors import TopologyError
+from sparsekd.errors import CheckpointError, TopologyError
 from sparsekd.nn.stored import INDICES, StoredWeight
+from sparsekd.sparsity import outputs_first
 from sparsekd.topology import Topology
 
 _SHAPE = "weight_shape"
@@ -29,6 +30,46 @@ def note_shape(module: StoredWeight, state_dict: Any, prefix: str) -> None:
     metadata = metadata_of(state_dict).get(prefix[:-1])
     if metadata is not None:
         metadata[_SHAPE] = list(module.weight_shape)
+
+
+def stored_masks(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return where the sparse layers of a checkpoint store weights, for a dense model like it.
+
+    `sparsify(model, masks=stored_masks(state, model))` gives the model that was saved its layers
+    back, whatever reads the file; the state then loads into it.
+
+    Args:
+        state_dict: of a model with sparse layers.
+        model: the same model with dense layers; it is only read.
+
+    Returns:
+        Bool masks by layer name, of the shapes of the dense weights.
+
+    Raises:
+        CheckpointError: a sparse layer of the checkpoint has no counterpart with a weight.
+        TopologyError: the indices do not fit the layer.
+
+    Example:
+        >>> import sparsekd as skd
+        >>> state = nn.Sequential(skd.nn.SparseLinear(8, 4, sparsity=0.75)).state_dict()
+        >>> stored_masks(state, nn.Sequential(nn.Linear(8, 4)))["0"].sum()
+        tensor(8)
+    """
+    modules, masks = dict(model.named_modules()), {}
+    for key in state_dict:
+        name, _, leaf = f".{key}".rpartition(".")
+        if leaf != INDICES[0]:
+            continue
+        name = name.removeprefix(".")
+        layer = modules.get(name)
+        weight = None if layer is None else dict(layer.named_parameters()).get("weight")
+        if layer is None or weight is None:
+            raise CheckpointError(f"{name}: sparse in the checkpoint, but no dense layer here")
+        rest = key.removesuffix(leaf)
+        shape = outputs_first(layer, weight).shape
+        topology = Topology(state_dict[key], state_dict[rest + INDICES[1]], shape)
+        masks[name] = outputs_first(layer, topology.mask())
+    return masks
 
 
 @dataclass(frozen=True)
