@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from torch import nn
 
 started = time.perf_counter()
 import sparsekd as skd  # noqa: E402
@@ -32,7 +33,10 @@ def check_files(backend: str) -> None:
 def check_training() -> None:
     """Train with RigL: nonzeros move, and the network computes what its dense twin does."""
     digits = skd.data.load("digits")
-    model = skd.models.resnet20(num_classes=10, in_channels=1, width=0.25)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(32 * 4 * 4, 10)),
+    )
     skd.sparsify(model, sparsity=0.8, init="sparse")
     before = [module.topology for _, module in skd.nn.sparse_modules(model)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -45,7 +49,7 @@ def check_training() -> None:
         losses.append(loss.item())
         if not method.step():
             optimizer.step()
-    assert sum(losses[-5:]) < sum(losses[:5]), losses
+    assert sum(losses[-4:]) < sum(losses[:4]), losses
     after = [module.topology for _, module in skd.nn.sparse_modules(model)]
     assert [t.nnz for t in before] == [t.nnz for t in after]
     assert before != after
