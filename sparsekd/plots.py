@@ -7,12 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from sparsekd.errors import UnsupportedError
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
+FORMATS = ("png", "pdf", "svg")
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -88,12 +94,54 @@ def clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figures: Mapping[str, Figure | None], folder: Path) -> list[Path]:
-    """Write figures as PNG files.
+def log_axis(axis: Axis, label: Callable[[float], str]) -> None:
+    """Make an axis logarithmic, with a label at one, two and five times a power of ten.
+
+    Args:
+        axis: of x or y.
+        label: writes a number.
+    """
+    axes = axis.axes
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
+    axis.set_minor_locator(NullLocator())
+
+
+def top_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
+    """Put a legend above all panels, in as many columns as fit the figure."""
+    longest = max(map(len, names), default=1)
+    columns = int(figure.get_figwidth() / (0.6 + 0.085 * longest))  # inches of line and text
+    columns = max(1, min(columns, len(names)))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Read formats of figures.
+
+    Raises:
+        UnsupportedError: one is not known.
+
+    Example:
+        >>> parse_formats("pdf,svg")
+        ('pdf', 'svg')
+    """
+    formats = tuple(word.strip() for word in text.split(",") if word.strip())
+    for word in formats or ("",):
+        if word not in FORMATS:
+            raise UnsupportedError(f"format: expected some of {', '.join(FORMATS)}, got {word!r}")
+    return formats
+
+
+def save(
+    figures: Mapping[str, Figure | None], folder: Path, formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """Write figures as files; text in PDF and SVG files stays text.
 
     Args:
         figures: by the name of the file; None is left out.
         folder: made if it is not there.
+        formats: some of `FORMATS`, a file each.
 
     Returns:
         The files written.
@@ -104,8 +152,10 @@ def save(figures: Mapping[str, Figure | None], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, figure in figures.items():
-        if figure is not None:
-            files.append(folder / f"{name}.png")
-            figure.savefig(files[-1], dpi=150)
+    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
+        for name, figure in figures.items():
+            for form in formats if figure is not None else ():
+                assert figure is not None
+                files.append(folder / f"{name}.{form}")
+                figure.savefig(files[-1], dpi=150)
     return files

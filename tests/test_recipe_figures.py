@@ -7,7 +7,15 @@ from itertools import pairwise
 import pytest
 from matplotlib.image import imread
 
-from sparsekd.recipes.figures import accuracy_figure, density_figure, draw, loss_figure
+from sparsekd.errors import UnsupportedError
+from sparsekd.plots import parse_formats
+from sparsekd.recipes.figures import (
+    accuracy_figure,
+    density_figure,
+    draw,
+    loss_figure,
+    price_figure,
+)
 
 LABELS = {"lt": "LT", "kd": "KD ticket"}
 
@@ -106,3 +114,60 @@ def test_many_sparsities_stay_readable():
     boxes = [text.get_window_extent() for text in figure.axes[0].get_xticklabels()]
     assert all(a.x1 <= b.x1 for a, b in pairwise(boxes))
     assert len(density_figure(results).axes[0].lines) == 6
+
+
+def priced(rows, **costs):
+    return [row | costs for row in of(rows, "result")]
+
+
+def test_one_seed_has_no_error_bars(rows):
+    single = [row for row in priced(rows, seconds=90.0) if row["seed"] == 0]
+    for figure in (accuracy_figure(single, LABELS), price_figure(single, LABELS, (), "seconds")):
+        assert not any(container.has_yerr for container in figure.axes[0].containers)
+    several = price_figure(priced(rows, seconds=90.0), LABELS, (), "seconds")
+    assert several.axes[0].containers[0].has_yerr
+
+
+def test_points_along_a_line_of_prices_say_their_sparsity(rows):
+    figure = price_figure(priced(rows, flops_run=2.5e13), LABELS, (), "flops_run")
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0.8", "0.9"] * 2
+    figure.draw_without_rendering()
+    labels = [text.get_text() for text in axes.get_xticklabels(which="major")]
+    assert "20 T" in labels
+    assert not any("10^" in label for label in labels)
+    assert not any(text.get_text() for text in axes.get_xticklabels(minor=True))
+
+
+def test_the_density_figure_names_the_method_that_it_shows(rows):
+    axes = density_figure(of(rows, "result"), LABELS).axes[0]
+    assert axes.get_title() == "Density per layer at the end, LT"
+    mixed = [result("lt", 0.8, 0, 0.9), result("kd", 0.9, 0, 0.9)]
+    axes = density_figure(mixed, LABELS).axes[0]
+    assert [line.get_label() for line in axes.lines] == [
+        "sparsity 0.8, LT",
+        "sparsity 0.9, KD ticket",
+    ]
+
+
+def test_no_legend_is_wider_than_its_figure(rows):
+    labels = {f"m{n}": f"a method with a long name {n}" for n in range(9)}
+    results = [result(name, 0.9, 0, 0.9) for name in labels]
+    epochs = [
+        {"kind": "epoch", "run": r["run"], "epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5}
+        for r in results
+    ]
+    figure = loss_figure(results, epochs, labels)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.x1
+
+
+def test_figures_come_in_the_formats_asked_for(rows, tmp_path):
+    files = draw(rows, tmp_path, LABELS, formats=parse_formats("pdf,svg"))
+    assert {file.suffix for file in files} == {".pdf", ".svg"}
+    assert all(file.stat().st_size > 1000 for file in files)
+    assert "<text" in (tmp_path / "loss_curves.svg").read_text()  # not outlines of letters
+    with pytest.raises(UnsupportedError, match="expected some of png, pdf, svg, got 'gif'"):
+        parse_formats("gif")

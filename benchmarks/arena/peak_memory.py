@@ -6,20 +6,19 @@ object, trains a few steps and prints what they took as another.
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import sparsekd as skd
 from benchmarks.arena.competitors import STEPS
 from sparsekd.bench.cases import ModelCase
+from sparsekd.bench.memory import allocated, held
 from sparsekd.bench.race import Key, pairs
 from sparsekd.bench.steps import StepCompetitor, step_problem
 from sparsekd.errors import UnsupportedError
@@ -103,33 +102,15 @@ def peak(case: ModelCase, competitor: StepCompetitor, sparsity: float) -> Row:
     for _ in range(_STEPS):
         run.call()
     peak = _resident("VmHWM")
-    held = _held(run.model) / 2**20
+    kept = held(run.model) / 2**20
     plans = skd.ops.info()["cpp"].get("cached_bytes", 0) / 2**20
     return {
         "peak_mib": round(peak, 1),
         "before_mib": round(before, 1),
-        "held_mib": round(held, 1),
+        "held_mib": round(kept, 1),
         "plans_mib": round(plans, 1),
-        "live_mib": round(held + plans + _allocated(run.call) / 2**20, 1),
+        "live_mib": round(kept + plans + allocated(run.call) / 2**20, 1),
     }
-
-
-def _allocated(call: Callable[[], object]) -> int:
-    """Return the most bytes that tensors made during a call took at any moment."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        call()
-    events = trace.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate(size for _, size in changes), default=0)
-
-
-def _held(model: torch.nn.Module) -> int:
-    """Count the bytes of what lives as long as training, with momentum as large as gradients."""
-    parameters = list(model.parameters())
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    tensors = [*parameters, *model.buffers(), *gradients]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values()) + sum(4 * gradient.numel() for gradient in gradients)
 
 
 def _resident(field: str) -> float:

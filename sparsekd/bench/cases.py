@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekd import models
-from sparsekd.errors import UnsupportedError
+from sparsekd.diagnose.given import factory
+from sparsekd.sparsity import generator_for
+from sparsekd.train import CrossEntropy
+from sparsekd.train.objective import Objective
 
 BATCH = 128  # of the published figures; names mention only others
 _IMAGE = (32, 32)  # likewise
@@ -135,24 +137,51 @@ class ModelCase:
                 return factory(self.name)()
             return models.build(self.name, num_classes=10, in_channels=self.input_shape[0])
 
+    def example(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Draw images and labels, the same ones every time."""
+        generator = generator_for(0, self.name)
+        x = torch.randn(self.batch, *self.input_shape, generator=generator)
+        with torch.no_grad():
+            classes = model.eval()(x[:1]).shape[-1]
+        return x, torch.randint(0, classes, (self.batch,), generator=generator)
 
-def factory(name: str) -> Callable[[], nn.Module]:
-    """Return the function that "package.module:factory" names.
+    @property
+    def objective(self) -> Objective:
+        """The loss that a step minimises."""
+        return CrossEntropy()
 
-    Raises:
-        UnsupportedError: there is none.
-    """
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UnsupportedError(
-            f"network: expected package.module:factory, got {name!r}: {error}"
-        ) from error
+    def takes_batches(self, model: nn.Module) -> nn.Module:
+        """Return the model as it is: it takes a batch of images."""
+        return model
 
 
 def _batch(batch: int) -> str:
     return "" if batch == BATCH else f" b{batch}"
+
+
+class AnyCase(Protocol):
+    """A network whose training step is timed, from this package or a user's own."""
+
+    @property
+    def name(self) -> str:
+        """Name of the network."""
+
+    @property
+    def title(self) -> str:
+        """What rows and figures call it."""
+
+    @property
+    def objective(self) -> Objective:
+        """The loss that a step minimises."""
+
+    def build(self) -> nn.Module:
+        """Build the dense network."""
+
+    def example(self, model: nn.Module) -> tuple[Any, Tensor]:
+        """Return a batch, which `contiguous` lays out, and its labels."""
+
+    def takes_batches(self, model: nn.Module) -> nn.Module:
+        """Return a module that is called with such a batch."""
 
 
 def dense_ends(model: nn.Module) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ from typing import Annotated
 
 import typer
 
-from sparsekd.bench import machine
+from sparsekd.bench import machine, own
+from sparsekd.bench.model import given_suite
 from sparsekd.bench.results import Results
 from sparsekd.bench.runner import run
 from sparsekd.bench.suite import BenchConfig, Suite
 from sparsekd.errors import SparsekdError
-from sparsekd.terminal import console, fail, image_shape, one_line_errors, set_threads
+from sparsekd.terminal import console, fail, one_line_errors, set_threads
 from sparsekd.train import MetricsLog
 
 _Level = Annotated[str | None, typer.Option(help="What to time, as layer,step.")]
@@ -24,8 +25,8 @@ _Network = Annotated[
     str | None,
     typer.Option(help="Networks, as resnet18,vgg16_bn; or your own, as package.module:factory."),
 ]
-_Input = Annotated[
-    str | None, typer.Option("--input", help="Channels, height and width of a network's images.")
+_Layout = Annotated[
+    str, typer.Option(help="Layouts of the masks of a --model, as csr,bcsr:16,fanin:16.")
 ]
 _Sparsity = Annotated[str | None, typer.Option(help="Sparsities, as 0.8,0.9.")]
 _Competitor = Annotated[
@@ -44,6 +45,9 @@ _Seconds = Annotated[
 _Fresh = Annotated[
     bool, typer.Option("--fresh/--resume", help="Measure again what is there already.")
 ]
+_Formats = Annotated[
+    str, typer.Option("--format", help="File formats of the figures, as pdf,svg,png.")
+]
 _Draw = Annotated[bool, typer.Option("--draw", help="Measure nothing; report on the rows.")]
 
 
@@ -53,7 +57,10 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
     def bench(
         level: _Level = None,
         network: _Network = None,
-        input_shape: _Input = None,
+        model: own.Model = None,
+        input_shape: own.Input = None,
+        inputs: own.Inputs = None,
+        layout: _Layout = "csr",
         sparsity: _Sparsity = None,
         competitor: _Competitor = None,
         batch: _Batch = None,
@@ -64,40 +71,48 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
         seconds: _Seconds = None,
         fresh: _Fresh = False,
         draw: _Draw = False,
+        formats: _Formats = "png",
     ) -> None:
         terminal = console()
         with one_line_errors(SparsekdError, OSError, ValueError):
             if ":" in (network or ""):
                 sys.path.insert(0, "")  # a factory may lie in the current folder
+            chosen = suite
+            if model is not None:
+                case = own.given(model, input_shape, inputs)
+                chosen = given_suite(case, _words(layout) or ())
             config = BenchConfig(
                 levels=_words(level),
                 networks=_words(network),
-                input_shape=None if input_shape is None else image_shape("--input", input_shape),
+                input_shape=None if model is not None else own.image(input_shape),
                 sparsities=tuple(map(float, _words(sparsity) or ())) or None,
                 competitors=_words(competitor),
                 batch=batch,
                 rounds=rounds,
             )
+            from sparsekd.plots import parse_formats  # matplotlib: only when a command runs
+
+            forms = parse_formats(formats)
             set_threads(threads)
             if not draw:
-                sessions = suite.sessions(config)
+                sessions = chosen.sessions(config)
                 # Choices of the dispatcher are those of this run, not of a busy day before it.
                 if not os.environ.get("SPARSEKD_CACHE"):
                     os.environ["SPARSEKD_CACHE"] = str((rows.parent / "choices").absolute())
                 if fresh:
                     rows.unlink(missing_ok=True)
                 limit = math.inf if seconds is None else seconds
-                facts = machine.describe(suite.machine())
+                facts = machine.describe(chosen.machine())
                 if not run(sessions, MetricsLog(rows), facts, terminal, limit):
                     terminal.print("time is up; the same command goes on", highlight=False)
             results = Results.read(rows)
-            for grid in suite.tables(results):
+            for grid in chosen.tables(results):
                 terminal.print(grid.rich(), highlight=False)
-            for file in suite.write(results, out or rows.parent, rows):
+            for file in chosen.write(results, out or rows.parent, rows, forms):
                 terminal.print(str(file), highlight=False, soft_wrap=True)
             terminal.print(str(rows), highlight=False, soft_wrap=True)
         found = results.shortfalls()
-        if any(what != "skipped" and suite.ours(row["arm"]) for what, row in found):
+        if any(what != "skipped" and chosen.ours(row["arm"]) for what, row in found):
             fail(ValueError("sparsekd raised or gave wrong results; see above"), code=1)
 
     bench.__doc__ = suite.help

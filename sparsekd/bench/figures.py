@@ -12,7 +12,15 @@ from matplotlib.ticker import FuncFormatter
 from sparsekd.bench.race import Field
 from sparsekd.bench.results import Results
 from sparsekd.bench.tables import geomeans, layer_cases, percent
-from sparsekd.plots import COLORS, line_style, panel_grid, single_axes, sparsity_axis, stretched
+from sparsekd.plots import (
+    COLORS,
+    line_style,
+    panel_grid,
+    single_axes,
+    sparsity_axis,
+    stretched,
+    top_legend,
+)
 
 LOSES: dict[str, Any] = {"color": "#d55e00", "alpha": 0.08, "linewidth": 0}
 """How the region where dense wins is shaded."""
@@ -73,8 +81,7 @@ def speedup_models(results: Results, competitors: Field) -> Figure | None:
         axes.set_title(case, fontsize=10)
         sparsity_axis(axes, sparsities, percent, fontsize=8)
         _mark_losses(axes)
-    handles, labels = list(shown.values()), list(shown)
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    top_legend(figure, list(shown.values()), list(shown))
     return figure
 
 

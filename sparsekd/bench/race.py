@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -114,11 +115,13 @@ class Ready(NamedTuple):
         call: what is timed.
         errors: relative error of each of its results.
         bounds: the largest error allowed of each.
+        facts: what else the row says about it.
     """
 
     call: Callable[[], object]
     errors: Mapping[str, float]
     bounds: Mapping[str, float]
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 # A row that names a competitor, and what builds it and computes its results for the first time;
@@ -174,7 +177,8 @@ def _admit(prepare: Callable[[], Ready]) -> tuple[Row, Callable[[], object] | No
     reason = gate.refusal(ready.errors, ready.bounds)
     if reason:
         return {"ms": None, "refused": reason}, None
-    return {"error": float(f"{max(ready.errors.values(), default=0.0):.2g}")}, ready.call
+    largest = float(f"{max(ready.errors.values(), default=0.0):.2g}")
+    return {"error": largest, **ready.facts}, ready.call
 
 
 @dataclass(frozen=True)

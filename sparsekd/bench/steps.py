@@ -5,26 +5,28 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsekd._torch import COMPILED_PREFIX
 from sparsekd.bench import gate
-from sparsekd.bench.cases import BASELINES, REFERENCE, ModelCase, dense_ends
+from sparsekd.bench.cases import BASELINES, REFERENCE, AnyCase, ModelCase, dense_ends
 from sparsekd.bench.layers import bf16_missing
 from sparsekd.bench.race import Competitor, Race, Ready, by_name
 from sparsekd.diagnose import flops
 from sparsekd.memory import trim
 from sparsekd.nn import densify, optimize, sparse_modules, sparsify
 from sparsekd.sparsity import generator_for
-from sparsekd.train import CrossEntropy, Row, to_channels_last
+from sparsekd.train import Row, to_channels_last
 from sparsekd.train.step_time import training_step
 
 Tensors = dict[str, Tensor]
-MakeSparse = Callable[[nn.Module, float], object]
+MakeSparse = Callable[[nn.Module, float], nn.Module]
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _VALUES = ("weight", "values", "W_val")  # what packages call a layer's trainable weights
 
 
@@ -35,13 +37,13 @@ class StepProblem:
     Args:
         case: the network.
         model: with sparse layers; competitors work on copies.
-        x: a batch of images.
+        x: a batch of images, or what else can be laid out by `contiguous`.
         y: its labels.
     """
 
-    case: ModelCase
+    case: AnyCase
     model: nn.Module
-    x: Tensor
+    x: Any
     y: Tensor
 
     @property
@@ -51,14 +53,14 @@ class StepProblem:
 
 
 def step_problem(
-    case: ModelCase, sparsity: float, make_sparse: MakeSparse | None = None
+    case: AnyCase, sparsity: float, make_sparse: MakeSparse | None = None
 ) -> StepProblem:
     """Build a sparse network and a batch, the same ones every time.
 
     Args:
         case: the network.
         sparsity: of its sparse layers.
-        make_sparse: makes the network sparse in place; by default uniformly, with dense ends.
+        make_sparse: returns the network made sparse; by default uniformly, with dense ends.
 
     Example:
         >>> from sparsekd.bench.cases import ModelCase
@@ -66,18 +68,13 @@ def step_problem(
         20
     """
     model = case.build()
-    generator = generator_for(0, case.name)
-    x = torch.randn(case.batch, *case.input_shape, generator=generator)
-    with torch.no_grad():
-        classes = model.eval()(x[:1]).shape[-1]
-    y = torch.randint(0, classes, (case.batch,), generator=generator)
-    (make_sparse or _uniform)(model.train(), sparsity)
-    return StepProblem(case, model, x, y)
+    x, y = case.example(model)
+    return StepProblem(case, (make_sparse or _uniform)(model.train(), sparsity), x, y)
 
 
-def _uniform(model: nn.Module, sparsity: float) -> None:
+def _uniform(model: nn.Module, sparsity: float) -> nn.Module:
     ends = dense_ends(model)
-    sparsify(model, sparsity=sparsity, distribution="uniform", skip=ends, init="sparse")
+    return sparsify(model, sparsity=sparsity, distribution="uniform", skip=ends, init="sparse")
 
 
 @torch.no_grad()
@@ -98,9 +95,9 @@ def jittered(problem: StepProblem, dtype: torch.dtype) -> StepProblem:
 class StepRun(NamedTuple):
     """A competitor that is ready to train: a step over a batch, and the model it trains."""
 
-    step: Callable[[Tensor, Tensor], Tensor]
+    step: Callable[[Any, Tensor], Tensor]
     model: nn.Module
-    x: Tensor
+    x: Any
     y: Tensor
 
     def call(self) -> Tensor:
@@ -109,9 +106,10 @@ class StepRun(NamedTuple):
 
     def results(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Train one step; return the loss and the gradient of every parameter at the nonzeros."""
-        found = {"loss": self.call()}
+        with _without_chance(self.model):
+            found = {"loss": self.call()}
         for name, parameter in self.model.named_parameters():
-            layer, _, kind = name.removeprefix(COMPILED_PREFIX).rpartition(".")
+            layer, _, kind = name.replace(COMPILED_PREFIX, "").rpartition(".")
             grad = parameter.grad
             if grad is None:
                 continue
@@ -124,6 +122,22 @@ class StepRun(NamedTuple):
 StepCompetitor = Competitor[StepProblem, StepRun]
 
 
+@contextmanager
+def _without_chance(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and let functions that draw numbers draw the same every time."""
+    active = [module for module in model.modules() if isinstance(module, _DROPOUT)]
+    flags = [module.training for module in active]
+    try:
+        for module in active:
+            module.training = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, flag in zip(active, flags, strict=True):
+            module.training = flag
+
+
 class _Autocast(nn.Module):
     """A model in bfloat16 autocast, the loss behind it in float32."""
 
@@ -131,9 +145,10 @@ class _Autocast(nn.Module):
         super().__init__()
         self._orig_mod = model  # as torch.compile's wrapper calls it
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return self._orig_mod(x).float()
+            output = self._orig_mod(*args, **kwargs)
+        return output.float() if isinstance(output, Tensor) else output
 
 
 def _compiled(model: nn.Module) -> nn.Module:
@@ -144,7 +159,8 @@ def _compiled(model: nn.Module) -> nn.Module:
 def train(model: nn.Module, problem: StepProblem, layout: torch.memory_format) -> StepRun:
     """Prepare the training steps of a model, with images in a memory format."""
     x = problem.x.contiguous(memory_format=layout)
-    return StepRun(training_step(model, CrossEntropy()), model, x, problem.y)
+    model = problem.case.takes_batches(model)
+    return StepRun(training_step(model, problem.case.objective), model, x, problem.y)
 
 
 def _dense(
@@ -261,6 +277,10 @@ class StepRace(Race):
         """Return the call that is timed."""
         return run.call
 
+    def facts(self, run: StepRun) -> Row:
+        """Return what rows say about a competitor besides its time."""
+        return {}
+
     def _ready(self, competitor: StepCompetitor, given: _Given) -> Ready:
         problem, right, noise = given
         run = competitor.build(problem)
@@ -268,7 +288,8 @@ class StepRace(Race):
         bounds = gate.step_bounds(noise[competitor.dtype], competitor.dtype)
         # The closer layout counts: BatchNorm rounds differently in the two, which flips ReLUs.
         errors = [_errors(got, expected) for expected in right]
-        return Ready(self.timed(run), {n: min(e[n] for e in errors) for n in bounds}, bounds)
+        least = {name: min(error[name] for error in errors) for name in bounds}
+        return Ready(self.timed(run), least, bounds, self.facts(run))
 
 
 def step_flops(counted: flops.FlopCount) -> int:

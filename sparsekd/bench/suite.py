@@ -7,12 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparsekd.bench.cases import BASELINES, NETWORKS, REFERENCE, LayerCase, ModelCase, factory
+from sparsekd.bench.cases import (
+    BASELINES,
+    NETWORKS,
+    REFERENCE,
+    AnyCase,
+    LayerCase,
+    ModelCase,
+)
 from sparsekd.bench.layers import LAYER_COMPETITORS, LayerRace
 from sparsekd.bench.race import Session, is_ours, timed_on
 from sparsekd.bench.results import Results
 from sparsekd.bench.steps import SHOWCASE, STEP_COMPETITORS, StepCompetitor, StepRace
 from sparsekd.bench.tables import Grid, layer_grid, shortfall_grid, step_grid
+from sparsekd.diagnose.given import factory
 from sparsekd.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -131,18 +139,26 @@ class Suite:
         """Make the tables that the rows allow."""
         return [grid for grid in self.grids(results) if grid is not None]
 
-    def write(self, results: Results, folder: Path, rows: Path) -> list[Path]:
+    def write(
+        self, results: Results, folder: Path, rows: Path, formats: Sequence[str] = ("png",)
+    ) -> list[Path]:
         """Write the tables, in README.md, and the figures into a folder; return the files.
 
         Args:
             results: to report on.
             folder: made if it is not there.
             rows: the file that the results came from, named in the text.
+            formats: of the figures; the page shows the PNG files, or else the first format's.
         """
         from sparsekd.plots import save  # matplotlib: not worth loading to print tables
 
-        files = save(self.figures(results), folder)
-        pictures = "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in files)
+        files = save(self.figures(results), folder, formats)
+        shown = "png" if "png" in formats else formats[0]
+        pictures = "\n\n".join(
+            f"![{path.stem.replace('_', ' ')}]({path.name})"
+            for path in files
+            if path.suffix == f".{shown}"
+        )
         machine = "\n".join(f"- {name}: {value}" for name, value in results.machine.items())
         parts = [
             f"# {self.title}\n",
@@ -167,13 +183,20 @@ def check(name: str, chosen: Sequence[str], known: Collection[str]) -> None:
 
 
 def step_races(
-    race: type[StepRace],
-    case: ModelCase,
+    race: Callable[..., StepRace],
+    case: AnyCase,
     sparsities: Sequence[float],
     competitors: Mapping[str, StepCompetitor],
     rounds: int,
 ) -> Iterator[StepRace]:
     """Iterate over the races of a network's training steps, one at each sparsity.
+
+    Args:
+        race: makes one of a case, a tuple of sparsities, competitors and rounds.
+        case: the network.
+        sparsities: one race at each.
+        competitors: by name.
+        rounds: turns of each.
 
     All sparsities together would take more memory than most machines have. What is dense beyond
     the references is timed at the first of them only.

@@ -10,6 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from sparsekd import __version__
 from sparsekd.analysis.command import app as analysis
+from sparsekd.bench import own
 from sparsekd.bench.command import command as bench_command
 from sparsekd.bench.suite import SUITE
 from sparsekd.cli import exporting, inspection, training
@@ -65,4 +66,5 @@ app.command()(inspection.recipes)
 app.command("bench")(bench_command(SUITE, "runs/bench"))
 app.add_typer(analysis, name="analyze")
 app.command()(inspection.explain)
+app.command()(own.advise)
 app.command()(inspection.info)

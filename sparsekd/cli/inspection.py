@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from sparsekd import diagnose, models, ops, terminal
+from sparsekd.bench import own
 from sparsekd.cli import options
 from sparsekd.errors import UnsupportedError
 from sparsekd.memory import keep_memory_warm
@@ -49,16 +50,16 @@ def recipes(
 
 
 def explain(
-    network: Annotated[str, typer.Argument(help="A network, as resnet18.")],
+    network: Annotated[str | None, typer.Argument(help="A network, as resnet18.")] = None,
+    model: own.Model = None,
     sparsity: Annotated[float, typer.Option(help="Of the whole network.")] = 0.9,
     distribution: Annotated[str, typer.Option(help="uniform, er or erk.")] = "uniform",
     layout: Annotated[
         str, typer.Option(help="csr, bcsr, fanin or nm; with numbers as bcsr:32.")
     ] = "csr",
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 128,
-    input_shape: Annotated[
-        str, typer.Option("--input", help="Channels, height and width.")
-    ] = "3,32,32",
+    input_shape: own.Input = None,
+    inputs: own.Inputs = None,
     threads: options.Threads = None,
 ) -> None:
     """Time each pass of each sparse layer both ways; show what runs, and when dense would win.
@@ -66,14 +67,23 @@ def explain(
     \b
     sparsekd explain resnet18 --sparsity 0.95
     sparsekd explain wrn22_2 --layout bcsr:8 --batch 64
+    sparsekd explain --model net.py:make --input 8,128:int64:30522
     """
     with one_line_errors(ValueError, UnsupportedError):
-        image = terminal.image_shape("--input", input_shape)
+        if (network is None) == (model is None):
+            raise ValueError("expected a network, as resnet18, or your own by --model")
         terminal.set_threads(threads)
+        args: tuple[Any, ...]
+        if model is not None:
+            case = own.given(model, input_shape, inputs)
+            net, args, kwargs = case.build(), case.inputs.args, dict(case.inputs.kwargs)
+        else:
+            image = own.image(input_shape) or (3, 32, 32)
+            net = models.build(network or "", num_classes=10, in_channels=image[0])
+            args, kwargs = ((batch, *image),), {}
         keep_memory_warm()
-        model = models.build(network, num_classes=10, in_channels=image[0])
-        sparsify(model, sparsity=sparsity, distribution=distribution, layout=layout)
-        terminal.console().print(diagnose.explain(model, (batch, *image)))
+        net = sparsify(net, sparsity=sparsity, distribution=distribution, layout=layout)
+        terminal.console().print(diagnose.explain(net, args=args, kwargs=kwargs))
 
 
 def info() -> None:

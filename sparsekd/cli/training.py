@@ -6,6 +6,7 @@ import contextlib
 import errno
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,16 +115,22 @@ def report(
         bool, typer.Option("--html", help="Write report.html too, a page that needs no network.")
     ] = False,
     log: options.Log = None,
+    form: Annotated[
+        str, typer.Option("--format", help="File formats of the figures, as pdf,svg,png.")
+    ] = "png",
 ) -> None:
     """Print the table of an experiment and draw its figures again, from its raw rows.
 
     \b
     sparsekd report runs/demo
+    sparsekd report runs/demo --format pdf,svg
     sparsekd report runs/demo --html --log csv
     """
+    from sparsekd.plots import parse_formats  # matplotlib: not worth loading to train
+
     with one_line_errors(ValueError):
-        sinks = make_sinks(log or "", run_dir)
-    _report(run_dir, terminal.console())
+        sinks, formats = make_sinks(log or "", run_dir), parse_formats(form)
+    _report(run_dir, terminal.console(), formats)
     rows = read_rows(run_dir)
     for sink in sinks:
         sink.begin(rows)
@@ -225,9 +232,9 @@ def _remedy(error: OSError, folder: Path) -> str:
     return ""
 
 
-def _report(path: Path, console: Console) -> None:
+def _report(path: Path, console: Console, formats: Sequence[str] = ("png",)) -> None:
     rows = read_rows(path)
     terminal.print_table(console, table(rows))
-    for file in figures(rows, path):
+    for file in figures(rows, path, formats):
         console.print(str(file), highlight=False, soft_wrap=True)
     console.print(str(path / "metrics.jsonl"), highlight=False, soft_wrap=True)

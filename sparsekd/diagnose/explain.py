@@ -73,6 +73,17 @@ class LayerReport:
         """Time of all passes with a dense weight in bfloat16, None where it was not timed."""
         return sum(self.passes.values(), start=PassTimes.zero()).bf16_ms
 
+    def ms_at(self, nnz: int) -> float | None:
+        """Return the time of all passes on the sparse kernels with another number of nonzeros.
+
+        It is that of a line through times at several densities; None without sparse kernels.
+        """
+        both = sum(self.passes.values(), start=PassTimes.zero())
+        if both.sparse_ms is None:
+            return None
+        density = nnz / max(math.prod(self.shape), 1)
+        return both.intercept_ms + (both.full_ms - both.intercept_ms) * density
+
     @property
     def break_even(self) -> float | None:
         """Sparsity from which on the sparse kernels are faster in sum, None if never or unknown."""

@@ -10,25 +10,40 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-from sparsekd.plots import clean, line_style, save, single_axes, sparsity_axis, stretched
+from sparsekd.plots import (
+    clean,
+    line_style,
+    log_axis,
+    save,
+    single_axes,
+    sparsity_axis,
+    stretched,
+    top_legend,
+)
 from sparsekd.train.metrics import Row
 
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
+_FLOPS = EngFormatter()  # 2 T
 _DENSE: dict[str, Any] = {"color": "#666666", "linestyle": "--", "linewidth": 1.2}
 
 
 def draw(
-    rows: Sequence[Row], folder: Path, labels: Mapping[str, str], needs_dense: Container[str] = ()
+    rows: Sequence[Row],
+    folder: Path,
+    labels: Mapping[str, str],
+    needs_dense: Container[str] = (),
+    formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Draw every figure the rows allow: accuracy, its price, loss curves, density per layer.
 
     Args:
         rows: of an experiment, of kind "epoch" and "result".
-        folder: where the PNG files go.
+        folder: where the files go.
         labels: method -> name in the legend, in the order of the legend.
         needs_dense: methods whose price includes the dense run of the same seed.
+        formats: of the files, as `sparsekd.plots.save` takes them.
 
     Returns:
         The files written.
@@ -46,9 +61,9 @@ def draw(
         "accuracy_vs_flops": price_figure(results, labels, needs_dense, "flops_run"),
         "accuracy_vs_time": price_figure(results, labels, needs_dense, "seconds"),
         "loss_curves": loss_figure(results, epochs, labels),
-        "density_per_layer": density_figure(results),
+        "density_per_layer": density_figure(results, labels),
     }
-    return save(figures, folder)
+    return save(figures, folder, formats)
 
 
 def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure | None:
@@ -79,7 +94,7 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
         axes.errorbar(
             [stretched(s) + width * (number - (len(methods) - 1) / 2) for s in sorted(groups)],
             [statistics.mean(a) for a in accuracies],
-            [statistics.stdev(a) if len(a) > 1 else 0 for a in accuracies],
+            _spread(accuracies),
             label=labels[method],
             capsize=3,
             **line_style(number),
@@ -117,7 +132,9 @@ def price_figure(
         return None
     dense = {row["seed"]: row for row in results if row["method"] == "dense"}
     name = {"flops_run": "training FLOPs", "seconds": "training time in seconds"}[price]
-    figure, axes = single_axes("Accuracy and what it took", name, "test accuracy")
+    figure, axes = single_axes(
+        "Accuracy and what it took; numbers are sparsities", name, "test accuracy"
+    )
     present = [method for method in labels if any(row["method"] == method for row in tickets)]
     for number, method in enumerate(present):
         points = _group([row for row in tickets if row["method"] == method], "sparsity")
@@ -127,11 +144,20 @@ def price_figure(
         axes.errorbar(
             [statistics.mean(costs[s]) for s in sorted(points)],
             [statistics.mean(accuracies[s]) for s in sorted(points)],
-            [statistics.stdev(a) if len(a) > 1 else 0 for _, a in sorted(accuracies.items())],
+            _spread([a for _, a in sorted(accuracies.items())]),
             label=labels[method] + (" + dense run" if method in needs_dense else ""),
             capsize=3,
             **line_style(number),
         )
+        for sparsity in points:
+            axes.annotate(
+                f"{sparsity:.4g}",
+                (statistics.mean(costs[sparsity]), statistics.mean(accuracies[sparsity])),
+                (4, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=line_style(number)["color"],
+            )
     if dense:
         axes.errorbar(
             statistics.mean(row[price] for row in dense.values()),
@@ -142,10 +168,17 @@ def price_figure(
             markersize=10,
             linestyle="none",
         )
-    axes.set_xscale("log")
+    log_axis(axes.xaxis, _FLOPS if price == "flops_run" else "{:g}".format)
     axes.yaxis.set_major_formatter(_PERCENT)
     _legend(axes, len(present))
     return figure
+
+
+def _spread(groups: Sequence[Sequence[float]]) -> list[float] | None:
+    """Return the standard deviation of each group; None, for no bars, where all have one value."""
+    if all(len(group) < 2 for group in groups):
+        return None
+    return [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups]
 
 
 def _legend(axes: Axes, entries: int) -> None:
@@ -198,18 +231,21 @@ def loss_figure(
         for axes in grid[:, column]:
             clean(axes)
     grid[0, 0].set_ylabel("training loss (own objective)")
-    grid[0, 0].set_yscale("log")
+    log_axis(grid[0, 0].yaxis, "{:g}".format)
     grid[1, 0].set_ylabel("training accuracy")
     handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    top_legend(figure, handles, names)
     return figure
 
 
-def density_figure(results: Sequence[Row]) -> Figure | None:
-    """Plot the density of every layer, a line a sparsity, for the first pruned ticket of each.
+def density_figure(
+    results: Sequence[Row], labels: Mapping[str, str] | None = None
+) -> Figure | None:
+    """Plot the density of every layer, a line a sparsity, for the first ticket of each.
 
     Args:
         results: rows of kind "result".
+        labels: method -> name in the title; by default the method itself.
 
     Returns:
         The figure, None without a ticket.
@@ -219,19 +255,22 @@ def density_figure(results: Sequence[Row]) -> Figure | None:
         return None
     shown = sorted(groups) if len(groups) <= 6 else sorted(groups)[-6:]
     layers = list(groups[shown[0]][0]["density"])
-    figure, axes = single_axes("Density per layer after global magnitude pruning", "", "density")
+    methods = {sparsity: groups[sparsity][0]["method"] for sparsity in shown}
+    names = {sparsity: (labels or {}).get(method, method) for sparsity, method in methods.items()}
+    single = len(set(names.values())) == 1
+    title = "Density per layer at the end" + (f", {names[shown[0]]}" if single else "")
+    figure, axes = single_axes(title, "", "density")
     figure.set_size_inches(max(6.4, 0.26 * len(layers) + 1.5), 4.4)
     for number, sparsity in enumerate(shown):
         density = groups[sparsity][0]["density"]
         axes.plot(
             range(len(layers)),
             [density[layer] or float("nan") for layer in layers],
-            label=f"sparsity {sparsity:.4g}",
+            label=f"sparsity {sparsity:.4g}" + ("" if single else f", {names[sparsity]}"),
             markersize=4,
             **line_style(number),
         )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    log_axis(axes.yaxis, "{:g}".format)
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.legend()
     return figure

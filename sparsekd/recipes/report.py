@@ -95,12 +95,13 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
-def figures(rows: Sequence[Row], folder: Path) -> list[Path]:
+def figures(rows: Sequence[Row], folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Draw the figures of an experiment into its folder.
 
     Args:
         rows: raw rows.
         folder: of the experiment.
+        formats: of the files, as `sparsekd.plots.save` takes them.
 
     Returns:
         The files written.
@@ -110,7 +111,7 @@ def figures(rows: Sequence[Row], folder: Path) -> list[Path]:
     present = {row.get("method") for row in rows}
     labels = {name: label for name, label in LABELS.items() if name in present}
     needs_dense = {name for name in labels if METHODS[name].needs_dense}
-    return draw(rows, folder / "figures", labels, needs_dense)
+    return draw(rows, folder / "figures", labels, needs_dense, formats)
 
 
 def _line(group: Sequence[Row], timing: Row | None, updates: Sequence[int]) -> list[str]:

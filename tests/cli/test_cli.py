@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -277,3 +278,15 @@ def test_a_stopped_process_resumes_to_the_same_rows(whole, tmp_path, number, cod
     assert rows_without_times(tmp_path) == rows_without_times(whole)
     models = [(out / "seed0/kd-0.9/final.safetensors").read_bytes() for out in (tmp_path, whole)]
     assert models[0] == models[1]
+
+
+def test_a_report_has_figures_in_the_formats_asked_for(tmp_path):
+    run = tmp_path / "compare"
+    shutil.copytree(Path(__file__).parents[2] / "docs/results/compare", run)
+    result = CliRunner().invoke(app, ["report", str(run), "--format", "svg"])
+    assert result.exit_code == 0, result.output
+    drawn = {file.name for file in (run / "figures").glob("*.svg")}
+    assert {"accuracy_vs_flops.svg", "loss_curves.svg"} <= drawn
+    refused = CliRunner().invoke(app, ["report", str(run), "--format", "gif"])
+    assert refused.exit_code == 2
+    assert "expected some of png, pdf, svg" in refused.output
