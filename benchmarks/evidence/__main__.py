@@ -20,7 +20,7 @@ from benchmarks.evidence import summary
 from benchmarks.evidence.studies import STUDIES, Study
 from sparsekd import ops, terminal
 from sparsekd.memory import keep_memory_warm
-from sparsekd.recipes import Experiment, Recipe, RunFolder, load_data
+from sparsekd.recipes import Experiment, Recipe, RunFolder, check, load_data
 from sparsekd.train import Interrupted, ProgressReporter, Reporter, StopRequest
 
 Run = Callable[[Recipe, Path], None]
@@ -63,8 +63,9 @@ def train(
     recipe: Recipe, folder: Path, data_dir: Path | None, reporter: Reporter, stop: StopRequest
 ) -> None:
     """Train the open runs of a recipe in a folder."""
+    data = load_data(recipe.data, data_dir)
+    check(recipe, data)
     with RunFolder(folder, recipe) as opened:
-        data = load_data(recipe.data, data_dir)
         Experiment(recipe, data, opened, reporter=reporter, stop=stop).run()
 
 

@@ -12,6 +12,7 @@ from benchmarks.evidence import summary
 from benchmarks.evidence.__main__ import run_study, run_wall, train
 from benchmarks.evidence.studies import EQUAL_FLOPS, STUDIES, Study
 from sparsekd import flops, models
+from sparsekd.dst import Dynamics
 from sparsekd.recipes import DataChoice, ModelChoice, Recipe, plan
 from sparsekd.sparsity import allocate
 from sparsekd.tickets import maskable
@@ -66,6 +67,7 @@ def study():
         DataChoice("digits", train_images=200),
         ModelChoice("lenet300_100"),
         Training(1, batch_size=50, augment=False),
+        dynamics=Dynamics(every=1),
         methods=("static", "rigl"),
         sparsities=(0.9, 0.95),
         seeds=2,
