@@ -28,6 +28,7 @@ class Basis(nn.Module):
         matrices: axis -> orthonormal matrix, whose columns are the basis vectors. Axes are those
             of the weight, or 0 (outputs) and 1 (all else) of the weight as a matrix.
         as_matrix: transform the weight as a matrix of outputs by inputs.
+        persistent: whether a state dict holds the matrices; fixed bases can be built again.
 
     Example:
         >>> basis = Basis({0: torch.eye(3)})
@@ -35,12 +36,14 @@ class Basis(nn.Module):
         torch.Size([3, 2])
     """
 
-    def __init__(self, matrices: Mapping[int, Tensor], *, as_matrix: bool = False) -> None:
+    def __init__(
+        self, matrices: Mapping[int, Tensor], *, as_matrix: bool = False, persistent: bool = False
+    ) -> None:
         super().__init__()
         self.axes = tuple(matrices)
         self.as_matrix = as_matrix
         for axis, matrix in matrices.items():
-            self.register_buffer(f"axis{axis}", matrix, persistent=False)
+            self.register_buffer(f"axis{axis}", matrix, persistent=persistent)
 
     def encode(self, weight: Tensor) -> Tensor:
         """Return the coefficients of a weight, c = B^T w.
@@ -169,7 +172,8 @@ def make_basis(kind: str, weight: Tensor, seed: int = 0) -> Basis:
         raise UnsupportedError(f"weight: expected 2 or 4 dimensions, got {weight.ndim}")
     if kind == "svd":
         left, _, right = torch.linalg.svd(weight.detach().flatten(1).double())
-        return Basis({0: left.to(weight), 1: right.mT.to(weight)}, as_matrix=True)
+        vectors = {0: left.to(weight), 1: right.mT.to(weight)}
+        return Basis(vectors, as_matrix=True, persistent=True)
     make = BASES[kind].make
     if make is None:
         return Basis({})
