@@ -1,11 +1,11 @@
-// Bindings of core/blocked: a plan of a residual block for inputs of one shape, and the way into the layout
-// and out of it. A blocked map is a contiguous tensor [images / lanes, height, channels, width, lanes].
-#include <pybind11/stl.h>
+// Bindings of core/blocked: plans of residual blocks for inputs of one shape, and the way into the layout and
+// out of it.
+#include "bindings/blocked.h"
 
+#include <algorithm>
 #include <optional>
 
-#include "bindings/arrays.h"
-#include "core/blocked/block.h"
+#include "core/blocked/preactivation.h"
 
 namespace sparsekd {
 namespace {
@@ -14,49 +14,6 @@ using blocked::Block;
 using blocked::ConvNorm;
 using blocked::ConvNormShape;
 
-template <class T>
-BlockedMap<T> blocked_map(const char* name, const Array& a, int64_t n, int64_t c, int64_t h, int64_t w) {
-  BlockedMap<T> map{nullptr, n, c, h, w};
-  expect_shape(name, a, {map.groups(), h, c, w, BlockedMap<T>::kLanes});
-  int64_t stride = 1;
-  for (int d = 4; d >= 0; stride *= a.shape(d), --d)
-    if (a.shape(d) > 1 && a.stride(d) != stride)
-      throw ShapeError(std::string(name) + ": expected a contiguous tensor");
-  map.data = data_of<T>(name, a);
-  if (reinterpret_cast<uintptr_t>(map.data) % kPixelBytes)
-    throw UnsupportedError(std::string(name) + ": expected memory that is aligned to 64 bytes");
-  return map;
-}
-
-// (crow, col, weight shape, stride, padding, dilation, groups, relu) of each convolution.
-using Spec = std::tuple<Indices, Indices, Quad, Pair, Quad, Pair, int64_t, bool>;
-
-ConvGeometry geometry_of(const Spec& spec, const Quad& input) {
-  ConvGeometry g{};
-  const auto& weight = std::get<2>(spec);
-  g.batch = input[0];
-  g.in_channels = input[1];
-  g.in_h = input[2];
-  g.in_w = input[3];
-  g.out_channels = weight[0];
-  g.kernel_h = weight[2];
-  g.kernel_w = weight[3];
-  g.stride_h = std::get<3>(spec)[0];
-  g.stride_w = std::get<3>(spec)[1];
-  g.pad_top = std::get<4>(spec)[0];
-  g.pad_bottom = std::get<4>(spec)[1];
-  g.pad_left = std::get<4>(spec)[2];
-  g.pad_right = std::get<4>(spec)[3];
-  g.dilation_h = std::get<5>(spec)[0];
-  g.dilation_w = std::get<5>(spec)[1];
-  g.groups = std::get<6>(spec);
-  complete_geometry(g);
-  if (weight[1] != g.in_channels / g.groups)
-    throw ShapeError("x: expected " + std::to_string(weight[1] * g.groups) + " channels, got " +
-                     std::to_string(g.in_channels));
-  return g;
-}
-
 class BlockPlan {
  public:
   BlockPlan(const std::vector<Spec>& main, const std::optional<Spec>& shortcut, bool identity,
@@ -64,36 +21,20 @@ class BlockPlan {
       : input_(input), identity_(identity), threads_(check_threads(threads)) {
     if (main.empty()) throw ShapeError("main: expected at least one convolution");
     Quad shape = input;
-    for (const Spec& spec : main) shape = add(main_, spec, shape);
+    for (const Spec& spec : main) shape = add_convolution(main_, spec, shape);
     out_ = shape;
-    if (shortcut && add(shortcut_, *shortcut, input) != shape)
+    if (shortcut && add_convolution(shortcut_, *shortcut, input) != shape)
       throw ShapeError("shortcut: expected the shape of the main branch");
     if (identity && (shortcut || input != shape))
       throw ShapeError("identity: expected a block whose output has the shape of its input, and no shortcut");
   }
 
   // Whether the kernels take all convolutions of the block.
-  bool supported() const {
-    const auto fits = [](const ConvNormShape& c) { return blocked::supported(c.geometry, *c.weight); };
-    return std::all_of(main_.begin(), main_.end(), fits) &&
-           std::all_of(shortcut_.begin(), shortcut_.end(), fits);
-  }
-
+  bool supported() const { return all_supported({&main_, &shortcut_}); }
   // [N, C, H, W] of each convolution's result, the shortcut's last.
-  std::vector<Quad> shapes() const {
-    std::vector<Quad> all;
-    for (const auto* part : {&main_, &shortcut_})
-      for (const ConvNormShape& c : *part)
-        all.push_back({c.geometry.batch, c.geometry.out_channels, c.geometry.out_h, c.geometry.out_w});
-    return all;
-  }
-
+  std::vector<Quad> shapes() const { return shapes_of({&main_, &shortcut_}); }
   // [N, C, H, W] of the gradient through the shortcut's convolution.
-  Quad projected() const {
-    const ConvGeometry& g = shortcut_.at(0).geometry;
-    if (!blocked::projected_compact(g)) return input_;
-    return {g.batch, g.in_channels, g.out_h, g.out_w};
-  }
+  Quad projected() const { return projected_shape(shortcut_.at(0).geometry, input_); }
 
   bool forward(const Array& x, const Array& out, const py::sequence& main,
                const py::sequence& shortcut) const {
@@ -153,71 +94,6 @@ class BlockPlan {
   }
 
  private:
-  static Quad add(std::vector<ConvNormShape>& to, const Spec& spec, const Quad& input) {
-    const ConvGeometry g = geometry_of(spec, input);
-    auto weight = structure(std::get<0>(spec), std::get<1>(spec), g.out_channels,
-                            g.in_channels / g.groups * g.kernel_h * g.kernel_w);
-    to.push_back({g, weight, std::get<7>(spec)});
-    return {g.batch, g.out_channels, g.out_h, g.out_w};
-  }
-
-  template <class T, class Map>
-  static T* like(const char* name, const Array& a, const Map& map) {
-    return blocked_map<T>(name, a, map.images, map.channels, map.h, map.w).data;
-  }
-
-  template <class T>
-  static T* optional(const char* name, const py::handle& a, int64_t length) {
-    return a.is_none() ? nullptr : vector_of<T>(name, a.cast<Array>(), length);
-  }
-
-  // (values, bias, gamma, beta, running mean, running variance, eps, rate, frozen, z, state)
-  template <class T>
-  static std::vector<ConvNorm<T>> convolutions(const std::vector<ConvNormShape>& shapes,
-                                               const py::sequence& from) {
-    if (from.size() != shapes.size()) throw ShapeError("convolutions: expected as many as in the plan");
-    std::vector<ConvNorm<T>> all;
-    for (size_t i = 0; i < shapes.size(); ++i) {
-      const ConvGeometry& g = shapes[i].geometry;
-      const int64_t channels = g.out_channels;
-      const auto t = from[i].cast<py::tuple>();
-      ConvNorm<T> c{};
-      c.shape = &shapes[i];
-      c.values = vector_of<const T>("values", t[0].cast<Array>(), shapes[i].weight->nnz);
-      c.bias = optional<const T>("bias", t[1], channels);
-      c.gamma = optional<const T>("weight of a norm", t[2], channels);
-      c.beta = optional<const T>("bias of a norm", t[3], channels);
-      c.running_mean = optional<T>("running_mean", t[4], channels);
-      c.running_var = optional<T>("running_var", t[5], channels);
-      c.eps = t[6].cast<double>();
-      c.rate = t[7].cast<double>();
-      c.frozen = t[8].cast<bool>();
-      if (!c.running_mean != !c.running_var || (c.frozen && !c.running_mean))
-        throw ShapeError("running_mean, running_var: expected both, or neither of a norm that is not frozen");
-      c.z = blocked_map<T>("z", t[9].cast<Array>(), g.batch, channels, g.out_h, g.out_w);
-      c.state = vector_of<T>("state", t[10].cast<Array>(), 4 * channels);
-      all.push_back(c);
-    }
-    return all;
-  }
-
-  // (values, bias, gamma, beta, grad), of which the last four may be None
-  template <class T>
-  static std::vector<blocked::ConvNormGradients<T>> gradients_of(const std::vector<ConvNorm<T>>& of,
-                                                                 const py::sequence& from) {
-    if (from.size() != of.size()) throw ShapeError("gradients: expected as many as in the plan");
-    std::vector<blocked::ConvNormGradients<T>> all;
-    for (size_t i = 0; i < of.size(); ++i) {
-      const int64_t channels = of[i].z.channels;
-      const auto t = from[i].cast<py::tuple>();
-      all.push_back({vector_of<T>("dvalues", t[0].cast<Array>(), of[i].shape->weight->nnz),
-                     optional<T>("dbias", t[1], channels), optional<T>("dgamma", t[2], channels),
-                     optional<T>("dbeta", t[3], channels),
-                     t[4].is_none() ? nullptr : like<T>("grad", t[4].cast<Array>(), of[i].z)});
-    }
-    return all;
-  }
-
   template <class T>
   Block<T> block_of(const Array& x, const Array& out, const py::sequence& main,
                     const py::sequence& shortcut) const {
@@ -232,6 +108,127 @@ class BlockPlan {
   std::vector<ConvNormShape> main_, shortcut_;
   Quad input_, out_;
   bool identity_;
+  int threads_;
+};
+
+// Convolutions of which the last has no norm, see core/blocked/preactivation.h.
+class PreActivationPlan {
+ public:
+  PreActivationPlan(bool front, const std::vector<Spec>& main, const std::optional<Spec>& shortcut,
+                    bool identity, const Quad& input, int threads)
+      : input_(input), front_(front), identity_(identity), threads_(check_threads(threads)) {
+    if (main.empty()) throw ShapeError("main: expected at least one convolution");
+    Quad shape = input;
+    for (const Spec& spec : main) shape = add_convolution(main_, spec, shape);
+    last_.push_back(main_.back());
+    main_.pop_back();
+    if (shortcut && add_convolution(shortcut_, *shortcut, input) != shape)
+      throw ShapeError("shortcut: expected the shape of the main branch");
+    if (identity && (shortcut || input != shape))
+      throw ShapeError("identity: expected a block whose output has the shape of its input, and no shortcut");
+    if (!front && (identity || shortcut)) throw ShapeError("front: expected a norm before the branches part");
+  }
+
+  bool supported() const { return all_supported({&main_, &last_, &shortcut_}); }
+  std::vector<Quad> shapes() const { return shapes_of({&main_, &last_, &shortcut_}); }
+  Quad projected() const { return projected_shape(shortcut_.at(0).geometry, input_); }
+
+  // front: (gamma, beta, running mean, running variance, eps, rate, frozen, state) or None; moments: [2 C] or
+  // None; last, shortcut: (values, bias, result); out_moments: [2 Co] or None.
+  bool forward(const Array& x, const py::object& front, const py::object& moments, const py::sequence& main,
+               const py::tuple& last, const py::object& shortcut, const py::object& out_moments) const {
+    bool finite = true;
+    by_type("x", x, [&](auto type) {
+      using T = decltype(type);
+      const PreActivation<T> block = block_of<T>(x, front, moments, main, last, shortcut, out_moments);
+      if (front_ && !block.front[0].frozen && !block.moments)
+        throw ShapeError("moments: expected those of the input");
+      py::gil_scoped_release release;
+      finite = blocked::preactivation_forward<T>(block);
+    });
+    return finite;
+  }
+
+  // gradients: (dvalues, dbias = None, dgamma, dbeta, memory) of the norms, dvalues of what has none
+  bool backward(const Array& x, const py::object& front, const py::sequence& main, const py::tuple& last,
+                const py::object& shortcut, const Array& grad, const py::object& front_gradients,
+                const py::sequence& main_gradients, const Array& last_values,
+                const py::object& shortcut_values, const py::object& projected, const py::object& dx) const {
+    bool finite = true;
+    by_type("x", x, [&](auto type) {
+      using T = decltype(type);
+      const PreActivation<T> block = block_of<T>(x, front, py::none(), main, last, shortcut, py::none());
+      blocked::PreActivationGradients<T> g{};
+      g.out = like<T>("grad", grad, block.last.z);
+      g.main = gradients_of<T>(block.main, main_gradients);
+      for (const auto& of_norm : g.main)
+        if (!of_norm.grad) throw ShapeError("main: expected memory for the gradient of every norm");
+      g.last.values = vector_of<T>("dvalues", last_values, last_[0].weight->nnz);
+      if (!shortcut_.empty())
+        g.shortcut.values = vector_of<T>("dvalues", shortcut_values.cast<Array>(), shortcut_[0].weight->nnz);
+      if (!dx.is_none()) g.x = like<T>("dx", dx.cast<Array>(), block.x);
+      if (g.x && front_) {
+        const auto t = front_gradients.cast<py::tuple>();
+        const int64_t channels = block.x.channels;
+        g.front.gamma = optional_vector<T>("dgamma", t[0], channels);
+        g.front.beta = optional_vector<T>("dbeta", t[1], channels);
+        g.front.grad = like<T>("memory", t[2].cast<Array>(), block.x);
+      }
+      if (g.x && !shortcut_.empty()) {
+        const Quad shape = this->projected();
+        g.projected =
+            blocked_map<T>("projected", projected.cast<Array>(), shape[0], shape[1], shape[2], shape[3]).data;
+      }
+      py::gil_scoped_release release;
+      finite = blocked::preactivation_backward<T>(block, g);
+    });
+    return finite;
+  }
+
+ private:
+  template <class T>
+  using PreActivation = blocked::PreActivation<T>;
+
+  // A convolution without norm: (values, bias, result).
+  template <class T>
+  static ConvNorm<T> bare(const ConvNormShape& shape, const py::tuple& t) {
+    const ConvGeometry& g = shape.geometry;
+    ConvNorm<T> c{};
+    c.shape = &shape;
+    c.values = vector_of<const T>("values", t[0].cast<Array>(), shape.weight->nnz);
+    c.bias = optional_vector<const T>("bias", t[1], g.out_channels);
+    c.z = blocked_map<T>("result", t[2].cast<Array>(), g.batch, g.out_channels, g.out_h, g.out_w);
+    return c;
+  }
+
+  template <class T>
+  PreActivation<T> block_of(const Array& x, const py::object& front, const py::object& moments,
+                            const py::sequence& main, const py::tuple& last, const py::object& shortcut,
+                            const py::object& out_moments) const {
+    PreActivation<T> b{};
+    b.x = blocked_map<const T>("x", x, input_[0], input_[1], input_[2], input_[3]);
+    const int64_t channels = b.x.channels;
+    if (front_ != !front.is_none()) throw ShapeError("front: expected what the plan was made for");
+    if (front_) {
+      const auto t = front.cast<py::tuple>();
+      ConvNorm<T> c = norm_of<T>(t, 0, channels);
+      c.z = {const_cast<T*>(b.x.data), b.x.images, channels, b.x.h, b.x.w};
+      c.state = vector_of<T>("state", t[7].cast<Array>(), 4 * channels);
+      b.front.push_back(c);
+    }
+    b.moments = optional_vector<const double>("moments", moments, 2 * channels);
+    b.main = convolutions<T>(main_, main);
+    b.last = bare<T>(last_[0], last);
+    if (!shortcut_.empty()) b.shortcut.push_back(bare<T>(shortcut_[0], shortcut.cast<py::tuple>()));
+    b.identity = identity_;
+    b.out_moments = optional_vector<double>("out_moments", out_moments, 2 * b.last.z.channels);
+    b.threads = threads_;
+    return b;
+  }
+
+  std::vector<ConvNormShape> main_, last_, shortcut_;
+  Quad input_;
+  bool front_, identity_;
   int threads_;
 };
 
@@ -267,6 +264,13 @@ void bind_blocked(py::module_& m) {
       .def_property_readonly("projected", &BlockPlan::projected)
       .def("forward", &BlockPlan::forward)
       .def("backward", &BlockPlan::backward);
+  py::class_<PreActivationPlan>(m, "PreActivationPlan")
+      .def(py::init<bool, const std::vector<Spec>&, const std::optional<Spec>&, bool, const Quad&, int>())
+      .def_property_readonly("supported", &PreActivationPlan::supported)
+      .def_property_readonly("shapes", &PreActivationPlan::shapes)
+      .def_property_readonly("projected", &PreActivationPlan::projected)
+      .def("forward", &PreActivationPlan::forward)
+      .def("backward", &PreActivationPlan::backward);
   m.def("enter", &enter);
   m.def("leave", &leave);
 }

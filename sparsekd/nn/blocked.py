@@ -10,7 +10,7 @@ hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -25,10 +25,8 @@ from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act
 from sparsekd.ops import eager, observe
 from sparsekd.ops.cpu import blocked as ops
-from sparsekd.ops.cpu.blocked import Blocked, Shape, leave
+from sparsekd.ops.cpu.blocked import Blocked, leave
 from sparsekd.ops.dispatch.context import forced
-
-__all__ = ["Blocked", "ConvNorm", "call_blocked", "conv_norm_act_blocked", "leave", "run_block"]
 
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, FusedBatchNormAct2d)
 _DENSE_CHANNELS = 4
@@ -95,26 +93,28 @@ def run_block(
     """
     units = [*main, shortcut] if shortcut else list(main)
     tensor, shape = (x.tensor, x.shape) if isinstance(x, Blocked) else (x, x.shape)
-    if not _fits(tensor, shape, units):
+    if not input_fits(tensor, shape):
+        return None
+    if not all(conv_fits(u.conv, tensor.dtype) and norm_fits(u.norm, tensor.dtype) for u in units):
         return None
     n, c, h, w = shape
-    plan = _plan(owner, (n, c, h, w), main, shortcut, identity)
+    specs = [spec_of(unit.conv, unit.relu) for unit in units]
+    projection = specs[-1] if shortcut else None
+    plan = ops.plan(ops.BlockPlan, owner, specs[: len(main)], projection, identity, (n, c, h, w))
     if plan is None:
         return None
-    found = [_parameters(unit) for unit in units]
-    plain = partial(
-        _plain, [_fixed(unit) for unit in units], [unit.relu for unit in main], identity
-    )
+    found = [parameters_of(unit) for unit in units]
+    plain = partial(_plain, specs, found, len(main), identity)
     inside = x if isinstance(x, Blocked) else ops.enter(x)
     result = ops.run(plan, inside, found, len(main), main[-1].relu, plain)
     if result is not None:
         for unit in units:
-            _count(unit.norm)
+            count_batch(unit.norm)
     return result
 
 
-def _fits(x: Tensor, shape: Sequence[int], units: Sequence[ConvNorm]) -> bool:
-    """Return whether the kernels take these operands, and nothing else has to see the calls."""
+def input_fits(x: Tensor, shape: Sequence[int]) -> bool:
+    """Return whether the kernels take such images, and nothing else has to see the calls."""
     if type(x) not in (Tensor, nn.Parameter) or len(shape) != 4 or not x.is_cpu:
         return False
     if x.dtype not in (torch.float32, torch.float64):
@@ -124,14 +124,19 @@ def _fits(x: Tensor, shape: Sequence[int], units: Sequence[ConvNorm]) -> bool:
         return False
     if torch.compiler.is_exporting() or not eager.plain((x, x)):
         return False
-    if observe.listeners or forced() not in (None, "auto", "cpp"):
+    return not observe.listeners and forced() in (None, "auto", "cpp")
+
+
+def norm_fits(norm: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether the kernels can do what a norm does."""
+    if type(norm) not in _NORMS or not is_bare(norm):
         return False
-    return all(_unit_fits(unit, x.dtype) for unit in units)
+    return all(own is None or own.dtype == dtype for own in (norm.weight, norm.running_mean))
 
 
-def _unit_fits(unit: ConvNorm, dtype: torch.dtype) -> bool:
-    conv, norm, _ = unit
-    if type(norm) not in _NORMS or not is_bare(norm) or not is_bare(conv):
+def conv_fits(conv: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether the kernels can do what a convolution does, and are the place for it."""
+    if not is_bare(conv):
         return False
     if type(conv) is nn.Conv2d:
         weight = conv.weight
@@ -141,34 +146,13 @@ def _unit_fits(unit: ConvNorm, dtype: torch.dtype) -> bool:
         weight = conv.values
     else:
         return False
-    if conv.padding_mode != "zeros" or weight.dtype != dtype or not weight.is_cpu:
-        return False
-    return all(own is None or own.dtype == dtype for own in (norm.weight, norm.running_mean))
+    return conv.padding_mode == "zeros" and weight.dtype == dtype and weight.is_cpu
 
 
-def _plan(
-    owner: nn.Module,
-    shape: Shape,
-    main: Sequence[ConvNorm],
-    shortcut: ConvNorm | None,
-    identity: bool,
-) -> Any:
-    """Return the compiled plan of a block for one shape of input, None if there is none."""
-    for unit in (*main, shortcut) if shortcut else main:
-        if isinstance(unit.conv, SparseConv2d):
-            unit.conv._watch()
-    return ops.plan(
-        owner,
-        [_spec(unit) for unit in main],
-        _spec(shortcut) if shortcut else None,
-        identity,
-        shape,
-    )
-
-
-def _spec(unit: ConvNorm) -> ops.Spec:
-    conv: Any = unit.conv
+def spec_of(conv: Any, relu: bool) -> ops.Spec:
+    """Return a convolution as plans take it, and whether a ReLU follows its norm."""
     if isinstance(conv, SparseConv2d):
+        conv._watch()
         indices = conv.crow_indices, conv.col_indices
         shape: Sequence[int] = conv.weight_shape
         sides = tuple(conv._sides)
@@ -176,7 +160,7 @@ def _spec(unit: ConvNorm) -> ops.Spec:
         shape = tuple(conv.weight.shape)
         indices = _full(shape[0], math.prod(shape[1:]))
         sides = tuple(side for size in conv.padding for side in (size, size))
-    return (*indices, shape, conv.stride, sides, conv.dilation, conv.groups, unit.relu)
+    return (*indices, shape, conv.stride, sides, conv.dilation, conv.groups, relu)
 
 
 @lru_cache(maxsize=64)
@@ -186,73 +170,71 @@ def _full(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return crow, torch.arange(columns, dtype=torch.int32).repeat(rows)
 
 
-def _parameters(unit: ConvNorm) -> ops.ConvNorm:
-    norm = unit.norm
+def values_of(conv: Any) -> Tensor:
+    """Return the nonzeros of a convolution's weight in row-major order, with their gradient."""
+    return conv.values if isinstance(conv, SparseConv2d) else conv.weight.reshape(-1)
+
+
+def parameters_of(unit: ConvNorm) -> ops.ConvNorm:
+    """Return a convolution and its norm as the kernels take them."""
     conv: Any = unit.conv
-    values = conv.values if isinstance(conv, SparseConv2d) else conv.weight.reshape(-1)
+    return norm_parameters(unit.norm, values_of(conv), conv.bias)
+
+
+def norm_parameters(norm: nn.BatchNorm2d, values: Tensor, bias: Tensor | None) -> ops.ConvNorm:
+    """Return a norm, behind a convolution of these values, as the kernels take them."""
     frozen = not (norm.training or norm.running_mean is None)
-    tracked = frozen or (norm.training and norm.track_running_stats)
+    counts = norm.training and norm.track_running_stats
     rate = 0.0
-    if norm.training and norm.track_running_stats:
-        rate = norm.momentum if norm.momentum is not None else 0.0
-        if norm.momentum is None and norm.num_batches_tracked is not None:
-            rate = 1.0 / (float(norm.num_batches_tracked) + 1)
-    return ops.ConvNorm(
-        values,
-        conv.bias,
-        norm.weight,
-        norm.bias,
-        norm.running_mean if tracked else None,
-        norm.running_var if tracked else None,
-        norm.eps,
-        rate,
-        frozen,
-    )
+    if counts and norm.momentum is not None:
+        rate = norm.momentum
+    elif counts and norm.num_batches_tracked is not None:
+        rate = 1.0 / (float(norm.num_batches_tracked) + 1)
+    mean, var = (norm.running_mean, norm.running_var) if frozen or counts else (None, None)
+    return ops.ConvNorm(values, bias, norm.weight, norm.bias, mean, var, norm.eps, rate, frozen)
 
 
-def _count(norm: nn.BatchNorm2d) -> None:
+def count_batch(norm: nn.BatchNorm2d) -> None:
+    """Count a batch of training, as the norm itself does."""
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
 
 
-def _fixed(unit: ConvNorm) -> Callable[..., Tensor]:
-    """Return the convolution and norm as a function of what has gradients, of ordinary ops."""
-    norm = unit.norm
-    crow, col, shape, stride, sides, dilation, groups, _ = _spec(unit)
-    frozen = not (norm.training or norm.running_mean is None)
-    mean, var = (norm.running_mean, norm.running_var) if frozen else (None, None)
+def plain_conv(spec: ops.Spec, x: Tensor, values: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return a convolution by the op that has derivatives of all orders."""
+    assert values is not None
+    crow, col, shape, stride, sides, dilation, groups, _ = spec
+    return functional.convolve(
+        x, values, crow, col, bias, shape, stride, sides, dilation, groups, channels_last=True
+    )
 
-    def call(
-        x: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-    ) -> Tensor:
-        z = functional.convolve(
-            x, values, crow, col, bias, shape, stride, sides, dilation, groups,
-            padding_mode="zeros", channels_last=True,
-        )  # fmt: skip
-        return F.batch_norm(z, mean, var, gamma, beta, not frozen, 0.0, norm.eps)
 
-    return call
+def plain_norm(norm: ops.ConvNorm, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """Return what a norm does, by torch's op; the running statistics stay."""
+    mean, var = (norm.mean, norm.var) if norm.frozen else (None, None)
+    return F.batch_norm(z, mean, var, gamma, beta, not norm.frozen, 0.0, norm.eps)
 
 
 def _plain(
-    units: Sequence[Callable[..., Tensor]],
-    relus: Sequence[bool],
+    specs: Sequence[ops.Spec],
+    norms: Sequence[ops.ConvNorm],
+    count: int,
     identity: bool,
     x: Tensor,
     parameters: Sequence[Tensor | None],
 ) -> Tensor:
-    """Compute a block by ordinary ops; `relus` are those of the main branch."""
-    own = [parameters[4 * i : 4 * i + 4] for i in range(len(units))]
+    """Compute a block by ordinary ops; the main branch has `count` convolutions."""
+
+    def unit(i: int, x: Tensor) -> Tensor:
+        values, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
+        return plain_norm(norms[i], plain_conv(specs[i], x, values, bias), gamma, beta)
+
     residual = x if identity else None
-    if len(units) > len(relus):
-        residual = units[-1](x, *own[-1])
-    for i, relu in enumerate(relus):
-        x = units[i](x, *own[i])
-        if i == len(relus) - 1 and residual is not None:
+    if len(specs) > count:
+        residual = unit(count, x)
+    for i, spec in enumerate(specs[:count]):
+        x = unit(i, x)
+        if i == count - 1 and residual is not None:
             x = x + residual
-        x = F.relu(x) if relu else x
+        x = F.relu(x) if spec[-1] else x
     return x

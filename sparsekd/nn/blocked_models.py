@@ -58,14 +58,15 @@ def projection(module: nn.Module | None) -> ConvNorm | None:
     """Return the convolution and norm of a shortcut, None if it is anything else."""
     if isinstance(module, nn.Sequential) and len(module) == 2 and is_bare(module):
         conv, norm = module
-        if type(module) in (nn.Sequential, FusedSequential) and isinstance(norm, nn.BatchNorm2d):
+        whole = type(module) in (nn.Sequential, FusedSequential)
+        if whole and isinstance(norm, nn.BatchNorm2d) and not getattr(norm, "act", False):
             return ConvNorm(conv, norm, False)
     return None
 
 
 def unit(conv: nn.Module, norm: BatchNormAct2d) -> ConvNorm:
     """Return a convolution and its norm, with the ReLU that the norm has."""
-    return ConvNorm(conv, norm, norm.act)
+    return ConvNorm(conv, norm, getattr(norm, "act", False))
 
 
 @register_fused(ResNet)
@@ -78,7 +79,7 @@ class BlockedResNet(ResNet):
             return super().forward(x)
         stem = run_block(self, x, [unit(self.conv1, self.bn1)])
         maps = self.bn1(self.conv1(x)) if stem is None else stem
-        if not isinstance(self.maxpool, nn.Identity):
+        if type(self.maxpool) is not nn.Identity or not is_bare(self.maxpool):
             maps = self.maxpool(leave(maps))
         for name in self.stages:
             maps = call_blocked(getattr(self, name), maps)

@@ -71,6 +71,7 @@ def register_fused(plain: type[nn.Module]) -> Callable[[type[_Module]], type[_Mo
 def load_rows() -> None:
     """Add the rows for libraries that have been imported by now."""
     importlib.import_module("sparsekd.nn.blocked_models")
+    importlib.import_module("sparsekd.nn.preactivation")
     for library, rows in _LIBRARIES.items():
         if library in sys.modules:
             importlib.import_module(rows)

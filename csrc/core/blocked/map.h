@@ -14,8 +14,8 @@ constexpr int64_t kPixelBytes = 64;
 template <class T>
 struct BlockedMap {
   static constexpr int64_t kLanes = kPixelBytes / static_cast<int64_t>(sizeof(T));
-  T* data;  // 64-byte aligned
-  int64_t images, channels, h, w;
+  T* data = nullptr;  // 64-byte aligned
+  int64_t images = 0, channels = 0, h = 0, w = 0;
 
   int64_t groups() const { return (images + kLanes - 1) / kLanes; }
   // Lanes of a group that hold images.

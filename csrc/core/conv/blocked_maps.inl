@@ -46,20 +46,25 @@ void blocked_leave(const BlockedMap<const T>& in, const View4<T>& out, int threa
   });
 }
 
-// What an operand of a join has for coefficients; a plain one has those that change nothing.
+// An operand of a join at one channel; a plain one has coefficients that change nothing.
 template <class T>
 struct Affine {
-  Vec<T> mean{}, scale{}, shift{};
-  Affine(const blocked::Operand<T>& in, int64_t ch) {
-    if (in.read == blocked::Read::kPlain) {
-      scale = T(1) - scale;
-      return;
-    }
+  const T *map, *normed = nullptr;
+  Vec<T> mean{}, scale{}, shift{}, slope{};
+  Affine(const blocked::Operand<T>& in, int64_t ch) : map(in.map.data) {
+    scale = T(1) - scale;
+    if (in.read == blocked::Read::kPlain) return;
     mean = in.mean[ch] - mean;
-    scale = in.scale[ch] - scale;
+    scale = in.scale[ch] - Vec<T>{};
     shift = in.shift[ch] - shift;
+    if (in.read == blocked::Read::kNormalised) return;
+    slope = in.slope[ch] - slope;
+    normed = in.normed;
   }
-  Vec<T> operator()(const T* at) const { return (load_vector(at) - mean) * scale + shift; }
+  Vec<T> operator()(int64_t i) const {
+    if (normed) return load_vector(map + i) * scale + ((load_vector(normed + i) - mean) * slope + shift);
+    return (load_vector(map + i) - mean) * scale + shift;
+  }
 };
 
 template <class T, bool Stream>
@@ -76,8 +81,8 @@ void join_row(const BlockedJoin<T>& call, int64_t row, LaneSums<T>& to) {
     for (int64_t p = 0; p < width; p += L)
       for (int v = 0; v < kVectors; ++v) {
         const int64_t i = at + p + v * N;
-        Vec<T> value = main(call.main.map.data + i);
-        if (call.other.map.data) value += other(call.other.map.data + i);
+        Vec<T> value = main(i);
+        if (call.other.map.data) value += other(i);
         if (call.relu) value = rectified(value, value);
         store_vector<Stream>(call.y.out.data + i, value);
         const Vec<T> away = value - centre;

@@ -70,7 +70,7 @@ struct BlockedBackward {
   bool* finite;
 };
 
-// y = main + other, both as operands that are not gradients, and without other where its map has no data.
+// y = main + other, and without other where its map has no data.
 template <class T>
 struct BlockedJoin {
   blocked::Operand<T> main, other;

@@ -22,6 +22,7 @@ import sparsekd._C as _C
 from sparsekd._torch import version_of
 
 Shape = tuple[int, int, int, int]
+BlockPlan = _C.BlockPlan
 _MOST_PLANS = 8  # shapes of input of a block
 
 
@@ -65,12 +66,14 @@ class Blocked:
         shape: `[N, C, H, W]`.
         behind: of the block that made it, if one has.
         normed: what each norm that ends this block normalises, and its state; one norm or two.
+        moments: mean and variance of each channel, `[2 C]` in float64, if they are known.
     """
 
     tensor: Tensor
     shape: Shape
     behind: Behind | None = None
     normed: tuple[Tensor, ...] = ()
+    moments: Tensor | None = None
 
 
 class _Enter(torch.autograd.Function):
@@ -134,10 +137,18 @@ def _version(index: Tensor) -> int:
 _plans: weakref.WeakKeyDictionary[Any, _Plans] = weakref.WeakKeyDictionary()
 
 
-def plan(owner: Any, main: list[Spec], shortcut: Spec | None, identity: bool, shape: Shape) -> Any:
-    """Return the `sparsekd._C.BlockPlan` of a block, None if the kernels do not take it.
+def plan(
+    kind: Callable[..., Any],
+    owner: Any,
+    main: list[Spec],
+    shortcut: Spec | None,
+    identity: bool,
+    shape: Shape,
+) -> Any:
+    """Return the compiled plan of a block, None if the kernels do not take it.
 
     Args:
+        kind: of plan; takes what follows and the number of threads.
         owner: what keeps the plan, for as long as its structures stay.
         main: the convolutions of the main branch.
         shortcut: the one that projects the input before it is added.
@@ -154,7 +165,7 @@ def plan(owner: Any, main: list[Spec], shortcut: Spec | None, identity: bool, sh
     if key not in known.by_call:
         if len(known.by_call) >= _MOST_PLANS:
             known.by_call.clear()
-        made = _C.BlockPlan(main, shortcut, identity, shape, threads)
+        made = kind(main, shortcut, identity, shape, threads)
         known.by_call[key] = made if made.supported else None
     return known.by_call[key]
 
@@ -188,12 +199,10 @@ class ConvNorm:
         """What a gradient is wanted of."""
         return self.values, self.bias, self.gamma, self.beta
 
-    def operands(self, z: Tensor, state: Tensor) -> tuple[Any, ...]:
-        """Return what the compiled plan takes."""
-        return (
-            self.values, self.bias, self.gamma, self.beta, self.mean, self.var,
-            self.eps, self.rate, self.frozen, z, state,
-        )  # fmt: skip
+    @property
+    def norm_operands(self) -> tuple[Any, ...]:
+        """The norm as a compiled plan takes it."""
+        return self.gamma, self.beta, self.mean, self.var, self.eps, self.rate, self.frozen
 
 
 def run(
@@ -207,7 +216,7 @@ def run(
     """Run a residual block.
 
     Args:
-        plan: `sparsekd._C.BlockPlan` for this input.
+        plan: a `BlockPlan` for this input.
         x: the input.
         units: the convolutions in order, that of the shortcut last.
         count: how many belong to the main branch.
@@ -225,7 +234,7 @@ def run(
     out_shape = shapes[count - 1]
     out = empty(out_shape, x.tensor)
     with torch.no_grad():
-        operands = _operands(units, maps)
+        operands = operands_of(units, maps)
         if not plan.forward(x.tensor, out, operands[:count], operands[count:]):
             return None
     inputs = [x.tensor, *(p for unit in units for p in unit.parameters)]
@@ -238,8 +247,24 @@ def run(
     return Blocked(tensor, out_shape, behind, (*maps[last : last + 2], *maps[2 * count :]))
 
 
-def _operands(units: Sequence[ConvNorm], maps: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [unit.operands(maps[2 * i], maps[2 * i + 1]) for i, unit in enumerate(units)]
+def operands_of(units: Sequence[ConvNorm], maps: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Return convolutions as a plan takes them; `maps` has the result and state of each."""
+    return [
+        (unit.values, unit.bias, *unit.norm_operands, maps[2 * i], maps[2 * i + 1])
+        for i, unit in enumerate(units)
+    ]
+
+
+def norm_memory(unit: ConvNorm, state: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return memory for the gradients of a convolution's `parameters`, where they are needed.
+
+    The values have it always, as their gradient comes along.
+    """
+    channels = state.shape[0] // 4
+    return [
+        torch.empty_like(unit.values),
+        *(state.new_empty(channels) if need else None for need in needs[1:]),
+    ]
 
 
 class _Node(torch.autograd.Function):
@@ -256,13 +281,13 @@ class _Node(torch.autograd.Function):
         if grad is None:
             return (None,) * (ctx.inputs + 1)
         saved = ctx.saved_tensors
-        inputs = saved[: ctx.inputs]
-        if torch.is_grad_enabled():
-            return None, *_differentiable(ctx, inputs, grad)
-        results = _gradients(ctx, saved, grad.contiguous())
+        results = None
+        if not torch.is_grad_enabled():
+            results = _gradients(ctx, saved, grad.contiguous())
         if results is None:
-            with torch.enable_grad():
-                results = _differentiable(ctx, inputs, grad, create_graph=False)
+            *_, plain, shape = ctx.made
+            inputs, needs = saved[: ctx.inputs], ctx.needs_input_grad[1:]
+            results = by_ordinary_ops(plain, shape, inputs, needs, grad)
         return None, *results
 
 
@@ -276,9 +301,7 @@ def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor |
     results: list[Tensor | None] = [torch.empty_like(x) if needs[0] else None]
     memory = []
     for i, unit in enumerate(units):
-        channels = maps[2 * i + 1].shape[0] // 4
-        own: list[Tensor | None] = [torch.empty_like(unit.values)]
-        own += [x.new_empty(channels) if needs[4 * i + j] else None for j in (2, 3, 4)]
+        own = norm_memory(unit, maps[2 * i + 1], needs[4 * i + 1 : 4 * i + 5])
         results += own
         scratch = torch.empty_like(maps[2 * i]) if i < count - 1 else None
         memory.append((*own, scratch))
@@ -292,7 +315,7 @@ def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor |
         wanted = torch.empty(3 * x.shape[2], dtype=torch.float64)
         other = ahead[2:] if len(ahead) > 2 else (None, None)
         before = (ctx.before.relu, *ahead[:2], *other, wanted)
-    operands = _operands(units, maps)
+    operands = operands_of(units, maps)
     finite = plan.backward(
         x.detach(), out, operands[:count], operands[count:], grad, sums, gated,
         memory[:count], memory[count:], projected, results[0], before,
@@ -304,16 +327,28 @@ def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor |
     return [result if need else None for result, need in zip(results, needs, strict=True)]
 
 
-def _differentiable(
-    ctx: Any, inputs: Sequence[Tensor], grad: Tensor, create_graph: bool = True
+def by_ordinary_ops(
+    plain: Callable[[Tensor, Sequence[Tensor | None]], Tensor],
+    shape: Shape,
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor,
 ) -> list[Tensor | None]:
-    """Return the gradients by ordinary ops, which can be differentiated again."""
-    *_, plain, shape = ctx.made
-    needs = ctx.needs_input_grad[1:]
-    x, *parameters = inputs
+    """Return the gradients of a block by ordinary ops, which can be differentiated again.
+
+    Args:
+        plain: the block, of images `[N, C, H, W]` and its parameters.
+        shape: of these images.
+        inputs: the blocked images, then the parameters.
+        needs: of which of them a gradient is wanted.
+        grad: that of the result.
+    """
+    create_graph = torch.is_grad_enabled()
     if not create_graph:
-        x, *parameters = (None if t is None else t.detach().requires_grad_() for t in inputs)
-    out = _Enter.apply(plain(_Leave.apply(x, shape), parameters))
-    wanted = [t for t, need in zip((x, *parameters), needs, strict=True) if need]
+        inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    with torch.enable_grad():
+        x, *parameters = inputs
+        out = _Enter.apply(plain(_Leave.apply(x, shape), parameters))
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
     return [next(found) if need else None for need in needs]

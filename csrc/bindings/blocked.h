@@ -1,0 +1,151 @@
+// What the bindings of core/blocked share. A blocked map is a contiguous tensor
+// [images / lanes, height, channels, width, lanes].
+#pragma once
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "bindings/arrays.h"
+#include "core/blocked/block.h"
+
+namespace sparsekd {
+
+template <class T>
+BlockedMap<T> blocked_map(const char* name, const Array& a, int64_t n, int64_t c, int64_t h, int64_t w) {
+  BlockedMap<T> map{nullptr, n, c, h, w};
+  expect_shape(name, a, {map.groups(), h, c, w, BlockedMap<T>::kLanes});
+  int64_t stride = 1;
+  for (int d = 4; d >= 0; stride *= a.shape(d), --d)
+    if (a.shape(d) > 1 && a.stride(d) != stride)
+      throw ShapeError(std::string(name) + ": expected a contiguous tensor");
+  map.data = data_of<T>(name, a);
+  if (reinterpret_cast<uintptr_t>(map.data) % kPixelBytes)
+    throw UnsupportedError(std::string(name) + ": expected memory that is aligned to 64 bytes");
+  return map;
+}
+
+// (crow, col, weight shape, stride, padding, dilation, groups, relu) of each convolution.
+using Spec = std::tuple<Indices, Indices, Quad, Pair, Quad, Pair, int64_t, bool>;
+
+inline ConvGeometry geometry_of(const Spec& spec, const Quad& input) {
+  ConvGeometry g{};
+  const auto& weight = std::get<2>(spec);
+  g.batch = input[0];
+  g.in_channels = input[1];
+  g.in_h = input[2];
+  g.in_w = input[3];
+  g.out_channels = weight[0];
+  g.kernel_h = weight[2];
+  g.kernel_w = weight[3];
+  g.stride_h = std::get<3>(spec)[0];
+  g.stride_w = std::get<3>(spec)[1];
+  g.pad_top = std::get<4>(spec)[0];
+  g.pad_bottom = std::get<4>(spec)[1];
+  g.pad_left = std::get<4>(spec)[2];
+  g.pad_right = std::get<4>(spec)[3];
+  g.dilation_h = std::get<5>(spec)[0];
+  g.dilation_w = std::get<5>(spec)[1];
+  g.groups = std::get<6>(spec);
+  complete_geometry(g);
+  if (weight[1] != g.in_channels / g.groups)
+    throw ShapeError("x: expected " + std::to_string(weight[1] * g.groups) + " channels, got " +
+                     std::to_string(g.in_channels));
+  return g;
+}
+
+template <class T, class Map>
+T* like(const char* name, const Array& a, const Map& map) {
+  return blocked_map<T>(name, a, map.images, map.channels, map.h, map.w).data;
+}
+
+template <class T>
+T* optional_vector(const char* name, const py::object& a, int64_t length) {
+  return a.is_none() ? nullptr : vector_of<T>(name, a.cast<Array>(), length);
+}
+
+inline Quad add_convolution(std::vector<blocked::ConvNormShape>& to, const Spec& spec, const Quad& input) {
+  const ConvGeometry g = geometry_of(spec, input);
+  auto weight = structure(std::get<0>(spec), std::get<1>(spec), g.out_channels,
+                          g.in_channels / g.groups * g.kernel_h * g.kernel_w);
+  to.push_back({g, weight, std::get<7>(spec)});
+  return {g.batch, g.out_channels, g.out_h, g.out_w};
+}
+
+using Shapes = std::vector<blocked::ConvNormShape>;
+
+inline bool all_supported(std::initializer_list<const Shapes*> parts) {
+  for (const Shapes* part : parts)
+    for (const blocked::ConvNormShape& c : *part)
+      if (!blocked::supported(c.geometry, *c.weight)) return false;
+  return true;
+}
+
+inline std::vector<Quad> shapes_of(std::initializer_list<const Shapes*> parts) {
+  std::vector<Quad> all;
+  for (const Shapes* part : parts)
+    for (const blocked::ConvNormShape& c : *part)
+      all.push_back({c.geometry.batch, c.geometry.out_channels, c.geometry.out_h, c.geometry.out_w});
+  return all;
+}
+
+inline Quad projected_shape(const ConvGeometry& g, const Quad& input) {
+  if (!blocked::projected_compact(g)) return input;
+  return {g.batch, g.in_channels, g.out_h, g.out_w};
+}
+
+// (gamma, beta, running mean, running variance, eps, rate, frozen) from `first` on
+template <class T>
+blocked::ConvNorm<T> norm_of(const py::tuple& t, size_t first, int64_t channels) {
+  blocked::ConvNorm<T> c{};
+  c.gamma = optional_vector<const T>("weight of a norm", t[first], channels);
+  c.beta = optional_vector<const T>("bias of a norm", t[first + 1], channels);
+  c.running_mean = optional_vector<T>("running_mean", t[first + 2], channels);
+  c.running_var = optional_vector<T>("running_var", t[first + 3], channels);
+  c.eps = t[first + 4].cast<double>();
+  c.rate = t[first + 5].cast<double>();
+  c.frozen = t[first + 6].cast<bool>();
+  if (!c.running_mean != !c.running_var || (c.frozen && !c.running_mean))
+    throw ShapeError(
+        "running_mean, running_var: expected both, or neither of a norm that is not frozen");
+  return c;
+}
+
+// (values, bias, gamma, beta, running mean, running variance, eps, rate, frozen, z, state)
+template <class T>
+std::vector<blocked::ConvNorm<T>> convolutions(const std::vector<blocked::ConvNormShape>& shapes,
+                                             const py::sequence& from) {
+  if (from.size() != shapes.size()) throw ShapeError("convolutions: expected as many as in the plan");
+  std::vector<blocked::ConvNorm<T>> all;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const ConvGeometry& g = shapes[i].geometry;
+    const int64_t channels = g.out_channels;
+    const auto t = from[i].cast<py::tuple>();
+    blocked::ConvNorm<T> c = norm_of<T>(t, 2, channels);
+    c.shape = &shapes[i];
+    c.values = vector_of<const T>("values", t[0].cast<Array>(), shapes[i].weight->nnz);
+    c.bias = optional_vector<const T>("bias", t[1], channels);
+    c.z = blocked_map<T>("z", t[9].cast<Array>(), g.batch, channels, g.out_h, g.out_w);
+    c.state = vector_of<T>("state", t[10].cast<Array>(), 4 * channels);
+    all.push_back(c);
+  }
+  return all;
+}
+
+// (values, bias, gamma, beta, grad), of which the last four may be None
+template <class T>
+std::vector<blocked::ConvNormGradients<T>> gradients_of(const std::vector<blocked::ConvNorm<T>>& of,
+                                                               const py::sequence& from) {
+  if (from.size() != of.size()) throw ShapeError("gradients: expected as many as in the plan");
+  std::vector<blocked::ConvNormGradients<T>> all;
+  for (size_t i = 0; i < of.size(); ++i) {
+    const int64_t channels = of[i].z.channels;
+    const auto t = from[i].cast<py::tuple>();
+    all.push_back({vector_of<T>("dvalues", t[0].cast<Array>(), of[i].shape->weight->nnz),
+                   optional_vector<T>("dbias", t[1], channels), optional_vector<T>("dgamma", t[2], channels),
+                   optional_vector<T>("dbeta", t[3], channels),
+                   t[4].is_none() ? nullptr : like<T>("grad", t[4].cast<Array>(), of[i].z)});
+  }
+  return all;
+}
+
+}  // namespace sparsekd

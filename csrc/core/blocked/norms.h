@@ -1,0 +1,109 @@
+// What blocks do with the norms between their convolutions: statistics to coefficients, and the way back.
+#pragma once
+#include <cmath>
+
+#include "core/blocked/block.h"
+
+namespace sparsekd::blocked {
+
+template <class T>
+Operand<T> plain(const BlockedMap<const T>& map) {
+  Operand<T> x;
+  x.map = map;
+  return x;
+}
+
+template <class T>
+Operand<T> normalised(const ConvNorm<T>& c, bool relu) {
+  Operand<T> x = plain<T>(c.z);
+  x.read = Read::kNormalised;
+  x.mean = c.mean();
+  x.scale = c.scale();
+  x.shift = c.shift();
+  x.relu = relu;
+  return x;
+}
+
+template <class T>
+void set_state(const ConvNorm<T>& c, int64_t channel, double mean, double var) {
+  const double rstd = 1 / std::sqrt(var + c.eps);
+  c.state[channel] = static_cast<T>(mean);
+  c.state[c.z.channels + channel] = static_cast<T>(rstd * (c.gamma ? c.gamma[channel] : 1));
+  c.state[2 * c.z.channels + channel] = c.beta ? c.beta[channel] : T(0);
+  c.state[3 * c.z.channels + channel] = static_cast<T>(rstd);
+}
+
+template <class T>
+void set_states(const ConvNorm<T>& c, const ChannelSums& moments) {
+  for (int64_t ch = 0; ch < c.z.channels; ++ch)
+    if (c.frozen)
+      set_state<T>(c, ch, c.running_mean[ch], c.running_var[ch]);
+    else
+      set_state<T>(c, ch, moments.first[ch], moments.second[ch]);
+}
+
+// z and state; the moments of the batch stay for the running statistics.
+template <class T>
+bool conv_norm(const ConvNorm<T>& c, const Operand<T>& x, ChannelSums* moments, int threads) {
+  Result<T> z;
+  z.out = c.z;
+  z.sum = c.frozen ? Sum::kNothing : Sum::kMoments;
+  if (!conv_forward(c.shape->geometry, *c.shape->weight, x, c.values, c.bias, z, moments, threads))
+    return false;
+  set_states(c, *moments);
+  return true;
+}
+
+// As torch does, with the unbiased variance.
+template <class T>
+void track(const ConvNorm<T>& c, const ChannelSums& moments) {
+  if (c.frozen || !c.running_mean) return;
+  const double count = static_cast<double>(c.z.images * c.z.h * c.z.w), unbiased = count / (count - 1);
+  const auto move = [&](T& to, double value) { to += static_cast<T>(c.rate) * (static_cast<T>(value) - to); };
+  for (int64_t ch = 0; ch < c.z.channels; ++ch) {
+    move(c.running_mean[ch], moments.first[ch]);
+    move(c.running_var[ch], moments.second[ch] * unbiased);
+  }
+}
+
+// From the sums of the gradient g behind a norm: what leads g back through it, and the gradients of its
+// parameters.
+template <class T>
+struct Through {
+  std::vector<T> slope, shift;
+  Operand<T> operand;
+
+  Through(const ConvNorm<T>& c, const T* g, const double* sum, const double* dot,
+          const ConvNormGradients<T>& to)
+      : slope(c.z.channels), shift(c.z.channels) {
+    const double count = static_cast<double>(c.z.images * c.z.h * c.z.w);
+    for (int64_t ch = 0; ch < c.z.channels; ++ch) {
+      const double scale = c.scale()[ch], rstd = c.rstd()[ch];
+      if (!c.frozen) {
+        slope[ch] = static_cast<T>(-scale * rstd * rstd * dot[ch] / count);
+        shift[ch] = static_cast<T>(-scale * sum[ch] / count);
+      }
+      if (to.gamma) to.gamma[ch] = static_cast<T>(dot[ch] * rstd);
+      if (to.beta) to.beta[ch] = static_cast<T>(sum[ch]);
+      // A norm of the batch takes out what a bias adds.
+      if (to.bias) to.bias[ch] = c.frozen ? static_cast<T>(scale * sum[ch]) : T(0);
+    }
+    operand.read = Read::kGradient;
+    operand.map = {g, c.z.images, c.z.channels, c.z.h, c.z.w};
+    operand.normed = c.z.data;
+    operand.mean = c.mean();
+    operand.scale = c.scale();
+    operand.slope = slope.data();
+    operand.shift = shift.data();
+  }
+};
+
+template <class T>
+bool conv_gradients(const ConvNorm<T>& c, const Through<T>& grad, const Operand<T>& x,
+                    const ConvNormGradients<T>& to, const Result<T>* dx, bool compact, ChannelSums* sums,
+                    int threads) {
+  return conv_backward(c.shape->geometry, *c.shape->weight, grad.operand, x, c.values, to.values, dx, compact,
+                       sums, threads);
+}
+
+}  // namespace sparsekd::blocked

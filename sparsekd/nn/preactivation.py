@@ -1,0 +1,149 @@
+"""Networks whose blocks normalise in front of their convolutions, in the blocked layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsekd.models.wide_resnet import PreActivationBlock, WideResNet
+from sparsekd.nn.blocked import (
+    Blocked,
+    ConvNorm,
+    call_blocked,
+    conv_fits,
+    count_batch,
+    input_fits,
+    leave,
+    norm_fits,
+    norm_parameters,
+    parameters_of,
+    plain_conv,
+    plain_norm,
+    spec_of,
+    values_of,
+)
+from sparsekd.nn.fused import register_fused
+from sparsekd.ops.cpu import blocked as ops
+from sparsekd.ops.cpu import preactivation
+
+
+def run_preactivation(
+    owner: nn.Module,
+    x: Tensor | Blocked,
+    front: nn.BatchNorm2d | None,
+    units: Sequence[ConvNorm],
+    last: nn.Module,
+    shortcut: nn.Module | None = None,
+) -> Blocked | None:
+    """Run a block that normalises in front of its convolutions, in the blocked layout.
+
+    Args:
+        owner: whose plan it is.
+        x: images `[N, C, H, W]`.
+        front: the norm of the input, with a ReLU behind it; None for a convolution alone.
+        units: convolutions with norms behind them.
+        last: the convolution whose result, with the residual, is the block's.
+        shortcut: the convolution that makes the residual of the normalised input; where it is None
+            and there is a front, the residual is the input.
+
+    Returns:
+        What the modules would return, to rounding; running statistics are updated as they would
+        be. None where the layout does not serve: the modules have to be called then.
+    """
+    tensor, shape = (x.tensor, x.shape) if isinstance(x, Blocked) else (x, x.shape)
+    if not input_fits(tensor, shape):
+        return None
+    norms = [unit.norm for unit in units] if front is None else [front, *(u.norm for u in units)]
+    bare = [last] if shortcut is None else [last, shortcut]
+    convs = [*(unit.conv for unit in units), *bare]
+    if not all(conv_fits(conv, tensor.dtype) for conv in convs) or any(
+        c.bias is not None for c in bare
+    ):
+        return None
+    if not all(norm_fits(norm, tensor.dtype) for norm in norms):
+        return None
+    known = isinstance(x, Blocked) and x.moments is not None
+    frozen = front is None or not (front.training or front.running_mean is None)
+    if not known and not frozen:
+        return None
+    n, c, h, w = shape
+    identity = front is not None and shortcut is None
+    specs = [*(spec_of(unit.conv, unit.relu) for unit in units), spec_of(last, False)]
+    projection = None if shortcut is None else spec_of(shortcut, False)
+    kind = partial(preactivation.PreActivationPlan, front is not None)
+    plan = ops.plan(kind, owner, specs, projection, identity, (n, c, h, w))
+    if plan is None:
+        return None
+    values = values_of(last)
+    ahead = None if front is None else norm_parameters(front, values, None)
+    found = [parameters_of(unit) for unit in units]
+    block = preactivation.Block(
+        plan, ahead, found, values, None if shortcut is None else values_of(shortcut),
+        partial(_plain, specs, projection, ahead, found),
+    )  # fmt: skip
+    inside = x if isinstance(x, Blocked) else ops.enter(x)
+    result = preactivation.run(block, inside, moments=owner.training)
+    if result is not None:
+        for norm in norms:
+            count_batch(norm)
+    return result
+
+
+def _plain(
+    specs: Sequence[ops.Spec],
+    projection: ops.Spec | None,
+    front: ops.ConvNorm | None,
+    norms: Sequence[ops.ConvNorm],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+) -> Tensor:
+    """Compute a block by ordinary ops."""
+    rest = list(parameters)
+    residual = None if front is None else x
+    if front is not None:
+        x = F.relu(plain_norm(front, x, rest.pop(0), rest.pop(0)))
+    shortcut, last = rest.pop(), rest.pop()
+    if projection is not None:
+        residual = plain_conv(projection, x, shortcut, None)
+    for i, norm in enumerate(norms):
+        conv_values, bias, gamma, beta = rest[4 * i : 4 * i + 4]
+        x = plain_norm(norm, plain_conv(specs[i], x, conv_values, bias), gamma, beta)
+        x = F.relu(x) if specs[i][-1] else x
+    x = plain_conv(specs[-1], x, last, None)
+    return x if residual is None else x + residual
+
+
+@register_fused(PreActivationBlock)
+class BlockedPreActivationBlock(PreActivationBlock):
+    """BatchNorm, ReLU and a 3x3 convolution, twice, in the blocked layout."""
+
+    def forward_blocked(self, x: Tensor | Blocked) -> Tensor | Blocked:
+        """Apply the block to ordinary or blocked images."""
+        result = None
+        if not torch.compiler.is_compiling() and getattr(self.bn1, "act", False):
+            unit = ConvNorm(self.conv1, self.bn2, getattr(self.bn2, "act", False))
+            result = run_preactivation(self, x, self.bn1, [unit], self.conv2, self.shortcut)
+        return super().forward(leave(x)) if result is None else result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to `x`."""
+        return leave(self.forward_blocked(x))
+
+
+@register_fused(WideResNet)
+class BlockedWideResNet(WideResNet):
+    """Wide residual network in the blocked layout from the first convolution to the last norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the images `x`."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        stem = run_preactivation(self, x, None, [], self.conv1)
+        maps = self.conv1(x) if stem is None else stem
+        for layer in (self.layer1, self.layer2, self.layer3):
+            maps = call_blocked(layer, maps)
+        return self.fc(torch.flatten(self.avgpool(self.bn(leave(maps))), 1))
