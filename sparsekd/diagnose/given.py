@@ -27,8 +27,8 @@ def factory(name: str, what: str = "network") -> Callable[[], Any]:
         UnsupportedError: there is none.
 
     Example:
-        >>> factory("sparsekd.models:lenet5")().__class__.__name__
-        'LeNet5'
+        >>> factory("sparsekd.models:lenet5")().fc3.out_features
+        10
     """
     place, _, function = name.rpartition(":")
     try:
