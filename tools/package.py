@@ -127,7 +127,15 @@ def main() -> None:
         clean.must(*install, wheel, "setuptools>=77", "wheel")
         clean.must(SMOKE, "cpp")
     # What builds an sdist is there already: the wheel was made in an environment of pip's own.
-    again = (*install, "--no-deps", "--force-reinstall", "--no-build-isolation", sdist)
+    # Without pip's cache, which would hand the pure-Python wheel of one run to the next.
+    again = (
+        *install,
+        "--no-cache-dir",
+        "--no-deps",
+        "--force-reinstall",
+        "--no-build-isolation",
+        sdist,
+    )
     with step("the sdist, where there is no compiler: refused in one line"):
         refused = clean.run(*again)
         said = [line.strip() for line in (refused.stdout + refused.stderr).splitlines()]
