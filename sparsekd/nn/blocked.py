@@ -115,7 +115,9 @@ def run_block(
 
 def input_fits(x: Tensor, shape: Sequence[int]) -> bool:
     """Return whether the kernels take such images, and nothing else has to see the calls."""
-    if type(x) not in (Tensor, nn.Parameter) or len(shape) != 4 or not x.is_cpu:
+    if not ops.AVAILABLE or type(x) not in (Tensor, nn.Parameter):
+        return False
+    if len(shape) != 4 or not x.is_cpu:
         return False
     if x.dtype not in (torch.float32, torch.float64):
         return False

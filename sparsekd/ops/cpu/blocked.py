@@ -18,11 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sparsekd._C as _C
 from sparsekd._torch import version_of
 
+try:
+    import sparsekd._C as _C
+except ModuleNotFoundError:  # not built: blocks run as the modules they consist of
+    _C = None
+
 Shape = tuple[int, int, int, int]
-BlockPlan = _C.BlockPlan
+AVAILABLE = _C is not None
+
+
+def compiled(name: str) -> Any:
+    """Return a class of the compiled module, or None where that is not built."""
+    return None if _C is None else getattr(_C, name)
+
+
+BlockPlan: Any = compiled("BlockPlan")
 _MOST_PLANS = 8  # shapes of input of a block
 
 

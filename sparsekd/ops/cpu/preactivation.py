@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sparsekd._C as _C
 from sparsekd.ops.cpu.blocked import (
     Blocked,
     ConvNorm,
     by_ordinary_ops,
+    compiled,
     empty,
     norm_memory,
     operands_of,
 )
 
-PreActivationPlan = _C.PreActivationPlan
+PreActivationPlan: Any = compiled("PreActivationPlan")
 
 
 @dataclass
