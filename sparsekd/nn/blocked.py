@@ -49,7 +49,9 @@ class ConvNorm(NamedTuple):
 def call_blocked(module: nn.Module, x: Tensor | Blocked) -> Tensor | Blocked:
     """Call a module on ordinary or blocked images `[N, C, H, W]`, whichever it takes."""
     blocked = getattr(module, "forward_blocked", None)
-    return blocked(x) if blocked is not None and is_bare(module) else module(leave(x))
+    if blocked is not None and is_bare(module) and (isinstance(x, Blocked) or eager.plain((x, x))):
+        return blocked(x)
+    return module(leave(x))  # which tracers and modes want to see
 
 
 def conv_norm_act_blocked(
@@ -97,6 +99,8 @@ def run_block(
         return None
     if not all(conv_fits(u.conv, tensor.dtype) and norm_fits(u.norm, tensor.dtype) for u in units):
         return None
+    if any(unit.norm.num_features != unit.conv.out_channels for unit in units):
+        return None
     n, c, h, w = shape
     specs = [spec_of(unit.conv, unit.relu) for unit in units]
     projection = specs[-1] if shortcut else None
@@ -106,11 +110,7 @@ def run_block(
     found = [parameters_of(unit) for unit in units]
     plain = partial(_plain, specs, found, len(main), identity)
     inside = x if isinstance(x, Blocked) else ops.enter(x)
-    result = ops.run(plan, inside, found, len(main), main[-1].relu, plain)
-    if result is not None:
-        for unit in units:
-            count_batch(unit.norm)
-    return result
+    return ops.run(plan, inside, found, len(main), main[-1].relu, plain)
 
 
 def input_fits(x: Tensor, shape: Sequence[int]) -> bool:
@@ -148,7 +148,9 @@ def conv_fits(conv: nn.Module, dtype: torch.dtype) -> bool:
         weight = conv.values
     else:
         return False
-    return conv.padding_mode == "zeros" and weight.dtype == dtype and weight.is_cpu
+    if type(weight) not in (Tensor, nn.Parameter) or conv.padding_mode != "zeros":
+        return False
+    return weight.dtype == dtype and weight.is_cpu
 
 
 def spec_of(conv: Any, relu: bool) -> ops.Spec:
@@ -193,13 +195,10 @@ def norm_parameters(norm: nn.BatchNorm2d, values: Tensor, bias: Tensor | None) -
     elif counts and norm.num_batches_tracked is not None:
         rate = 1.0 / (float(norm.num_batches_tracked) + 1)
     mean, var = (norm.running_mean, norm.running_var) if frozen or counts else (None, None)
-    return ops.ConvNorm(values, bias, norm.weight, norm.bias, mean, var, norm.eps, rate, frozen)
-
-
-def count_batch(norm: nn.BatchNorm2d) -> None:
-    """Count a batch of training, as the norm itself does."""
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    batches = norm.num_batches_tracked if counts else None
+    return ops.ConvNorm(
+        values, bias, norm.weight, norm.bias, mean, var, norm.eps, rate, frozen, batches
+    )
 
 
 def plain_conv(spec: ops.Spec, x: Tensor, values: Tensor | None, bias: Tensor | None) -> Tensor:

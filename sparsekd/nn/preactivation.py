@@ -15,7 +15,6 @@ from sparsekd.nn.blocked import (
     ConvNorm,
     call_blocked,
     conv_fits,
-    count_batch,
     input_fits,
     leave,
     norm_fits,
@@ -86,11 +85,7 @@ def run_preactivation(
         partial(_plain, specs, projection, ahead, found),
     )  # fmt: skip
     inside = x if isinstance(x, Blocked) else ops.enter(x)
-    result = preactivation.run(block, inside, moments=owner.training)
-    if result is not None:
-        for norm in norms:
-            count_batch(norm)
-    return result
+    return preactivation.run(block, inside, moments=owner.training)
 
 
 def _plain(

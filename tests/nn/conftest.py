@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekd as skd
+from sparsekd.ops.cpu import blocked as cpu_blocked
+from sparsekd.ops.cpu import preactivation as cpu_preactivation
 
 
 @pytest.fixture
@@ -86,3 +89,70 @@ def assert_equal_steps() -> Callable[[nn.Module, nn.Module, Tensor], None]:
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def blocks(monkeypatch) -> list[str]:
+    """Return a list that grows by one entry for each block that runs in the blocked layout."""
+    ran: list[str] = []
+    for module in (cpu_blocked, cpu_preactivation):
+
+        def run(*args: Any, _run: Callable = module.run, **options: Any) -> Any:
+            result = _run(*args, **options)
+            if result is not None:
+                ran.append("block")
+            return result
+
+        monkeypatch.setattr(module, "run", run)
+    return ran
+
+
+@pytest.fixture
+def sparse_twins() -> Callable[..., tuple[nn.Module, nn.Module]]:
+    """Return a sparse model that is optimized and an equal one that is not, in float64."""
+
+    def sparse_twins(
+        make: Callable[[], nn.Module], sparsity: float = 0.7
+    ) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        model = make().double()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "no weight is left in some output channels")
+            skd.sparsify(model, sparsity=sparsity, seed=0, distribution="uniform")
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+        return skd.optimize(copy.deepcopy(model)), model
+
+    return sparse_twins
+
+
+@pytest.fixture
+def one_step() -> Callable[[nn.Module, Tensor], list[Tensor]]:
+    """Return the result, all gradients and the buffers after forward and backward of a step."""
+
+    def one_step(model: nn.Module, x: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        leaf = x.detach().requires_grad_()  # of the strides of x
+        y = model(leaf)
+        y.sin().sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        return [y.detach(), leaf.grad, *grads, *(b.clone() for b in model.buffers())]
+
+    return one_step
+
+
+@pytest.fixture
+def assert_near() -> Callable[..., None]:
+    """Compare tensors, each to `tol` times its largest entry or 1."""
+
+    def assert_near(found: list[Any], expected: list[Any], tol: float = 1e-10) -> None:
+        for a, b in zip(found, expected, strict=True):
+            if b is None:
+                assert a is None
+                continue
+            scale = max([1.0, *b.detach().double().abs().nan_to_num(0, 0, 0).flatten().tolist()])
+            torch.testing.assert_close(a, b, rtol=0, atol=tol * scale, equal_nan=True)
+
+    return assert_near

@@ -18,14 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd._torch import version_of
+from sparsekd._torch import transformed, version_of
+from sparsekd.errors import ShapeError
+from sparsekd.ops.cpu.blocked_ordinary import (
+    Shape,
+    as_made,
+    by_ordinary_ops,
+    direct,
+    entered,
+    lanes,
+    left,
+)
 
 try:
     import sparsekd._C as _C
 except ModuleNotFoundError:  # not built: blocks run as the modules they consist of
     _C = None
 
-Shape = tuple[int, int, int, int]
 AVAILABLE = _C is not None
 
 
@@ -36,11 +45,6 @@ def compiled(name: str) -> Any:
 
 BlockPlan: Any = compiled("BlockPlan")
 _MOST_PLANS = 8  # shapes of input of a block
-
-
-def lanes(dtype: torch.dtype) -> int:
-    """Return how many images share a pixel: 64 bytes of them."""
-    return 64 // dtype.itemsize
 
 
 def empty(shape: Shape, like: Tensor) -> Tensor:
@@ -98,6 +102,8 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if transformed(grad):
+            return left(grad, ctx.shape)
         return _Leave.apply(grad.contiguous(), ctx.shape)
 
 
@@ -110,7 +116,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Enter.apply(grad), None
+        return entered(grad) if transformed(grad) else _Enter.apply(grad), None
 
 
 def enter(x: Tensor) -> Blocked:
@@ -177,8 +183,11 @@ def plan(
     if key not in known.by_call:
         if len(known.by_call) >= _MOST_PLANS:
             known.by_call.clear()
-        made = kind(main, shortcut, identity, shape, threads)
-        known.by_call[key] = made if made.supported else None
+        try:
+            made = kind(main, shortcut, identity, shape, threads)
+            known.by_call[key] = made if made.supported else None
+        except ShapeError:  # which the modules report in their own words
+            known.by_call[key] = None
     return known.by_call[key]
 
 
@@ -194,6 +203,7 @@ class ConvNorm:
         eps: of the norm.
         rate: by which the running statistics move.
         frozen: whether they normalise.
+        batches: counts the batches that have moved them; None where none does.
     """
 
     values: Tensor
@@ -205,6 +215,7 @@ class ConvNorm:
     eps: float
     rate: float
     frozen: bool
+    batches: Tensor | None
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -249,6 +260,7 @@ def run(
         operands = operands_of(units, maps)
         if not plan.forward(x.tensor, out, operands[:count], operands[count:]):
             return None
+        count_batches(units)
     inputs = [x.tensor, *(p for unit in units for p in unit.parameters)]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
         return Blocked(out, out_shape)
@@ -257,6 +269,16 @@ def run(
     tensor = _Node.apply(made, *inputs)
     last = 2 * count - 2
     return Blocked(tensor, out_shape, behind, (*maps[last : last + 2], *maps[2 * count :]))
+
+
+def count_batches(norms: Sequence[ConvNorm]) -> None:
+    """Count a batch where running statistics have moved.
+
+    That is before the node is made: hooks of saved tensors may raise there, as checkpointing does.
+    """
+    for norm in norms:
+        if norm.batches is not None:
+            norm.batches.add_(1)
 
 
 def operands_of(units: Sequence[ConvNorm], maps: Sequence[Tensor]) -> list[tuple[Any, ...]]:
@@ -294,8 +316,8 @@ class _Node(torch.autograd.Function):
             return (None,) * (ctx.inputs + 1)
         saved = ctx.saved_tensors
         results = None
-        if not torch.is_grad_enabled():
-            results = _gradients(ctx, saved, grad.contiguous())
+        if direct(grad):
+            results = _gradients(ctx, as_made(saved), grad.contiguous())
         if results is None:
             *_, plain, shape = ctx.made
             inputs, needs = saved[: ctx.inputs], ctx.needs_input_grad[1:]
@@ -337,30 +359,3 @@ def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor |
     if before is not None:
         ctx.before.grad, ctx.before.sums = results[0], wanted
     return [result if need else None for result, need in zip(results, needs, strict=True)]
-
-
-def by_ordinary_ops(
-    plain: Callable[[Tensor, Sequence[Tensor | None]], Tensor],
-    shape: Shape,
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grad: Tensor,
-) -> list[Tensor | None]:
-    """Return the gradients of a block by ordinary ops, which can be differentiated again.
-
-    Args:
-        plain: the block, of images `[N, C, H, W]` and its parameters.
-        shape: of these images.
-        inputs: the blocked images, then the parameters.
-        needs: of which of them a gradient is wanted.
-        grad: that of the result.
-    """
-    create_graph = torch.is_grad_enabled()
-    if not create_graph:
-        inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    with torch.enable_grad():
-        x, *parameters = inputs
-        out = _Enter.apply(plain(_Leave.apply(x, shape), parameters))
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
-    return [next(found) if need else None for need in needs]

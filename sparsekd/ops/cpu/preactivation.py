@@ -16,12 +16,13 @@ from torch import Tensor
 from sparsekd.ops.cpu.blocked import (
     Blocked,
     ConvNorm,
-    by_ordinary_ops,
     compiled,
+    count_batches,
     empty,
     norm_memory,
     operands_of,
 )
+from sparsekd.ops.cpu.blocked_ordinary import as_made, by_ordinary_ops, direct
 
 PreActivationPlan: Any = compiled("PreActivationPlan")
 
@@ -87,6 +88,8 @@ def run(block: Block, x: Blocked, *, moments: bool) -> Blocked | None:
         )  # fmt: skip
     if not finite:
         return None
+    with torch.no_grad():
+        count_batches(block.units if block.front is None else [block.front, *block.units])
     inputs = [x.tensor, *block.parameters]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         kept = [*maps] if state is None else [*maps, state]
@@ -110,8 +113,8 @@ class _Node(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, needs = saved[: ctx.inputs], ctx.needs_input_grad[1:]
         results = None
-        if not torch.is_grad_enabled():
-            results = _gradients(ctx, saved, grad.contiguous(), needs)
+        if direct(grad):
+            results = _gradients(ctx, as_made(saved), grad.contiguous(), needs)
         if results is None:
             results = by_ordinary_ops(ctx.block.plain, ctx.shape, inputs, needs, grad)
         return None, *results
