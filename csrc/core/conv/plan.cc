@@ -3,8 +3,8 @@
 // An axis of the window keeps only the positions that some output reads, so that neither a long stride nor
 // dilation makes it large. Every nonzero then is one byte offset from where its output begins to read.
 // Offsets are sorted by block of input channels, then by output channel, by counting. A block has as many
-// channels as fit 5/6 of L1 with the pixels that a tile reads of them, and more where lists would average
-// fewer than four nonzeros, too few to pay for loading and storing a tile. For dgrad input and output
+// channels as fit 5/6 of L1 with the pixels that a tile reads of them, and more where lists would be too
+// short to pay for loading and storing their sums. For dgrad input and output
 // channels swap, taps change sign, and each phase of the stride gets its own lists. Neighbouring channels
 // whose lists in a block are equal become a panel.
 //
@@ -98,13 +98,19 @@ int32_t window_offset(const Window& w, int64_t in, int64_t dh, int64_t dw) {
                               kPixelBytes);
 }
 
+// Nonzeros below which a list costs more in loading and storing its accumulators than it saves.
+constexpr int64_t kShortestList = 4;
+// The same for the weight gradient, in multiply-adds, since a list costs as much for a short strip: a full
+// group of sample.inl over 32 positions.
+constexpr int64_t kShortestSum = 10 * 32;
+
 // Input channels to a block: the `pixels` of each channel that a tile of outputs reads should stay in L1, but
-// a list shorter than a few nonzeros costs more in loading and storing its accumulators than it saves.
-int64_t block_channels(const Window& w, int64_t pixels, int64_t outs, int64_t taps) {
+// lists should not average less than `shortest`.
+int64_t block_channels(const Window& w, int64_t pixels, int64_t outs, int64_t taps,
+                       int64_t shortest = kShortestList) {
   if (taps == 0) return w.channels;
-  constexpr int64_t kShortestList = 4;
   const int64_t in_l1 = cache_sizes().l1d * 5 / 6 / (pixels * kPixelBytes);
-  return std::max({int64_t{1}, in_l1, ceil_div(kShortestList * w.channels * outs, taps)});
+  return std::max({int64_t{1}, in_l1, ceil_div(shortest * w.channels * outs, taps)});
 }
 
 // Makes one entry of the outputs that have the same list.
@@ -305,7 +311,8 @@ std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry& g, const Structu
   const int64_t rows = std::clamp<int64_t>(plan->strip_pixels / g.out_w, 1, g.out_h);
   const int64_t pixels =
       ((rows - 1) * w.rows.step + w.rows.span) * ((plan->piece_cols - 1) * w.cols.step + w.cols.span);
-  const int64_t block = block_channels(w, pixels, g.out_channels, s.nnz);
+  const int64_t shortest = ceil_div(kShortestSum, rows * plan->piece_cols);
+  const int64_t block = block_channels(w, pixels, g.out_channels, s.nnz, shortest);
   plan->blocks = ceil_div(g.in_channels, block);
   plan->offset.resize(s.nnz);
   plan->list_begin.assign(g.out_channels * plan->blocks + 1, 0);

@@ -1,55 +1,93 @@
 // The weight gradient at the nonzeros of one strip of positions: each is the sum of an output gradient times
 // the input at the offset of the nonzero. Part of engine.cc.
 //
-// In a strip the nonzeros of a channel in one block of input channels go in groups of up to 12, each with a
+// In a strip the nonzeros of a channel in one block of input channels go in groups of up to 10, each with a
 // vector of its own that stays in registers over the strip; one load of the gradient serves the group. Only
 // then are the lanes of each vector added up, with AVX2 those of eight vectors at once. In a panel of
 // channels the loads of the input are shared too, by up to kPanelSums vectors in all. As in the gather,
 // single channels load an input for every multiply-add and are limited by the load ports.
 
-// More accumulators share a gradient load among more nonzeros; these leave registers for the loads.
+// Nonzeros taken together. More share a load of the gradient, but each keeps an address in a general
+// register, and addresses that do not fit there cost a vector register and a move at every use.
 template <int Outs>
-constexpr int kMostSampled = Outs == 1                ? 12
+constexpr int kMostSampled = Outs == 1                ? 10
                              : Outs * 8 <= kPanelSums ? 8
                                                       : kPanelSums / Outs;
 
+// Calls f(0) to f(N - 1). GCC unrolls a loop that is in no other loop only after it has decided which arrays
+// become registers; with this one, arrays of sums do.
+template <int N, class F>
+__attribute__((always_inline)) inline void unrolled(F f) {
+  if constexpr (N > 1) unrolled<N - 1>(f);
+  f(N - 1);
+}
+
 #if defined(__AVX2__)
-// The sums of the elements of Count vectors, then zeros. Eight horizontal sums at once cost about as much as
-// one done lane by lane.
+#if SPARSEKD_VECTOR_BYTES == 64 && defined(__AVX512F__)
+// The sums of the elements of Count <= 8 vectors; what follows them is arbitrary. Each step adds the halves
+// of two vectors into one, until a quarter of it holds what is left of one vector, or of two.
+template <int Count>
+inline __m256 add_eight(const Vec<float>* sum) {
+  constexpr int Low = 0x44, High = 0xEE, Even = 0x88, Odd = 0xDD;  // quarters (0, 1), (2, 3), (0, 2), (1, 3)
+  constexpr int Pairs = (Count + 1) / 2, Fours = (Count + 3) / 4;
+  __m512 pair[Pairs], four[Fours];
+  unrolled<Pairs>([&](int i) __attribute__((always_inline)) {
+    const __m512 a = (__m512)sum[2 * i], b = (__m512)sum[2 * i + 1 < Count ? 2 * i + 1 : 2 * i];
+    pair[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, Low), _mm512_shuffle_f32x4(a, b, High));
+  });
+  unrolled<Fours>([&](int i) __attribute__((always_inline)) {
+    const __m512 a = pair[2 * i], b = pair[2 * i + 1 < Pairs ? 2 * i + 1 : 2 * i];
+    four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, Even), _mm512_shuffle_f32x4(a, b, Odd));
+  });
+  const __m512 a = four[0], b = four[Fours - 1];
+  const __m512 halves = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 all = _mm512_add_ps(halves, _mm512_permute_ps(halves, 0x4E));
+  const __m512i order = _mm512_castsi256_si512(_mm256_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13));
+  return _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all));
+}
+#else
+// The sums of the elements of Count <= 8 vectors, then zeros. Eight horizontal sums at once cost about as
+// much as one done lane by lane.
 template <int Count>
 inline __m256 add_eight(const Vec<float>* sum) {
   __m256 s[8];
-#pragma GCC unroll 8
-  for (int u = 0; u < 8; ++u) {
+  unrolled<8>([&](int u) __attribute__((always_inline)) {
     if (u >= Count) {
       s[u] = _mm256_setzero_ps();
-      continue;
+      return;
     }
-#if SPARSEKD_VECTOR_BYTES == 64 && defined(__AVX512F__)
-    const __m512 v = (__m512)sum[u];
-    s[u] = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-#elif SPARSEKD_VECTOR_BYTES == 64
+#if SPARSEKD_VECTOR_BYTES == 64
     __m256 half[2];
     std::memcpy(half, &sum[u], sizeof(half));
     s[u] = _mm256_add_ps(half[0], half[1]);
 #else
     s[u] = (__m256)sum[u];
 #endif
-  }
+  });
   const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
   const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
+#endif
 
 // out[u] += more[u] for u < Count.
 template <int Count>
 inline void add_to(float* out, __m256 more) {
-  const __m256i mask =
-      _mm256_cmpgt_epi32(_mm256_set1_epi32(Count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  _mm256_maskstore_ps(out, mask, _mm256_add_ps(_mm256_maskload_ps(out, mask), more));
+  if constexpr (Count == 8) {
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), more));
+  } else {
+#if defined(__AVX512VL__)
+    constexpr __mmask8 mask = (1 << Count) - 1;
+    _mm256_mask_storeu_ps(out, mask, _mm256_add_ps(_mm256_maskz_loadu_ps(mask, out), more));
+#else
+    const __m256i mask =
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(Count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    _mm256_maskstore_ps(out, mask, _mm256_add_ps(_mm256_maskload_ps(out, mask), more));
+#endif
+  }
 }
 
-// total[u] = the sum of the elements of sum[u] for u < Count.
+// total[u] = the sum of the elements of sum[u] for u < Count; writes up to seven elements more.
 template <int Count, int First = 0>
 inline void add_all(const Vec<float>* sum, float* total) {
   _mm256_storeu_ps(total + First, add_eight < Count - First<8 ? Count - First : 8>(sum + First));
@@ -74,11 +112,12 @@ inline void add_sums(const Vec<T>* sum, T* out, int64_t next) {
   }
 #endif
   constexpr int W = kVectorBytes / static_cast<int>(sizeof(T));
-  for (int u = 0; u < Outs * Count; ++u) {
+  unrolled<Outs * Count>([&](int u) __attribute__((always_inline)) {
+    const Vec<T> lanes = sum[u];
     T total = T(0);
-    for (int i = 0; i < W; ++i) total += sum[u][i];
+    for (int i = 0; i < W; ++i) total += lanes[i];
     out[u / Count * next + u % Count] += total;
-  }
+  });
 }
 
 // A strip of positions: `rows` rows of `cols` pixels, of the packed gradient and of the window.
@@ -88,11 +127,12 @@ struct Strip {
   int64_t grad_row, grad_channel, x_row, x_step;  // bytes
 };
 
-// Positions taken at once: few nonzeros alone would wait for the latency of their sums.
-template <int Sums>
-constexpr int kSideBySide = Sums * kVectors <= 2   ? 4
-                            : Sums * kVectors <= 4 ? 2
-                                                   : 1;
+// Sums of every nonzero, which positions use in turn: few nonzeros alone would wait for the latency of
+// theirs.
+template <int Outs, int Count>
+constexpr int kSets = Outs * Count * kVectors <= 2               ? 4
+                      : Outs * Count * kVectors <= kAccumulators ? 2
+                                                                 : 1;
 
 // sum[o * Count + u] += gradient of channel o * input u, for one position.
 template <class T, int Outs, int Count>
@@ -113,35 +153,40 @@ __attribute__((always_inline)) inline void add_position(const char* g, int64_t c
 }
 
 // out[o * next + u] += the sum over the strip for nonzeros u of Outs output channels that share a list.
-template <class T, int Outs, int Count>
-inline void sample(const Strip& strip, const int32_t* offset, T* out, int64_t next) {
-  constexpr int Sums = Outs * Count, Side = kSideBySide<Sums>;
-  Vec<T> sum[Side][Sums];
-#pragma GCC unroll 32
-  for (int i = 0; i < Side * Sums; ++i) sum[i / Sums][i % Sums] = Vec<T>{};
+// Inputs of neighbouring positions lie Step bytes apart (x_step, if Step is 0): a constant folds into the
+// addresses, and one index serves gradient and inputs.
+template <class T, int Outs, int Count, int64_t Step>
+__attribute__((noinline)) void sample(const Strip& strip, const int32_t* offset, T* out, int64_t next) {
+  constexpr int Sums = Outs * Count, Sets = kSets<Outs, Count>, Turn = Outs == 1 && Sets == 1 ? 2 : Sets;
+  static_assert(Step == 0 || Step == kPixelBytes);
+  const int64_t step = Step ? Step : strip.x_step;
+  Vec<T> sum[Sets][Sums] = {};
   for (int64_t r = 0; r < strip.rows; ++r) {
-    const char* g = strip.grad + r * strip.grad_row;
-    const char* row = strip.x + r * strip.x_row;
+    const char* const g = strip.grad + r * strip.grad_row;
+    const char* const row = strip.x + r * strip.x_row;
     const char* x[Count];
 #pragma GCC unroll 16
     for (int u = 0; u < Count; ++u) x[u] = row + offset[u];
-    int64_t c = 0, at = 0;
-    for (; c + Side <= strip.cols; c += Side)
+    const int64_t end = strip.cols * kPixelBytes;
+    int64_t at = 0, x_at = 0;
+    for (; at + Turn * kPixelBytes <= end; at += Turn * kPixelBytes, x_at += Turn * step)
 #pragma GCC unroll 4
-      for (int i = 0; i < Side; ++i, g += kPixelBytes, at += strip.x_step)
-        add_position<T, Outs, Count>(g, strip.grad_channel, x, at, sum[i]);
-    for (; c < strip.cols; ++c, g += kPixelBytes, at += strip.x_step)
-      add_position<T, Outs, Count>(g, strip.grad_channel, x, at, sum[0]);
+      for (int i = 0; i < Turn; ++i)
+        add_position<T, Outs, Count>(g + at + i * kPixelBytes, strip.grad_channel, x,
+                                     (Step ? at : x_at) + i * step, sum[i % Sets]);
+    for (; at < end; at += kPixelBytes, x_at += step)
+      add_position<T, Outs, Count>(g + at, strip.grad_channel, x, Step ? at : x_at, sum[0]);
   }
-#pragma GCC unroll 32
-  for (int i = Sums; i < Side * Sums; ++i) sum[0][i % Sums] += sum[i / Sums][i % Sums];
+  if constexpr (Sets > 1)
+    unrolled<(Sets - 1) * Sums>(
+        [&](int i) __attribute__((always_inline)) { sum[0][i % Sums] += sum[1 + i / Sums][i % Sums]; });
   add_sums<T, Outs, Count>(sum[0], out, next);
 }
 
-template <class T, int Outs, int Count = kMostSampled<Outs>>
+template <class T, int Outs, int64_t Step, int Count = kMostSampled<Outs>>
 inline void sample_few(const Strip& strip, const int32_t* offset, int64_t count, T* out, int64_t next) {
-  if (count == Count) return sample<T, Outs, Count>(strip, offset, out, next);
-  if constexpr (Count > 1) sample_few<T, Outs, Count - 1>(strip, offset, count, out, next);
+  if (count == Count) return sample<T, Outs, Count, Step>(strip, offset, out, next);
+  if constexpr (Count > 1) sample_few<T, Outs, Step, Count - 1>(strip, offset, count, out, next);
 }
 
 // Groups of nearly equal size: a last group of one or two would cost as much as one of eight.
@@ -149,7 +194,10 @@ template <class T, int Outs>
 inline void sample_list(const Strip& strip, const int32_t* offset, int64_t count, T* out, int64_t next) {
   for (int64_t groups = (count + kMostSampled<Outs> - 1) / kMostSampled<Outs>; groups > 0; --groups) {
     const int64_t some = count / groups;
-    sample_few<T, Outs>(strip, offset, some, out, next);
+    if (strip.x_step == kPixelBytes)
+      sample_few<T, Outs, kPixelBytes>(strip, offset, some, out, next);
+    else
+      sample_few<T, Outs, 0>(strip, offset, some, out, next);
     offset += some;
     out += some;
     count -= some;
