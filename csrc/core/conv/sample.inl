@@ -134,6 +134,16 @@ constexpr int kSets = Outs * Count * kVectors <= 2               ? 4
                       : Outs * Count * kVectors <= kAccumulators ? 2
                                                                  : 1;
 
+// Has a vector that several multiply-adds use read from memory once, where GCC would read it for each.
+template <class V>
+__attribute__((always_inline)) inline void keep_in_register([[maybe_unused]] V& vector) {
+#if SPARSEKD_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#elif SPARSEKD_VECTOR_BYTES == 32 && defined(__AVX2__)
+  asm("" : "+x"(vector));
+#endif
+}
+
 // sum[o * Count + u] += gradient of channel o * input u, for one position.
 template <class T, int Outs, int Count>
 __attribute__((always_inline)) inline void add_position(const char* g, int64_t channel, const char* const* x,
@@ -142,10 +152,14 @@ __attribute__((always_inline)) inline void add_position(const char* g, int64_t c
   for (int v = 0; v < kVectors; ++v) {
     Vec<T> gradient[Outs];
 #pragma GCC unroll 4
-    for (int o = 0; o < Outs; ++o) gradient[o] = load<T>(g + o * channel + v * kVectorBytes);
+    for (int o = 0; o < Outs; ++o) {
+      gradient[o] = load<T>(g + o * channel + v * kVectorBytes);
+      if constexpr (Outs > 1 && Count > 1) keep_in_register(gradient[o]);
+    }
 #pragma GCC unroll 16
     for (int u = 0; u < Count; ++u) {
-      const Vec<T> in = load<T>(x[u] + at + v * kVectorBytes);
+      Vec<T> in = load<T>(x[u] + at + v * kVectorBytes);
+      if constexpr (Outs > 1) keep_in_register(in);
 #pragma GCC unroll 4
       for (int o = 0; o < Outs; ++o) sum[o * Count + u] += gradient[o] * in;
     }
