@@ -31,6 +31,9 @@ from sparsekd.ops.dispatch.context import forced
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, FusedBatchNormAct2d)
 _DENSE_CHANNELS = 4
 """Input channels up to which a dense convolution runs in the layout: those of images."""
+_MOST_DENSE = 0.505
+"""Share of nonzeros up to which sparse convolutions run in the layout: above it, torch's own may be
+faster."""
 _LEAST_FULL = 0.6
 """Share of the lanes that must hold images."""
 
@@ -55,7 +58,11 @@ def call_blocked(module: nn.Module, x: Tensor | Blocked) -> Tensor | Blocked:
 
 
 def conv_norm_act_blocked(
-    conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor | Blocked, act: nn.Module | None
+    conv: nn.Module,
+    norm: nn.BatchNorm2d,
+    x: Tensor | Blocked,
+    act: nn.Module | None,
+    then: nn.Module | None = None,
 ) -> Tensor | Blocked:
     """Return `act(norm(conv(x)))`, blocked where `x` is and the modules can be.
 
@@ -64,9 +71,10 @@ def conv_norm_act_blocked(
         norm: behind it.
         x: images `[N, C, H, W]`.
         act: an nn.ReLU, or None.
+        then: the convolution that reads the result, if one does.
     """
     if act is None or is_bare(act):
-        result = run_block(conv, x, [ConvNorm(conv, norm, act is not None)])
+        result = run_block(conv, x, [ConvNorm(conv, norm, act is not None)], then=then)
         if result is not None:
             return result
     return conv_norm_act(conv, norm, leave(x), act)
@@ -79,6 +87,7 @@ def run_block(
     shortcut: ConvNorm | None = None,
     *,
     identity: bool = False,
+    then: nn.Module | None = None,
 ) -> Blocked | None:
     """Run a residual block, or a convolution and its norm, in the blocked layout.
 
@@ -88,6 +97,7 @@ def run_block(
         main: the convolutions of the main branch.
         shortcut: what projects the input before it is added; None for nothing.
         identity: whether the input itself is added.
+        then: of a block without sparse convolutions, the convolution that reads its result.
 
     Returns:
         What the modules would return, to rounding; running statistics are updated as they would
@@ -95,7 +105,7 @@ def run_block(
     """
     units = [*main, shortcut] if shortcut else list(main)
     tensor, shape = (x.tensor, x.shape) if isinstance(x, Blocked) else (x, x.shape)
-    if not input_fits(tensor, shape):
+    if not input_fits(tensor, shape) or not pays([unit.conv for unit in units], then):
         return None
     if not all(conv_fits(u.conv, tensor.dtype) and norm_fits(u.norm, tensor.dtype) for u in units):
         return None
@@ -127,6 +137,15 @@ def input_fits(x: Tensor, shape: Sequence[int]) -> bool:
     if torch.compiler.is_exporting() or not eager.plain((x, x)):
         return False
     return not observe.listeners and forced() in (None, "auto", "cpp")
+
+
+def pays(convs: Sequence[nn.Module], then: nn.Module | None) -> bool:
+    """Return whether convolutions have zeros enough for the layout; `then` reads their result."""
+    sparse = [conv for conv in convs if isinstance(conv, SparseConv2d)]
+    if not sparse and isinstance(then, SparseConv2d):
+        sparse = [then]
+    size = sum(math.prod(conv.weight_shape) for conv in sparse)
+    return bool(sparse) and sum(len(conv.values) for conv in sparse) <= _MOST_DENSE * size
 
 
 def norm_fits(norm: nn.Module, dtype: torch.dtype) -> bool:

@@ -77,7 +77,8 @@ class BlockedResNet(ResNet):
         """Return the logits of the images `x`."""
         if torch.compiler.is_compiling():
             return super().forward(x)
-        stem = run_block(self, x, [unit(self.conv1, self.bn1)])
+        ahead = getattr(self, self.stages[0])[0].conv1
+        stem = run_block(self, x, [unit(self.conv1, self.bn1)], then=ahead)
         maps = self.bn1(self.conv1(x)) if stem is None else stem
         if type(self.maxpool) is not nn.Identity or not is_bare(self.maxpool):
             maps = self.maxpool(leave(maps))

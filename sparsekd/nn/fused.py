@@ -101,7 +101,7 @@ class FusedSequential(nn.Sequential):
             if conv is None:
                 x = norm_act(norm, leave(x), act)
             else:
-                x = conv_norm_act_blocked(conv, norm, x, act)
+                x = conv_norm_act_blocked(conv, norm, x, act, rest[0] if rest else None)
         return x
 
     def forward(self, input: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from sparsekd.nn.blocked import (
     norm_fits,
     norm_parameters,
     parameters_of,
+    pays,
     plain_conv,
     plain_norm,
     spec_of,
@@ -37,6 +39,7 @@ def run_preactivation(
     units: Sequence[ConvNorm],
     last: nn.Module,
     shortcut: nn.Module | None = None,
+    then: nn.Module | None = None,
 ) -> Blocked | None:
     """Run a block that normalises in front of its convolutions, in the blocked layout.
 
@@ -48,6 +51,7 @@ def run_preactivation(
         last: the convolution whose result, with the residual, is the block's.
         shortcut: the convolution that makes the residual of the normalised input; where it is None
             and there is a front, the residual is the input.
+        then: of a block without sparse convolutions, the convolution that reads its result.
 
     Returns:
         What the modules would return, to rounding; running statistics are updated as they would
@@ -59,9 +63,9 @@ def run_preactivation(
     norms = [unit.norm for unit in units] if front is None else [front, *(u.norm for u in units)]
     bare = [last] if shortcut is None else [last, shortcut]
     convs = [*(unit.conv for unit in units), *bare]
-    if not all(conv_fits(conv, tensor.dtype) for conv in convs) or any(
-        c.bias is not None for c in bare
-    ):
+    if any(conv.bias is not None for conv in bare) or not pays(convs, then):
+        return None
+    if not all(conv_fits(conv, tensor.dtype) for conv in convs):
         return None
     if not all(norm_fits(norm, tensor.dtype) for norm in norms):
         return None
@@ -137,7 +141,8 @@ class BlockedWideResNet(WideResNet):
         """Return the logits of the images `x`."""
         if torch.compiler.is_compiling():
             return super().forward(x)
-        stem = run_preactivation(self, x, None, [], self.conv1)
+        first: Any = self.layer1[0]
+        stem = run_preactivation(self, x, None, [], self.conv1, then=first.conv1)
         maps = self.conv1(x) if stem is None else stem
         for layer in (self.layer1, self.layer2, self.layer3):
             maps = call_blocked(layer, maps)
