@@ -29,6 +29,10 @@ _peek = torch._C._functorch.peek_interpreter_stack
 _set_single_level = torch._C._functorch.set_single_level_autograd_function_allowed
 _get_single_level = torch._C._functorch.get_single_level_autograd_function_allowed
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+"""Return whether a tensor is of a transform of torch.func, one that has ended included."""
+
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -64,6 +68,15 @@ def apply_at_this_level(node: type[torch.autograd.Function], *args: Any) -> Any:
         return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
     finally:
         _set_single_level(before)
+
+
+def direct_apply(node: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return the `apply` of an autograd.Function for use outside of transforms of torch.func.
+
+    `Function.apply` first looks for transforms, and for tensors left over from them, which takes as
+    long as a small layer; the caller has to know that there are none.
+    """
+    return super(torch.autograd.Function, node).apply  # type: ignore[misc]
 
 
 @contextmanager

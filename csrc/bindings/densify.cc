@@ -9,7 +9,7 @@ namespace {
 // Calls run(T{}) for a type of the size of the elements, which both tensors hold.
 template <class F>
 void by_size(const Array& values, const Array& dense, F run) {
-  if (values.dtype() != dense.dtype())
+  if (!values.same_dtype(dense))
     throw UnsupportedError("dense: expected dtype " + values.dtype_text() + ", got " + dense.dtype_text());
   if (holds<int16_t>(values)) return run(int16_t{});
   by_type("values", values, run);

@@ -1,5 +1,7 @@
 // Fork-join on the OpenMP runtime that torch already runs, without linking one of our own.
 #pragma once
+#include <algorithm>
+#include <cstdint>
 
 namespace sparsekd {
 
@@ -7,6 +9,18 @@ namespace sparsekd {
 // runs a slot is unspecified, so results must depend on the slot only. The first exception that leaves body
 // is thrown again here, after every thread has stopped.
 void run_slots(int threads, int slots, void (*body)(void* context, int slot), void* context);
+
+// How many of `threads` a call is worth that makes `products` multiplications and moves `elements` numbers
+// from memory to memory. To wake a thread and wait for it takes 5 microseconds where it still spins, 50 where
+// it sleeps or another process has its core; a call of fewer than twice kWorthAThread runs on the thread at
+// hand, so that a small layer on two threads costs what it does on one. It depends on sizes alone, and so do
+// results. Measured: `python -m benchmarks.calls --crossing`.
+constexpr int64_t kWorthAThread = 600'000;  // products, 20 microseconds of one core
+constexpr int64_t kProductsAnElement = 16;  // that take as long as moving one, packing included
+inline int useful_threads(int threads, int64_t products, int64_t elements) {
+  const int64_t work = products + kProductsAnElement * elements;
+  return static_cast<int>(std::clamp<int64_t>(work / kWorthAThread, 1, std::max(threads, 1)));
+}
 
 // "libgomp.so.1 (path)" or "std::thread" when the process has no OpenMP runtime.
 const char* parallel_runtime();

@@ -9,6 +9,7 @@
 #include "core/structure.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -95,6 +96,11 @@ Cache& cache() {
   return instance;
 }
 
+int64_t next_serial() {
+  static std::atomic<int64_t> latest{0};
+  return ++latest;
+}
+
 std::string number(int64_t value) { return std::to_string(value); }
 
 }  // namespace
@@ -136,6 +142,7 @@ Structure::Structure(const int32_t* crow_in, int64_t crow_length, const int32_t*
     : rows(rows_in),
       cols(cols_in),
       nnz(nnz_in),
+      serial(next_serial()),
       crow(crow_in, crow_in + crow_length),
       col(col_in, col_in + nnz_in) {
   validate_csr(crow.data(), crow_length, col.data(), nnz, rows, cols);
@@ -182,6 +189,15 @@ Shared find_structure(const int32_t* crow, int64_t crow_length, const int32_t* c
   if (found != table.entries.end() && found->second.structure->alike(*made)) return found->second.structure;
   table.add(key, {made, std::move(owned), ++table.clock}, &garbage);
   return made;
+}
+
+int64_t structure_serial(const int32_t* crow, const int32_t* col) {
+  Cache& table = cache();
+  const std::lock_guard<std::mutex> guard(table.mutex);
+  const auto found = table.entries.find({crow, col});
+  if (found == table.entries.end()) return 0;
+  const Cached& kept = found->second;
+  return kept.owner && kept.owner->gone() ? 0 : kept.structure->serial;
 }
 
 void release_structure(const int32_t* crow, const int32_t* col) {

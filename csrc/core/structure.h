@@ -22,6 +22,7 @@ class Structure {
             int64_t cols);
 
   const int64_t rows, cols, nnz;
+  const int64_t serial;  // from 1
   const std::vector<int32_t> crow, col;
 
   bool same(const int32_t* other_crow, const int32_t* other_col) const;
@@ -58,6 +59,10 @@ using FindOwner = std::function<std::unique_ptr<Owner>()>;
 std::shared_ptr<const Structure> find_structure(const int32_t* crow, int64_t crow_length, const int32_t* col,
                                                 int64_t nnz, int64_t rows, int64_t cols,
                                                 const FindOwner& owner = nullptr);
+// The number of the structure that is kept of index arrays at these addresses, 0 if there is none or its
+// owner is gone. It says nothing about what was written into the arrays since; no two structures have the
+// same.
+int64_t structure_serial(const int32_t* crow, const int32_t* col);
 void release_structure(const int32_t* crow, const int32_t* col);
 
 struct CacheUse {

@@ -144,6 +144,14 @@ void test_parallel() {
     }
 }
 
+void test_useful_threads() {
+  check(useful_threads(8, 0, 0) == 1, "an empty call runs on one thread");
+  check(useful_threads(8, 2 * kWorthAThread - 1, 0) == 1, "a small one too");
+  check(useful_threads(8, 2 * kWorthAThread, 0) == 2, "two threads from where both are worth it");
+  check(useful_threads(8, 0, 2 * kWorthAThread / kProductsAnElement) == 2, "moving numbers is work");
+  check(useful_threads(3, 100 * kWorthAThread, 0) == 3, "never more than there are");
+}
+
 void test_parallel_errors() {
   for (int threads : {1, 3}) {
     auto body = [&](int slot) {
@@ -239,6 +247,7 @@ int main() {
   test_empty();
   test_growth();
   test_parallel();
+  test_useful_threads();
   test_parallel_errors();
   test_enormous_views();
   test_schedule();

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from sparsekd._torch import registered
 from sparsekd.errors import TopologyError, UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn import copies
@@ -236,6 +237,17 @@ class SparseModule(StoredWeight):
         super().__setstate__(state | {"_is_copy": False})
         if isinstance(source, copies.Source):
             source.link(self)
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return values, indices and bias; one by one, nn.Module takes a microsecond for each."""
+        parameters, buffers, _ = registered(self)
+        try:
+            return (
+                parameters["values"], buffers["crow_indices"], buffers["col_indices"],
+                parameters["bias"],
+            )  # fmt: skip
+        except KeyError:  # what shards or computes a parameter puts it elsewhere
+            return self.values, self.crow_indices, self.col_indices, self.bias
 
     def _watch(self) -> None:
         """Warn before a forward pass if the module's tensors were averaged; cheap if not."""

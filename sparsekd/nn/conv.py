@@ -121,10 +121,7 @@ class SparseConv2d(SparseModule):
         self._watch()
         return functional.convolve(
             x,
-            self.values,
-            self.crow_indices,
-            self.col_indices,
-            self.bias,
+            *self._operands(),
             self.weight_shape,
             self.stride,
             self._sides,

@@ -82,9 +82,7 @@ class SparseLinear(SparseModule):
         if isinstance(x, Proxy) and stays_whole(self, SparseLinear.forward, x):
             return call_module(self, x)
         self._watch()
-        return ops.call_linear(
-            x, self.values, self.crow_indices, self.col_indices, self.bias, self.weight_shape
-        )
+        return ops.call_linear(x, *self._operands(), self.weight_shape)
 
     @classmethod
     def from_dense(

@@ -8,7 +8,7 @@ and an op, which torch sees, everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +21,7 @@ from sparsekd._torch import (
     apply_at_this_level,
     below_autograd,
     derivatives_of_outer_levels,
+    direct_apply,
     in_forward_ad,
     in_transform,
     intercepted,
@@ -41,7 +42,7 @@ def register_autograd(
     backward: Backward,
     setup: Setup,
     jvp: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+) -> None:
     """Do what torch.library.register_autograd does, without its reading the schema on every call.
 
     That reading took longer than a whole small layer. Forward-mode differentiation and transforms
@@ -53,15 +54,10 @@ def register_autograd(
         setup: keeps in the context what `backward` needs of the operands and the result.
         jvp: the rule of forward-mode differentiation, if it has one.
 
-    Returns:
-        What now runs under autograd; it takes the dispatcher's key set, None to go past the
-        dispatcher, and the operands.
     """
     name = op.__name__.partition(".")[0]  # without that of the overload
 
-    def below(keyset: KeySet | None, *args: Any) -> Any:
-        if keyset is None:
-            return getattr(kernels, name)(*args)
+    def below(keyset: KeySet, *args: Any) -> Any:
         with below_autograd():
             return op.redispatch(keyset & after_autograd, *args)
 
@@ -69,12 +65,12 @@ def register_autograd(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             *inputs, keyset = args  # last, so that needs_input_grad counts as the op does
-            if keyset is not None and in_transform():
+            if in_transform():
                 with derivatives_of_outer_levels():
                     result = below(keyset, *inputs)
             else:
                 result = below(keyset, *inputs)
-            ctx.direct, ctx.asked = keyset is None, asked()
+            ctx.direct, ctx.asked = False, asked()
             setup(ctx, inputs, result)
             if in_forward_ad():
                 ctx.save_for_forward(*inputs[:4])
@@ -83,10 +79,7 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            if ctx.asked is None:
-                return *backward(ctx, *grads), None
-            with followed(ctx.asked):
-                return *backward(ctx, *grads), None
+            return *_where_asked(ctx, backward, grads), None
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -98,7 +91,7 @@ def register_autograd(
 
     Node.__name__ = Node.__qualname__ = f"Sparsekd_{name}"
 
-    def run(keyset: KeySet | None, *args: Any) -> Any:
+    def run(keyset: KeySet, *args: Any) -> Any:
         if in_forward_ad() or (
             torch.is_grad_enabled()
             and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
@@ -109,10 +102,57 @@ def register_autograd(
         return below(keyset, *args)
 
     library.impl(name, run, "Autograd", with_keyset=True)
-    return run
 
 
-def _save(ctx: Any, inputs: list[Any], first_rest: int) -> None:
+def direct_call(name: str, count: int, backward: Backward, setup: Setup) -> Callable[..., Any]:
+    """Return an op with its derivative for eager calls, which go past the dispatcher.
+
+    The node that it makes is the one of `register_autograd`, but for what only transforms and the
+    dispatcher need; and it takes everything that is no tensor as one argument, since torch looks
+    at each.
+
+    Args:
+        name: of the op.
+        count: of its operands that may be tensors, which come first.
+        backward, setup: as of `register_autograd`.
+    """
+    kernel = getattr(kernels, name)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            inputs = *args[:count], *args[count]
+            result = kernel(*inputs)
+            ctx.direct, ctx.asked = True, asked()
+            setup(ctx, inputs, result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            return *_where_asked(ctx, backward, grads)[:count], None
+
+    Node.__name__ = Node.__qualname__ = f"Sparsekd_{name}"
+    apply = direct_apply(Node)
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for arg in args[:count]:
+                if arg is not None and arg.requires_grad:
+                    return apply(*args[:count], args[count:])
+        return kernel(*args)
+
+    return call
+
+
+def _where_asked(ctx: Any, backward: Backward, grads: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Run a backward pass on the backend that its forward pass was asked to run on."""
+    if ctx.asked is None:
+        return backward(ctx, *grads)
+    with followed(ctx.asked):
+        return backward(ctx, *grads)
+
+
+def _save(ctx: Any, inputs: Sequence[Any], first_rest: int) -> None:
     """Keep the structure, the non-tensor arguments, and of the two factors what is needed."""
     left, right, crow, col = inputs[:4]
     needs_left, needs_right = ctx.needs_input_grad[:2]
@@ -134,24 +174,25 @@ def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
     """
     dgrad, wgrad, conv = f"{kind}_dgrad", f"{kind}_wgrad", kind == "conv2d"
 
-    def forward_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
+    def forward_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
         _save(ctx, inputs, 5)
-        ctx.input_shape = [list(inputs[0].shape)] if conv else ()
+        ctx.input_shape = [inputs[0].shape] if conv else ()
 
     def forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         run = _calls(ctx, grad)
         x, values, crow, col = ctx.saved_tensors
         dx = dvalues = dbias = None
-        if ctx.needs_input_grad[0]:
+        needs = ctx.needs_input_grad
+        if needs[0]:
             dx = getattr(run, dgrad)(grad, values, crow, col, *ctx.input_shape, *ctx.rest)
-        if ctx.needs_input_grad[1]:
+        if needs[1]:
             dvalues = getattr(run, wgrad)(grad, x, crow, col, *ctx.rest)
-        if ctx.needs_input_grad[4]:
+        if needs[4]:
             over = (0, 2, 3) if conv else tuple(range(grad.ndim - 1))
             dbias = grad.sum(over) if over else grad
         return dx, dvalues, None, None, dbias, *[None] * len(ctx.rest)
 
-    def dgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
+    def dgrad_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
         _save(ctx, inputs, 5 if conv else 4)
 
     def dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
@@ -164,9 +205,9 @@ def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
             dvalues = getattr(run, wgrad)(grad, ddx, crow, col, *ctx.rest)
         return ddgrad, dvalues, *[None] * ((3 if conv else 2) + len(ctx.rest))
 
-    def wgrad_setup(ctx: Any, inputs: list[Any], output: Tensor) -> None:
+    def wgrad_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
         _save(ctx, inputs, 4)
-        ctx.input_shape = [list(inputs[1].shape)] if conv else ()
+        ctx.input_shape = [inputs[1].shape] if conv else ()
 
     def wgrad_backward(ctx: Any, ddvalues: Tensor) -> tuple[Any, ...]:
         run = _calls(ctx, ddvalues)
@@ -185,16 +226,17 @@ def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
     }
 
 
-def _register_product(name: str, backward: Backward, setup: Setup) -> Callable[..., Any]:
+def _register_product(name: str, backward: Backward, setup: Setup) -> None:
     """Register the derivatives of a product and its batching rule."""
     op = getattr(overloads, name)
     torch.library.register_vmap(f"sparsekd::{name}", transforms.vmap(name, op), lib=library)
-    return register_autograd(op, backward, setup, transforms.jvp(name, op))
+    register_autograd(op, backward, setup, transforms.jvp(name, op))
 
 
-differentiable = {
-    name: _register_product(name, *formulas)
-    for kind in ("conv2d", "linear")
-    for name, formulas in _formulas(kind).items()
-}
-"""What runs each product under autograd, see `register_autograd`."""
+direct: dict[str, Callable[..., Any]] = {}
+"""Layers as eager code calls them, by the name of their op, see `direct_call`."""
+
+for _kind in ("conv2d", "linear"):
+    for _name, _rules in _formulas(_kind).items():
+        _register_product(_name, *_rules)
+    direct[_kind] = direct_call(_kind, 5, *_formulas(_kind)[_kind])

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd._torch import in_forward_ad, in_transform, intercepted, jit_trace
+from sparsekd._torch import in_forward_ad, in_transform, intercepted, jit_trace, wrapped
 from sparsekd.ops import checks, observe
-from sparsekd.ops.autograd import differentiable
+from sparsekd.ops.autograd import direct
 from sparsekd.ops.kernel import products
 from sparsekd.ops.register import overloads
 
@@ -37,6 +37,7 @@ def plain(args: tuple[Any, ...]) -> bool:
         not _is_compiling()
         and type(first) in _PLAIN
         and type(second) in _PLAIN
+        and not (wrapped(first) or wrapped(second))
         and (first.is_cpu or first.is_cuda)
         and not _autocast("cpu" if first.is_cpu else "cuda")
         and not intercepted()
@@ -52,7 +53,7 @@ def _call(name: str) -> Callable[..., Tensor]:
     They lead past the dispatcher and, where a backend has a function for weights without zeros, to
     torch's own layer, derivative included.
     """
-    op, product, run = getattr(overloads, name), products[name], differentiable[name]
+    op, product, run = getattr(overloads, name), products[name], direct[name]
 
     def call(*args: Any) -> Tensor:
         if not plain(args):
@@ -64,7 +65,7 @@ def _call(name: str) -> Callable[..., Tensor]:
             result = None if whole is None else whole(*args)
             if result is not None:
                 return result
-        return run(None, *args)
+        return run(*args)
 
     return call
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsekd.ops import checks, growth, observe
-from sparsekd.ops.dispatch.backends import PRODUCTS, Decision
-from sparsekd.ops.dispatch.cache_key import serial, sizes_of
+from sparsekd.ops.dispatch.backends import BACKENDS, PRODUCTS, Decision
+from sparsekd.ops.dispatch.cache_key import call_key
 from sparsekd.ops.dispatch.context import forced
 from sparsekd.ops.dispatch.decisions import decide
 from sparsekd.ops.dispatch.decisions import function as function_for
@@ -52,23 +52,31 @@ class Product:
     def __init__(self, name: str) -> None:
         self.name = name
         self._check = getattr(checks, name)
-        self._known: dict[tuple[Any, ...], Decision] = {}
+        self._known: dict[Hashable, tuple[Decision, Callable[..., Tensor]]] = {}
 
     def __call__(self, *args: Any) -> Tensor:
         if observe.listeners:
             observe.listeners.tell(self.name, args)
-        return self.decide(args).run(*args)
+        return self._find(args)[1](*args)
 
     def decide(self, args: tuple[Any, ...]) -> Decision:
         """Decide what runs these operands; raise if they do not fit together."""
-        facts = forced(), torch.get_num_threads(), serial(args[2], args[3]), sizes_of(args)
-        decision = self._known.get(facts)
-        if decision is None:
+        return self._find(args)[0]
+
+    def _find(self, args: tuple[Any, ...]) -> tuple[Decision, Callable[..., Tensor]]:
+        """Return the decision, and the function that calls like this one are prepared with."""
+        key = call_key(forced(), torch.get_num_threads(), args)
+        known = self._known.get(key)
+        if known is None:
             self._check(*args)
+            decision = decide(self.name, args)
+            backend = BACKENDS[decision.backend]
+            itself = decision.run is backend.function(self.name)
+            known = decision, backend.prepared(self.name, args) if itself else decision.run
             if len(self._known) >= MOST_KNOWN:  # inputs of ever new shapes
                 self._known.clear()
-            decision = self._known[facts] = decide(self.name, args)
-        return decision
+            self._known[key] = known
+        return known
 
 
 products = {name: Product(name) for name in PRODUCTS}

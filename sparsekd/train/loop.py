@@ -69,7 +69,8 @@ def make_optimizer(model: nn.Module, config: Training) -> torch.optim.SGD:
         config: lr, momentum, nesterov, weight_decay and decay_norm_and_bias are read.
 
     Returns:
-        The optimizer.
+        The optimizer; it updates parameters by lists, which gives the same bits as one by one and
+        takes less of Python on the CPU, where torch does so only if asked.
 
     Example:
         >>> optimizer = make_optimizer(nn.Linear(2, 2), Training(epochs=1))
@@ -80,7 +81,9 @@ def make_optimizer(model: nn.Module, config: Training) -> torch.optim.SGD:
         groups = [{"params": trained, "weight_decay": decay}]
     else:
         groups = param_groups(model, decay)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+    )
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:

@@ -108,7 +108,7 @@ def training_step(model: nn.Module, objective: Objective) -> Callable[[Tensor, T
         >>> step(torch.randn(8, 4), torch.zeros(8, dtype=torch.long)).ndim
         0
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, foreach=True)
     model.train()
 
     def step(x: Tensor, y: Tensor) -> Tensor:

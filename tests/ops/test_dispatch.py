@@ -76,6 +76,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, module in BACKENDS.items():
         for op in ("conv2d", "conv2d_dgrad", "conv2d_wgrad"):
             monkeypatch.setattr(module, op, counted(name, op, getattr(module, op)))
+    prepare = BACKENDS["cpp"].prepare
+
+    def counted_later(op: str, args: tuple[Any, ...]) -> Callable[..., Tensor] | None:
+        run = prepare(op, args)
+        return None if run is None else counted("cpp", op, run)
+
+    monkeypatch.setattr(BACKENDS["cpp"], "prepare", counted_later)
     return seen
 
 
@@ -335,6 +342,7 @@ def test_layers_of_equal_shape_but_other_tiles_have_choices_of_their_own(
             return run(*args)
 
         monkeypatch.setattr(module, "linear", noted)
+    monkeypatch.setattr(BACKENDS["cpp"], "prepare", lambda op, args: None)
     x = torch.ones(1000, 128)
     for _ in range(2):  # the second pair may get the memory of the first
         tiled = SparseLinear(128, 128, sparsity=0.75, layout="bcsr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -176,6 +177,29 @@ def test_weight_decay_spares_biases_and_norms_when_asked(build):
     assert set(decayed["params"]) == weights
     assert set(plain["params"]) == set(model.parameters()) - weights
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_updates_by_lists_are_updates_one_by_one_to_the_bit(build, nesterov):
+    config = replace(CONFIG, lr=0.1, nesterov=nesterov, weight_decay=1e-2)
+    model, twin = build(), build()
+
+    def one_by_one() -> torch.optim.SGD:
+        rule = {"momentum": config.momentum, "nesterov": nesterov, "weight_decay": 1e-2}
+        return torch.optim.SGD(twin.parameters(), lr=config.lr, foreach=False, **rule)
+
+    optimizer, other = make_optimizer(model, config), one_by_one()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        for i, (p, q) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
+            p.grad = None if (i + step) % 5 == 0 else torch.randn(p.shape, generator=generator)
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step(), other.step()
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+        if step == 2:  # a run that was saved with the other kind goes on to the bit
+            saved = deepcopy(other.state_dict())
+            optimizer = make_optimizer(model, config)
+            optimizer.load_state_dict(saved)
 
 
 def test_label_smoothing_reaches_the_loss(build, images):

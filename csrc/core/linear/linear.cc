@@ -36,12 +36,6 @@ std::shared_ptr<const Way> way_plan(const Structure& s) {
   });
 }
 
-// A call too small to be worth waking other threads runs on one.
-int useful_threads(int64_t batch, int64_t nnz, int threads) {
-  constexpr int64_t kProductsPerThread = 1 << 17;
-  return static_cast<int>(std::clamp<int64_t>(batch * nnz / kProductsPerThread, 1, threads));
-}
-
 }  // namespace
 
 Tiles cut_batch(int64_t batch, int64_t element_bytes) {
@@ -77,8 +71,7 @@ void linear_fprop(const Structure& s, View2<const T> x, const T* values, const T
   const Isa isa = current_isa();
   if (isa == Isa::kScalar) return scalar::linear_fprop(s, x, values, bias, y);
   const auto blocks = rows_plan(s);
-  engine<LinearEngine<T>>(isa).spmm(
-      {x, y, blocks.get(), values, bias, useful_threads(x.rows, s.nnz, threads)});
+  engine<LinearEngine<T>>(isa).spmm({x, y, blocks.get(), values, bias, threads});
 }
 
 template <class T>
@@ -87,7 +80,6 @@ void linear_dgrad(const Structure& s, View2<const T> grad, const T* values, View
   const Isa isa = current_isa();
   if (isa == Isa::kScalar) return scalar::linear_dgrad(s, grad, values, dx);
   const LinearEngine<T>& kernels = engine<LinearEngine<T>>(isa);
-  threads = useful_threads(grad.rows, s.nnz, threads);
   if (way_plan(s)->by_rows) {
     const auto blocks = rows_plan(s);
     return kernels.spmm_transposed({grad, dx, blocks.get(), values, nullptr, threads});
@@ -112,8 +104,7 @@ void linear_wgrad(const Structure& s, View2<const T> grad, View2<const T> x, T* 
   const Isa isa = current_isa();
   if (isa == Isa::kScalar) return scalar::linear_wgrad(s, grad, x, dvalues);
   const auto blocks = rows_plan(s);
-  engine<LinearEngine<T>>(isa).sddmm(
-      {grad, x, blocks.get(), dvalues, useful_threads(x.rows, s.nnz, threads)});
+  engine<LinearEngine<T>>(isa).sddmm({grad, x, blocks.get(), dvalues, threads});
 }
 
 #define SPARSEKD_INSTANTIATE(T)                                                                       \

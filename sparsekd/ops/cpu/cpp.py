@@ -6,18 +6,20 @@ Kernels compute in float32 and float64; half precision is computed in float32 an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sparsekd._C as _C
-from sparsekd.ops import reference
+from sparsekd.ops import checks, reference
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.gradient_tiles import Tile
 from sparsekd.ops.memory_format import matrix, memory_format_of
 
+_PLAIN = (Tensor, nn.Parameter)
+_WIDE = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 _NARROW = 4  # input channels to a group, below which torch's own grouped kernels are faster
 
@@ -79,6 +81,46 @@ def _empty(shape: list[int], like: Tensor, memory_format: torch.memory_format) -
     return torch.empty(shape, dtype=dtype, memory_format=memory_format)
 
 
+def prepare(op: str, args: tuple[Any, ...]) -> Callable[..., Tensor] | None:
+    """Return a function of a product's operands for calls with the same `call_key` as this one.
+
+    It allocates the result and computes, in one call of the compiled module. None where operands
+    have to be converted first.
+
+    Args:
+        op: one of `PRODUCTS`.
+        args: those of its schema, which fit together.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if any(type(t) not in _PLAIN or not t.is_cpu for t in tensors):
+        return None
+    first, second = args[:2]
+    vectors = tensors[1 if second.ndim == 1 else 2 :]
+    if first.dtype not in _WIDE or not all(vector.is_contiguous() for vector in vectors):
+        return None
+    shape = tuple(getattr(checks, op)(*args))
+    geometry = checks.geometry(op, args)
+    layout = made_in = torch.contiguous_format
+    if op in ("conv2d", "conv2d_dgrad"):
+        layout = memory_format_of(first)
+        made_in = _made_in(layout, geometry[1]) if op == "conv2d_dgrad" else layout
+    elif op.startswith("linear"):
+        samples = [first, second] if op == "linear_wgrad" else [first]
+        if any(s.ndim != 2 and not s.is_contiguous() for s in samples):
+            return None
+        geometry = ()
+    return _C.prepare(op, shape, first.dtype, made_in, layout, *geometry, torch.get_num_threads())
+
+
+def _made_in(layout: torch.memory_format, stride: Sequence[int]) -> torch.memory_format:
+    """Return the format in which an input gradient is made, before it is converted to `layout`.
+
+    Each phase of a stride writes every second pixel: in channels_last those are whole cache lines,
+    so contiguous results are faster made there and converted.
+    """
+    return torch.channels_last if max(stride) > 1 else layout
+
+
 def conv2d(
     x: Tensor,
     values: Tensor,
@@ -113,10 +155,7 @@ def conv2d_dgrad(
     groups: int,
 ) -> Tensor:
     layout = memory_format_of(grad)
-    # Each phase of a stride writes every second pixel: in channels_last those are whole cache
-    # lines, so contiguous results are faster made there and converted.
-    made_in = torch.channels_last if max(stride) > 1 else layout
-    dx = _empty(input_shape, grad, made_in)
+    dx = _empty(input_shape, grad, _made_in(layout, stride))
     _C.conv2d_dgrad(
         _array(grad), _vector(values), _vector(crow), _vector(col), dx,
         weight_shape, stride, padding, dilation, groups, torch.get_num_threads(),

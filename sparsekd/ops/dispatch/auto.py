@@ -74,7 +74,7 @@ class Dispatcher:
                 if len(self._watches) >= _MOST_WATCHES:  # operands of ever new kinds
                     self._watches.pop(next(iter(self._watches)))
                 self._watches[key] = watch
-        choice, timed = watch.choice, _Timed(self, watch, op, products)
+        choice, timed = watch.choice, _Timed(self, watch, op, products, args)
         return Decision(choice.backend, timed, None, choice.reason, key, choice.times)
 
     def _watch(self, key: Key, op: str, args: tuple[Any, ...], products: int) -> Watch:
@@ -134,9 +134,16 @@ class Dispatcher:
 class _Timed:
     """A product on operands that are equal but for their numbers, timed as it runs."""
 
-    def __init__(self, dispatcher: Dispatcher, watch: Watch, op: str, products: int) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        watch: Watch,
+        op: str,
+        products: int,
+        args: tuple[Any, ...],
+    ) -> None:
         self._dispatcher, self._watch, self._op, self._products = dispatcher, watch, op, products
-        self._functions = {name: BACKENDS[name].function(op) for name in CHOICES}
+        self._functions = {name: BACKENDS[name].prepared(op, args) for name in CHOICES}
 
     def __call__(self, *args: Any) -> Tensor:
         watch = self._watch

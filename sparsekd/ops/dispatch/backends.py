@@ -76,6 +76,14 @@ class Backend:
             return BACKENDS[self.extends].function(op)
         return getattr(module(self.name), op)
 
+    def prepared(self, op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return a function for calls like this one, with equal `cache_key.call_key`.
+
+        That is `function`, or what its module has prepared, which checks and converts less.
+        """
+        prepare = getattr(module(self.name), "prepare", None)
+        return (prepare and prepare(op, args)) or self.function(op)
+
     def decide(self, op: str, args: tuple[Any, ...]) -> Decision:
         """Decide what runs a product on these operands.
 
