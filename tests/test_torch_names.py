@@ -89,6 +89,42 @@ def test_apply_at_this_level_and_derivatives_of_outer_levels() -> None:
     assert not torch._C._functorch.get_single_level_autograd_function_allowed()
 
 
+class Triple(torch.autograd.Function):
+    """Three times a tensor."""
+
+    @staticmethod
+    def forward(ctx, x, other):
+        return x * 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3, None
+
+
+def test_direct_apply_is_apply_without_transforms() -> None:
+    x = torch.ones(3, requires_grad=True)
+    y = _torch.direct_apply(Triple)(x, None)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((3,), 3.0))
+    assert type(y.grad_fn).__name__ == "TripleBackward"
+
+
+def test_wrapped_tells_tensors_of_transforms_even_afterwards() -> None:
+    kept: list[Tensor] = []
+    x = torch.ones(3)
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        assert _torch.wrapped(x)
+        return x.sum()
+
+    torch.func.grad(keep)(x)
+    assert _torch.wrapped(kept[0])
+    assert not _torch.wrapped(x)
+    assert not _torch.wrapped(torch.nn.Parameter(x))
+
+
 # -- the dispatcher --------------------------------------------------------------------------------
 
 
