@@ -14,7 +14,7 @@ void run_slots(int threads, int slots, void (*body)(void* context, int slot), vo
 // from memory to memory. To wake a thread and wait for it takes 5 microseconds where it still spins, 50 where
 // it sleeps or another process has its core; a call of fewer than twice kWorthAThread runs on the thread at
 // hand, so that a small layer on two threads costs what it does on one. It depends on sizes alone, and so do
-// results. Measured: `python -m benchmarks.calls --crossing`.
+// results. Measured on convolutions of 4 to 64 channels on maps of 2x2 to 28x28, in both layouts.
 constexpr int64_t kWorthAThread = 600'000;  // products, 20 microseconds of one core
 constexpr int64_t kProductsAnElement = 16;  // that take as long as moving one, packing included
 inline int useful_threads(int threads, int64_t products, int64_t elements) {

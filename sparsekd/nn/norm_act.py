@@ -180,10 +180,11 @@ def fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, *, relu: boo
     frozen = not _uses_batch(norm)
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None or not frozen:
-        mean, var = ops.batch_moments(x)
+        mean, var = ops.call_batch_moments(x)
     if norm.training and norm.track_running_stats:
         _track(norm, mean, var, x.numel() // x.shape[1])
-    return ops.norm_act(x, residual, norm.weight, norm.bias, mean, var, norm.eps, relu, frozen)
+    statistics = mean, var, norm.eps
+    return ops.call_norm_act(x, residual, norm.weight, norm.bias, *statistics, relu, frozen)
 
 
 def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:

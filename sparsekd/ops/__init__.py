@@ -7,7 +7,13 @@ from sparsekd.ops.dispatch.context import backend
 from sparsekd.ops.dispatch.info import info
 from sparsekd.ops.eager import call_conv2d, call_linear
 from sparsekd.ops.gpu.structure import prepare_plans
-from sparsekd.ops.norm import batch_moments, norm_act, norm_act_backward
+from sparsekd.ops.norm import (
+    batch_moments,
+    call_batch_moments,
+    call_norm_act,
+    norm_act,
+    norm_act_backward,
+)
 from sparsekd.ops.register import (
     conv2d,
     conv2d_dgrad,
@@ -21,8 +27,10 @@ from sparsekd.ops.register import (
 __all__ = [
     "backend",
     "batch_moments",
+    "call_batch_moments",
     "call_conv2d",
     "call_linear",
+    "call_norm_act",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",

@@ -104,7 +104,9 @@ def register_autograd(
     library.impl(name, run, "Autograd", with_keyset=True)
 
 
-def direct_call(name: str, count: int, backward: Backward, setup: Setup) -> Callable[..., Any]:
+def direct_call(
+    name: str, kernel: Callable[..., Any], count: int, backward: Backward, setup: Setup
+) -> Callable[..., Any]:
     """Return an op with its derivative for eager calls, which go past the dispatcher.
 
     The node that it makes is the one of `register_autograd`, but for what only transforms and the
@@ -113,10 +115,10 @@ def direct_call(name: str, count: int, backward: Backward, setup: Setup) -> Call
 
     Args:
         name: of the op.
+        kernel: what runs it below autograd.
         count: of its operands that may be tensors, which come first.
         backward, setup: as of `register_autograd`.
     """
-    kernel = getattr(kernels, name)
 
     class Node(torch.autograd.Function):
         @staticmethod
@@ -162,8 +164,13 @@ def _save(ctx: Any, inputs: Sequence[Any], first_rest: int) -> None:
 
 def _calls(ctx: Any, grad: Tensor) -> SimpleNamespace:
     """Return the calls of a backward pass: kernels if its forward used them, see `eager`."""
+    return kernels if goes_direct(ctx, grad) else overloads
+
+
+def goes_direct(ctx: Any, grad: Tensor) -> bool:
+    """Return whether a backward pass may go past the dispatcher, as its forward pass has."""
     direct = ctx.direct and type(grad) is Tensor and not torch.is_grad_enabled()
-    return kernels if direct and not (intercepted() or transformed(grad)) else overloads
+    return direct and not (intercepted() or transformed(grad))
 
 
 def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
@@ -239,4 +246,4 @@ direct: dict[str, Callable[..., Any]] = {}
 for _kind in ("conv2d", "linear"):
     for _name, _rules in _formulas(_kind).items():
         _register_product(_name, *_rules)
-    direct[_kind] = direct_call(_kind, 5, *_formulas(_kind)[_kind])
+    direct[_kind] = direct_call(_kind, getattr(kernels, _kind), 5, *_formulas(_kind)[_kind])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sparsekd._torch import KeySet, after_autograd, below_autograd, transformed
 from sparsekd.ops import checks, reference
-from sparsekd.ops.autograd import register_autograd
+from sparsekd.ops.autograd import direct_call, goes_direct, register_autograd
+from sparsekd.ops.eager import plain as is_plain
 from sparsekd.ops.kernel import kernel
 from sparsekd.ops.memory_format import memory_format_of
 from sparsekd.ops.register import library
@@ -51,9 +52,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_act": _norm_act_fake,
     "norm_act_backward": _norm_act_backward_fake,
 }
+_kernels = {name: kernel(name) for name in _FAKES}
 for _name, _fake in _FAKES.items():
     library.define(_name + NORM_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(_name, kernel(_name), "CompositeExplicitAutograd")
+    library.impl(_name, _kernels[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsekd::{_name}", _fake, lib=library)
 
 _ops = torch.ops.sparsekd
@@ -83,6 +85,8 @@ def _norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # The formula in plain torch is what second derivatives go through, and a batch of first ones.
     plain = torch.is_grad_enabled() or transformed(grad)
     run: Any = reference.norm_act_backward if plain else norm_act_backward
+    if not plain and goes_direct(ctx, grad):
+        run = _kernels["norm_act_backward"]
     needs = ctx.needs_input_grad
     params = not ctx.frozen or needs[2] or needs[3]
     dx, dresidual, dweight, dbias = run(grad, *ctx.saved_tensors, *ctx.rest, params)
@@ -96,3 +100,18 @@ def _norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register_autograd(norm_act, _norm_act_backward, _norm_act_setup)
+_direct_norm_act = direct_call(
+    "norm_act", _kernels["norm_act"], 6, _norm_act_backward, _norm_act_setup
+)
+
+
+def call_batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the op batch_moments, past the dispatcher where that changes nothing."""
+    run: Any = _kernels["batch_moments"] if is_plain((x, x)) else batch_moments
+    with torch.no_grad():
+        return run(x)
+
+
+def call_norm_act(*args: Any) -> Tensor:
+    """Run the op norm_act, past the dispatcher where that changes nothing."""
+    return (_direct_norm_act if is_plain(args[:1] * 2) else norm_act)(*args)
