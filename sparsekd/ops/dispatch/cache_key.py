@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError:  # not built; everything runs on the reference backend
     pass
 else:
-    _compiled_key = compiled_module.call_key
+    _compiled_key = getattr(compiled_module, "call_key", None)  # an older build has none
 
 DENSITY_STEP = 1.05
 NEAR_DENSITY, NEAR_SIZES = 8, 6  # steps: half as many nonzeros again, eight times the size
