@@ -53,7 +53,6 @@ def register_autograd(
         backward: returns the gradients of the operands, of the context and that of the result.
         setup: keeps in the context what `backward` needs of the operands and the result.
         jvp: the rule of forward-mode differentiation, if it has one.
-
     """
     name = op.__name__.partition(".")[0]  # without that of the overload
 
