@@ -74,6 +74,13 @@ class Places {
   std::vector<double> sums_, centre_;
 };
 
+// For the products of a convolution at every position, `passes` times, and the maps that it reads and writes.
+int threads_for(const ConvGeometry& g, const Structure& s, int64_t passes, int threads) {
+  const int64_t products = g.batch * g.out_h * g.out_w * s.nnz;
+  const int64_t elements = g.batch * (g.in_channels * g.in_h * g.in_w + g.out_channels * g.out_h * g.out_w);
+  return useful_threads(threads, passes * products, passes * elements);
+}
+
 template <class T>
 Schedule schedule(const BlockedMap<T>& map, int64_t rows, int64_t channels, int64_t halo, int threads,
                   int64_t chunks_per_thread) {
@@ -99,6 +106,7 @@ bool compact_supported(const ConvGeometry& g) {
 template <class T>
 bool conv_forward(const ConvGeometry& g, const Structure& s, const Operand<T>& x, const T* values,
                   const T* bias, const Result<T>& y, ChannelSums* sums, int threads) {
+  threads = threads_for(g, s, 1, threads);
   const auto& kernels = engine<ConvEngine<T>>();
   const auto plans = forward_plan(g, s, kernels.blocked_tile);
   const GatherPlan& plan = plans->phases[0];
@@ -118,6 +126,7 @@ template <class T>
 bool conv_backward(const ConvGeometry& g, const Structure& s, const Operand<T>& grad, const Operand<T>& x,
                    const T* values, T* dvalues, const Result<T>* dx, bool compact, ChannelSums* sums,
                    int threads) {
+  threads = threads_for(g, s, dx ? 2 : 1, threads);
   const auto& kernels = engine<ConvEngine<T>>();
   const auto plan = gradient_plan(g, s, kernels.blocked_tile, compact);
   size_t taps = 0;
@@ -149,6 +158,7 @@ bool conv_backward(const ConvGeometry& g, const Structure& s, const Operand<T>& 
 template <class T>
 bool join(const Operand<T>& main, const Operand<T>& other, bool relu, const Result<T>& y, ChannelSums* sums,
           int threads) {
+  threads = useful_threads(threads, 0, 2 * y.out.elements());
   const Schedule schedule = blocked::schedule(y.out, y.out.h, y.out.channels, 0, threads, 4);
   Places<T> places(y, schedule, y.out.h);
   bool finite = true;
@@ -159,6 +169,7 @@ bool join(const Operand<T>& main, const Operand<T>& other, bool relu, const Resu
 
 template <class T>
 bool gate(const T* grad, const Result<T>& y, ChannelSums* sums, int threads) {
+  threads = useful_threads(threads, 0, 2 * y.out.elements());
   const Schedule schedule = blocked::schedule(y.out, y.out.h, y.out.channels, 0, threads, 4);
   Places<T> places(y, schedule, y.out.h);
   bool finite = true;
