@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +66,12 @@ def projection(module: nn.Module | None) -> ConvNorm | None:
     return None
 
 
+def first_conv(stage: Any) -> nn.Module | None:
+    """Return the first convolution of the blocks in a row, None if it is not there."""
+    blocks = list(stage) if isinstance(stage, nn.Sequential) else []
+    return getattr(blocks[0], "conv1", None) if blocks else None
+
+
 def unit(conv: nn.Module, norm: BatchNormAct2d) -> ConvNorm:
     """Return a convolution and its norm, with the ReLU that the norm has."""
     return ConvNorm(conv, norm, getattr(norm, "act", False))
@@ -77,8 +85,7 @@ class BlockedResNet(ResNet):
         """Return the logits of the images `x`."""
         if torch.compiler.is_compiling():
             return super().forward(x)
-        ahead = getattr(self, self.stages[0])[0].conv1
-        stem = run_block(self, x, [unit(self.conv1, self.bn1)], then=ahead)
+        stem = run_block(self, x, [unit(self.conv1, self.bn1)], then=first_conv(self.layer1))
         maps = self.bn1(self.conv1(x)) if stem is None else stem
         if type(self.maxpool) is not nn.Identity or not is_bare(self.maxpool):
             maps = self.maxpool(leave(maps))

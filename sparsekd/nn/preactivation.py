@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from sparsekd.nn.blocked import (
     spec_of,
     values_of,
 )
+from sparsekd.nn.blocked_models import first_conv
 from sparsekd.nn.fused import register_fused
 from sparsekd.ops.cpu import blocked as ops
 from sparsekd.ops.cpu import preactivation
@@ -141,8 +141,8 @@ class BlockedWideResNet(WideResNet):
         """Return the logits of the images `x`."""
         if torch.compiler.is_compiling():
             return super().forward(x)
-        first: Any = self.layer1[0]
-        stem = run_preactivation(self, x, None, [], self.conv1, then=first.conv1)
+        ahead = first_conv(self.layer1)
+        stem = run_preactivation(self, x, None, [], self.conv1, then=ahead)
         maps = self.conv1(x) if stem is None else stem
         for layer in (self.layer1, self.layer2, self.layer3):
             maps = call_blocked(layer, maps)
