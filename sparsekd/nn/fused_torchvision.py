@@ -3,37 +3,67 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import densenet, inception, regnet, resnet
 from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv2d
 from torchvision.ops.misc import Conv2dNormActivation
 
+from sparsekd._torch import is_bare
+from sparsekd.nn.blocked import Blocked, ConvNorm, call_blocked, leave, run_block
+from sparsekd.nn.blocked_models import projection
 from sparsekd.nn.fused import FusedSequential, register_fused
 from sparsekd.nn.norm_act import conv_norm_act, norm_act
 
 
-@register_fused(resnet.BasicBlock)
-class FusedBasicBlock(resnet.BasicBlock):
-    """Residual block of two 3x3 convolutions."""
+class _Residual(nn.Module):
+    """A residual block of torchvision, in the CPU kernels' blocked layout where that serves."""
+
+    convolutions: int
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    def units(self) -> list[ConvNorm]:
+        """Return the convolutions of the main branch with their norms."""
+        numbers = range(1, self.convolutions + 1)
+        return [ConvNorm(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"), True) for i in numbers]
+
+    def forward_blocked(self, x: Tensor | Blocked) -> Tensor | Blocked:
+        """Apply the block to ordinary or blocked images."""
+        result = None
+        if type(self.relu) is nn.ReLU and is_bare(self.relu) and not torch.compiler.is_compiling():
+            identity = self.downsample is None
+            shortcut, units = projection(self.downsample), self.units()
+            known = all(type(unit.norm) is nn.BatchNorm2d for unit in units)
+            if known and (identity or shortcut is not None):
+                result = run_block(self, x, units, shortcut, identity=identity)
+        return self._ordinary(leave(x)) if result is None else result
+
+    def _ordinary(self, x: Tensor) -> Tensor:
+        *first, last = self.units()
+        out = x
+        for unit in first:
+            out = conv_norm_act(unit.conv, unit.norm, out, self.relu)
+        identity = x if self.downsample is None else self.downsample(x)
+        return conv_norm_act(last.conv, last.norm, out, self.relu, identity)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to `x`."""
-        out = conv_norm_act(self.conv1, self.bn1, x, self.relu)
-        identity = x if self.downsample is None else self.downsample(x)
-        return conv_norm_act(self.conv2, self.bn2, out, self.relu, identity)
+        return leave(self.forward_blocked(x))
+
+
+@register_fused(resnet.BasicBlock)
+class FusedBasicBlock(_Residual, resnet.BasicBlock):
+    """Residual block of two 3x3 convolutions."""
+
+    convolutions = 2
 
 
 @register_fused(resnet.Bottleneck)
-class FusedBottleneck(resnet.Bottleneck):
+class FusedBottleneck(_Residual, resnet.Bottleneck):
     """Residual block of a 1x1, a 3x3 and a 1x1 convolution."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to `x`."""
-        out = conv_norm_act(self.conv1, self.bn1, x, self.relu)
-        out = conv_norm_act(self.conv2, self.bn2, out, self.relu)
-        identity = x if self.downsample is None else self.downsample(x)
-        return conv_norm_act(self.conv3, self.bn3, out, self.relu, identity)
+    convolutions = 3
 
 
 @register_fused(resnet.ResNet)
@@ -41,9 +71,10 @@ class FusedResNet(resnet.ResNet):
     """Residual network, whose own norm is that of the stem."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.maxpool(conv_norm_act(self.conv1, self.bn1, x, self.relu))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        maps = self.maxpool(conv_norm_act(self.conv1, self.bn1, x, self.relu))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            maps = call_blocked(layer, maps)
+        return self.fc(torch.flatten(self.avgpool(leave(maps)), 1))
 
 
 @register_fused(Conv2dNormActivation)

@@ -139,3 +139,69 @@ def test_a_hook_in_a_norm_with_activation_sees_its_input(timm) -> None:
     y = model(torch.randn(4, 2, 3, 3))
     assert float(seen[0].detach().min()) < 0
     torch.testing.assert_close(seen[0].relu(), y)
+
+
+def _dilated_resnet50() -> nn.Module:
+    from torchvision.models import resnet50
+
+    dilated = [False, False, True]
+    return resnet50(num_classes=4, width_per_group=8, replace_stride_with_dilation=dilated)
+
+
+def _resnext() -> nn.Module:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=4, groups=4, width_per_group=8)
+
+
+@pytest.mark.parametrize(
+    "make, count",
+    [(_resnet18, 8), (_resnet50, 16), (_dilated_resnet50, 16), (_resnext, 4)],
+    ids=["resnet18", "resnet50", "dilated", "resnext"],
+)
+def test_residual_blocks_run_in_the_blocked_layout(
+    make, count, torchvision, sparse_twins, blocks, one_step, assert_near
+) -> None:
+    fast, plain = sparse_twins(make)
+    x = torch.randn(12, 3, 32, 32, dtype=torch.float64)
+    for training in (True, False):
+        blocks.clear()
+        found = one_step(fast.train(training), x)
+        assert len(blocks) == count
+        assert_near(found, one_step(plain.train(training), x), 1e-8)
+
+
+@pytest.mark.parametrize(
+    "what", ["hook", "other activation", "other shortcut", "other norm", "hook on a stage"]
+)
+def test_residual_blocks_that_others_see_run_as_before(
+    what, torchvision, sparse_twins, blocks, one_step, assert_near
+) -> None:
+    twins, seen = sparse_twins(_resnet18), []
+    for model in twins:
+        block = model.layer2[0]
+        if what == "hook":
+            block.relu.register_forward_hook(lambda module, args, y: seen.append(y.clone()))
+        elif what == "other activation":
+            block.relu = nn.SiLU()
+        elif what == "other shortcut":
+            block.downsample.append(nn.Tanh())
+        else:
+            model.layer2.register_forward_hook(lambda module, args, y: seen.append(y.clone()))
+    x = torch.randn(12, 3, 32, 32, dtype=torch.float64)
+    found = [one_step(model, x) for model in twins]
+    assert_near(*found, 1e-8)
+    assert len(seen) == {"hook": 4, "hook on a stage": 2}.get(what, 0)
+    # The block itself may not; its shortcut by itself may.
+    assert len(blocks) in ((8,) if what == "hook on a stage" else (7, 8))
+    assert_near(seen[: len(seen) // 2], seen[len(seen) // 2 :], 1e-8)
+
+
+@torch.no_grad()
+def test_a_norm_with_a_relu_of_its_own(torchvision, sparse_twins, assert_near) -> None:
+    twins = sparse_twins(_resnet18)
+    for model in twins:
+        model.layer2[1].bn2 = skd.models.norm_act.BatchNormAct2d(128, dtype=torch.float64)
+    skd.optimize(twins[0])
+    x = torch.randn(12, 3, 32, 32, dtype=torch.float64)
+    assert_near(*([model(x)] for model in twins))
