@@ -49,9 +49,8 @@ class Updater:
     loaded a state too, which is then taken to fit them. With a GradScaler, `scaler.step(opt)` and
     `scaler.update()` both belong under the `if`.
 
-    Under `torch.distributed` every rank builds the same updater on its DistributedDataParallel
-    wrapper. Dense gradients are averaged over the ranks before they are ranked, and topologies are
-    compared at the first step and after each update.
+    Under `torch.distributed` every rank builds the same updater on its DDP wrapper. Dense gradients
+    are averaged over the ranks, and topologies compared at the first step and after each update.
 
     Args:
         model: holds the sparse modules, of which those with frozen values and those that store
@@ -150,21 +149,12 @@ class Updater:
             >>> skd.dst.RigL.options(skd.dst.Dynamics(), 0.9, steps=1000)
             {'drop_fraction': 0.3, 'every': 100, 'until': 750}
         """
-        until = at_share(dynamics.until, steps)
-        return {"drop_fraction": dynamics.drop_fraction, "every": dynamics.every, "until": until}
+        end = at_share(dynamics.until, steps)
+        return {"drop_fraction": dynamics.drop_fraction, "every": dynamics.every, "until": end}
 
     def updates_ahead(self, steps: int) -> int:
-        """Return how many updates are planned in a run of `steps` iterations, from here on.
-
-        Example:
-            >>> import torch, sparsekd as skd
-            >>> layer = skd.nn.SparseLinear(8, 4)
-            >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1)
-            >>> skd.dst.RigL(layer, opt, every=10, until=75).updates_ahead(100)
-            7
-        """
-        ahead = range(self.iteration + 1, steps + 1)
-        return sum(self.schedule(iteration) is not None for iteration in ahead)
+        """Return how many updates are planned in a run of `steps` iterations, from here on."""
+        return sum(self.schedule(i) is not None for i in range(self.iteration + 1, steps + 1))
 
     def attach(self, *wrappers: DistributedDataParallel) -> None:
         """Register DistributedDataParallel wrappers of the model that were not passed as `model`.
@@ -207,7 +197,8 @@ class Updater:
             UnsupportedError: a capturable layer cannot take its mask, or layers would change size
                 under `torch.distributed` and no wrapper is known. No layer has changed.
         """
-        self._follow()
+        if changed := self._rewiring.followed.changed():
+            self.catch_up(changed)
         if not self._rewiring.compared:
             self._rewiring.compare_ranks()
         self.iteration += 1
@@ -227,7 +218,8 @@ class Updater:
         Returns:
             Whether there was anything to rewire.
         """
-        self._follow()
+        if changed := self._rewiring.followed.changed():
+            self.catch_up(changed)
         self.last_update = {}
         self._grids.clear()
         if self.needs_gradient and not any(map(self.has_gradient, self.modules)):
@@ -395,10 +387,6 @@ class Updater:
             setattr(self, name, copy.deepcopy(state[name]))
         self.last_update, self._rewiring.compared = {}, False
         self._prepare_next()
-
-    def _follow(self) -> None:
-        if changed := self._rewiring.followed.changed():
-            self.catch_up(changed)
 
     def _prepare_next(self) -> None:
         self._gradients.switch(on=self._collects(self.iteration + 1))

@@ -33,3 +33,11 @@ def make_pipeline(images: data.Dataset, tmp_path: Path) -> Callable[..., Pipelin
         return Pipeline(build, images, **options)
 
     return make
+
+
+@pytest.fixture
+def pipeline(make_pipeline: Callable[..., Pipeline]) -> Pipeline:
+    """A pipeline whose dense run has ended."""
+    pipeline = make_pipeline(rewind_epoch=1)
+    pipeline.dense_trainer().fit()
+    return pipeline
