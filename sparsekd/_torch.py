@@ -214,6 +214,7 @@ def is_bare(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
         or _has_any_global_hook()
     )
 

@@ -62,13 +62,16 @@ def test_take_hooks_takes_every_hook_of_a_call() -> None:
     assert own == {*_torch._CALL_HOOKS, *_torch.REGISTERED}
 
 
-def test_is_bare_knows_global_hooks_and_replaced_forwards() -> None:
+def test_is_bare_knows_global_hooks_replaced_forwards_and_compiled_modules() -> None:
     module = nn.ReLU()
     with nn.modules.module.register_module_forward_hook(lambda *args: None):
         assert not _torch.is_bare(module)
     assert _torch.is_bare(module)
     module.forward = module.forward
     assert not _torch.is_bare(module)
+    compiled = nn.ReLU()
+    compiled.compile()
+    assert not _torch.is_bare(compiled)
 
 
 def test_metadata_of() -> None:

@@ -317,7 +317,7 @@ class _Node(torch.autograd.Function):
         saved = ctx.saved_tensors
         results = None
         if direct(grad):
-            results = _gradients(ctx, as_made(saved), grad.contiguous())
+            results = _gradients(ctx, as_made(saved), as_made([grad.contiguous()])[0])
         if results is None:
             *_, plain, shape = ctx.made
             inputs, needs = saved[: ctx.inputs], ctx.needs_input_grad[1:]

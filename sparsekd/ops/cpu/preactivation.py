@@ -114,7 +114,7 @@ class _Node(torch.autograd.Function):
         inputs, needs = saved[: ctx.inputs], ctx.needs_input_grad[1:]
         results = None
         if direct(grad):
-            results = _gradients(ctx, as_made(saved), grad.contiguous(), needs)
+            results = _gradients(ctx, as_made(saved), as_made([grad.contiguous()])[0], needs)
         if results is None:
             results = by_ordinary_ops(ctx.block.plain, ctx.shape, inputs, needs, grad)
         return None, *results
