@@ -105,15 +105,14 @@ blocked::ConvNorm<T> norm_of(const py::tuple& t, size_t first, int64_t channels)
   c.rate = t[first + 5].cast<double>();
   c.frozen = t[first + 6].cast<bool>();
   if (!c.running_mean != !c.running_var || (c.frozen && !c.running_mean))
-    throw ShapeError(
-        "running_mean, running_var: expected both, or neither of a norm that is not frozen");
+    throw ShapeError("running_mean, running_var: expected both, or neither of a norm that is not frozen");
   return c;
 }
 
 // (values, bias, gamma, beta, running mean, running variance, eps, rate, frozen, z, state)
 template <class T>
 std::vector<blocked::ConvNorm<T>> convolutions(const std::vector<blocked::ConvNormShape>& shapes,
-                                             const py::sequence& from) {
+                                               const py::sequence& from) {
   if (from.size() != shapes.size()) throw ShapeError("convolutions: expected as many as in the plan");
   std::vector<blocked::ConvNorm<T>> all;
   for (size_t i = 0; i < shapes.size(); ++i) {
@@ -134,7 +133,7 @@ std::vector<blocked::ConvNorm<T>> convolutions(const std::vector<blocked::ConvNo
 // (values, bias, gamma, beta, grad), of which the last four may be None
 template <class T>
 std::vector<blocked::ConvNormGradients<T>> gradients_of(const std::vector<blocked::ConvNorm<T>>& of,
-                                                               const py::sequence& from) {
+                                                        const py::sequence& from) {
   if (from.size() != of.size()) throw ShapeError("gradients: expected as many as in the plan");
   std::vector<blocked::ConvNormGradients<T>> all;
   for (size_t i = 0; i < of.size(); ++i) {

@@ -1,5 +1,5 @@
-// What sparsekd needs of DLPack (https://dmlc.github.io/dlpack), version 1.2 and later minor ones: the view of
-// a tensor, and the table of C functions through which a package lends its tensors without a Python call.
+// What sparsekd needs of DLPack (https://dmlc.github.io/dlpack), version 1.2 and later minor ones: the view
+// of a tensor, and the table of C functions through which a package lends its tensors without a Python call.
 #pragma once
 #include <cstdint>
 

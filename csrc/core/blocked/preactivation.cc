@@ -52,8 +52,8 @@ bool preactivation_forward(const PreActivation<T>& b) {
       return false;
     out.residual = c.z.data;
   }
-  if (!conv_forward<T>(b.last.shape->geometry, *b.last.shape->weight, input_of(b, b.main.size()), b.last.values,
-                       b.last.bias, out, &of_output, b.threads))
+  if (!conv_forward<T>(b.last.shape->geometry, *b.last.shape->weight, input_of(b, b.main.size()),
+                       b.last.values, b.last.bias, out, &of_output, b.threads))
     return false;
   if (b.out_moments) {
     std::copy(of_output.first.begin(), of_output.first.end(), b.out_moments);

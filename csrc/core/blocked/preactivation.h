@@ -26,15 +26,16 @@ struct PreActivation {
   int threads;
 };
 
-// Fills the outputs, z, states and out_moments. Where something is not finite it returns false, and the running
-// statistics stay as they were.
+// Fills the outputs, z, states and out_moments. Where something is not finite it returns false, and the
+// running statistics stay as they were.
 template <class T>
 bool preactivation_forward(const PreActivation<T>& block);
 
 template <class T>
 struct PreActivationGradients {
   const T* out;
-  ConvNormGradients<T> front;  // values: null; grad: memory like the input, unless x is null or there is no front
+  ConvNormGradients<T>
+      front;  // values: null; grad: memory like the input, unless x is null or there is no front
   std::vector<ConvNormGradients<T>> main;
   ConvNormGradients<T> last, shortcut;
   T* projected;  // memory for the gradient through the shortcut, see projected_compact
