@@ -186,6 +186,8 @@ def test_residual_blocks_that_others_see_run_as_before(
             block.relu = nn.SiLU()
         elif what == "other shortcut":
             block.downsample.append(nn.Tanh())
+        elif what == "other norm":
+            block.bn1 = nn.GroupNorm(8, 128, dtype=torch.float64)
         else:
             model.layer2.register_forward_hook(lambda module, args, y: seen.append(y.clone()))
     x = torch.randn(12, 3, 32, 32, dtype=torch.float64)
