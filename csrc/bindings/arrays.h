@@ -139,17 +139,26 @@ inline std::shared_ptr<const Structure> structure(const Indices& crow, const Ind
                         [&] { return std::make_unique<StorageOwner>(crow, col); });
 }
 
-inline ConvGeometry conv_geometry(const Array& input, const Quad& weight_shape, const Pair& stride,
-                                  const Quad& padding, const Pair& dilation, int64_t groups) {
-  check_dims("x", input, 4);
+// What a convolution is besides its operands.
+struct ConvOptions {
+  Quad weight_shape;
+  Pair stride;
+  Quad padding;  // top, bottom, left, right
+  Pair dilation;
+  int64_t groups;
+};
+
+// For an input [N, C, H, W].
+inline ConvGeometry conv_geometry(const Quad& input, const ConvOptions& options) {
+  const auto& [weight, stride, padding, dilation, groups] = options;
   ConvGeometry g{};
-  g.batch = input.shape(0);
-  g.in_channels = input.shape(1);
-  g.in_h = input.shape(2);
-  g.in_w = input.shape(3);
-  g.out_channels = weight_shape[0];
-  g.kernel_h = weight_shape[2];
-  g.kernel_w = weight_shape[3];
+  g.batch = input[0];
+  g.in_channels = input[1];
+  g.in_h = input[2];
+  g.in_w = input[3];
+  g.out_channels = weight[0];
+  g.kernel_h = weight[2];
+  g.kernel_w = weight[3];
   g.stride_h = stride[0];
   g.stride_w = stride[1];
   g.pad_top = padding[0];
@@ -160,15 +169,21 @@ inline ConvGeometry conv_geometry(const Array& input, const Quad& weight_shape, 
   g.dilation_w = dilation[1];
   g.groups = groups;
   complete_geometry(g);
-  if (weight_shape[1] != g.in_channels / g.groups)
-    throw ShapeError("x: expected " + std::to_string(weight_shape[1] * groups) + " channels, got " +
+  if (weight[1] != g.in_channels / g.groups)
+    throw ShapeError("x: expected " + std::to_string(weight[1] * groups) + " channels, got " +
                      std::to_string(g.in_channels));
   return g;
 }
 
+inline ConvGeometry conv_geometry(const Array& input, const ConvOptions& options) {
+  check_dims("x", input, 4);
+  return conv_geometry(Quad{input.shape(0), input.shape(1), input.shape(2), input.shape(3)}, options);
+}
+
+// A vector of `length` elements, or null where there is None.
 template <class T>
-const T* optional_bias(const py::object& bias, int64_t channels) {
-  return bias.is_none() ? nullptr : vector_of<const T>("bias", bias.cast<Array>(), channels);
+T* optional_vector(const char* name, const py::object& a, int64_t length) {
+  return a.is_none() ? nullptr : vector_of<T>(name, a.cast<Array>(), length);
 }
 
 // Calls run(float{}) or run(double{}) by the type of `a`.

@@ -27,47 +27,15 @@ BlockedMap<T> blocked_map(const char* name, const Array& a, int64_t n, int64_t c
 // (crow, col, weight shape, stride, padding, dilation, groups, relu) of each convolution.
 using Spec = std::tuple<Indices, Indices, Quad, Pair, Quad, Pair, int64_t, bool>;
 
-inline ConvGeometry geometry_of(const Spec& spec, const Quad& input) {
-  ConvGeometry g{};
-  const auto& weight = std::get<2>(spec);
-  g.batch = input[0];
-  g.in_channels = input[1];
-  g.in_h = input[2];
-  g.in_w = input[3];
-  g.out_channels = weight[0];
-  g.kernel_h = weight[2];
-  g.kernel_w = weight[3];
-  g.stride_h = std::get<3>(spec)[0];
-  g.stride_w = std::get<3>(spec)[1];
-  g.pad_top = std::get<4>(spec)[0];
-  g.pad_bottom = std::get<4>(spec)[1];
-  g.pad_left = std::get<4>(spec)[2];
-  g.pad_right = std::get<4>(spec)[3];
-  g.dilation_h = std::get<5>(spec)[0];
-  g.dilation_w = std::get<5>(spec)[1];
-  g.groups = std::get<6>(spec);
-  complete_geometry(g);
-  if (weight[1] != g.in_channels / g.groups)
-    throw ShapeError("x: expected " + std::to_string(weight[1] * g.groups) + " channels, got " +
-                     std::to_string(g.in_channels));
-  return g;
-}
-
 template <class T, class Map>
 T* like(const char* name, const Array& a, const Map& map) {
   return blocked_map<T>(name, a, map.images, map.channels, map.h, map.w).data;
 }
 
-template <class T>
-T* optional_vector(const char* name, const py::object& a, int64_t length) {
-  return a.is_none() ? nullptr : vector_of<T>(name, a.cast<Array>(), length);
-}
-
 inline Quad add_convolution(std::vector<blocked::ConvNormShape>& to, const Spec& spec, const Quad& input) {
-  const ConvGeometry g = geometry_of(spec, input);
-  auto weight = structure(std::get<0>(spec), std::get<1>(spec), g.out_channels,
-                          g.in_channels / g.groups * g.kernel_h * g.kernel_w);
-  to.push_back({g, weight, std::get<7>(spec)});
+  const auto& [crow, col, shape, stride, padding, dilation, groups, relu] = spec;
+  const ConvGeometry g = conv_geometry(input, {shape, stride, padding, dilation, groups});
+  to.push_back({g, structure(crow, col, g.out_channels, shape[1] * g.kernel_h * g.kernel_w), relu});
   return {g.batch, g.out_channels, g.out_h, g.out_w};
 }
 

@@ -16,7 +16,7 @@ namespace {
 void conv2d_wgrad_tile(const Array& grad, const Array& x, const Quad& tile, const Array& out,
                        const Quad& weight_shape, const Pair& stride, const Quad& padding,
                        const Pair& dilation, int64_t groups, int threads) {
-  const ConvGeometry g = conv_geometry(x, weight_shape, stride, padding, dilation, groups);
+  const ConvGeometry g = conv_geometry(x, {weight_shape, stride, padding, dilation, groups});
   const WeightTile t{tile[0], tile[1], tile[2], tile[3]};
   check_tile(g, t);
   expect_shape("grad", grad, {g.batch, g.out_channels, g.out_h, g.out_w});

@@ -47,11 +47,6 @@ T* optional_maps(const char* name, const py::object& a, const Array& x) {
 }
 
 template <class T>
-T* optional_vector(const char* name, const py::object& a, int64_t length) {
-  return a.is_none() ? nullptr : vector_of<T>(name, a.cast<Array>(), length);
-}
-
-template <class T>
 Norm<T> norm_of(const Maps& maps, const Array& mean, const Array& var, const py::object& weight,
                 const py::object& bias, double eps, bool relu) {
   return {maps,

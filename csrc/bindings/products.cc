@@ -18,8 +18,7 @@ struct Convolution {
 
 Convolution convolution(const Array& input, const Indices& crow, const Indices& col,
                         const ConvOptions& options) {
-  const ConvGeometry g = conv_geometry(input, options.weight_shape, options.stride, options.padding,
-                                       options.dilation, options.groups);
+  const ConvGeometry g = conv_geometry(input, options);
   auto weight = structure(crow, col, g.out_channels, options.weight_shape[1] * g.kernel_h * g.kernel_w);
   check_weight(g, *weight);
   return {g, weight};
@@ -27,9 +26,7 @@ Convolution convolution(const Array& input, const Indices& crow, const Indices& 
 
 // The threads that a product is worth, of those it may have.
 int threads_for(const ConvGeometry& g, const Structure& weight, int threads) {
-  const int64_t pixels = g.batch * g.out_h * g.out_w;
-  const int64_t moved = g.batch * g.in_channels * g.in_h * g.in_w + pixels * g.out_channels;
-  return useful_threads(check_threads(threads), pixels * weight.nnz, moved);
+  return conv_threads(g, weight, 1, check_threads(threads));
 }
 
 int threads_for(int64_t samples, const Structure& weight, int threads) {
@@ -88,7 +85,7 @@ void conv2d(const Array& x, const Array& values, const Indices& crow, const Indi
     const auto in = view4<const T>("x", x);
     const auto out = view4<T>("y", y);
     const T* v = vector_of<const T>("values", values, weight->nnz);
-    const T* b = optional_bias<T>(bias, g.out_channels);
+    const T* b = optional_vector<const T>("bias", bias, g.out_channels);
     py::gil_scoped_release release;
     conv_fprop<T>(g, *weight, in, v, b, out, threads);
   });
@@ -134,7 +131,7 @@ void linear(const Array& x, const Array& values, const Indices& crow, const Indi
     const auto in = samples<const T>("x", x);
     const auto out = samples<T>("y", y);
     const T* v = vector_of<const T>("values", values, weight->nnz);
-    const T* b = optional_bias<T>(bias, weight->rows);
+    const T* b = optional_vector<const T>("bias", bias, weight->rows);
     py::gil_scoped_release release;
     linear_fprop<T>(*weight, in, v, b, out, threads);
   });

@@ -5,14 +5,6 @@
 
 namespace sparsekd {
 
-struct ConvOptions {
-  Quad weight_shape;
-  Pair stride;
-  Quad padding;  // top, bottom, left, right
-  Pair dilation;
-  int64_t groups;
-};
-
 namespace products {
 
 // `bias` may be None.

@@ -30,7 +30,7 @@ template <class T>
 bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
   const ConvNorm<T>& last = b.main.back();
   const int64_t channels = b.out.channels;
-  ChannelSums sums, projected_sums;
+  ChannelSums sums;
   const T* grad = g.out;
   if (g.sums) {
     for (auto [to, from] : {std::pair{&sums.first, g.sums},
@@ -58,16 +58,12 @@ bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
   int64_t every = 1;
   if (!b.shortcut.empty()) {
     const ConvNorm<T>& c = b.shortcut[0];
-    const ConvGeometry& shape = c.shape->geometry;
     const Through<T> through(c, grad, sums.first.data(), sums.third.data(), g.shortcut[0]);
-    const bool compact = projected_compact(shape);
-    Result<T> dx;
-    dx.out = {g.projected, b.x.images, b.x.channels, compact ? c.z.h : b.x.h, compact ? c.z.w : b.x.w};
-    if (!conv_gradients(c, through, plain<T>(b.x), g.shortcut[0], g.x ? &dx : nullptr, compact,
-                        &projected_sums, b.threads))
+    if (!projected_gradient(c, through.operand, plain<T>(b.x), b.x, g.shortcut[0].values, g.projected,
+                            g.x != nullptr, b.threads))
       return false;
     residual = g.projected;
-    every = compact ? shape.stride_h : 1;
+    every = projected_every(c);
   }
   for (size_t i = b.main.size(); i-- > 0;) {
     const ConvNorm<T>& c = b.main[i];
@@ -77,12 +73,7 @@ bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
       const ConvNorm<T>& before = b.main[i - 1];
       dx.out = before.z;
       dx.out.data = g.main[i - 1].grad;
-      dx.gate = before.shape->relu ? Gate::kNormalised : Gate::kOpen;
-      dx.sum = Sum::kGradient;
-      dx.normed = before.z.data;
-      dx.mean = before.mean();
-      dx.scale = before.scale();
-      dx.shift = before.shift();
+      gate_behind(before, before.shape->relu, dx);
     } else {
       dx.out = {g.x, b.x.images, b.x.channels, b.x.h, b.x.w};
       dx.residual = residual;
@@ -98,7 +89,8 @@ bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
       }
     }
     const Operand<T> x = i ? normalised(b.main[i - 1], b.main[i - 1].shape->relu) : plain<T>(b.x);
-    if (!conv_gradients(c, through, x, g.main[i], i || g.x ? &dx : nullptr, false, &sums, b.threads))
+    if (!conv_backward<T>(c.shape->geometry, *c.shape->weight, through.operand, x, c.values, g.main[i].values,
+                          i || g.x ? &dx : nullptr, false, &sums, b.threads))
       return false;
     grad = dx.out.data;
   }

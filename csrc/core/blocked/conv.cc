@@ -74,13 +74,6 @@ class Places {
   std::vector<double> sums_, centre_;
 };
 
-// For the products of a convolution at every position, `passes` times, and the maps that it reads and writes.
-int threads_for(const ConvGeometry& g, const Structure& s, int64_t passes, int threads) {
-  const int64_t products = g.batch * g.out_h * g.out_w * s.nnz;
-  const int64_t elements = g.batch * (g.in_channels * g.in_h * g.in_w + g.out_channels * g.out_h * g.out_w);
-  return useful_threads(threads, passes * products, passes * elements);
-}
-
 template <class T>
 Schedule schedule(const BlockedMap<T>& map, int64_t rows, int64_t channels, int64_t halo, int threads,
                   int64_t chunks_per_thread) {
@@ -106,7 +99,7 @@ bool compact_supported(const ConvGeometry& g) {
 template <class T>
 bool conv_forward(const ConvGeometry& g, const Structure& s, const Operand<T>& x, const T* values,
                   const T* bias, const Result<T>& y, ChannelSums* sums, int threads) {
-  threads = threads_for(g, s, 1, threads);
+  threads = conv_threads(g, s, 1, threads);
   const auto& kernels = engine<ConvEngine<T>>();
   const auto plans = forward_plan(g, s, kernels.blocked_tile);
   const GatherPlan& plan = plans->phases[0];
@@ -126,7 +119,7 @@ template <class T>
 bool conv_backward(const ConvGeometry& g, const Structure& s, const Operand<T>& grad, const Operand<T>& x,
                    const T* values, T* dvalues, const Result<T>* dx, bool compact, ChannelSums* sums,
                    int threads) {
-  threads = threads_for(g, s, dx ? 2 : 1, threads);
+  threads = conv_threads(g, s, dx ? 2 : 1, threads);
   const auto& kernels = engine<ConvEngine<T>>();
   const auto plan = gradient_plan(g, s, kernels.blocked_tile, compact);
   size_t taps = 0;

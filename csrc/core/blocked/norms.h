@@ -98,12 +98,33 @@ struct Through {
   }
 };
 
+// A gradient on its way through the ReLU behind a norm, with the sums that the norm needs.
 template <class T>
-bool conv_gradients(const ConvNorm<T>& c, const Through<T>& grad, const Operand<T>& x,
-                    const ConvNormGradients<T>& to, const Result<T>* dx, bool compact, ChannelSums* sums,
-                    int threads) {
-  return conv_backward(c.shape->geometry, *c.shape->weight, grad.operand, x, c.values, to.values, dx, compact,
-                       sums, threads);
+void gate_behind(const ConvNorm<T>& norm, bool relu, Result<T>& dx) {
+  dx.gate = relu ? Gate::kNormalised : Gate::kOpen;
+  dx.sum = Sum::kGradient;
+  dx.normed = norm.z.data;
+  dx.mean = norm.mean();
+  dx.scale = norm.scale();
+  dx.shift = norm.shift();
+}
+
+// Rows and columns of the input from one gradient through a shortcut's convolution to the next.
+template <class T>
+int64_t projected_every(const ConvNorm<T>& c) {
+  return projected_compact(c.shape->geometry) ? c.shape->geometry.stride_h : 1;
+}
+
+// The gradients of a shortcut's convolution: of its values, and, if `wanted`, of its input, which is like
+// `x`.
+template <class T>
+bool projected_gradient(const ConvNorm<T>& c, const Operand<T>& grad, const Operand<T>& input,
+                        const BlockedMap<const T>& x, T* dvalues, T* projected, bool wanted, int threads) {
+  const bool compact = projected_compact(c.shape->geometry);
+  Result<T> dx;
+  dx.out = {projected, x.images, x.channels, compact ? c.z.h : x.h, compact ? c.z.w : x.w};
+  return conv_backward<T>(c.shape->geometry, *c.shape->weight, grad, input, c.values, dvalues,
+                          wanted ? &dx : nullptr, compact, nullptr, threads);
 }
 
 }  // namespace sparsekd::blocked

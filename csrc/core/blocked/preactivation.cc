@@ -14,17 +14,6 @@ Operand<T> input_of(const PreActivation<T>& b, size_t i) {
   return b.front.empty() ? plain<T>(b.x) : normalised(b.front[0], true);
 }
 
-// A gradient on its way through the ReLU behind a norm, with the sums that the norm needs.
-template <class T>
-void gate_behind(const ConvNorm<T>& norm, bool relu, Result<T>& dx) {
-  dx.gate = relu ? Gate::kNormalised : Gate::kOpen;
-  dx.sum = Sum::kGradient;
-  dx.normed = norm.z.data;
-  dx.mean = norm.mean();
-  dx.scale = norm.scale();
-  dx.shift = norm.shift();
-}
-
 }  // namespace
 
 template <class T>
@@ -72,15 +61,11 @@ bool preactivation_backward(const PreActivation<T>& b, const PreActivationGradie
   const T* residual = nullptr;
   int64_t every = 1;
   for (const ConvNorm<T>& c : b.shortcut) {
-    const ConvGeometry& shape = c.shape->geometry;
-    const bool compact = projected_compact(shape);
-    Result<T> dx;
-    dx.out = {g.projected, b.x.images, b.x.channels, compact ? c.z.h : b.x.h, compact ? c.z.w : b.x.w};
-    if (!conv_backward<T>(shape, *c.shape->weight, grad, input_of(b, 0), c.values, g.shortcut.values,
-                          g.x ? &dx : nullptr, compact, nullptr, b.threads))
+    if (!projected_gradient(c, grad, input_of(b, 0), b.x, g.shortcut.values, g.projected, g.x != nullptr,
+                            b.threads))
       return false;
     residual = g.projected;
-    every = compact ? shape.stride_h : 1;
+    every = projected_every(c);
   }
   std::vector<Through<T>> through;  // keeps the coefficients that grad points at
   through.reserve(norms + 1);

@@ -4,7 +4,7 @@
 // Each reads and writes an element once, row by row, and is limited by memory bandwidth. Tests:
 // blocked_tests.cc.
 
-// Calls run(group, y) for every row of a map, in shares of rows that belong to one place of the schedule.
+// Calls run(place, group, first row, end of rows) for every place of a schedule.
 template <class F>
 void for_places(const Schedule& s, int threads, F run) {
   auto item = [&](int64_t place) {

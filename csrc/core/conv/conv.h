@@ -29,6 +29,9 @@ void complete_geometry(ConvGeometry& geometry);
 // Throws ShapeError unless the structure is that of a weight of this geometry.
 void check_weight(const ConvGeometry& geometry, const Structure& weight);
 
+// How many of `threads` are worth waking for `passes` passes over its maps.
+int conv_threads(const ConvGeometry& geometry, const Structure& weight, int64_t passes, int threads);
+
 // x [batch, Ci, in_h, in_w], values [nnz], bias [Co] or null -> y [batch, Co, out_h, out_w]
 template <class T>
 void conv_fprop(const ConvGeometry&, const Structure&, View4<const T> x, const T* values, const T* bias,

@@ -4,6 +4,7 @@
 
 #include "core/conv/conv.h"
 #include "core/error.h"
+#include "core/parallel.h"
 
 namespace sparsekd {
 namespace {
@@ -59,6 +60,12 @@ void check_weight(const ConvGeometry& g, const Structure& weight) {
     throw ShapeError("weight: expected " + std::to_string(g.out_channels) + " rows and " +
                      std::to_string(columns) + " columns, got " + std::to_string(weight.rows) + " and " +
                      std::to_string(weight.cols));
+}
+
+int conv_threads(const ConvGeometry& g, const Structure& weight, int64_t passes, int threads) {
+  const int64_t pixels = g.batch * g.out_h * g.out_w;
+  const int64_t moved = g.batch * g.in_channels * g.in_h * g.in_w + pixels * g.out_channels;
+  return useful_threads(threads, passes * pixels * weight.nnz, passes * moved);
 }
 
 }  // namespace sparsekd
