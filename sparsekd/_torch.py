@@ -206,6 +206,16 @@ def take_hooks(new: nn.Module, old: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
 
 
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, as torch's parametrizations do; it stays the object that it is.
+
+    Args:
+        module: of a class that has no memory of its own beside `__dict__`, as nn.Modules have.
+        cls: what has the same parameters, buffers and children.
+    """
+    module.__class__ = cls
+
+
 def is_bare(module: nn.Module) -> bool:
     """Return whether calling a module is no more than its class's forward."""
     return not (

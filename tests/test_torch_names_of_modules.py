@@ -62,6 +62,21 @@ def test_take_hooks_takes_every_hook_of_a_call() -> None:
     assert own == {*_torch._CALL_HOOKS, *_torch.REGISTERED}
 
 
+def test_become_changes_the_class_and_nothing_else() -> None:
+    class Other(nn.Linear):
+        pass
+
+    layer, kept = nn.Linear(2, 2), []
+    layer.register_forward_hook(lambda module, args, y: kept.append(module))
+    weight, before = layer.weight, dict(vars(layer))
+    _torch.become(layer, Other)
+    assert type(layer) is Other
+    assert vars(layer) == before
+    assert layer.weight is weight
+    layer(torch.ones(1, 2))
+    assert kept == [layer]
+
+
 def test_is_bare_knows_global_hooks_replaced_forwards_and_compiled_modules() -> None:
     module = nn.ReLU()
     with nn.modules.module.register_module_forward_hook(lambda *args: None):

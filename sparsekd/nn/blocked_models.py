@@ -14,24 +14,29 @@ from sparsekd.nn.blocked import Blocked, ConvNorm, call_blocked, leave, run_bloc
 from sparsekd.nn.fused import FusedSequential, register_fused
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """A residual block; the class behind it in the order of bases is the plain one."""
 
-    downsample: nn.Sequential | None
+    downsample: Any
 
     def units(self) -> list[ConvNorm]:
-        """Return the convolutions of the main branch."""
+        """Return the convolutions of the main branch; none if they cannot run as one."""
         raise NotImplementedError
+
+    def ordinary(self, x: Tensor) -> Tensor:
+        """Apply the block to `x` outside of the layout."""
+        return super().forward(x)
 
     def forward_blocked(self, x: Tensor | Blocked) -> Tensor | Blocked:
         """Apply the block to ordinary or blocked images."""
         result = None
-        if not torch.compiler.is_compiling():
+        units = [] if torch.compiler.is_compiling() else self.units()
+        if units:
             identity = self.downsample is None
-            shortcut = None if identity else projection(self.downsample)
+            shortcut = projection(self.downsample)
             if identity or shortcut is not None:
-                result = run_block(self, x, self.units(), shortcut, identity=identity)
-        return super().forward(leave(x)) if result is None else result
+                result = run_block(self, x, units, shortcut, identity=identity)
+        return self.ordinary(leave(x)) if result is None else result
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to `x`."""
@@ -39,7 +44,7 @@ class _Residual(nn.Module):
 
 
 @register_fused(BasicBlock)
-class BlockedBasicBlock(_Residual, BasicBlock):
+class BlockedBasicBlock(Residual, BasicBlock):
     """Residual block of two 3x3 convolutions, in the blocked layout."""
 
     def units(self) -> list[ConvNorm]:
@@ -48,7 +53,7 @@ class BlockedBasicBlock(_Residual, BasicBlock):
 
 
 @register_fused(Bottleneck)
-class BlockedBottleneck(_Residual, Bottleneck):
+class BlockedBottleneck(Residual, Bottleneck):
     """Residual block of a 1x1, a 3x3 and a 1x1 convolution, in the blocked layout."""
 
     def units(self) -> list[ConvNorm]:

@@ -10,46 +10,37 @@ from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv2d
 from torchvision.ops.misc import Conv2dNormActivation
 
 from sparsekd._torch import is_bare
-from sparsekd.nn.blocked import Blocked, ConvNorm, call_blocked, leave, run_block
-from sparsekd.nn.blocked_models import projection
+from sparsekd.nn.blocked import ConvNorm, call_blocked, leave
+from sparsekd.nn.blocked_models import Residual
 from sparsekd.nn.fused import FusedSequential, register_fused
 from sparsekd.nn.norm_act import conv_norm_act, norm_act
 
 
-class _Residual(nn.Module):
-    """A residual block of torchvision, in the CPU kernels' blocked layout where that serves."""
+class _Residual(Residual):
+    """A residual block of torchvision, whose ReLU is a module of its own."""
 
     convolutions: int
     relu: nn.Module
-    downsample: nn.Module | None
 
-    def units(self) -> list[ConvNorm]:
-        """Return the convolutions of the main branch with their norms."""
+    def _parts(self) -> list[ConvNorm]:
         numbers = range(1, self.convolutions + 1)
         return [ConvNorm(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"), True) for i in numbers]
 
-    def forward_blocked(self, x: Tensor | Blocked) -> Tensor | Blocked:
-        """Apply the block to ordinary or blocked images."""
-        result = None
-        if type(self.relu) is nn.ReLU and is_bare(self.relu) and not torch.compiler.is_compiling():
-            identity = self.downsample is None
-            shortcut, units = projection(self.downsample), self.units()
-            known = all(type(unit.norm) is nn.BatchNorm2d for unit in units)
-            if known and (identity or shortcut is not None):
-                result = run_block(self, x, units, shortcut, identity=identity)
-        return self._ordinary(leave(x)) if result is None else result
+    def units(self) -> list[ConvNorm]:
+        """Return the convolutions of the main branch; none if they cannot run as one."""
+        if type(self.relu) is not nn.ReLU or not is_bare(self.relu):
+            return []
+        parts = self._parts()
+        return parts if all(type(part.norm) is nn.BatchNorm2d for part in parts) else []
 
-    def _ordinary(self, x: Tensor) -> Tensor:
-        *first, last = self.units()
+    def ordinary(self, x: Tensor) -> Tensor:
+        """Apply the block to `x` outside of the layout."""
+        *first, last = self._parts()
         out = x
         for unit in first:
             out = conv_norm_act(unit.conv, unit.norm, out, self.relu)
         identity = x if self.downsample is None else self.downsample(x)
         return conv_norm_act(last.conv, last.norm, out, self.relu, identity)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to `x`."""
-        return leave(self.forward_blocked(x))
 
 
 @register_fused(resnet.BasicBlock)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sparsekd._torch import become
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.fused import FUSED, load_rows
 from sparsekd.ops.memory_format import memory_format_of
@@ -59,7 +60,7 @@ def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
             _to_channels_last(module.weight)
     for module in model.modules():
         if type(module) in FUSED and _has_norm(module):
-            module.__class__ = FUSED[type(module)]
+            become(module, FUSED[type(module)])
     _log.info("optimize: %s", fused_norms(model))
     return model
 
@@ -82,7 +83,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     plain = {fused: cls for cls, fused in FUSED.items()}
     for module in model.modules():
         if type(module) in plain:
-            module.__class__ = plain[type(module)]
+            become(module, plain[type(module)])
     return model
 
 
