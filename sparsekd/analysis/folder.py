@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ import torch
 
 from sparsekd.errors import CheckpointError
 from sparsekd.train import MetricsLog, Row, write_atomic
+from sparsekd.train.working_folder import lock_folder, remove_unfinished
 
 
 class Config(Protocol):
@@ -55,21 +55,22 @@ class StudyFolder:
         self._fresh = fresh
         self._log = MetricsLog(path / "rows.jsonl")
         self._lock: BinaryIO | None = None
+        self._finished: set[str] = set()
 
     def __enter__(self) -> StudyFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _acquire(self.path / ".lock")
+        self._lock = lock_folder(self.path)
         try:
             if self._fresh:
                 self._clear()
             self._check_same()
+            remove_unfinished(self.path)
         except BaseException:
             self._lock.close()
             raise
         text = json.dumps({**self._settings(), "torch": torch.__version__}, indent=2)
         write_atomic(self.path / "config.json", text.encode() + b"\n")
-        finished = {row["run"] for row in self._log.rows() if row["kind"] == "done"}
-        self._log.keep(lambda row: row["run"] in finished)
+        self._finished = {row["run"] for row in self._log.rows() if row["kind"] == "done"}
+        self._log.keep(lambda row: row["run"] in self._finished)
         return self
 
     def __exit__(
@@ -83,7 +84,7 @@ class StudyFolder:
 
     def done(self, job: str) -> bool:
         """Return whether a job has finished."""
-        return any(row["kind"] == "done" and row["run"] == job for row in self._log.rows())
+        return job in self._finished
 
     def finish(self, job: str, rows: Iterable[Row]) -> None:
         """Write the rows of a job, and that it is done.
@@ -95,6 +96,7 @@ class StudyFolder:
         for row in rows:
             self._log.append({"kind": row["kind"], "run": job, **_rounded(row)})
         self._log.append({"kind": "done", "run": job})
+        self._finished.add(job)
 
     def rows(self, *kinds: str) -> list[Row]:
         """Return the rows of these kinds, all if none is named, in the order jobs finished."""
@@ -130,19 +132,6 @@ class StudyFolder:
             (self.path / name).unlink(missing_ok=True)
         for folder in ("figures", "runs"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-
-
-def _acquire(path: Path) -> BinaryIO:
-    file = open(path, "wb")  # noqa: SIM115 - stays open as long as the lock is held
-    with contextlib.suppress(ImportError):  # not a POSIX system: no lock
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise CheckpointError(f"{path.parent}: another process is working here") from None
-    return file
 
 
 def _rounded(value: Any) -> Any:

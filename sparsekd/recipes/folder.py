@@ -21,6 +21,7 @@ from sparsekd.recipes.overrides import merge
 from sparsekd.recipes.presets import RECIPES
 from sparsekd.train import MetricsLog, Row, Training, distributed, write_atomic
 from sparsekd.train.sinks import Sink
+from sparsekd.train.working_folder import lock_folder, remove_unfinished
 
 # More of these may be asked for later; the runs that are there stay valid.
 _GRID = ("methods", "sparsities", "seeds", "first_seed")
@@ -72,8 +73,7 @@ class RunFolder:
         return self
 
     def _prepare(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _acquire(self.path / ".lock")
+        self._lock = lock_folder(self.path)
         try:
             self._open()
         except BaseException:
@@ -85,8 +85,7 @@ class RunFolder:
             self._clear()
         config = _read_config(self.path)
         self._check_same(config)
-        for unfinished in self.path.rglob(".*.tmp"):  # of `write_atomic`, killed
-            unfinished.unlink()
+        remove_unfinished(self.path)
         recipe = _jsonable(_as_meant(self._recipe, config))
         if _began_earlier(config):
             del recipe["layers"]  # it goes on as one that began earlier
@@ -230,23 +229,6 @@ def _as_meant(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     recorded, wanted = _recorded(config), flatten(_jsonable(recipe))
     plain = {name for name in now.keys() - set(_GRID) if now[name] == wanted[name]}
     return merge(recipe, _nested({name: recorded[name] for name in plain & recorded.keys()}))
-
-
-def _acquire(path: Path) -> BinaryIO:
-    file = open(path, "wb")  # noqa: SIM115 - stays open as long as the lock is held
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise CheckpointError(
-            f"{path.parent}: another process is training here; wait until it is done, or choose "
-            "another --out"
-        ) from None
-    return file
 
 
 def _session() -> dict[str, Any]:

@@ -110,6 +110,19 @@ def test_rows_of_a_job_cut_short_are_dropped(tmp_path):
         assert not folder.done("b")
 
 
+def test_files_that_a_kill_left_unfinished_are_removed(tmp_path):
+    with StudyFolder(tmp_path, FLOW):
+        pass
+    unfinished = tmp_path / "runs" / ".final.safetensors.abc.tmp"
+    unfinished.parent.mkdir()
+    unfinished.write_bytes(b"half of it")
+    with pytest.raises(CheckpointError, match="lr="):
+        StudyFolder(tmp_path, replace(FLOW, lr=0.1)).__enter__()
+    assert unfinished.exists()  # a refused folder stays as it is
+    with StudyFolder(tmp_path, FLOW):
+        assert not unfinished.exists()
+
+
 def test_a_folder_refuses_other_settings_but_not_more_seeds(tmp_path):
     with StudyFolder(tmp_path, FLOW) as folder:
         folder.finish("a", [])

@@ -36,15 +36,13 @@ from sparsekd.analysis.bases.ticket import (
     rank_masks,
     stored_numbers,
 )
-from sparsekd.analysis.folder import StudyFolder
+from sparsekd.analysis.study import Study
 from sparsekd.data import Dataset
 from sparsekd.tickets import Masks, make_ticket
 from sparsekd.timing import interleave
 from sparsekd.train import (
     CrossEntropy,
-    Reporter,
     Row,
-    StopRequest,
     Trainer,
     Training,
     derive_seed,
@@ -126,28 +124,8 @@ class TicketRun:
         return f"{self.network}/{self.basis}-{self.start}-{self.density:g}-seed{self.seed}"
 
 
-class BasisStudy:
-    """The runs of a `BasisTickets`, each done once.
-
-    Args:
-        config: the settings.
-        data: the data set; a subset where `config.train_images` says so.
-        folder: opened with the same settings.
-        reporter: receives progress.
-        stop: checked after every step.
-    """
-
-    def __init__(
-        self,
-        config: BasisTickets,
-        data: Dataset,
-        folder: StudyFolder,
-        *,
-        reporter: Reporter | None = None,
-        stop: StopRequest | None = None,
-    ) -> None:
-        self.config, self.data, self.folder = config, data, folder
-        self.reporter, self.stop = reporter or Reporter(), stop or StopRequest()
+class BasisStudy(Study[BasisTickets, Dataset]):
+    """The runs of a `BasisTickets`, each done once."""
 
     def run(self) -> None:
         """Train what is missing.

@@ -24,17 +24,15 @@ from sparsekd.analysis.bootstrap.population import (
     mixture_population,
     real_world,
 )
-from sparsekd.analysis.folder import StudyFolder
 from sparsekd.analysis.probe import Probe
+from sparsekd.analysis.study import Study
 from sparsekd.data import Dataset
 from sparsekd.dst import RigL
 from sparsekd.dst.dynamics import at_share
 from sparsekd.nn import sparsify
 from sparsekd.tickets import Distillation, make_ticket, prune
 from sparsekd.train import (
-    Reporter,
     Row,
-    StopRequest,
     Trainer,
     Training,
     derive_seed,
@@ -139,32 +137,15 @@ class WorldRun:
         return f"{self.world}/{self.method}-{self.sparsity:g}-seed{self.seed}"
 
 
-class BootstrapStudy:
+class BootstrapStudy(Study[DeepBootstrap, Dataset | None]):
     """The runs of a `DeepBootstrap`, each done once.
 
     Masks of LT and KD tickets are pruned from the real world's dense network and used in both
     worlds; the teacher of each world is its own dense network, so that nothing of the real sample
     reaches the ideal student but the mask.
 
-    Args:
-        config: the settings.
-        data: the data set, or None for "mixture".
-        folder: opened with the same settings.
-        reporter: receives progress.
-        stop: checked after every step.
+    Args are those of `Study`; `data` is None for "mixture".
     """
-
-    def __init__(
-        self,
-        config: DeepBootstrap,
-        data: Dataset | None,
-        folder: StudyFolder,
-        *,
-        reporter: Reporter | None = None,
-        stop: StopRequest | None = None,
-    ) -> None:
-        self.config, self.data, self.folder = config, data, folder
-        self.reporter, self.stop = reporter or Reporter(), stop or StopRequest()
 
     @cached_property
     def population(self) -> Population:

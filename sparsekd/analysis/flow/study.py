@@ -29,16 +29,14 @@ from sparsekd.analysis.flow.solutions import (
     plane,
     probabilities,
 )
-from sparsekd.analysis.folder import StudyFolder
 from sparsekd.analysis.probe import Probe
+from sparsekd.analysis.study import Study
 from sparsekd.data import Dataset, Split
 from sparsekd.dst import GMP, SET, RigL, Updater
 from sparsekd.nn import sparse_modules, sparsify
 from sparsekd.tickets import Masks, make_ticket
 from sparsekd.train import (
-    Reporter,
     Row,
-    StopRequest,
     Trainer,
     Training,
     derive_seed,
@@ -136,28 +134,8 @@ class Place:
         return f"{self.network}-{self.sparsity:g}/{method}-seed{seed}"
 
 
-class GradientFlowStudy:
-    """The runs and comparisons of a `GradientFlow`, each done once.
-
-    Args:
-        config: the settings.
-        data: the data set; a subset where `config.train_images` says so.
-        folder: opened with the same settings.
-        reporter: receives progress.
-        stop: checked after every step.
-    """
-
-    def __init__(
-        self,
-        config: GradientFlow,
-        data: Dataset,
-        folder: StudyFolder,
-        *,
-        reporter: Reporter | None = None,
-        stop: StopRequest | None = None,
-    ) -> None:
-        self.config, self.data, self.folder = config, data, folder
-        self.reporter, self.stop = reporter or Reporter(), stop or StopRequest()
+class GradientFlowStudy(Study[GradientFlow, Dataset]):
+    """The runs and comparisons of a `GradientFlow`, each done once."""
 
     def run(self) -> None:
         """Train and compare what is missing.

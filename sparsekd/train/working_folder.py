@@ -1,0 +1,54 @@
+"""A folder that one process at a time works in, and what a killed one has left there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+from sparsekd.errors import CheckpointError
+
+
+def lock_folder(path: Path) -> BinaryIO:
+    """Take a folder for this process.
+
+    Args:
+        path: the folder; created if missing.
+
+    Returns:
+        A file; the folder is free again once it is closed.
+
+    Raises:
+        CheckpointError: another process works there.
+
+    Example:
+        >>> import tempfile
+        >>> with lock_folder(Path(tempfile.mkdtemp())) as file:
+        ...     Path(file.name).name
+        '.lock'
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    file = open(path / ".lock", "wb")  # noqa: SIM115 - stays open as long as the lock is held
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock
+        pass
+    else:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise CheckpointError(
+                f"{path}: another process is training here; wait until it is done, or choose "
+                "another --out"
+            ) from None
+    return file
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove files that `write_atomic` had not finished when its process was killed.
+
+    Args:
+        path: a folder that this process has taken.
+    """
+    for unfinished in path.rglob(".*.tmp"):
+        unfinished.unlink()
