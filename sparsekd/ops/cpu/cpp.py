@@ -92,8 +92,6 @@ def prepare(op: str, args: tuple[Any, ...]) -> Callable[..., Tensor] | None:
         args: those of its schema, which fit together.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if not hasattr(_C, "prepare"):  # an older build
-        return None
     if any(type(t) not in _PLAIN or not t.is_cpu for t in tensors):
         return None
     first, second = args[:2]

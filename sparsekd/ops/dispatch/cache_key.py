@@ -6,6 +6,7 @@ files of measurements all use `key`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import weakref
@@ -20,12 +21,10 @@ from sparsekd.ops.checks import conv2d_shape, geometry
 from sparsekd.ops.memory_format import memory_format_of
 
 _compiled_key: Any = None
-try:
+with contextlib.suppress(ModuleNotFoundError):  # not built: all runs on the reference backend
     import sparsekd._C as compiled_module
-except ModuleNotFoundError:  # not built; everything runs on the reference backend
-    pass
-else:
-    _compiled_key = getattr(compiled_module, "call_key", None)  # an older build has none
+
+    _compiled_key = compiled_module.call_key
 
 DENSITY_STEP = 1.05
 NEAR_DENSITY, NEAR_SIZES = 8, 6  # steps: half as many nonzeros again, eight times the size
