@@ -27,6 +27,7 @@ from benchmarks.cases import MODELS, conv_layers
 from sparsekd.bench import machine
 from sparsekd.bench.cases import LayerCase, dense_ends
 from sparsekd.dst import growers
+from sparsekd.memory import keep_memory_warm
 from sparsekd.ops import growth
 from sparsekd.sparsity import generator_for, random_mask
 from sparsekd.timing import interleave
@@ -100,7 +101,7 @@ def measure_steps(name: str, sparsity: float, updates: int, every: int) -> Row:
     case = MODELS[name]
     model = case.build()
     skd.sparsify(model, sparsity=sparsity, distribution="uniform", skip=dense_ends(model))
-    model = to_channels_last(model)
+    model = to_channels_last(skd.optimize(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     dst = skd.dst.RigL(model, optimizer, drop_fraction=0.3, every=5, until=10**9)
     x = torch.randn(case.batch, *case.input_shape).to(memory_format=torch.channels_last)
@@ -142,6 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    keep_memory_warm()
     about = {"machine": machine.describe()}
 
     def record(row: Row, text: str) -> None:

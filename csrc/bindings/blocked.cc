@@ -30,7 +30,7 @@ class BlockPlan {
   }
 
   // Whether the kernels take all convolutions of the block.
-  bool supported() const { return all_supported({&main_, &shortcut_}); }
+  bool supported() const { return all_supported({&main_, &shortcut_}, threads_); }
   // [N, C, H, W] of each convolution's result, the shortcut's last.
   std::vector<Quad> shapes() const { return shapes_of({&main_, &shortcut_}); }
   // [N, C, H, W] of the gradient through the shortcut's convolution.
@@ -129,7 +129,7 @@ class PreActivationPlan {
     if (!front && (identity || shortcut)) throw ShapeError("front: expected a norm before the branches part");
   }
 
-  bool supported() const { return all_supported({&main_, &last_, &shortcut_}); }
+  bool supported() const { return all_supported({&main_, &last_, &shortcut_}, threads_); }
   std::vector<Quad> shapes() const { return shapes_of({&main_, &last_, &shortcut_}); }
   Quad projected() const { return projected_shape(shortcut_.at(0).geometry, input_); }
 

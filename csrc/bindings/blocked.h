@@ -41,11 +41,11 @@ inline Quad add_convolution(std::vector<blocked::ConvNormShape>& to, const Spec&
 
 using Shapes = std::vector<blocked::ConvNormShape>;
 
-inline bool all_supported(std::initializer_list<const Shapes*> parts) {
+inline bool all_supported(std::initializer_list<const Shapes*> parts, int threads) {
+  std::vector<std::pair<const ConvGeometry*, const Structure*>> convs;
   for (const Shapes* part : parts)
-    for (const blocked::ConvNormShape& c : *part)
-      if (!blocked::supported(c.geometry, *c.weight)) return false;
-  return true;
+    for (const blocked::ConvNormShape& c : *part) convs.push_back({&c.geometry, c.weight.get()});
+  return blocked::supported(convs, threads);
 }
 
 inline std::vector<Quad> shapes_of(std::initializer_list<const Shapes*> parts) {

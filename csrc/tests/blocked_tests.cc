@@ -240,7 +240,7 @@ void test_blocked() {
       const Csr csr = any_csr(g.out_channels, g.in_channels / g.groups, taps, density);
       const Structure s(csr.crow.data(), csr.crow.size(), csr.col.data(), csr.col.size(), g.out_channels,
                         g.in_channels / g.groups * taps);
-      if (!supported(g, s)) continue;
+      if (!supported({{&g, &s}}, 2)) continue;
       ++checked;
       const int threads = static_cast<int>(pick(1, 3));
       check_conv<float>(g, s, threads, 1e-5, describe(g, isa_name(isa), density, threads));

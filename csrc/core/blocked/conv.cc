@@ -83,12 +83,23 @@ Schedule schedule(const BlockedMap<T>& map, int64_t rows, int64_t channels, int6
 
 }  // namespace
 
-bool supported(const ConvGeometry& g, const Structure& s) {
+bool supported(const std::vector<std::pair<const ConvGeometry*, const Structure*>>& convs, int threads) {
   const Isa isa = current_isa();
-  if (isa == Isa::kScalar || g.batch == 0 || g.out_h == 0 || g.out_w == 0 || s.nnz == 0) return false;
+  for (const auto& [g, s] : convs)
+    if (isa == Isa::kScalar || g->batch == 0 || g->out_h == 0 || g->out_w == 0 || s->nnz == 0) return false;
   const TileShape tile = engine<ConvEngine<float>>(isa).blocked_tile;
-  const auto forward = forward_plan(g, s, tile);
-  return forward && forward->covers && gradient_plan(g, s, tile, false);
+  std::vector<char> taken(2 * convs.size());  // by both passes of each
+  auto make = [&](int slot) {
+    const auto& [g, s] = convs[slot / 2];
+    if (slot % 2) {
+      taken[slot] = gradient_plan(*g, *s, tile, false) != nullptr;
+    } else {
+      const auto plans = forward_plan(*g, *s, tile);
+      taken[slot] = plans && plans->covers;
+    }
+  };
+  parallel(threads, static_cast<int>(taken.size()), make);
+  return std::find(taken.begin(), taken.end(), false) == taken.end();
 }
 
 bool compact_supported(const ConvGeometry& g) {

@@ -88,8 +88,9 @@ void enter(const View4<const T>& x, const BlockedMap<T>& y, int threads);
 template <class T>
 void leave(const BlockedMap<const T>& x, const View4<T>& y, int threads);
 
-// Whether a convolution can run on blocked maps: windows that it would not pay to pack are refused.
-bool supported(const ConvGeometry&, const Structure&);
+// Whether convolutions can run on blocked maps: windows that it would not pay to pack are refused. Their
+// plans are made on the way, several at a time.
+bool supported(const std::vector<std::pair<const ConvGeometry*, const Structure*>>&, int threads);
 bool compact_supported(const ConvGeometry&);
 
 }  // namespace sparsekd::blocked

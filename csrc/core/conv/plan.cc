@@ -15,49 +15,45 @@
 
 #include <algorithm>
 #include <map>
-#include <numeric>
 #include <set>
 
+#include "core/conv/window.h"
 #include "core/cpu.h"
 
 namespace sparsekd {
 namespace {
 
-// A window wider than this is not worth packing (huge dilation on huge maps).
-constexpr int64_t kMaxWindowBytes = int64_t{1} << 29;
-
+// A nonzero, and where in the kernel it stands: its `place`, row-major.
 struct Tap {
-  int32_t out, in, slot;
+  int32_t out, in, slot, place;
+};
+
+// What a place in the kernel reads: the input at the first output plus this, or nothing but padding.
+struct Shift {
   int64_t dh, dw;
+  bool reaches;
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls visit(out channel, in channel, kernel row, kernel column, slot) for every nonzero in order.
+// Calls visit(out channel, in channel, place, slot) for every nonzero in order.
 template <class F>
 void for_nonzeros(const ConvGeometry& g, const Structure& s, F visit) {
-  const int64_t area = g.kernel_h * g.kernel_w;
+  const int32_t area = static_cast<int32_t>(g.kernel_h * g.kernel_w);
   const int64_t outs = g.out_channels / g.groups, ins = g.in_channels / g.groups;
-  for (int64_t row = 0; row < s.rows; ++row)
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const int32_t out = static_cast<int32_t>(row), group = static_cast<int32_t>(row / outs * ins);
     for (int32_t k = s.crow[row]; k < s.crow[row + 1]; ++k) {
-      const int32_t c = s.col[k];
-      visit(row, row / outs * ins + c / area, c % area / g.kernel_w, c % g.kernel_w, k);
+      const int32_t channel = s.col[k] / area;
+      visit(out, group + channel, s.col[k] - channel * area, k);
     }
+  }
 }
 
-// The taps of one axis, as input positions of the first output.
-struct Reach {
-  int64_t lo = 0, hi = 0;
-  int64_t apart = 0;  // divides the distance between any two
-  bool empty = true;
-  void add(int64_t tap) {
-    if (empty) lo = hi = tap;
-    empty = false;
-    apart = std::gcd(apart, tap - lo);
-    lo = std::min(lo, tap);
-    hi = std::max(hi, tap);
-  }
-};
+void add_places(const std::vector<Shift>& shifts, const std::vector<bool>& used, Reach* dh, Reach* dw) {
+  for (size_t p = 0; p < shifts.size(); ++p)
+    if (used[p]) dh->add(shifts[p].dh), dw->add(shifts[p].dw);
+}
 
 // Whether output * stride + tap lies in [0, inputs) for some output in [0, outputs).
 bool meets(int64_t tap, int64_t stride, int64_t outputs, int64_t inputs) {
@@ -65,37 +61,21 @@ bool meets(int64_t tap, int64_t stride, int64_t outputs, int64_t inputs) {
   return first < outputs && first * stride + tap < inputs;
 }
 
-WindowAxis make_axis(const Reach& taps, int64_t outputs, int64_t stride) {
-  WindowAxis axis;
-  axis.lo = taps.lo;
-  axis.stride = stride;
-  // Between one output and the next lie whole units, too; a single output has no next.
-  axis.near = std::max<int64_t>(1, outputs > 1 ? std::gcd(taps.apart, stride) : taps.apart);
-  axis.span = (taps.hi - taps.lo) / axis.near + 1;
-  axis.step = std::min(axis.span, outputs > 1 ? stride / axis.near : 1);
-  if (outputs > 1 && stride / axis.near > axis.span) {
-    axis.run = axis.span;
-    axis.far = stride;
-  }
-  return axis;
+std::vector<bool> used_places(const std::vector<Tap>& taps, const std::vector<Shift>& shifts) {
+  std::vector<bool> used(shifts.size(), false);
+  for (const Tap& t : taps) used[t.place] = true;
+  return used;
 }
 
-Window make_window(int64_t channels, const WindowAxis& rows, const WindowAxis& cols, int64_t out_w) {
-  Window w;
-  w.channels = channels;
-  w.rows = rows;
-  w.cols = cols;
-  w.width = (out_w - 1) * cols.step + cols.span;
-  w.pitch = w.width | 1;
-  return w;
-}
-
-// By division: the product of three sizes of a view with stride 0 can exceed 64 bits.
-bool fits(const Window& w) { return w.channels <= kMaxWindowBytes / kPixelBytes / w.pitch / w.rows.span; }
-
-int32_t window_offset(const Window& w, int64_t in, int64_t dh, int64_t dw) {
-  return static_cast<int32_t>(((w.rows.position(dh) * w.channels + in) * w.pitch + w.cols.position(dw)) *
-                              kPixelBytes);
+// Where the taps of every place that is used lie in a window, in the first channel.
+std::vector<int64_t> place_offsets(const Window& w, const std::vector<Shift>& shifts,
+                                   const std::vector<bool>& used) {
+  std::vector<int64_t> offsets(shifts.size(), 0);
+  for (size_t p = 0; p < shifts.size(); ++p)
+    if (used[p])
+      offsets[p] = (w.rows.position(shifts[p].dh) * w.channels * w.pitch + w.cols.position(shifts[p].dw)) *
+                   kPixelBytes;
+  return offsets;
 }
 
 // Nonzeros below which a list costs more in loading and storing its accumulators than it saves.
@@ -140,12 +120,15 @@ void join_panels(GatherPlan& plan) {
 }
 
 // Sorts the taps by (block, out) in linear time; taps come with rising slots.
-void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, int64_t block) {
+void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, const std::vector<int64_t>& offsets,
+                int64_t outs, int64_t block) {
   const Window& w = plan.window;
   plan.out_channels = outs;
-  const int64_t blocks = ceil_div(w.channels, block);
+  const int64_t blocks = ceil_div(w.channels, block), channel_bytes = w.pitch * kPixelBytes;
+  std::vector<int64_t> first(w.channels);  // list of output 0 in the channel's block
+  for (int64_t c = 0; c < w.channels; ++c) first[c] = c / block * outs;
   std::vector<int32_t> count(blocks * outs + 1, 0);
-  for (const Tap& t : taps) ++count[t.in / block * outs + t.out + 1];
+  for (const Tap& t : taps) ++count[first[t.in] + t.out + 1];
   plan.block_begin.assign(1, 0);
   for (int64_t key = 0; key < blocks * outs; ++key) {
     if (count[key + 1] || key < outs)
@@ -157,60 +140,86 @@ void fill_lists(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, in
   plan.offset.resize(taps.size());
   plan.slot.resize(taps.size());
   for (const Tap& t : taps) {
-    const int32_t to = count[t.in / block * outs + t.out]++;
-    plan.offset[to] = window_offset(w, t.in, t.dh, t.dw);
+    const int32_t to = count[first[t.in] + t.out]++;
+    plan.offset[to] = static_cast<int32_t>(offsets[t.place] + t.in * channel_bytes);
     plan.slot[to] = t.slot;
   }
   join_panels(plan);
 }
 
 // Makes the lists of outputs whose window is there.
-void fill_plan(GatherPlan& plan, const std::vector<Tap>& taps, int64_t outs, TileShape tile) {
+void fill_plan(GatherPlan& plan, const std::vector<Tap>& taps, const std::vector<Shift>& shifts, int64_t outs,
+               TileShape tile) {
   const WindowAxis &down = plan.window.rows, &cols = plan.window.cols;
-  std::set<int64_t> taken, rows;  // a dilated kernel skips rows of its span
-  for (const Tap& t : taps) taken.insert(down.position(t.dh));
-  for (const int64_t row : taken)
-    for (int64_t r = 0; r < tile.rows; ++r) rows.insert(row + r * down.step);
+  const std::vector<bool> used = used_places(taps, shifts);
+  std::set<int64_t> rows;  // a dilated kernel skips rows of its span
+  for (size_t p = 0; p < shifts.size(); ++p)
+    for (int64_t r = 0; used[p] && r < tile.rows; ++r)
+      rows.insert(down.position(shifts[p].dh) + r * down.step);
   const int64_t pixels = rows.size() * ((tile.cols - 1) * cols.step + cols.span);
-  fill_lists(plan, taps, outs, block_channels(plan.window, pixels, outs, taps.size()));
+  fill_lists(plan, taps, place_offsets(plan.window, shifts, used), outs,
+             block_channels(plan.window, pixels, outs, taps.size()));
 }
 
 // Adds the plan of outputs that have taps; false when its window is too large.
-bool add_gather(GatherPlans& plans, GatherPlan plan, const std::vector<Tap>& taps, int64_t ins, int64_t outs,
-                int64_t stride_h, int64_t stride_w, TileShape tile) {
+bool add_gather(GatherPlans& plans, GatherPlan plan, const std::vector<Tap>& taps,
+                const std::vector<Shift>& shifts, int64_t ins, int64_t outs, int64_t stride_h,
+                int64_t stride_w, TileShape tile) {
   Reach dh, dw;
-  for (const Tap& t : taps) {
-    dh.add(t.dh);
-    dw.add(t.dw);
-  }
+  add_places(shifts, used_places(taps, shifts), &dh, &dw);
   plan.window =
       make_window(ins, make_axis(dh, plan.out_h, stride_h), make_axis(dw, plan.out_w, stride_w), plan.out_w);
   if (!fits(plan.window)) return false;
-  fill_plan(plan, taps, outs, tile);
+  fill_plan(plan, taps, shifts, outs, tile);
   plans.phases.push_back(std::move(plan));
   return true;
 }
 
-// The inputs that the outputs of a strided convolution reach at one phase, and the taps by which they do: dx
-// row a * stride + phase receives from output row a + dh when kernel row kh meets it exactly. A long stride
-// has many phases, but a nonzero is in one of them only.
-using Phases = std::map<std::pair<int64_t, int64_t>, std::vector<Tap>>;
+// What every place of the kernel reads of the input.
+std::vector<Shift> input_shifts(const ConvGeometry& g) {
+  std::vector<Shift> shifts;
+  for (int64_t kh = 0; kh < g.kernel_h; ++kh)
+    for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
+      const int64_t dh = kh * g.dilation_h - g.pad_top, dw = kw * g.dilation_w - g.pad_left;
+      shifts.push_back(
+          {dh, dw, meets(dh, g.stride_h, g.out_h, g.in_h) && meets(dw, g.stride_w, g.out_w, g.in_w)});
+    }
+  return shifts;
+}
 
 int64_t phase_size(int64_t phase, int64_t size, int64_t stride) {
   return phase < size ? ceil_div(size - phase, stride) : 0;
 }
 
+// The inputs that the outputs of a strided convolution reach, by phase, and the taps by which they do: dx
+// row a * stride + phase receives from output row a + dh when kernel row kh meets it exactly. A long stride
+// has many phases, but a place in the kernel is in one of them only, and a phase without taps has no entry.
+struct Phases {
+  std::vector<Shift> shifts;
+  std::map<std::pair<int64_t, int64_t>, std::vector<Tap>> taps;
+};
+
 Phases find_phases(const ConvGeometry& g, const Structure& s) {
   Phases phases;
   const auto phase_of = [](int64_t at, int64_t stride) { return (at % stride + stride) % stride; };
-  for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
-    const int64_t at_h = kh * g.dilation_h - g.pad_top, at_w = kw * g.dilation_w - g.pad_left;
-    const int64_t ph = phase_of(at_h, g.stride_h), pw = phase_of(at_w, g.stride_w);
-    const int64_t dh = (ph - at_h) / g.stride_h, dw = (pw - at_w) / g.stride_w;
-    if (meets(dh, 1, phase_size(ph, g.in_h, g.stride_h), g.out_h) &&
-        meets(dw, 1, phase_size(pw, g.in_w, g.stride_w), g.out_w))
-      phases[{ph, pw}].push_back({static_cast<int32_t>(in), static_cast<int32_t>(out), slot, dh, dw});
+  std::map<std::pair<int64_t, int64_t>, std::vector<Tap>> found;
+  std::vector<std::vector<Tap>*> list;  // of each place
+  for (int64_t kh = 0; kh < g.kernel_h; ++kh)
+    for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
+      const int64_t at_h = kh * g.dilation_h - g.pad_top, at_w = kw * g.dilation_w - g.pad_left;
+      const int64_t ph = phase_of(at_h, g.stride_h), pw = phase_of(at_w, g.stride_w);
+      const int64_t dh = (ph - at_h) / g.stride_h, dw = (pw - at_w) / g.stride_w;
+      phases.shifts.push_back({dh, dw,
+                               meets(dh, 1, phase_size(ph, g.in_h, g.stride_h), g.out_h) &&
+                                   meets(dw, 1, phase_size(pw, g.in_w, g.stride_w), g.out_w)});
+      list.push_back(&found[{ph, pw}]);
+    }
+  if (found.size() == 1) list[0]->reserve(s.nnz);
+  for_nonzeros(g, s, [&](int32_t out, int32_t in, int32_t place, int32_t slot) {
+    if (phases.shifts[place].reaches) list[place]->push_back({in, out, slot, place});
   });
+  for (auto& [phase, taps] : found)
+    if (!taps.empty()) phases.taps.emplace(phase, std::move(taps));
   return phases;
 }
 
@@ -256,20 +265,19 @@ int64_t GatherPlans::bytes() const {
 }
 
 std::shared_ptr<const GatherPlans> fprop_plan(const ConvGeometry& g, const Structure& s, TileShape tile) {
+  const std::vector<Shift> shifts = input_shifts(g);
   std::vector<Tap> taps;
   taps.reserve(s.nnz);
-  for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
-    const int64_t dh = kh * g.dilation_h - g.pad_top, dw = kw * g.dilation_w - g.pad_left;
-    if (meets(dh, g.stride_h, g.out_h, g.in_h) && meets(dw, g.stride_w, g.out_w, g.in_w))
-      taps.push_back({static_cast<int32_t>(out), static_cast<int32_t>(in), slot, dh, dw});
+  for_nonzeros(g, s, [&](int32_t out, int32_t in, int32_t place, int32_t slot) {
+    if (shifts[place].reaches) taps.push_back({out, in, slot, place});
   });
   auto plans = std::make_shared<GatherPlans>();
   plans->covers = !taps.empty();
   GatherPlan plan;
   plan.out_h = g.out_h;
   plan.out_w = g.out_w;
-  if (plans->covers &&
-      !add_gather(*plans, std::move(plan), taps, g.in_channels, g.out_channels, g.stride_h, g.stride_w, tile))
+  if (plans->covers && !add_gather(*plans, std::move(plan), taps, shifts, g.in_channels, g.out_channels,
+                                   g.stride_h, g.stride_w, tile))
     return nullptr;
   return plans;
 }
@@ -278,28 +286,24 @@ std::shared_ptr<const GatherPlans> dgrad_plan(const ConvGeometry& g, const Struc
   const Phases phases = find_phases(g, s);
   auto plans = std::make_shared<GatherPlans>();
   plans->covers =
-      static_cast<int64_t>(phases.size()) == std::min(g.stride_h, g.in_h) * std::min(g.stride_w, g.in_w);
-  for (const auto& [phase, taps] : phases)
-    if (!add_gather(*plans, phase_plan(g, phase), taps, g.out_channels, g.in_channels, 1, 1, tile))
+      static_cast<int64_t>(phases.taps.size()) == std::min(g.stride_h, g.in_h) * std::min(g.stride_w, g.in_w);
+  for (const auto& [phase, taps] : phases.taps)
+    if (!add_gather(*plans, phase_plan(g, phase), taps, phases.shifts, g.out_channels, g.in_channels, 1, 1,
+                    tile))
       return nullptr;
   return plans;
 }
 
 std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry& g, const Structure& s) {
   auto plan = std::make_shared<WgradPlan>();
-  Reach dh, dw;
-  const auto at = [&](int64_t kh, int64_t kw) {
-    return std::pair{kh * g.dilation_h - g.pad_top, kw * g.dilation_w - g.pad_left};
-  };
-  for_nonzeros(g, s, [&](int64_t, int64_t, int64_t kh, int64_t kw, int32_t slot) {
-    const auto [h, w] = at(kh, kw);
-    if (meets(h, g.stride_h, g.out_h, g.in_h) && meets(w, g.stride_w, g.out_w, g.in_w)) {
-      dh.add(h);
-      dw.add(w);
-    } else {
-      plan->outside.push_back(slot);
-    }
+  const std::vector<Shift> shifts = input_shifts(g);
+  std::vector<bool> used(shifts.size(), false);
+  for_nonzeros(g, s, [&](int32_t, int32_t, int32_t place, int32_t slot) {
+    used[place] = shifts[place].reaches;
+    if (!used[place]) plan->outside.push_back(slot);
   });
+  Reach dh, dw;
+  add_places(shifts, used, &dh, &dw);
   if (dh.empty) return plan;
   plan->window = make_window(g.in_channels, make_axis(dh, g.out_h, g.stride_h),
                              make_axis(dw, g.out_w, g.stride_w), g.out_w);
@@ -316,15 +320,11 @@ std::shared_ptr<const WgradPlan> wgrad_plan(const ConvGeometry& g, const Structu
   plan->blocks = ceil_div(g.in_channels, block);
   plan->offset.resize(s.nnz);
   plan->list_begin.assign(g.out_channels * plan->blocks + 1, 0);
-  auto next_outside = plan->outside.begin();
-  for_nonzeros(g, s, [&](int64_t out, int64_t in, int64_t kh, int64_t kw, int32_t slot) {
-    auto [h, width] = at(kh, kw);
-    if (next_outside != plan->outside.end() && *next_outside == slot) {
-      ++next_outside;  // any tap of its channel: what it sums up is not kept
-      h = dh.lo;
-      width = dw.lo;
-    }
-    plan->offset[slot] = window_offset(w, in, h, width);
+  // A place that meets nothing but padding stands for the first: what its nonzeros sum up is not kept.
+  const std::vector<int64_t> offsets = place_offsets(w, shifts, used);
+  const int64_t channel_bytes = w.pitch * kPixelBytes;
+  for_nonzeros(g, s, [&](int32_t out, int32_t in, int32_t place, int32_t slot) {
+    plan->offset[slot] = static_cast<int32_t>(offsets[place] + in * channel_bytes);
     ++plan->list_begin[out * plan->blocks + in / block + 1];
   });
   for (size_t i = 1; i < plan->list_begin.size(); ++i) plan->list_begin[i] += plan->list_begin[i - 1];
@@ -341,11 +341,8 @@ std::shared_ptr<const BackwardPlan> backward_plan(const ConvGeometry& g, const S
   Reach dh, dw;  // of all phases; the weight gradient needs the outputs themselves
   dh.add(0);
   dw.add(0);
-  for (const auto& [phase, taps] : phases)
-    for (const Tap& t : taps) {
-      dh.add(t.dh);
-      dw.add(t.dw);
-    }
+  for (const auto& [phase, taps] : phases.taps)
+    add_places(phases.shifts, used_places(taps, phases.shifts), &dh, &dw);
   const auto axis = [](const Reach& reach) {
     WindowAxis a;
     a.lo = reach.lo;
@@ -362,8 +359,9 @@ std::shared_ptr<const BackwardPlan> backward_plan(const ConvGeometry& g, const S
       GatherPlan phase = phase_plan(g, {ph, pw});
       if (compact) phase.every_h = phase.every_w = 1;
       phase.window = plan->grad;
-      const auto taps = phases.find({ph, pw});
-      fill_plan(phase, taps == phases.end() ? std::vector<Tap>{} : taps->second, g.in_channels, tile);
+      const auto taps = phases.taps.find({ph, pw});
+      fill_plan(phase, taps == phases.taps.end() ? std::vector<Tap>{} : taps->second, phases.shifts,
+                g.in_channels, tile);
       plan->dgrad.phases.push_back(std::move(phase));
     }
   return plan;
