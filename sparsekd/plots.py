@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,18 +95,40 @@ def clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def log_axis(axis: Axis, label: Callable[[float], str]) -> None:
+def log_axis(
+    axis: Axis, label: Callable[[float], str], steps: Sequence[float] = (1.0, 2.0, 5.0)
+) -> None:
     """Make an axis logarithmic, with a label at one, two and five times a power of ten.
 
     Args:
         axis: of x or y.
         label: writes a number.
+        steps: what powers of ten are multiplied by instead; (1.0,) where there are many of them.
     """
     axes = axis.axes
     (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
     axis.set_minor_locator(NullLocator())
+
+
+def deviations(groups: Sequence[Sequence[float]]) -> list[float] | None:
+    """Return the standard deviation of each group, for error bars; None where all have one value.
+
+    Example:
+        >>> deviations([[1.0, 3.0], [2.0]]), deviations([[1.0], [2.0]])
+        ([1.4142135623730951, 0.0], None)
+    """
+    if all(len(group) < 2 for group in groups):
+        return None
+    return [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups]
+
+
+def low_legend(axes: Axes, columns: int, **style: Any) -> None:
+    """Put a legend below a panel, where it hides nothing."""
+    below = -0.22 if axes.get_xlabel() else -0.1
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, below)}
+    axes.legend(ncols=columns, frameon=False, **place, **style)
 
 
 def top_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:

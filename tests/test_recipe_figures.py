@@ -139,6 +139,14 @@ def test_points_along_a_line_of_prices_say_their_sparsity(rows):
     assert not any(text.get_text() for text in axes.get_xticklabels(minor=True))
 
 
+def test_points_at_one_place_share_a_label(rows):
+    tickets = [row for row in of(rows, "result") if row["method"] == "lt"]
+    twins = [row | {"method": method} for row in tickets for method in ("lt", "kd")]
+    twins = [row | {"flops_run": 1e13 / (1 - row["sparsity"])} for row in twins]
+    axes = price_figure(twins, LABELS, (), "flops_run").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0.8", "0.9"]
+
+
 def test_the_density_figure_names_the_method_that_it_shows(rows):
     axes = density_figure(of(rows, "result"), LABELS).axes[0]
     assert axes.get_title() == "Density per layer at the end, LT"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.arena.tables import (
     best_steps,
@@ -16,9 +17,10 @@ from benchmarks.arena.waterfall import PARTS
 from sparsekd.bench.figures import LOSES
 from sparsekd.bench.results import Results
 from sparsekd.bench.tables import percent
-from sparsekd.plots import COLORS, MARKERS, line_style, panel_grid, single_axes
+from sparsekd.plots import COLORS, MARKERS, line_style, log_axis, panel_grid, single_axes
 
 _FITTED = 0.205  # the densities that the line is fitted to, and a little room
+_PERCENT = FuncFormatter(lambda value, _: percent(value))
 _LINES = {"sparsekd_optimized": "optimize()", "sparsekd": "plain"}
 
 
@@ -59,7 +61,9 @@ def roofline(results: Results) -> Figure | None:
             axes.plot(ends, [x * bandwidth for x in ends], dashes, color="#444444", label=text)
     peak = top["flops"] / 1e9
     axes.axhline(peak, color="#000000", linewidth=1.2, label=f"FMA peak {peak:.0f} GFLOP/s")
-    axes.set(xscale="log", yscale="log", xlim=(low, high))
+    log_axis(axes.xaxis, "{:g}".format)
+    log_axis(axes.yaxis, "{:g}".format)
+    axes.set_xlim(low, high)
     figure.set_size_inches(8.4, 5.4)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
@@ -92,8 +96,8 @@ def flops_and_time(results: Results) -> Figure | None:
         return None
     figure, axes = single_axes(
         "FLOPs saved and time saved, whole training steps",
-        "share of FLOPs saved",
-        "share of time saved",
+        "FLOPs saved",
+        "time saved",
     )
     named: set[float] = set()
     for number, case in enumerate(results.cases("step")):
@@ -111,10 +115,12 @@ def flops_and_time(results: Results) -> Figure | None:
                     percent(row["sparsity"]), point, (-6, 4), textcoords="offset points",
                     ha="right", fontsize=7,
                 )  # fmt: skip
-    axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", label="all of it")
+    axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", label="time saved = FLOPs saved")
     low = min(-0.05, axes.get_ylim()[0])  # before the shading, which moves it
     axes.axhspan(low, 0, **LOSES)
     axes.set(xlim=(0, 1), ylim=(low, 1))
+    axes.xaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(_PERCENT)
     axes.legend(fontsize=8)
     return figure
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.gpu.competitors import COMPETITORS, GpuCompetitor
 from sparsekd.bench.results import Results
 from sparsekd.bench.tables import Grid, percent
-from sparsekd.plots import line_style, single_axes, sparsity_axis, stretched
+from sparsekd.plots import line_style, log_axis, single_axes, sparsity_axis, stretched
 from sparsekd.train import Row
 
 LEVELS = ("gpu layer", "gpu step")
@@ -76,7 +76,7 @@ def _figure(results: Results, level: str, op: str, what: str) -> Figure | None:
         axes.plot(*zip(*points, strict=True), label=competitor.label, **line_style(number))
     axes.axhline(1, color="#666666", linestyle="--")
     sparsity_axis(axes, _sparsities(rows), percent)
-    axes.set(yscale="log")
+    log_axis(axes.yaxis, "{:g}x".format)
     axes.legend(fontsize=8)
     return figure
 

@@ -21,9 +21,9 @@ from sparsekd.analysis.bootstrap.study import PRESETS as BOOTSTRAP_PRESETS
 from sparsekd.analysis.flow import figure as flow_figure
 from sparsekd.analysis.flow.study import PRESETS as FLOW_PRESETS
 from sparsekd.analysis.folder import StudyFolder
-from sparsekd.errors import DataError, SparsekdError
+from sparsekd.errors import DataError, SparsekdError, UnsupportedError
 from sparsekd.memory import keep_memory_warm
-from sparsekd.plots import save
+from sparsekd.plots import parse_formats, save
 from sparsekd.terminal import fail, one_line_errors
 from sparsekd.train import Interrupted, ProgressReporter, Row, StopRequest
 
@@ -59,6 +59,9 @@ _Epochs = Annotated[int | None, typer.Option(help="Epochs of a run.")]
 _Sparsity = Annotated[str | None, typer.Option(help="Sparsities, as 0.9,0.98.")]
 _Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over instead of going on.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
+_Formats = Annotated[
+    str, typer.Option("--format", help="File formats of the figures, as pdf,svg,png.")
+]
 
 
 _FLOW = Study(FLOW_PRESETS, flow.GradientFlowStudy, flow_figure.figures, flow_figure.table)
@@ -78,10 +81,11 @@ def gradient_flow(
     out: _Out = Path("runs/gradient-flow"),
     fresh: _Fresh = False,
     threads: _Threads = None,
+    formats: _Formats = "png",
 ) -> None:
     """Compare gradient norms, and lottery tickets with the solution they were pruned from."""
     changes = {"sparsities": sparsity, "seeds": seeds, "epochs": epochs}
-    _run(_FLOW, preset, changes, out, data_dir, fresh, threads)
+    _run(_FLOW, preset, changes, out, data_dir, fresh, threads, formats)
 
 
 @app.command("bases")
@@ -95,11 +99,12 @@ def generalized_tickets(
     out: _Out = Path("runs/bases"),
     fresh: _Fresh = False,
     threads: _Threads = None,
+    formats: _Formats = "png",
 ) -> None:
     """Prune and train tickets in six bases: which one needs fewest numbers?"""
     changes = {"densities": density, "seeds": seeds, "epochs": epochs}
     last = bases.BasisStudy.time if timing else None
-    _run(_BASES, preset, changes, out, data_dir, fresh, threads, last)
+    _run(_BASES, preset, changes, out, data_dir, fresh, threads, formats, last)
 
 
 @app.command("bootstrap")
@@ -113,10 +118,11 @@ def deep_bootstrap(
     out: _Out = Path("runs/bootstrap"),
     fresh: _Fresh = False,
     threads: _Threads = None,
+    formats: _Formats = "png",
 ) -> None:
     """Train on samples that repeat, and on fresh ones: does density change the gap or the speed?"""
     changes = {"sparsities": sparsity, "seeds": seeds}
-    _run(_BOOTSTRAP, preset, changes, out, data_dir, fresh, threads)
+    _run(_BOOTSTRAP, preset, changes, out, data_dir, fresh, threads, formats)
 
 
 def _config(presets: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> Any:
@@ -148,10 +154,12 @@ def _run(
     data_dir: Path | None,
     fresh: bool,
     threads: int | None,
+    formats: str,
     last: Callable[[Any], None] | None = None,
 ) -> None:
     console = terminal.console()
-    with one_line_errors(ValueError):
+    with one_line_errors(ValueError, UnsupportedError):
+        forms = parse_formats(formats)
         config = _config(study.presets, preset, changes)
         if threads is not None and threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {threads}")
@@ -176,7 +184,7 @@ def _run(
     rows = folder.rows()
     head, *lines = study.tabulate(rows)
     console.print(terminal.Columns(head, lines))
-    for file in [*save(study.draw(rows), path / "figures"), path / "rows.jsonl"]:
+    for file in [*save(study.draw(rows), path / "figures", forms), path / "rows.jsonl"]:
         console.print(str(file), highlight=False, soft_wrap=True)
 
 

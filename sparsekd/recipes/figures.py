@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from sparsekd.plots import (
     clean,
+    deviations,
     line_style,
     log_axis,
     save,
@@ -94,7 +95,7 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
         axes.errorbar(
             [stretched(s) + width * (number - (len(methods) - 1) / 2) for s in sorted(groups)],
             [statistics.mean(a) for a in accuracies],
-            _spread(accuracies),
+            deviations(accuracies),
             label=labels[method],
             capsize=3,
             **line_style(number),
@@ -136,6 +137,7 @@ def price_figure(
         "Accuracy and what it took; numbers are sparsities", name, "test accuracy"
     )
     present = [method for method in labels if any(row["method"] == method for row in tickets)]
+    labelled: list[tuple[str, float, float, str]] = []
     for number, method in enumerate(present):
         points = _group([row for row in tickets if row["method"] == method], "sparsity")
         first = {s: dense[s][price] for s in dense} if method in needs_dense else {}
@@ -144,20 +146,14 @@ def price_figure(
         axes.errorbar(
             [statistics.mean(costs[s]) for s in sorted(points)],
             [statistics.mean(accuracies[s]) for s in sorted(points)],
-            _spread([a for _, a in sorted(accuracies.items())]),
+            deviations([a for _, a in sorted(accuracies.items())]),
             label=labels[method] + (" + dense run" if method in needs_dense else ""),
             capsize=3,
             **line_style(number),
         )
         for sparsity in points:
-            axes.annotate(
-                f"{sparsity:.4g}",
-                (statistics.mean(costs[sparsity]), statistics.mean(accuracies[sparsity])),
-                (4, 4),
-                textcoords="offset points",
-                fontsize=7,
-                color=line_style(number)["color"],
-            )
+            x, y = statistics.mean(costs[sparsity]), statistics.mean(accuracies[sparsity])
+            labelled.append((f"{sparsity:.4g}", x, y, line_style(number)["color"]))
     if dense:
         axes.errorbar(
             statistics.mean(row[price] for row in dense.values()),
@@ -171,14 +167,20 @@ def price_figure(
     log_axis(axes.xaxis, _FLOPS if price == "flops_run" else "{:g}".format)
     axes.yaxis.set_major_formatter(_PERCENT)
     _legend(axes, len(present))
+    _label_points(axes, labelled)
     return figure
 
 
-def _spread(groups: Sequence[Sequence[float]]) -> list[float] | None:
-    """Return the standard deviation of each group; None, for no bars, where all have one value."""
-    if all(len(group) < 2 for group in groups):
-        return None
-    return [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups]
+def _label_points(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write labels beside points, one for those that would write the same over each other."""
+    axes.autoscale_view()  # now, as places on the page depend on it
+    taken: list[tuple[str, float, float]] = []
+    for text, x, y, color in points:
+        at = axes.transData.transform((x, y))
+        if all(text != t or abs(at[0] - a) > 30 or abs(at[1] - b) > 12 for t, a, b in taken):
+            taken.append((text, at[0], at[1]))
+            style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7}
+            axes.annotate(text, (x, y), (5, 4), color=color, **style)
 
 
 def _legend(axes: Axes, entries: int) -> None:

@@ -18,6 +18,7 @@ from sparsekd.analysis import (
     command,
 )
 from sparsekd.analysis.bases import figure as basis_figure
+from sparsekd.analysis.bootstrap import figure as bootstrap_figure
 from sparsekd.analysis.flow import figure as flow_figure
 from sparsekd.analysis.flow.study import METHODS, Place
 from sparsekd.cli import app
@@ -181,8 +182,13 @@ def test_the_commands_run_from_a_small_preset(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "figures" / "deep-bootstrap.png").exists()
     assert "KD ticket" in result.output
-    again = CliRunner().invoke(app, call)
+    again = CliRunner().invoke(app, [*call, "--format", "pdf,svg"])
     assert again.exit_code == 0
+    assert {file.suffix for file in (tmp_path / "figures").iterdir()} == {".png", ".pdf", ".svg"}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").open()]
+    for axes in bootstrap_figure.figures(rows)["deep-bootstrap"].axes:
+        assert not any(container.has_yerr for container in axes.containers)  # one seed
+        assert not any(text.get_text() for text in axes.get_yticklabels(minor=True))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +198,7 @@ def test_the_commands_run_from_a_small_preset(tmp_path, monkeypatch):
         (["--sparsity", "1.5"], "sparsities: expected numbers in (0, 1), got 1.5"),
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--format", "gif"], "format: expected some of png, pdf, svg, got 'gif'"),
     ],
 )
 def test_wrong_options_end_in_one_line(options, message, tmp_path):

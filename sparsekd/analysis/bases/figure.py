@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sparsekd.analysis.bases.basis import BASES
-from sparsekd.plots import clean, line_style
+from sparsekd.plots import clean, deviations, line_style, log_axis
 from sparsekd.train import Row
 
 _TITLES = {"lt": "LT: the initialisation's coefficients", "reinit": "Reinit: those of another"}
@@ -54,7 +54,7 @@ def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:
         axes.errorbar(
             [mean(row["stored"] / row["weights"] for row in group) for group in groups],
             [mean(a) for a in accuracies],
-            [stdev(a) if len(a) > 1 else 0.0 for a in accuracies],
+            deviations(accuracies),
             label=kind.label,
             capsize=2,
             **line_style(number),
@@ -63,8 +63,8 @@ def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:
     if dense:
         axes.axhline(mean(dense), color="#666666", linestyle="--", linewidth=1.1, label="dense")
     percent = FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
-    axes.set(xscale="log", xlabel="numbers stored, share of the weights (basis included)")
-    axes.xaxis.set_major_formatter(percent)
+    axes.set_xlabel("numbers stored, share of the weights (basis included)")
+    log_axis(axes.xaxis, percent)
     axes.yaxis.set_major_formatter(percent)
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsekd.analysis.bootstrap.measure import gaps, stopping_time
-from sparsekd.plots import clean, line_style, sparsity_axis, stretched
+from sparsekd.plots import clean, deviations, line_style, log_axis, sparsity_axis, stretched
 from sparsekd.train import Row
 
 LABELS: Mapping[str, str] = {
@@ -103,7 +103,8 @@ def _curves(
             name = label(key) if world == "real" and points else None
             steps = sorted(points)
             axes.plot(steps, [mean(points[s]) for s in steps], label=name, **style)
-    axes.set(xlabel="step", ylabel="soft-error on fresh samples", yscale="log")
+    axes.set(xlabel="step", ylabel="soft-error on fresh samples")
+    log_axis(axes.yaxis, "{:g}".format)
     axes.legend(fontsize=8)
 
 
@@ -119,7 +120,7 @@ def _over_density(axes: Axes, found: Mapping[Key, list[Row]], field: str, title:
             axes.errorbar(
                 [stretched(s) for s in places],
                 [mean(v) for v in values],
-                [stdev(v) if len(v) > 1 else 0.0 for v in values],
+                deviations(values),
                 label=label,
                 capsize=2,
                 **line_style(number),

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from sparsekd.plots import clean, line_style
+from sparsekd.plots import clean, line_style, log_axis, low_legend
 from sparsekd.train import Row
 
 LABELS: Mapping[str, str] = {
@@ -23,8 +22,6 @@ LABELS: Mapping[str, str] = {
     "rigl": "RigL",
     "rigl+": "RigL, sparse init",
 }
-
-_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
@@ -46,9 +43,6 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
             clean(axes)
             panel(axes, here)
             axes.title.set_fontsize(10)
-            if axes.get_yscale() == "log":
-                axes.yaxis.set_major_formatter(_PLAIN)
-                axes.yaxis.set_minor_formatter(NullFormatter())
         drawn[f"{network}-{sparsity:g}"] = figure
     return drawn
 
@@ -117,7 +111,8 @@ def _norms(axes: Axes, rows: Sequence[Row]) -> None:
         if points:
             steps = sorted(points)
             axes.plot(steps, [mean(points[s]) for s in steps], linewidth=1.3, **_style(method))
-    axes.set(title="Gradient norm while training", xlabel="step", ylabel="norm", yscale="log")
+    axes.set(title="Gradient norm while training", xlabel="step", ylabel="norm")
+    log_axis(axes.yaxis, "{:g}".format)
     axes.legend(fontsize=7)
 
 
@@ -129,7 +124,7 @@ def _updates(axes: Axes, rows: Sequence[Row]) -> None:
         axes.scatter([r["step"] for r in moved], ratio, **style)
     axes.axhline(1.0, color="#666666", linewidth=0.8)
     axes.set(title="Gradient norm after an update, over that before", xlabel="step")
-    axes.set_yscale("log", base=2)
+    log_axis(axes.yaxis, "{:g}".format)
     axes.legend(fontsize=7)
 
 
@@ -147,7 +142,8 @@ def _disagreement(axes: Axes, rows: Sequence[Row]) -> None:
     axes.bar(places + 0.2, to_pruned, 0.4, label="with the pruned solution", color="#0072b2")
     axes.set_xticks(places, [LABELS[m] for m in methods], rotation=30, ha="right", fontsize=8)
     axes.set(title="Test images that two networks classify differently", ylabel="%")
-    axes.legend(fontsize=7)
+    axes.margins(y=0.2)
+    axes.legend(fontsize=7, ncols=2)
 
 
 def _map(axes: Axes, rows: Sequence[Row]) -> None:
@@ -173,7 +169,7 @@ def _map(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot([own[0]["x"], row["x"]], [own[0]["y"], row["y"]], **line)
     axes.set(title="Weights in the plane (scaled distances)")
     axes.set_aspect("equal", adjustable="datalim")
-    axes.legend(fontsize=7)
+    low_legend(axes, 3, fontsize=7)
 
 
 def _paths(axes: Axes, rows: Sequence[Row]) -> None:
@@ -200,6 +196,7 @@ def _spectra(axes: Axes, rows: Sequence[Row]) -> None:
         style = {**_style(row["method"]), "linestyle": linestyle}
         style["label"] = f"{style['label']}, {row['when']}: largest {values.max():.3g}"
         axes.plot(grid, np.maximum(density, 1e-7), **style)
-    axes.set(title="Spectrum of the Hessian", yscale="log", ylim=(1e-6, None))
+    log_axis(axes.yaxis, "{:g}".format, (1.0,))
+    axes.set(title="Spectrum of the Hessian", ylim=(1e-6, None))
     axes.set(xlabel="eigenvalue, as sign · log10(1 + 100 |eigenvalue|)", ylabel="density")
-    axes.legend(fontsize=6)
+    low_legend(axes, 2, fontsize=7)
