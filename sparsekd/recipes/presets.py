@@ -140,7 +140,8 @@ _RIGL_IMAGENET = Recipe(
 _RIGL_CIFAR10 = Recipe(
     name="rigl_cifar10",
     description="CIFAR-10, WRN-22-2, RigL as published: 50 %, 80 % and 90 %, 250 epochs; but GMP "
-    "prunes every 100 steps, published every 1,000",
+    "prunes every 100 steps, published every 1,000, and crops are padded with zeros, in its code "
+    "with mirrored edges",
     data=DataChoice("cifar10"),
     model=ModelChoice("wrn22_2"),
     training=Training(
