@@ -1,9 +1,10 @@
 """Run the studies, or go on where they stopped; write their rows and tables; --help lists options.
 
 A study has a folder in --out with a run folder a column, which `sparsekd report` reads too, and
-after each call `rows.jsonl` (a line a finished run) and `README.md` (all of them, and the paired
-differences). Settings are in studies.py and in nothing else. --wall trains the first seed of every
-column once more by the sparse kernels and once by dense ones, for the time it takes.
+after each call `rows.jsonl` (a line a finished run), `README.md` (all of them, and the paired
+differences) and their figure. --draw makes page and figure anew from rows alone. Settings are in
+studies.py and in nothing else. --wall trains the first seed of every column once more by the sparse
+kernels and once by dense ones, for the time it takes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence import summary
+from benchmarks.evidence import figure, summary
 from benchmarks.evidence.studies import STUDIES, Study
 from sparsekd import ops, terminal
 from sparsekd.memory import keep_memory_warm
+from sparsekd.plots import save
 from sparsekd.recipes import Experiment, Recipe, RunFolder, check, load_data
-from sparsekd.train import Interrupted, ProgressReporter, Reporter, StopRequest
+from sparsekd.train import Interrupted, MetricsLog, ProgressReporter, Reporter, StopRequest
 
 Run = Callable[[Recipe, Path], None]
 
@@ -37,10 +39,15 @@ def run_study(name: str, study: Study, folder: Path, run: Run) -> None:
     """
     for column, recipe in study.columns.items():
         run(recipe, folder / column)
-        rows = summary.collect(name, study.columns, folder)
-        summary.write(rows, folder / "rows.jsonl")
-        text = f"# {name}\n\n{study.question}\n\n{summary.differences(study, rows)}\n\n"
-        (folder / "README.md").write_text(text + summary.table(rows) + "\n")
+        summary.write(summary.collect(name, study.columns, folder), folder / "rows.jsonl")
+        draw(name, study, folder)
+
+
+def draw(name: str, study: Study, folder: Path) -> None:
+    """Write the page of a study and its figure from the rows in its folder."""
+    rows = MetricsLog(folder / "rows.jsonl").rows()
+    (folder / "README.md").write_text(summary.page(name, study, rows))
+    save({"differences": figure.differences(study, rows)}, folder)
 
 
 def run_wall(name: str, study: Study, folder: Path, run: Run) -> None:
@@ -77,12 +84,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of the data files")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--wall", action="store_true", help="measure time instead of accuracy")
+    parser.add_argument("--draw", action="store_true", help="only draw again, from rows.jsonl")
     parser.add_argument(
         "--smoke", action="store_true", help="a few hundred images: shows only that it runs"
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.study) - STUDIES.keys():
         parser.error(f"study: expected names among {', '.join(STUDIES)}, got {sorted(unknown)}")
+    if options.draw:
+        for name in options.study or STUDIES:
+            draw(name, STUDIES[name], options.out / name)
+        return
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keep_memory_warm()

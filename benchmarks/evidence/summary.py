@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.evidence.studies import Study
 from sparsekd.recipes.report import LABELS
 from sparsekd.train import MetricsLog, Row, write_atomic
+
+BySeed = dict[int, float]
 
 
 def column(pair: str) -> tuple[str, str]:
@@ -43,9 +45,9 @@ def write(rows: Sequence[Row], path: Path) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def accuracies(rows: Sequence[Row]) -> dict[tuple[str, str, float], dict[int, float]]:
+def accuracies(rows: Sequence[Row]) -> dict[tuple[str, str, float], BySeed]:
     """Return test accuracy in % by (column, method, sparsity), then seed."""
-    found: dict[tuple[str, str, float], dict[int, float]] = {}
+    found: dict[tuple[str, str, float], BySeed] = {}
     for row in rows:
         key = row["column"], row["method"], row["sparsity"]
         found.setdefault(key, {})[row["seed"]] = 100 * row["test_accuracy"]
@@ -71,27 +73,83 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def differences(study: Study, rows: Sequence[Row]) -> str:
-    """Return a Markdown table of the paired differences: mean, deviation, each seed, how many up.
+def paired(study: Study, rows: Sequence[Row]) -> Iterator[tuple[str, str, float, BySeed]]:
+    """Yield the paired differences that answer a study's question.
 
     Only seeds that both have count.
+
+    Args:
+        study: whose pairs are taken.
+        rows: of the study, finished or not.
+
+    Yields:
+        First column/method, second one, sparsity of the first, and the differences in points.
     """
     found = accuracies(rows)
-    lines = ["| less | sparsity | difference | seeds | above 0 |", "|---|---|---|---|---|"]
     for first, second in study.pairs:
         (a, m), (b, n) = column(first), column(second)
         sparsities = zip(study.columns[a].sparsities, study.columns[b].sparsities, strict=True)
         for s, t in sparsities:
             one, other = found.get((a, m, s), {}), found.get((b, n, t), {})
-            pairs = {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}
-            if not pairs:
-                continue
-            above = sum(d > 0 for d in pairs.values())
-            lines.append(
-                f"| {first} less {second} | {s:.4g} | {spread(list(pairs.values()), '+')} "
-                f"| {listed(pairs, '+')} | {above} of {len(pairs)} |"
-            )
+            seeds = sorted(one.keys() & other.keys())
+            if seeds:
+                yield first, second, s, {seed: one[seed] - other[seed] for seed in seeds}
+
+
+def differences(study: Study, rows: Sequence[Row]) -> str:
+    """Return a Markdown table of paired differences: mean, deviation, each seed, how many up."""
+    lines = ["| less | sparsity | difference | seeds | above 0 |", "|---|---|---|---|---|"]
+    for first, second, sparsity, pairs in paired(study, rows):
+        above = sum(d > 0 for d in pairs.values())
+        lines.append(
+            f"| {first} less {second} | {sparsity:.4g} | {spread(list(pairs.values()), '+')} "
+            f"| {listed(pairs, '+')} | {above} of {len(pairs)} |"
+        )
     return "\n".join(lines)
+
+
+def tickets(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of the cheap tickets that were superposed, or nothing without any.
+
+    Numbers are means over seeds; the first ticket is the host's network before the cycles.
+    """
+    groups: dict[tuple[str, str, float], list[Row]] = {}
+    for row in rows:
+        if row.get("ticket_test_accuracies"):
+            key = row["column"], row["method"], row["sparsity"]
+            groups.setdefault(key, []).append(row)
+    if not groups:
+        return ""
+    lines = [
+        "| column | method | sparsity | single tickets, % | superposed, % | union density |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (name, method, sparsity), group in groups.items():
+        by_cycle = zip(*(row["ticket_test_accuracies"] for row in group), strict=True)
+        single = ", ".join(f"{100 * statistics.mean(cycle):.2f}" for cycle in by_cycle)
+        merged = 100 * statistics.mean(row["test_accuracy"] for row in group)
+        density = statistics.mean(row["union_density"] for row in group)
+        lines.append(
+            f"| {name} | {LABELS[method]} | {sparsity:.4g} | {single} | {merged:.2f} "
+            f"| {density:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def page(name: str, study: Study, rows: Sequence[Row]) -> str:
+    """Return the page of a study: its question, figure and tables."""
+    parts = [
+        f"# {name}",
+        study.question,
+        f"Written from rows.jsonl by `python -m benchmarks.evidence {name}`.",
+        "![differences](differences.png)",
+        "Test accuracy of the same seed, in points: mean ± standard deviation, then each seed.",
+        differences(study, rows),
+        "Whole model is the sparsity over all parameters, the other that of the masked layers.",
+        table(rows),
+        tickets(rows),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def spread(numbers: Sequence[float], sign: str = "") -> str:
@@ -100,6 +158,6 @@ def spread(numbers: Sequence[float], sign: str = "") -> str:
     return mean if len(numbers) < 2 else f"{mean} ± {statistics.stdev(numbers):.2f}"
 
 
-def listed(by_seed: dict[int, float], sign: str = "") -> str:
+def listed(by_seed: BySeed, sign: str = "") -> str:
     """Return the number of each seed, in the order of the seeds."""
     return ", ".join(f"{by_seed[seed]:{sign}.2f}" for seed in sorted(by_seed))

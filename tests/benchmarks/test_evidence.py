@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 
-from benchmarks.evidence import summary
-from benchmarks.evidence.__main__ import run_study, run_wall, train
+from benchmarks.evidence import figure, summary
+from benchmarks.evidence.__main__ import main, run_study, run_wall, train
 from benchmarks.evidence.studies import EQUAL_FLOPS, STUDIES, Study
 from sparsekd import flops, models
 from sparsekd.dst import Dynamics
@@ -104,6 +105,40 @@ def test_a_study_goes_on_where_it_stopped_and_pairs_seeds(study, tmp_path, stop_
         line = next(x for x in page.splitlines() if f"| {first} less {second} | {s}" in x)
         assert ", ".join(f"{d:+.2f}" for d in differences) in line
         assert f"| {sum(d > 0 for d in differences)} of 2 |" in line
+    assert (tmp_path / "differences.png").stat().st_size > 1000
+
+
+def test_page_and_figure_are_drawn_again_from_rows_alone(tmp_path):
+    rows = [
+        {"kind": "result", "column": column, "method": method, "sparsity": 0.98, "seed": seed}
+        | {"test_accuracy": accuracy + seed / 100, "sparsity_whole": 0.97}
+        for column, method, accuracy in (
+            *(("moved", "set", 0.8), ("moved", "sup-set", 0.81)),
+            ("moved-annealed", "set", 0.82),
+        )
+        for seed in (3, 4)
+    ]
+    for row in rows:
+        if row["method"] == "sup-set":
+            row |= {"ticket_test_accuracies": [0.7, 0.72 + row["seed"] / 100]}
+            row |= {"union_density": 0.03}
+    folder = tmp_path / "superposed"
+    folder.mkdir()
+    summary.write(rows, folder / "rows.jsonl")
+    main(["superposed", "--draw", "--out", str(tmp_path)])
+    page = (folder / "README.md").read_text()
+    assert "| moved/sup-set less moved/set | 0.98 | +1.00 ± 0.00 | +1.00, +1.00 | 2 of 2 |" in page
+    assert "| moved/sup-set less moved-annealed/set | 0.98 | -1.00 ± 0.00 |" in page
+    assert "| moved | Sup (SET) | 0.98 | 70.00, 75.50 | 84.50 | 0.0300 |" in page
+    found = figure.differences(STUDIES["superposed"], rows)
+    (axes,) = found.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "moved: Sup (SET) less SET",
+        "moved: Sup (SET) less moved-annealed: SET",
+    ]
+    means = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 1]
+    assert np.concatenate(means) == pytest.approx([1, -1])
+    assert figure.differences(STUDIES["moving"], rows) is None
 
 
 def test_time_is_measured_by_both_kinds_of_kernels(study, tmp_path, capsys):
