@@ -18,7 +18,7 @@ CMAKE_TESTS := cmake -S . -G Ninja -DSPARSEKD_PYTHON=OFF -DSPARSEKD_TESTS=ON
 DROP_FOREIGN_BUILD := grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' build/*/CMakeCache.txt \
   || rm -rf build
 
-.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize package gpu-races bench gpu-check clean
+.PHONY: demo test test-cpp test-wide test-neon test-python lint format sanitize package gpu-races bench gpu-check docs clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.built
@@ -87,6 +87,10 @@ sanitize: $(VENV)/.installed
 package: $(VENV)/.packaging
 	$(RUN) tools/package.py
 
+# The site of docs/ and the docstrings, in build/site; a warning, a dead link included, is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 # Races in the CUDA kernels by ThreadSanitizer, and what else is too slow for every day: minutes.
 gpu-races: $(VENV)/.built
 	$(RUN) -m pytest tests/emulation -m thorough
@@ -123,6 +127,12 @@ $(VENV)/.packaging: $(VENV)/.installed
 	$(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 	  print(*p["project"]["optional-dependencies"]["package"], sep="\n")' > $(VENV)/packaging.txt
 	$(PIP) -r $(VENV)/packaging.txt
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*p["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)/docs.txt
+	$(PIP) -r $(VENV)/docs.txt
 	touch $@
 
 # Popular models for tests/thirdparty. Without what torchvision and timm depend on, which would bring

@@ -45,9 +45,13 @@ def _grids(results: Results) -> list[Grid | None]:
 
 
 def _figures(results: Results) -> dict[str, Figure | None]:
-    from benchmarks.arena.figures import time_and_density  # matplotlib: not needed to measure
+    # matplotlib: not needed to measure
+    from benchmarks.arena.figures import flops_and_time, time_and_density
 
-    return {"density_line": time_and_density(results)}
+    return {
+        "flops_and_time": flops_and_time(results),
+        "density_line": time_and_density(results),
+    }
 
 
 DENSITY_LINE = Suite(

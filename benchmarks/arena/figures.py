@@ -99,7 +99,7 @@ def flops_and_time(results: Results) -> Figure | None:
         "FLOPs saved",
         "time saved",
     )
-    named: set[float] = set()
+    highest: dict[float, tuple[float, float]] = {}
     for number, case in enumerate(results.cases("step")):
         group = [(row, dense) for row, dense, _ in pairs if row["case"] == case]
         points = [
@@ -109,12 +109,12 @@ def flops_and_time(results: Results) -> Figure | None:
             continue
         axes.plot(*zip(*points, strict=True), label=case, **line_style(number))
         for (row, _), point in zip(group, points, strict=True):
-            if row["sparsity"] not in named:  # networks of one sparsity lie above each other
-                named.add(row["sparsity"])
-                axes.annotate(
-                    percent(row["sparsity"]), point, (-6, 4), textcoords="offset points",
-                    ha="right", fontsize=7,
-                )  # fmt: skip
+            top = highest.setdefault(row["sparsity"], point)
+            highest[row["sparsity"]] = max(top, point, key=lambda place: place[1])
+    for sparsity, point in highest.items():  # networks of one sparsity lie above each other
+        axes.annotate(
+            percent(sparsity), point, (-6, 4), textcoords="offset points", ha="right", fontsize=7
+        )
     axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", label="time saved = FLOPs saved")
     low = min(-0.05, axes.get_ylim()[0])  # before the shading, which moves it
     axes.axhspan(low, 0, **LOSES)

@@ -26,8 +26,12 @@ class SparseConv1D(SparseLinear):
         in_features: size of each input sample, `nx` of a Conv1D.
         out_features: size of each output sample, `nf` of a Conv1D.
         bias: whether to add a bias; a Conv1D always has one.
-        sparsity, seed, mask, layout, device, dtype: as of SparseLinear; a mask is
-            [out_features, in_features].
+        sparsity: fraction of zeros, as of SparseLinear.
+        seed: seed of mask, values and bias.
+        mask: where the nonzeros are, [out_features, in_features]; instead of `sparsity`.
+        layout: structure of this and all later masks.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
         - Input: [*, in_features]

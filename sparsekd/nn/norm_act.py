@@ -78,8 +78,10 @@ def conv_norm_act(
 
     Args:
         conv: the convolution, dense or sparse.
-        norm, act, residual: as of `norm_act`.
+        norm: as of `norm_act`.
         x: input of the convolution.
+        act: as of `norm_act`.
+        residual: as of `norm_act`.
 
     Example:
         >>> conv, norm = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)

@@ -133,7 +133,8 @@ class SupTickets:
             True if this iteration rewired the topology instead of stepping.
 
         Raises:
-            As `step` of `dst`.
+            RuntimeError: the update needs gradients and there was no backward pass; `step` of `dst`
+                lists what else it raises.
         """
         self._collect()
         step, first_phase = self.dst.iteration, self.cycles.first_phase
