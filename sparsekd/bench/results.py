@@ -12,6 +12,8 @@ from sparsekd.bench.runner import identity
 from sparsekd.errors import CheckpointError
 from sparsekd.train import MetricsLog, Row
 
+_FIELDS = ("level", "case", "op", "arm", "sparsity", "ms", "machine")
+
 
 class Results:
     """The rows of one machine and build, the newest of each kind.
@@ -52,7 +54,7 @@ class Results:
         Raises:
             CheckpointError: the file has no rows, or is damaged.
         """
-        rows = MetricsLog(path).rows()
+        rows = MetricsLog(path).rows_with(_FIELDS)
         if not rows:
             raise CheckpointError(f"{path}: expected rows of `sparsekd bench`, found none")
         return cls(rows)

@@ -16,6 +16,7 @@ from sparsekd.train import MetricsLog, Row
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 _ORDER = ["dense", *METHODS]
+_RESULT = ("run", "method", "sparsity", "seed", "test_accuracy", "nnz", "numel", "flops_train")
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -31,7 +32,7 @@ def read_rows(folder: Path) -> list[Row]:
         CheckpointError: there is no finished run, or the file is damaged.
     """
     path = folder / "metrics.jsonl"
-    rows = MetricsLog(path).rows()
+    rows = MetricsLog(path).rows_with(_RESULT, kind="result")
     if not any(row.get("kind") == "result" for row in rows):
         raise CheckpointError(f"{path}: expected the rows of a finished run, found none")
     return rows

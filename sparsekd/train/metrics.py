@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class MetricsLog:
             The rows in order.
 
         Raises:
-            CheckpointError: a line before the last is not JSON.
+            CheckpointError: a line before the last is not a JSON object.
         """
         if not self.path.exists():
             return []
@@ -61,12 +61,41 @@ class MetricsLog:
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError as error:
                 raise CheckpointError(
                     f"{self.path}: line {number} is not JSON: {error}; remove this line and repeat "
                     "the command"
                 ) from error
+            if not isinstance(row, dict):
+                raise CheckpointError(
+                    f"{self.path}: line {number} is not a JSON object; remove this line and repeat "
+                    "the command"
+                )
+            rows.append(row)
+        return rows
+
+    def rows_with(self, fields: Iterable[str], kind: str | None = None) -> list[Row]:
+        """Read all complete rows, of which those of a kind must have some fields.
+
+        Args:
+            fields: their names.
+            kind: of the rows that must have them; None for all rows.
+
+        Returns:
+            All rows in order.
+
+        Raises:
+            CheckpointError: a line is not a JSON object, or a row lacks one of the fields.
+        """
+        rows, fields = self.rows(), tuple(fields)
+        for number, row in enumerate(rows, start=1):
+            missing = [name for name in fields if name not in row]
+            if missing and kind in (None, row.get("kind")):
+                raise CheckpointError(
+                    f"{self.path}: line {number} lacks {', '.join(missing)}; is it a file of "
+                    "this command? Remove the line, or name another file"
+                )
         return rows
 
     def keep(self, condition: Callable[[Row], bool]) -> None:

@@ -145,6 +145,21 @@ def test_a_damaged_row_is_named(tmp_path):
     assert "remove this line" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "row, message",
+    [('{"kind": "result"}', "line 1 lacks"), ("[1]", "line 1 is not a JSON object")],
+)
+def test_rows_of_something_else_are_named(row, message, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f"{row}\n")
+    for arguments in (("report", str(tmp_path)), ("bench", "--draw", "--rows", str(file))):
+        result = call(*arguments)
+        assert result.exit_code == 2, result.output
+        (line,) = result.stderr.splitlines()
+        assert message in line
+        assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path):
     code = (
