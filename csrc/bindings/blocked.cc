@@ -73,19 +73,10 @@ class BlockPlan {
         g.projected =
             blocked_map<T>("projected", projected.cast<Array>(), shape[0], shape[1], shape[2], shape[3]).data;
       }
-      blocked::Before<T> previous{};
+      std::optional<blocked::Before<T>> previous;
       if (!before.is_none() && g.x) {
-        const auto t = before.cast<py::tuple>();
-        const int64_t inputs = block.x.channels;
-        previous.relu = t[0].cast<bool>();
-        previous.z = like<T>("before", t[1].cast<Array>(), block.x);
-        previous.mean = vector_of<const T>("before", t[2].cast<Array>(), 4 * inputs);
-        if (!t[3].is_none()) {
-          previous.other = like<T>("before", t[3].cast<Array>(), block.x);
-          previous.other_mean = vector_of<const T>("before", t[4].cast<Array>(), 4 * inputs);
-        }
-        previous.sums = vector_of<double>("before", t[5].cast<Array>(), 3 * inputs);
-        g.before = &previous;
+        previous = before_of<T>(before.cast<py::tuple>(), block.x);
+        g.before = &*previous;
       }
       py::gil_scoped_release release;
       finite = blocked::block_backward<T>(block, g);

@@ -32,6 +32,21 @@ T* like(const char* name, const Array& a, const Map& map) {
   return blocked_map<T>(name, a, map.images, map.channels, map.h, map.w).data;
 }
 
+// (relu, z, state, other z or None, other state, sums [3 C]) of the block that has made map `x`
+template <class T>
+blocked::Before<T> before_of(const py::tuple& t, const BlockedMap<const T>& x) {
+  blocked::Before<T> before{};
+  before.relu = t[0].cast<bool>();
+  before.z = like<T>("before", t[1].cast<Array>(), x);
+  before.mean = vector_of<const T>("before", t[2].cast<Array>(), 4 * x.channels);
+  if (!t[3].is_none()) {
+    before.other = like<T>("before", t[3].cast<Array>(), x);
+    before.other_mean = vector_of<const T>("before", t[4].cast<Array>(), 4 * x.channels);
+  }
+  before.sums = vector_of<double>("before", t[5].cast<Array>(), 3 * x.channels);
+  return before;
+}
+
 inline Quad add_convolution(std::vector<blocked::ConvNormShape>& to, const Spec& spec, const Quad& input) {
   const auto& [crow, col, shape, stride, padding, dilation, groups, relu] = spec;
   const ConvGeometry g = conv_geometry(input, {shape, stride, padding, dilation, groups});

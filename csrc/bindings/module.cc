@@ -9,6 +9,7 @@
 namespace sparsekd {
 
 void bind_blocked(py::module_& m);
+void bind_blocked_pool(py::module_& m);
 void bind_calls(py::module_& m);
 void bind_densify(py::module_& m);
 void bind_growth(py::module_& m);
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
   bind_products(m);
   bind_calls(m);
   bind_blocked(m);
+  bind_blocked_pool(m);
   bind_densify(m);
   bind_growth(m);
   bind_norm(m);

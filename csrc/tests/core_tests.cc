@@ -27,6 +27,7 @@
 using namespace sparsekd;
 
 void test_blocked();
+void test_pool();
 void test_borders();
 void test_caches();
 void test_densify();
@@ -258,6 +259,7 @@ int main() {
   test_peak();
   test_norm();
   test_blocked();
+  test_pool();
   test_engines<ConvEngine<float>>("convolution");
   test_engines<LinearEngine<float>>("linear");
   test_engines<NormEngine<float>>("norm");

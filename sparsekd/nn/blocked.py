@@ -10,7 +10,7 @@ hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from sparsekd import functional
 from sparsekd._torch import is_bare
 from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.nn.conv import SparseConv2d
-from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act
+from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, is_relu_or_none
+from sparsekd.nn.pooling import pool_blocked
 from sparsekd.ops import eager, observe
 from sparsekd.ops.cpu import blocked as ops
 from sparsekd.ops.cpu.blocked import Blocked, leave
@@ -54,6 +55,10 @@ def call_blocked(module: nn.Module, x: Tensor | Blocked) -> Tensor | Blocked:
     blocked = getattr(module, "forward_blocked", None)
     if blocked is not None and is_bare(module) and (isinstance(x, Blocked) or eager.plain((x, x))):
         return blocked(x)
+    if isinstance(x, Blocked) and is_bare(module) and input_fits(x.tensor, x.shape):
+        pooled = pool_blocked(module, x)
+        if pooled is not None:
+            return pooled
     return module(leave(x))  # which tracers and modes want to see
 
 
@@ -61,7 +66,7 @@ def conv_norm_act_blocked(
     conv: nn.Module,
     norm: nn.BatchNorm2d,
     x: Tensor | Blocked,
-    act: nn.Module | None,
+    act: Callable[[Tensor], Tensor] | None,
     then: nn.Module | None = None,
 ) -> Tensor | Blocked:
     """Return `act(norm(conv(x)))`, blocked where `x` is and the modules can be.
@@ -70,10 +75,10 @@ def conv_norm_act_blocked(
         conv: the convolution.
         norm: behind it.
         x: images `[N, C, H, W]`.
-        act: an nn.ReLU, or None.
+        act: the activation; None for none.
         then: the convolution that reads the result, if one does.
     """
-    if act is None or is_bare(act):
+    if is_relu_or_none(act):
         result = run_block(conv, x, [ConvNorm(conv, norm, act is not None)], then=then)
         if result is not None:
             return result

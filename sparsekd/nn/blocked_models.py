@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.models.resnet import BasicBlock, Bottleneck, ResNet
 from sparsekd.nn.blocked import Blocked, ConvNorm, call_blocked, leave, run_block
 from sparsekd.nn.fused import FusedSequential, register_fused
+from sparsekd.nn.norm_act import conv_norm_act
 
 
 class Residual(nn.Module):
@@ -41,6 +42,56 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to `x`."""
         return leave(self.forward_blocked(x))
+
+
+class Extras(NamedTuple):
+    """Modules of a residual block's main branch in front of its last convolution and behind it."""
+
+    front: tuple[nn.Module, ...] = ()
+    behind: tuple[nn.Module, ...] = ()
+
+
+class NumberedResidual(Residual):
+    """A residual block whose convolutions and norms have numbers, conv1 and bn1 to the last."""
+
+    convolutions: int
+
+    def activation(self, number: int) -> nn.Module:
+        """Return the activation behind a norm, the last one behind the addition."""
+        raise NotImplementedError
+
+    def extras(self) -> Extras:
+        """Return the modules besides convolutions, norms and activations."""
+        return Extras()
+
+    def _parts(self) -> list[ConvNorm]:
+        numbers = range(1, self.convolutions + 1)
+        return [ConvNorm(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"), True) for i in numbers]
+
+    def units(self) -> list[ConvNorm]:
+        """Return the convolutions of the main branch; none if they cannot run as one."""
+        acts = [self.activation(i) for i in range(1, self.convolutions + 1)]
+        if any(self.extras()) or not all(type(act) is nn.ReLU and is_bare(act) for act in acts):
+            return []
+        parts = self._parts()
+        return parts if all(type(part.norm) is nn.BatchNorm2d for part in parts) else []
+
+    def ordinary(self, x: Tensor) -> Tensor:
+        """Apply the block to `x` outside of the layout."""
+        *first, last = self._parts()
+        out, extras, act = x, self.extras(), self.activation(self.convolutions)
+        for i, unit in enumerate(first, 1):
+            out = conv_norm_act(unit.conv, unit.norm, out, self.activation(i))
+        for module in extras.front:
+            out = module(out)
+        if extras.behind:
+            out = conv_norm_act(last.conv, last.norm, out)
+        for module in extras.behind:
+            out = module(out)
+        identity = x if self.downsample is None else self.downsample(x)
+        if extras.behind:
+            return act(out + identity)
+        return conv_norm_act(last.conv, last.norm, out, act, identity)
 
 
 @register_fused(BasicBlock)
@@ -93,7 +144,7 @@ class BlockedResNet(ResNet):
         stem = run_block(self, x, [unit(self.conv1, self.bn1)], then=first_conv(self.layer1))
         maps = self.bn1(self.conv1(x)) if stem is None else stem
         if type(self.maxpool) is not nn.Identity or not is_bare(self.maxpool):
-            maps = self.maxpool(leave(maps))
+            maps = call_blocked(self.maxpool, maps)
         for name in self.stages:
             maps = call_blocked(getattr(self, name), maps)
-        return self.fc(torch.flatten(self.avgpool(leave(maps)), 1))
+        return self.fc(torch.flatten(leave(call_blocked(self.avgpool, maps)), 1))

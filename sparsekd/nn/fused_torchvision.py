@@ -9,38 +9,20 @@ from torchvision.models import densenet, inception, regnet, resnet
 from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv2d
 from torchvision.ops.misc import Conv2dNormActivation
 
-from sparsekd._torch import is_bare
-from sparsekd.nn.blocked import ConvNorm, call_blocked, leave
-from sparsekd.nn.blocked_models import Residual
+from sparsekd.nn.blocked import call_blocked, conv_norm_act_blocked, leave
+from sparsekd.nn.blocked_models import NumberedResidual, first_conv
 from sparsekd.nn.fused import FusedSequential, register_fused
 from sparsekd.nn.norm_act import conv_norm_act, norm_act
 
 
-class _Residual(Residual):
-    """A residual block of torchvision, whose ReLU is a module of its own."""
+class _Residual(NumberedResidual):
+    """A residual block of torchvision, which uses one ReLU several times."""
 
-    convolutions: int
     relu: nn.Module
 
-    def _parts(self) -> list[ConvNorm]:
-        numbers = range(1, self.convolutions + 1)
-        return [ConvNorm(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"), True) for i in numbers]
-
-    def units(self) -> list[ConvNorm]:
-        """Return the convolutions of the main branch; none if they cannot run as one."""
-        if type(self.relu) is not nn.ReLU or not is_bare(self.relu):
-            return []
-        parts = self._parts()
-        return parts if all(type(part.norm) is nn.BatchNorm2d for part in parts) else []
-
-    def ordinary(self, x: Tensor) -> Tensor:
-        """Apply the block to `x` outside of the layout."""
-        *first, last = self._parts()
-        out = x
-        for unit in first:
-            out = conv_norm_act(unit.conv, unit.norm, out, self.relu)
-        identity = x if self.downsample is None else self.downsample(x)
-        return conv_norm_act(last.conv, last.norm, out, self.relu, identity)
+    def activation(self, number: int) -> nn.Module:
+        """Return the ReLU."""
+        return self.relu
 
 
 @register_fused(resnet.BasicBlock)
@@ -62,10 +44,12 @@ class FusedResNet(resnet.ResNet):
     """Residual network, whose own norm is that of the stem."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        maps = self.maxpool(conv_norm_act(self.conv1, self.bn1, x, self.relu))
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps = call_blocked(layer, maps)
-        return self.fc(torch.flatten(self.avgpool(leave(maps)), 1))
+        ahead = first_conv(self.layer1)
+        maps = conv_norm_act_blocked(self.conv1, self.bn1, x, self.relu, ahead)
+        stages = self.layer1, self.layer2, self.layer3, self.layer4
+        for part in (self.maxpool, *stages, self.avgpool):
+            maps = call_blocked(part, maps)
+        return self.fc(torch.flatten(leave(maps), 1))
 
 
 @register_fused(Conv2dNormActivation)

@@ -1,7 +1,5 @@
 #include "core/blocked/block.h"
 
-#include <algorithm>
-
 #include "core/blocked/norms.h"
 
 namespace sparsekd::blocked {
@@ -78,15 +76,7 @@ bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
       dx.out = {g.x, b.x.images, b.x.channels, b.x.h, b.x.w};
       dx.residual = residual;
       dx.residual_every = every;
-      if (g.before) {
-        dx.gate = g.before->relu ? Gate::kStored : Gate::kOpen;
-        dx.sum = Sum::kGradient;
-        dx.active = b.x.data;
-        dx.normed = g.before->z;
-        dx.mean = g.before->mean;
-        dx.other = g.before->other;
-        dx.other_mean = g.before->other_mean;
-      }
+      if (g.before) into(*g.before, b.x.data, dx);
     }
     const Operand<T> x = i ? normalised(b.main[i - 1], b.main[i - 1].shape->relu) : plain<T>(b.x);
     if (!conv_backward<T>(c.shape->geometry, *c.shape->weight, through.operand, x, c.values, g.main[i].values,
@@ -94,11 +84,7 @@ bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
       return false;
     grad = dx.out.data;
   }
-  if (g.before && g.x) {
-    std::copy(sums.first.begin(), sums.first.end(), g.before->sums);
-    std::copy(sums.second.begin(), sums.second.end(), g.before->sums + b.x.channels);
-    std::copy(sums.third.begin(), sums.third.end(), g.before->sums + 2 * b.x.channels);
-  }
+  if (g.before && g.x) hand_over(sums, b.x.channels, *g.before);
   return true;
 }
 

@@ -1,5 +1,6 @@
 // What blocks do with the norms between their convolutions: statistics to coefficients, and the way back.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "core/blocked/block.h"
@@ -107,6 +108,26 @@ void gate_behind(const ConvNorm<T>& norm, bool relu, Result<T>& dx) {
   dx.mean = norm.mean();
   dx.scale = norm.scale();
   dx.shift = norm.shift();
+}
+
+// A gradient on its way into the block before, whose result is `active`: through its last ReLU, with the sums
+// that its norms need.
+template <class T>
+void into(const Before<T>& before, const T* active, Result<T>& dx) {
+  dx.gate = before.relu ? Gate::kStored : Gate::kOpen;
+  dx.sum = Sum::kGradient;
+  dx.active = active;
+  dx.normed = before.z;
+  dx.mean = before.mean;
+  dx.other = before.other;
+  dx.other_mean = before.other_mean;
+}
+
+template <class T>
+void hand_over(const ChannelSums& sums, int64_t channels, const Before<T>& before) {
+  std::copy(sums.first.begin(), sums.first.end(), before.sums);
+  std::copy(sums.second.begin(), sums.second.end(), before.sums + channels);
+  std::copy(sums.third.begin(), sums.third.end(), before.sums + 2 * channels);
 }
 
 // Rows and columns of the input from one gradient through a shortcut's convolution to the next.

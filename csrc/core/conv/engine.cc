@@ -107,6 +107,8 @@ void gather(const GatherCall<T>& call) {
 #include "core/conv/blocked.inl"
 //
 #include "core/conv/blocked_maps.inl"
+//
+#include "core/conv/blocked_pool.inl"
 
 }  // namespace
 
@@ -120,6 +122,8 @@ const ConvEngine<T> ConvEngine<T>::compiled{{1, kTilePixels},
                                             sparsekd::blocked_backward<T>,
                                             sparsekd::blocked_join<T>,
                                             sparsekd::blocked_gate<T>,
+                                            sparsekd::blocked_pool<T>,
+                                            sparsekd::blocked_pool_backward<T>,
                                             sparsekd::blocked_enter<T>,
                                             sparsekd::blocked_leave<T>};
 template const ConvEngine<float> ConvEngine<float>::compiled<kIsa>;

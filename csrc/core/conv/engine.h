@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "core/blocked/conv.h"
+#include "core/blocked/pool.h"
 #include "core/conv/plan.h"
 #include "core/engine.h"
 
@@ -94,6 +94,26 @@ struct BlockedGate {
 };
 
 template <class T>
+struct BlockedPool {
+  blocked::Pooling pool;
+  BlockedMap<const T> x;
+  BlockedMap<T> y;
+  Schedule schedule;  // of the rows of y
+  int threads;
+};
+
+template <class T>
+struct BlockedPoolBackward {
+  blocked::Pooling pool;
+  BlockedMap<const T> x, grad;
+  blocked::Result<T> dx;  // gate: kStored or kOpen; sum: kNothing or kGradient
+  Schedule schedule;      // of the rows of x
+  PlaceSums sums;
+  int threads;
+  bool* finite;
+};
+
+template <class T>
 struct ConvEngine {
   // Output pixels that stay in registers over a list of nonzeros, of ordinary and of blocked maps.
   TileShape tile, blocked_tile;
@@ -103,6 +123,8 @@ struct ConvEngine {
   void (*blocked_backward)(const BlockedBackward<T>&);
   void (*blocked_join)(const BlockedJoin<T>&);
   void (*blocked_gate)(const BlockedGate<T>&);
+  void (*blocked_pool)(const BlockedPool<T>&);
+  void (*blocked_pool_backward)(const BlockedPoolBackward<T>&);
   void (*blocked_enter)(const View4<const T>&, const BlockedMap<T>&, int threads);
   void (*blocked_leave)(const BlockedMap<const T>&, const View4<T>&, int threads);
 
