@@ -3,8 +3,8 @@
 A study has a folder in --out with a run folder a column, which `sparsekd report` reads too, and
 after each call `rows.jsonl` (a line a finished run), `README.md` (all of them, and the paired
 differences) and their figure. --draw makes page and figure anew from rows alone. Settings are in
-studies.py and in nothing else. --wall trains the first seed of every column once more by the sparse
-kernels and once by dense ones, for the time it takes.
+studies.py and in nothing else. --wall trains the first seed of a study's first column once more by
+the sparse kernels and once by dense ones, for the time it takes.
 """
 
 from __future__ import annotations
@@ -51,19 +51,17 @@ def draw(name: str, study: Study, folder: Path) -> None:
 
 
 def run_wall(name: str, study: Study, folder: Path, run: Run) -> None:
-    """Train one seed of a study twice, by sparse and by dense kernels, and write the seconds."""
+    """Train a seed of a study's first column by sparse and by dense kernels; write the seconds."""
     rows = []
+    column, recipe = next(iter(study.columns.items()))
     for backend in ("sparse", "dense"):
         forced = ops.backend("dense") if backend == "dense" else contextlib.nullcontext()
         with forced:
-            for column, recipe in study.columns.items():
-                run(replace(recipe, seeds=1), folder / backend / column)
-        found = summary.collect(name, study.columns, folder / backend)
+            run(replace(recipe, seeds=1), folder / backend / column)
+        found = summary.collect(name, [column], folder / backend)
         rows += [{"backend": backend, **row} for row in found]
     summary.write(rows, folder / "rows.jsonl")
-    for backend in ("sparse", "dense"):
-        seconds = sum(row["seconds"] for row in rows if row["backend"] == backend)
-        print(f"{name}: {seconds:,.0f} s by {backend} kernels")
+    print(summary.times(rows))
 
 
 def train(

@@ -136,6 +136,31 @@ def tickets(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def times(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of seconds of training, by sparse and by dense kernels.
+
+    Args:
+        rows: of a study, each with the "backend" that trained it; runs of the dense network, which
+            is the same by both, are left out.
+    """
+    seconds: dict[tuple[str, float], dict[str, float]] = {}
+    for row in rows:
+        if row["method"] != "dense":
+            key = row["method"], row["sparsity"]
+            seconds.setdefault(key, {})[row["backend"]] = row["seconds"]
+    lines = [
+        "| method | sparsity | sparse kernels, s | dense masked, s | times faster |",
+        "|---|---|---|---|---|",
+    ]
+    both = {key: found for key, found in seconds.items() if len(found) == 2}
+    named = [(f"{LABELS[m]} | {sparsity:.4g}", found) for (m, sparsity), found in both.items()]
+    total = {b: sum(found[b] for found in both.values()) for b in ("sparse", "dense")}
+    for label, found in [*named, ("all | ", total)]:
+        sparse, dense = found["sparse"], found["dense"]
+        lines.append(f"| {label} | {sparse:.1f} | {dense:.1f} | {dense / sparse:.2f} |")
+    return "\n".join(lines)
+
+
 def page(name: str, study: Study, rows: Sequence[Row]) -> str:
     """Return the page of a study: its question, figure and tables."""
     parts = [

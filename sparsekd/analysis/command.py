@@ -56,6 +56,9 @@ _DataDir = Annotated[Path | None, typer.Option(help="Folder of the data files.")
 _Out = Annotated[Path, typer.Option(help="Folder of the study.")]
 _Seeds = Annotated[int | None, typer.Option(help="Number of seeds.")]
 _Epochs = Annotated[int | None, typer.Option(help="Epochs of a run.")]
+_Networks = Annotated[
+    str | None, typer.Option("--network", help="Some of the preset's networks, as lenet300_100.")
+]
 _Sparsity = Annotated[str | None, typer.Option(help="Sparsities, as 0.9,0.98.")]
 _Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over instead of going on.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
@@ -75,6 +78,7 @@ _BOOTSTRAP = Study(
 def gradient_flow(
     preset: _Preset = "small",
     data_dir: _DataDir = None,
+    networks: _Networks = None,
     sparsity: _Sparsity = None,
     seeds: _Seeds = None,
     epochs: _Epochs = None,
@@ -84,7 +88,7 @@ def gradient_flow(
     formats: _Formats = "png",
 ) -> None:
     """Compare gradient norms, and lottery tickets with the solution they were pruned from."""
-    changes = {"sparsities": sparsity, "seeds": seeds, "epochs": epochs}
+    changes = {"networks": networks, "sparsities": sparsity, "seeds": seeds, "epochs": epochs}
     _run(_FLOW, preset, changes, out, data_dir, fresh, threads, formats)
 
 
@@ -92,6 +96,7 @@ def gradient_flow(
 def generalized_tickets(
     preset: _Preset = "small",
     data_dir: _DataDir = None,
+    networks: _Networks = None,
     density: Annotated[str | None, typer.Option(help="Shares to keep, as 0.1,0.02.")] = None,
     seeds: _Seeds = None,
     epochs: _Epochs = None,
@@ -102,7 +107,7 @@ def generalized_tickets(
     formats: _Formats = "png",
 ) -> None:
     """Prune and train tickets in six bases: which one needs fewest numbers?"""
-    changes = {"densities": density, "seeds": seeds, "epochs": epochs}
+    changes = {"networks": networks, "densities": density, "seeds": seeds, "epochs": epochs}
     last = bases.BasisStudy.time if timing else None
     _run(_BASES, preset, changes, out, data_dir, fresh, threads, formats, last)
 
@@ -131,11 +136,20 @@ def _config(presets: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -
         raise ValueError(f"--preset: expected one of {', '.join(presets)}, got {name!r}")
     given = {field: value for field, value in changes.items() if value is not None}
     for field, value in given.items():
-        if isinstance(value, str):
+        if field == "networks":
+            given[field] = _some(value, presets[name].networks)
+        elif isinstance(value, str):
             given[field] = _fractions(field, value)
         elif value < 1:
             raise ValueError(f"{field}: expected at least 1, got {value}")
     return replace(presets[name], **given)
+
+
+def _some(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if unknown := set(names) - set(known):
+        raise ValueError(f"--network: expected some of {', '.join(known)}, got {min(unknown)!r}")
+    return names
 
 
 def _fractions(field: str, text: str) -> tuple[float, ...]:

@@ -191,10 +191,17 @@ def test_the_commands_run_from_a_small_preset(tmp_path, monkeypatch):
         assert not any(text.get_text() for text in axes.get_yticklabels(minor=True))
 
 
+def test_a_study_of_some_of_its_networks_is_asked_for_by_name():
+    presets = command._FLOW.presets
+    config = command._config(presets, "full", {"networks": "lenet5", "seeds": 3})
+    assert config == replace(presets["full"], networks=("lenet5",), seeds=3)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--preset", "huge"], "--preset: expected one of small, full"),
+        (["--network", "resnet20"], "--network: expected some of lenet300_100, got 'resnet20'"),
         (["--sparsity", "1.5"], "sparsities: expected numbers in (0, 1), got 1.5"),
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),

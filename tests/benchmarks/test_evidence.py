@@ -149,7 +149,14 @@ def test_time_is_measured_by_both_kinds_of_kernels(study, tmp_path, capsys):
     assert [row["backend"] for row in rows] == ["sparse"] * 2 + ["dense"] * 2
     forced = json.loads((tmp_path / "dense/one/config.json").read_text())["sessions"][0]["forced"]
     assert forced == "dense"
-    assert "by dense kernels" in capsys.readouterr().out
+    assert "| RigL | 0.9 |" in capsys.readouterr().out
+    table = summary.times(
+        [row | {"seconds": 2 if row["backend"] == "dense" else 1} for row in rows]
+    )
+    assert table.splitlines()[-2:] == [
+        "| RigL | 0.9 | 1.0 | 2.0 | 2.00 |",
+        "| all |  | 2.0 | 4.0 | 2.00 |",
+    ]
 
 
 def test_short_studies_keep_their_methods():
