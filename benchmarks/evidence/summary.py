@@ -157,7 +157,8 @@ def times(rows: Sequence[Row]) -> str:
     total = {b: sum(found[b] for found in both.values()) for b in ("sparse", "dense")}
     for label, found in [*named, ("all | ", total)]:
         sparse, dense = found["sparse"], found["dense"]
-        lines.append(f"| {label} | {sparse:.1f} | {dense:.1f} | {dense / sparse:.2f} |")
+        faster = f"{dense / sparse:.2f}" if sparse else "-"  # rounds to 0: too short to say
+        lines.append(f"| {label} | {sparse:.1f} | {dense:.1f} | {faster} |")
     return "\n".join(lines)
 
 
