@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_NEEDS = re.compile(r"^(```\w+) needs \w+$", re.MULTILINE)  # what the test of the guides reads
 _FIGURES = re.compile(r"<!-- figures: begin.*?-->\n(.*?)<!-- figures: end -->", re.DOTALL)
 
 
@@ -35,6 +36,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if source in PAGES.values():
         return markdown
     markdown = markdown.replace("<!-- figures -->", figures())
+    markdown = _NEEDS.sub(r"\1", markdown)
     return inside(markdown, posixpath.join("docs", posixpath.dirname(source)))
 
 
