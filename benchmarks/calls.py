@@ -3,6 +3,8 @@
 Chains of tiny layers, whose kernels take next to no time, run forward and backward. The difference
 between a long chain and one layer, over the number of layers, is the cost of a layer: torch's own
 beside sparse ones, and an autograd.Function that computes nothing, which no op in Python can beat.
+Rows in the layout are blocks between which activations stay blocked; their batch is at least 16,
+which fills the lanes, so their kernels take some time too.
 All chains take turns in one process. One table goes to the terminal: microseconds per layer,
 medians.
 """
@@ -19,9 +21,13 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd as skd
+from sparsekd.models.resnet import BasicBlock
+from sparsekd.models.wide_resnet import PreActivationBlock
+from sparsekd.nn.blocked import call_blocked, conv_norm_act_blocked, leave
+from sparsekd.nn.preactivation import run_preactivation
 from sparsekd.timing import interleave
 
-Layer = Callable[[Tensor], Tensor]
+Layer = Callable[[Any], Any]
 
 
 class Nothing(torch.autograd.Function):
@@ -68,11 +74,39 @@ def layers(channels: int, density: float) -> dict[str, tuple[Layer, list[int]]]:
     }
 
 
-def forward(layer: Layer, x: Tensor, length: int) -> Tensor:
+def blocks(channels: int, density: float) -> dict[str, tuple[Layer, Layer]]:
+    """Return blocks in the layout, each behind what brings images [N, channels, 4, 4] into it."""
+    torch.manual_seed(0)
+    stem = skd.nn.SparseConv2d(channels, channels, 3, padding=1, bias=False, sparsity=1 - density)
+    norm, relu = nn.BatchNorm2d(channels), nn.ReLU()
+    model = nn.Sequential(BasicBlock(channels, channels), PreActivationBlock(channels, channels))
+    skd.sparsify(model, sparsity=1 - density, distribution="uniform")
+    skd.optimize(model)
+    residual, preactivation = model[0], model[1]
+
+    def triple(x: Any) -> Any:
+        return conv_norm_act_blocked(stem, norm, x, relu)
+
+    return {
+        "conv, norm, ReLU in the layout": (triple, triple),
+        "residual block in the layout": (triple, partial(call_blocked, residual)),
+        "pre-activation block in the layout": (
+            lambda x: run_preactivation(stem, x, None, [], stem),
+            partial(call_blocked, preactivation),
+        ),
+    }
+
+
+def behind(first: Layer, layer: Layer) -> Layer:
+    """Return a layer in front of which images pass another one."""
+    return lambda x: layer(first(x) if isinstance(x, Tensor) else x)
+
+
+def forward(layer: Layer, x: Any, length: int) -> Tensor:
     """Apply a layer several times."""
     for _ in range(length):
         x = layer(x)
-    return x
+    return leave(x)
 
 
 def both(layer: Layer, x: Tensor, length: int) -> None:
@@ -91,8 +125,15 @@ def inference(layer: Layer, x: Tensor, length: int) -> None:
 def measure(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Return microseconds per layer: without derivatives, and forward and backward."""
     calls: dict[tuple[str, str, int], Callable[[], object]] = {}
-    for name, (layer, shape) in layers(options.channels, options.density).items():
-        x = torch.randn(options.batch, *shape)
+    chains = {
+        name: (layer, [options.batch, *shape])
+        for name, (layer, shape) in layers(options.channels, options.density).items()
+    }
+    in_layout = [max(options.batch, 16), options.channels, 4, 4]
+    for name, (first, layer) in blocks(options.channels, options.density).items():
+        chains[name] = behind(first, layer), in_layout
+    for name, (layer, size) in chains.items():
+        x = torch.randn(size)
         for length in (1, 1 + options.length):
             calls[name, "inference", length] = partial(inference, layer, x, length)
             leaf = x.clone().requires_grad_()

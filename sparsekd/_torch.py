@@ -229,6 +229,10 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
+has_global_hook: Callable[[], bool] = _has_any_global_hook
+"""Return whether there are hooks of all modules."""
+
+
 def metadata_of(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the metadata of a state_dict, by module; empty if it has none."""
     return getattr(state_dict, "_metadata", {})

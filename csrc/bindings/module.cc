@@ -17,6 +17,7 @@ void bind_peak(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_products(py::module_& m);
 void bind_structure(py::module_& m);
+void bind_watch(py::module_& m);
 
 namespace {
 
@@ -68,6 +69,7 @@ PYBIND11_MODULE(_C, m) {
   bind_growth(m);
   bind_norm(m);
   bind_structure(m);
+  bind_watch(m);
   m.def("info", &info);
   m.def("current_isa", [] { return isa_name(current_isa()); });
   m.def("set_isa", &set_isa);

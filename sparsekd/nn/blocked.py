@@ -24,6 +24,7 @@ from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, is_relu_or_none
 from sparsekd.nn.pooling import pool_blocked
+from sparsekd.nn.prepared import Prepared, recall, remember
 from sparsekd.ops import eager, observe
 from sparsekd.ops.cpu import blocked as ops
 from sparsekd.ops.cpu.blocked import Blocked, leave
@@ -78,11 +79,38 @@ def conv_norm_act_blocked(
         act: the activation; None for none.
         then: the convolution that reads the result, if one does.
     """
+    parts = (norm, act) if act is None or isinstance(act, nn.Module) else None
+    result = None if parts is None else run_again(conv, x, *parts)
+    if result is not None:
+        return result
     if is_relu_or_none(act):
-        result = run_block(conv, x, [ConvNorm(conv, norm, act is not None)], then=then)
+        unit = ConvNorm(conv, norm, act is not None)
+        result = run_block(conv, x, [unit], then=then, parts=parts)
         if result is not None:
             return result
     return conv_norm_act(conv, norm, leave(x), act)
+
+
+def run_again(owner: nn.Module, x: Tensor | Blocked, *parts: nn.Module | None) -> Blocked | None:
+    """Run a block as it was prepared at an earlier call.
+
+    Args:
+        owner: as of `run_block`, as is `x`.
+        x: images `[N, C, H, W]`.
+        parts: modules beside the owner that the block consists of.
+
+    Returns:
+        What `run_block` would; None also where nothing is prepared, or something has changed since.
+    """
+    tensor, shape = (x.tensor, x.shape) if isinstance(x, Blocked) else (x, x.shape)
+    if not input_fits(tensor, shape):
+        return None
+    prepared = recall(owner, shape, tensor.dtype, *parts)
+    if prepared is None:
+        return None
+    if prepared.needs_moments and (not isinstance(x, Blocked) or x.moments is None):
+        return None
+    return prepared.run(x if isinstance(x, Blocked) else ops.enter(x))
 
 
 def run_block(
@@ -93,6 +121,7 @@ def run_block(
     *,
     identity: bool = False,
     then: nn.Module | None = None,
+    parts: tuple[nn.Module | None, ...] | None = None,
 ) -> Blocked | None:
     """Run a residual block, or a convolution and its norm, in the blocked layout.
 
@@ -103,6 +132,8 @@ def run_block(
         shortcut: what projects the input before it is added; None for nothing.
         identity: whether the input itself is added.
         then: of a block without sparse convolutions, the convolution that reads its result.
+        parts: modules beside the owner that the block consists of, where it consists of nothing
+            else: `run_again` runs it then.
 
     Returns:
         What the modules would return, to rounding; running statistics are updated as they would
@@ -124,8 +155,21 @@ def run_block(
         return None
     found = [parameters_of(unit) for unit in units]
     plain = partial(_plain, specs, found, len(main), identity)
-    inside = x if isinstance(x, Blocked) else ops.enter(x)
-    return ops.run(plan, inside, found, len(main), main[-1].relu, plain)
+    count, relu = len(main), main[-1].relu
+
+    def run(inside: Blocked) -> Blocked | None:  # holds no module, see `prepared`
+        return ops.run(plan, inside, found, count, relu, plain)
+
+    if parts is not None and all(lasts(unit.conv, unit.norm) for unit in units):
+        remember(owner, shape, tensor.dtype, Prepared(run, False), *parts)
+    return run(x if isinstance(x, Blocked) else ops.enter(x))
+
+
+def lasts(conv: nn.Module | None, norm: nn.BatchNorm2d | None) -> bool:
+    """Return whether the kernels may take the same operands again in the next call."""
+    if conv is not None and not isinstance(conv, SparseConv2d):
+        return False  # a weight without zeros is reshaped for each
+    return norm is None or norm.momentum is not None
 
 
 def input_fits(x: Tensor, shape: Sequence[int]) -> bool:

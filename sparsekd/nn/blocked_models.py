@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from sparsekd._torch import is_bare
 from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.models.resnet import BasicBlock, Bottleneck, ResNet
-from sparsekd.nn.blocked import Blocked, ConvNorm, call_blocked, leave, run_block
+from sparsekd.nn.blocked import (
+    Blocked,
+    ConvNorm,
+    call_blocked,
+    leave,
+    run_again,
+    run_block,
+)
 from sparsekd.nn.fused import FusedSequential, register_fused
 from sparsekd.nn.norm_act import conv_norm_act
 
@@ -30,13 +37,16 @@ class Residual(nn.Module):
 
     def forward_blocked(self, x: Tensor | Blocked) -> Tensor | Blocked:
         """Apply the block to ordinary or blocked images."""
-        result = None
-        units = [] if torch.compiler.is_compiling() else self.units()
+        compiling = torch.compiler.is_compiling()
+        result = None if compiling else run_again(self, x)
+        if result is not None:
+            return result
+        units = [] if compiling else self.units()
         if units:
             identity = self.downsample is None
             shortcut = projection(self.downsample)
             if identity or shortcut is not None:
-                result = run_block(self, x, units, shortcut, identity=identity)
+                result = run_block(self, x, units, shortcut, identity=identity, parts=())
         return self.ordinary(leave(x)) if result is None else result
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from sparsekd.nn.blocked import (
     call_blocked,
     conv_fits,
     input_fits,
+    lasts,
     leave,
     norm_fits,
     norm_parameters,
@@ -23,11 +24,13 @@ from sparsekd.nn.blocked import (
     pays,
     plain_conv,
     plain_norm,
+    run_again,
     spec_of,
     values_of,
 )
 from sparsekd.nn.blocked_models import first_conv
 from sparsekd.nn.fused import register_fused
+from sparsekd.nn.prepared import Prepared, remember
 from sparsekd.ops.cpu import blocked as ops
 from sparsekd.ops.cpu import preactivation
 
@@ -84,12 +87,19 @@ def run_preactivation(
     values = values_of(last)
     ahead = None if front is None else norm_parameters(front, values, None)
     found = [parameters_of(unit) for unit in units]
+    training = owner.training
     block = preactivation.Block(
         plan, ahead, found, values, None if shortcut is None else values_of(shortcut),
         partial(_plain, specs, projection, ahead, found),
     )  # fmt: skip
-    inside = x if isinstance(x, Blocked) else ops.enter(x)
-    return preactivation.run(block, inside, moments=owner.training)
+
+    def run(inside: Blocked) -> Blocked | None:
+        return preactivation.run(block, inside, moments=training)
+
+    again = all(lasts(conv, None) for conv in convs) and all(lasts(None, norm) for norm in norms)
+    if front is not None and again:
+        remember(owner, shape, tensor.dtype, Prepared(run, not frozen))
+    return run(x if isinstance(x, Blocked) else ops.enter(x))
 
 
 def _plain(
@@ -122,8 +132,11 @@ class BlockedPreActivationBlock(PreActivationBlock):
 
     def forward_blocked(self, x: Tensor | Blocked) -> Tensor | Blocked:
         """Apply the block to ordinary or blocked images."""
-        result = None
-        if not torch.compiler.is_compiling() and getattr(self.bn1, "act", False):
+        compiling = torch.compiler.is_compiling()
+        result = None if compiling else run_again(self, x)
+        if result is not None:
+            return result
+        if not compiling and getattr(self.bn1, "act", False):
             unit = ConvNorm(self.conv1, self.bn2, getattr(self.bn2, "act", False))
             result = run_preactivation(self, x, self.bn1, [unit], self.conv2, self.shortcut)
         return super().forward(leave(x)) if result is None else result

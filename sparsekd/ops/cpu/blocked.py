@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd._torch import transformed, version_of
+from sparsekd._torch import direct_apply, transformed, version_of
 from sparsekd.errors import ShapeError
 from sparsekd.ops.cpu.blocked_ordinary import (
     Shape,
@@ -47,11 +47,16 @@ BlockPlan: Any = compiled("BlockPlan")
 _MOST_PLANS = 8  # shapes of input of a block
 
 
+def sizes(shape: Shape, dtype: torch.dtype) -> tuple[int, ...]:
+    """Return the shape of a blocked map of images [N, C, H, W]."""
+    n, c, h, w = shape
+    per = lanes(dtype)
+    return -(-n // per), h, c, w, per
+
+
 def empty(shape: Shape, like: Tensor) -> Tensor:
     """Return memory for a blocked map of images [N, C, H, W]."""
-    n, c, h, w = shape
-    per = lanes(like.dtype)
-    return torch.empty((-(-n // per), h, c, w, per), dtype=like.dtype)
+    return torch.empty(sizes(shape, like.dtype), dtype=like.dtype)
 
 
 @dataclass
@@ -134,6 +139,21 @@ Spec = tuple[Any, ...]
 groups, and whether a ReLU follows."""
 
 
+class Plan:
+    """A compiled plan of a block, with what each call would have to ask it for.
+
+    Args:
+        compiled: the plan.
+        shapes: `[N, C, H, W]` of each convolution's result.
+        projected: that of the gradient through the shortcut's convolution, None without one.
+    """
+
+    def __init__(self, compiled: Any, projects: bool) -> None:
+        self.forward, self.backward = compiled.forward, compiled.backward
+        self.shapes: list[Shape] = [tuple(shape) for shape in compiled.shapes]
+        self.projected: Shape | None = tuple(compiled.projected) if projects else None
+
+
 class _Plans:
     """The plans of one block, for the structures that it has now."""
 
@@ -162,7 +182,7 @@ def plan(
     shortcut: Spec | None,
     identity: bool,
     shape: Shape,
-) -> Any:
+) -> Plan | None:
     """Return the compiled plan of a block, None if the kernels do not take it.
 
     Args:
@@ -185,7 +205,7 @@ def plan(
             known.by_call.clear()
         try:
             made = kind(main, shortcut, identity, shape, threads)
-            known.by_call[key] = made if made.supported else None
+            known.by_call[key] = Plan(made, shortcut is not None) if made.supported else None
         except ShapeError:  # which the modules report in their own words
             known.by_call[key] = None
     return known.by_call[key]
@@ -229,7 +249,7 @@ class ConvNorm:
 
 
 def run(
-    plan: Any,
+    plan: Plan,
     x: Blocked,
     units: Sequence[ConvNorm],
     count: int,
@@ -239,7 +259,7 @@ def run(
     """Run a residual block.
 
     Args:
-        plan: a `BlockPlan` for this input.
+        plan: of a `BlockPlan` for this input.
         x: the input.
         units: the convolutions in order, that of the shortcut last.
         count: how many belong to the main branch.
@@ -266,7 +286,7 @@ def run(
         return Blocked(out, out_shape)
     behind = Behind(relu)
     made = (plan, units, count, plain, x.shape), (out, *maps, *x.normed), x.behind, behind
-    tensor = _Node.apply(made, *inputs)
+    tensor = _apply(made, *inputs)
     last = 2 * count - 2
     return Blocked(tensor, out_shape, behind, (*maps[last : last + 2], *maps[2 * count :]))
 
@@ -325,6 +345,9 @@ class _Node(torch.autograd.Function):
         return None, *results
 
 
+_apply = direct_apply(_Node)
+
+
 def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None] | None:
     """Return the gradients of all inputs; None if one of them is not finite."""
     plan, units, count, *_ = ctx.made
@@ -343,6 +366,7 @@ def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor |
     gated = torch.empty_like(out) if sums is None else None
     projected = None
     if len(units) > count and needs[0]:
+        assert plan.projected is not None
         projected = empty(plan.projected, x)
     before = None
     if ctx.before is not None and needs[0]:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekd._torch import direct_apply
 from sparsekd.ops.cpu.blocked import (
     Blocked,
     ConvNorm,
+    Plan,
     compiled,
     count_batches,
     empty,
@@ -32,7 +34,7 @@ class Block:
     """What a block computes with.
 
     Args:
-        plan: `sparsekd._C.PreActivationPlan` for the input.
+        plan: of a `PreActivationPlan` for the input.
         front: the norm of the input, whose `values` is not used; None for none.
         units: the convolutions with norms behind them.
         last: values of the convolution whose result is the block's.
@@ -40,7 +42,7 @@ class Block:
         plain: computes the same from `[N, C, H, W]` and all parameters in a row, with ordinary ops.
     """
 
-    plan: Any
+    plan: Plan
     front: ConvNorm | None
     units: Sequence[ConvNorm]
     last: Tensor
@@ -93,7 +95,7 @@ def run(block: Block, x: Blocked, *, moments: bool) -> Blocked | None:
     inputs = [x.tensor, *block.parameters]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         kept = [*maps] if state is None else [*maps, state]
-        out = _Node.apply((block, out, kept, x.shape, shapes), *inputs)
+        out = _apply((block, out, kept, x.shape, shapes), *inputs)
     return Blocked(out, out_shape, moments=found)
 
 
@@ -118,6 +120,9 @@ class _Node(torch.autograd.Function):
         if results is None:
             results = by_ordinary_ops(ctx.block.plain, ctx.shape, inputs, needs, grad)
         return None, *results
+
+
+_apply = direct_apply(_Node)
 
 
 def _gradients(
@@ -145,6 +150,7 @@ def _gradients(
     if block.shortcut is not None:
         bare = torch.empty_like(block.shortcut)
         shortcut = (block.shortcut, None, empty(ctx.shapes[-1], x))
+        assert block.plan.projected is not None
         projected = empty(block.plan.projected, x)
     results += [last, bare]
     finite = block.plan.backward(
