@@ -112,8 +112,13 @@ plain_tensors = torch._C.DisableTorchFunctionSubclass
 
 
 def intercepted() -> bool:
-    """Return whether calls are seen: by the profiler, FLOP counters, fake tensors, other modes."""
-    return bool(_dispatch_modes() or _function_modes() or profiler._is_profiler_enabled)
+    """Return whether calls are seen, by FLOP counters, fake tensors or other modes."""
+    return bool(_dispatch_modes() or _function_modes())
+
+
+def profiled() -> bool:
+    """Return whether the profiler notes calls of ops."""
+    return bool(profiler._is_profiler_enabled)
 
 
 def without_autocast(device: str) -> Callable[[], AbstractContextManager[None]]:

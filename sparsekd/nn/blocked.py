@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
 from sparsekd import functional
-from sparsekd._torch import is_bare
+from sparsekd._torch import is_bare, profiled
 from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, is_relu_or_none
@@ -54,8 +55,11 @@ class ConvNorm(NamedTuple):
 def call_blocked(module: nn.Module, x: Tensor | Blocked) -> Tensor | Blocked:
     """Call a module on ordinary or blocked images `[N, C, H, W]`, whichever it takes."""
     blocked = getattr(module, "forward_blocked", None)
-    if blocked is not None and is_bare(module) and (isinstance(x, Blocked) or eager.plain((x, x))):
-        return blocked(x)
+    if blocked is not None and is_bare(module) and (isinstance(x, Blocked) or eager.bare((x, x))):
+        if not profiled():
+            return blocked(x)
+        with record_function(f"sparsekd::{type(module).__name__}"):
+            return blocked(x)
     if isinstance(x, Blocked) and is_bare(module) and input_fits(x.tensor, x.shape):
         pooled = pool_blocked(module, x)
         if pooled is not None:
@@ -183,7 +187,7 @@ def input_fits(x: Tensor, shape: Sequence[int]) -> bool:
     per = ops.lanes(x.dtype)
     if shape[0] < _LEAST_FULL * per * -(-shape[0] // per):
         return False
-    if torch.compiler.is_exporting() or not eager.plain((x, x)):
+    if torch.compiler.is_exporting() or not eager.bare((x, x)):
         return False
     return not observe.listeners and forced() in (None, "auto", "cpp")
 

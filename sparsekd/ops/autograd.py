@@ -25,6 +25,7 @@ from sparsekd._torch import (
     in_forward_ad,
     in_transform,
     intercepted,
+    profiled,
     transformed,
 )
 from sparsekd.errors import UnsupportedError
@@ -169,7 +170,7 @@ def _calls(ctx: Any, grad: Tensor) -> SimpleNamespace:
 def goes_direct(ctx: Any, grad: Tensor) -> bool:
     """Return whether a backward pass may go past the dispatcher, as its forward pass has."""
     direct = ctx.direct and type(grad) is Tensor and not torch.is_grad_enabled()
-    return direct and not (intercepted() or transformed(grad))
+    return direct and not (intercepted() or profiled() or transformed(grad))
 
 
 def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:

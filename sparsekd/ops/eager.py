@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd._torch import in_forward_ad, in_transform, intercepted, jit_trace, wrapped
+from sparsekd._torch import in_forward_ad, in_transform, intercepted, jit_trace, profiled, wrapped
 from sparsekd.ops import checks, observe
 from sparsekd.ops.autograd import direct
 from sparsekd.ops.kernel import products
@@ -29,8 +29,15 @@ _autocast = torch.is_autocast_enabled
 def plain(args: tuple[Any, ...]) -> bool:
     """Return whether torch has nothing to add to a call of an op but its derivative.
 
-    That is eager code on plain CPU or CUDA tensors: no compiler, tracer, mode, transform or
-    autocast.
+    That is eager code on plain tensors that no profiler notes by its ops.
+    """
+    return bare(args) and not profiled()
+
+
+def bare(args: tuple[Any, ...]) -> bool:
+    """Return whether this is eager code on plain CPU or CUDA tensors.
+
+    That is without compiler, tracer, mode, transform or autocast.
     """
     first, second = args[:2]
     return (
