@@ -22,7 +22,7 @@ DROP_FOREIGN_BUILD := grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' build
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.built
-	$(RUN) -m sparsekd train demo
+	$(RUN) -m sparsekd demo
 
 # Python comes last: its closing line sums up the run.
 test: test-cpp test-python

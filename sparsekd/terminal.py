@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -58,6 +60,58 @@ def set_threads(threads: int | None) -> None:
             f"(this machine has {processors} processors), got {threads}"
         )
     torch.set_num_threads(threads)
+
+
+class FittingThreads:
+    """Sets torch's threads to the number of processors that other processes leave free.
+
+    Threads that share a processor with another process hold up all others of a parallel loop, which
+    spin meanwhile: a step on two processors, one of them busy, takes five times as long on two
+    threads as it does alone, and one and a half times as long on one. Called again, it counts what
+    has been busy since. Where the system does not tell (it is not Linux), nothing changes.
+
+    Args:
+        say: is told when the number changes.
+        pause: seconds of watching before the first choice.
+    """
+
+    def __init__(self, say: Callable[[str], None], pause: float = 0.5) -> None:
+        self._say, self._pause = say, pause
+        self._most = torch.get_num_threads()
+        self._last: tuple[float, float] | None = None
+
+    def __call__(self) -> None:
+        """Set the number of threads."""
+        if self._last is None:
+            self._last = _busy_time()
+            time.sleep(self._pause)
+        now = _busy_time()
+        if now is None or self._last is None or now[0] <= self._last[0]:
+            return
+        busy = (now[1] - self._last[1]) / (now[0] - self._last[0])
+        self._last = now
+        threads = max(1, self._most - round(max(0.0, busy)))
+        if threads != torch.get_num_threads():
+            self._say(
+                f"other processes keep {busy:.1f} processors busy: "
+                f"{threads} of {self._most} threads; --threads {self._most} takes all"
+            )
+            torch.set_num_threads(threads)
+
+
+def _busy_time() -> tuple[float, float] | None:
+    """Return the time, and the processor time of others on the processors of this process."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    except (OSError, AttributeError):
+        return None
+    used = 0
+    for name, *fields in map(str.split, lines):
+        if name in own:
+            user, nice, system, _, _, irq, softirq, *_ = map(int, fields)
+            used += user + nice + system + irq + softirq
+    return time.monotonic(), used / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def image_shape(flag: str, text: str) -> tuple[int, int, int]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
-from sparsekd.terminal import Columns
+from sparsekd import terminal
+from sparsekd.terminal import Columns, FittingThreads
 
 HEADER = ("layer", "weight", "fprop", "all passes")
 ROWS = [("layer1.0.conv1[0]", "64x64x3x3", "12.3* / 20.1", "30 / 50"), ("fc", "10x4", "-", "")]
@@ -42,3 +44,32 @@ def test_what_fits_is_one_table_and_what_does_not_repeats_the_names() -> None:
 
 def test_a_table_without_lines_shows_its_header() -> None:
     assert printed(Columns(("a", "b"), []), 40)[0] == "a  b"
+
+
+@pytest.mark.parametrize(
+    "busy, most, threads", [(0.0, 2, 2), (0.4, 2, 2), (0.7, 2, 1), (5.0, 2, 1), (2.2, 8, 6)]
+)
+def test_threads_leave_processors_to_others(monkeypatch, busy, most, threads) -> None:
+    seconds = iter(range(9))
+    monkeypatch.setattr(terminal, "_busy_time", lambda: ((now := next(seconds)), busy * now))
+    before, said = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(most)
+        fit = FittingThreads(said.append, pause=0.0)
+        fit()
+        assert torch.get_num_threads() == threads
+        assert len(said) == (threads < most)
+        fit()
+        assert len(said) == (threads < most)  # what has not changed is not told again
+        monkeypatch.setattr(terminal, "_busy_time", lambda: (float(next(seconds)), busy))
+        fit()
+        assert torch.get_num_threads() == most  # the others have ended
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_stay_where_the_system_does_not_tell(monkeypatch) -> None:
+    monkeypatch.setattr(terminal, "_busy_time", lambda: None)
+    before = torch.get_num_threads()
+    FittingThreads(pytest.fail, pause=0.0)()
+    assert torch.get_num_threads() == before

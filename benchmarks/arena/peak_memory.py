@@ -18,11 +18,11 @@ import torch
 import sparsekd as skd
 from benchmarks.arena.competitors import STEPS
 from sparsekd.bench.cases import ModelCase
-from sparsekd.bench.memory import allocated, held
 from sparsekd.bench.race import Key, pairs
 from sparsekd.bench.steps import StepCompetitor, step_problem
 from sparsekd.errors import UnsupportedError
 from sparsekd.train import Row
+from sparsekd.train.step_memory import allocated, held
 
 _ROOT = Path(__file__).resolve().parents[2]
 _STEPS = 3

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekd.bench.memory import allocated, held
 from sparsekd.bench.steps import StepCompetitor, StepProblem, StepRace, StepRun, step_problem
 from sparsekd.diagnose import flops
 from sparsekd.diagnose.inputs import tensors_in
@@ -19,6 +18,7 @@ from sparsekd.nn import densify, sparsify
 from sparsekd.nn.stored import parameter_count
 from sparsekd.train import Row
 from sparsekd.train.objective import Objective
+from sparsekd.train.step_memory import allocated, held
 
 LEVEL = "model"
 

@@ -13,7 +13,7 @@ from sparsekd.analysis.command import app as analysis
 from sparsekd.bench import own
 from sparsekd.bench.command import command as bench_command
 from sparsekd.bench.suite import SUITE
-from sparsekd.cli import exporting, inspection, training
+from sparsekd.cli import demo, exporting, inspection, training
 from sparsekd.terminal import OneLineGroup
 
 # Without rich's markup, which would take brackets out of help texts and error messages.
@@ -47,7 +47,7 @@ def sparsekd(
     """Train networks whose weights are sparse, compare methods, export, benchmark.
 
     \b
-    sparsekd train demo         a first table, in minutes
+    sparsekd demo               a race and a first table, in minutes
     sparsekd recipes            what else ships
     sparsekd bench              what is faster on this machine
     sparsekd COMMAND --help     every option, with examples
@@ -58,6 +58,7 @@ def sparsekd(
         typer.echo(context.get_help())
 
 
+app.command("demo")(demo.command)
 app.command()(training.train)
 app.command()(training.compare)
 app.command()(training.report)

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from sparsekd.memory import keep_memory_warm
 from sparsekd.recipes import Experiment, Recipe, RunFolder, check, get, load_data, override
 from sparsekd.recipes.files import SUFFIXES, read_file
 from sparsekd.recipes.html import write_html
-from sparsekd.recipes.report import figures, read_rows, table
+from sparsekd.recipes.report import bars, figures, read_rows, savings_table, table
 from sparsekd.terminal import fail, one_line_errors
 from sparsekd.train import (
     Interrupted,
@@ -68,7 +69,7 @@ def train(
         "first_seed": first_seed,
         "methods": method,
     }
-    _train(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend, log)
+    run_recipe(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend, log)
 
 
 def compare(
@@ -106,7 +107,7 @@ def compare(
         "first_seed": first_seed,
         "methods": ",".join(methods or []) or None,
     }
-    _train(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend, log)
+    run_recipe(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend, log)
 
 
 def report(
@@ -138,23 +139,24 @@ def report(
         typer.echo(write_html(run_dir, rows))
 
 
-def _train(
+def run_recipe(
     recipe: str,
-    named: dict[str, Any],
-    epochs: int | None,
-    assignments: list[str] | None,
-    out: Path | None,
-    data_dir: Path | None,
-    fresh: bool,
-    threads: int | None,
-    backend: str | None,
-    log: str | None,
+    named: Mapping[str, Any] | None = None,
+    epochs: int | None = None,
+    assignments: Sequence[str] | None = None,
+    out: Path | None = None,
+    data_dir: Path | None = None,
+    fresh: bool = False,
+    threads: int | None = None,
+    backend: str | None = None,
+    log: str | None = None,
+    before_run: Callable[[], None] | None = None,
 ) -> None:
     """Run a recipe with the fields that options name, then those of --set, changed."""
     console = terminal.console()
     with one_line_errors(ValueError):
         chosen = read_file(Path(recipe)) if Path(recipe).suffix in SUFFIXES else get(recipe)
-        for field, value in named.items():
+        for field, value in (named or {}).items():
             if value is not None:
                 chosen = override(chosen, f"{field}={value}")
         if epochs is not None:
@@ -167,7 +169,7 @@ def _train(
         with contextlib.ExitStack() as stack:
             if backend is not None:
                 stack.enter_context(ops.backend(backend))
-            first = _run(chosen, data_dir, folder, fresh, log or "", console, stack)
+            first = _run(chosen, data_dir, folder, fresh, log or "", console, stack, before_run)
     except Interrupted as interruption:
         typer.echo(f"{interruption}; the same command goes on from {folder}:\n  {_resume()}")
         raise typer.Exit(_INTERRUPTED) from None
@@ -189,6 +191,7 @@ def _run(
     log: str,
     console: Console,
     stack: contextlib.ExitStack,
+    before_run: Callable[[], None] | None = None,
 ) -> bool:
     """Train what has not finished; return whether this process is the one that reports."""
     stop = stack.enter_context(StopRequest())
@@ -201,13 +204,33 @@ def _run(
         first, ranks = distributed.rank() == 0, distributed.ranks()
         folder = stack.enter_context(RunFolder(path, recipe, fresh=fresh, sinks=sinks))
         reporter = stack.enter_context(ProgressReporter(console)) if first else Reporter()
+        stack.enter_context(_warnings_in_one_line(reporter))
         reporter.message(_mode(warm, ranks))
-        experiment = Experiment(recipe, dataset, folder, reporter=reporter, stop=stop)
+        experiment = Experiment(
+            recipe, dataset, folder, reporter=reporter, stop=stop, before_run=before_run
+        )
         experiment.run()
     if first and ranks == 1:
         reporter.message("measuring a training step of every run, sparse and dense")
         experiment.time_steps()
     return first
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line(reporter: Reporter) -> Iterator[None]:
+    """Print warnings above the progress bar, and of those that begin alike the first."""
+    told = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        kind, colon, _what = str(message).partition(":")
+        if kind not in told:
+            told.add(kind)
+            more = " (the first of these; others are not shown)" if colon else ""
+            reporter.message(f"warning: {message}{more}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _mode(warm: bool, ranks: int) -> str:
@@ -234,7 +257,9 @@ def _remedy(error: OSError, folder: Path) -> str:
 
 def _report(path: Path, console: Console, formats: Sequence[str] = ("png",)) -> None:
     rows = read_rows(path)
-    terminal.print_table(console, table(rows))
+    for part in (table(rows), bars(rows), savings_table(rows)):
+        if part.row_count:
+            terminal.print_table(console, part)
     for file in figures(rows, path, formats):
         console.print(str(file), highlight=False, soft_wrap=True)
     console.print(str(path / "metrics.jsonl"), highlight=False, soft_wrap=True)

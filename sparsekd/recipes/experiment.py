@@ -38,6 +38,7 @@ class Experiment:
         folder: opened.
         reporter: receives progress.
         stop: checked after every step.
+        before_run: called before a run begins, and before steps are timed.
 
     Example:
         >>> import tempfile
@@ -56,7 +57,9 @@ class Experiment:
         *,
         reporter: Reporter | None = None,
         stop: StopRequest | None = None,
+        before_run: Callable[[], None] | None = None,
     ) -> None:
+        self._before_run = before_run or (lambda: None)
         self._announced: set[str] = set()
         self._asked, self.recipe = recipe, folder.as_meant(recipe)
         self.data = dataset
@@ -81,6 +84,7 @@ class Experiment:
         self.reporter.plan(sum(self._epochs(run) for run in open_runs))
         for run in open_runs:
             self.stop.check()
+            self._before_run()
             self._train(run)
 
     def time_steps(self) -> None:
@@ -91,6 +95,7 @@ class Experiment:
         Raises:
             Interrupted: a stop was asked for.
         """
+        self._before_run()
         timed = {row["run"] for row in self.folder.log.rows() if row["kind"] == "timing"}
         batches = self.data.train.batches(self.recipe.training.batch_size)
         x, y = next(iter(batches))

@@ -6,10 +6,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from sparsekd.plots import (
@@ -17,12 +18,14 @@ from sparsekd.plots import (
     deviations,
     line_style,
     log_axis,
+    panel_grid,
     save,
     single_axes,
     sparsity_axis,
     stretched,
     top_legend,
 )
+from sparsekd.recipes.savings import savings
 from sparsekd.train.metrics import Row
 
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
@@ -37,7 +40,7 @@ def draw(
     needs_dense: Container[str] = (),
     formats: Sequence[str] = ("png",),
 ) -> list[Path]:
-    """Draw every figure the rows allow: accuracy, its price, loss curves, density per layer.
+    """Draw every figure the rows allow: savings, accuracy, its price, loss, density per layer.
 
     Args:
         rows: of an experiment, of kind "epoch" and "result".
@@ -58,6 +61,7 @@ def draw(
     results = [row for row in rows if row["kind"] == "result"]
     epochs = [row for row in rows if row["kind"] == "epoch"]
     figures = {
+        "savings": savings_figure(rows, labels),
         "accuracy_vs_sparsity": accuracy_figure(results, labels),
         "accuracy_vs_flops": price_figure(results, labels, needs_dense, "flops_run"),
         "accuracy_vs_time": price_figure(results, labels, needs_dense, "seconds"),
@@ -83,8 +87,75 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
     figure, axes = single_axes(
         "Accuracy after the last epoch", "sparsity of the masked layers", "test accuracy"
     )
+    seeds = _draw_accuracy(axes, results, labels)
+    if seeds > 1:
+        axes.set_xlabel(
+            f"sparsity of the masked layers (mean and standard deviation, {seeds} seeds)"
+        )
+    _legend(axes, len(_methods(tickets, labels)))
+    return figure
+
+
+def savings_figure(rows: Sequence[Row], labels: Mapping[str, str]) -> Figure | None:
+    """Plot FLOPs and time saved against sparsity, with the accuracy beside them.
+
+    Args:
+        rows: raw rows.
+        labels: method -> name in the legend.
+
+    Returns:
+        The figure, None where no step was timed.
+    """
+    found = [saving for saving in savings(rows) if saving.method in labels]
+    if all(saving.time is None for saving in found):
+        return None
+    figure, (saved, accuracy) = panel_grid(2, "sparsity of the masked layers", "saved")
+    figure.set_size_inches(10.4, 4.6)
+    results = [row for row in rows if row["kind"] == "result"]
+    kinds: dict[str, tuple[str, Literal["-", "--"]]]
+    kinds = {"flops": ("FLOPs of a training step", "--"), "time": ("time of a training step", "-")}
+    for number, method in enumerate(_methods(results, labels)):
+        style = line_style(number)
+        points = [saving for saving in found if saving.method == method]
+        for kind, (_, line) in kinds.items():
+            pairs = [(stretched(p.sparsity), getattr(p, kind)) for p in points]
+            pairs = [pair for pair in pairs if pair[1] is not None]
+            fill = style["color"] if kind == "time" else "white"
+            saved.plot(*zip(*pairs, strict=True), **style | {"linestyle": line, "mfc": fill})
+    saved.set_title("Saved of dense training", fontsize=11)
+    saved.set_ylim(min(0.0, saved.get_ylim()[0]), 1.0)
+    saved.yaxis.set_major_formatter(_PERCENT)
+    sparsity_axis(saved, sorted({s.sparsity for s in found}), _percent)
+    saved.legend(
+        handles=[
+            Line2D([], [], color="#444444", marker="o", linestyle=line, label=text, mfc=fill)
+            for (text, line), fill in zip(kinds.values(), ("white", "#444444"), strict=True)
+        ],
+        loc="lower right",
+    )
+    seeds = _draw_accuracy(accuracy, results, labels)
+    spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ""
+    accuracy.set_title(f"Test accuracy{spread}", fontsize=11)
+    sparsity_axis(accuracy, sorted({s.sparsity for s in found}), _percent)
+    handles, names = accuracy.get_legend_handles_labels()
+    top_legend(figure, handles, names)
+    return figure
+
+
+def _percent(sparsity: float) -> str:
+    return f"{100 * sparsity:.4g} %"
+
+
+def _methods(results: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
+    present = {row["method"] for row in results}
+    return [method for method in labels if method in present]
+
+
+def _draw_accuracy(axes: Axes, results: Sequence[Row], labels: Mapping[str, str]) -> int:
+    """Draw accuracy against sparsity with its spread; return the number of seeds."""
+    tickets = [row for row in results if row["method"] != "dense"]
     sparsities = sorted({row["sparsity"] for row in tickets})
-    methods = [method for method in labels if any(row["method"] == method for row in tickets)]
+    methods = _methods(tickets, labels)
     # Methods stand a little beside each other, so that equal accuracies do not hide one.
     width = 0.008 * (stretched(sparsities[-1]) - stretched(sparsities[0]))
     seeds = 1
@@ -106,12 +177,7 @@ def accuracy_figure(results: Sequence[Row], labels: Mapping[str, str]) -> Figure
     rotation = 45 if len(sparsities) > 7 else 0
     sparsity_axis(axes, sparsities, "{:.4g}".format, rotation=rotation)
     axes.yaxis.set_major_formatter(_PERCENT)
-    if seeds > 1:
-        axes.set_xlabel(
-            f"sparsity of the masked layers (mean and standard deviation, {seeds} seeds)"
-        )
-    _legend(axes, len(methods))
-    return figure
+    return seeds
 
 
 def price_figure(

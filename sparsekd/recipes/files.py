@@ -86,7 +86,7 @@ def to_toml(recipe: Recipe) -> str:
 
     Example:
         >>> to_toml(get("demo")).splitlines()[:2]
-        ['recipe = "demo"', 'methods = ["lt", "reinit", "kd"]']
+        ['recipe = "demo"', 'methods = ["reinit", "lt", "kd", "rigl", "sup-rigl"]']
     """
     lines, tables = [f"recipe = {_toml(recipe.name)}"], []
     for field in fields(recipe):

@@ -10,10 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from sparsekd.dst import METHODS
 from sparsekd.plots import COLORS
 from sparsekd.recipes.folder import flatten
-from sparsekd.recipes.report import LABELS, table
+from sparsekd.recipes.report import LABELS, savings_table, table
 from sparsekd.train import Row, write_atomic
 from sparsekd.train.optional import need
 
@@ -79,7 +81,8 @@ def build(config: dict[str, Any], rows: Sequence[Row]) -> str:
     machine = flatten(sessions[-1]) if sessions else {}
     body = [
         f"<p>{escape(recipe.get('description', ''))}</p>",
-        _results(rows),
+        _table(savings_table(rows)),
+        _table(table(rows)),
         *shown,
         "<h2>Configuration</h2>",
         _pairs(flatten(recipe).items()),
@@ -89,8 +92,7 @@ def build(config: dict[str, Any], rows: Sequence[Row]) -> str:
     return _PAGE.format(title=escape(f"sparsekd: {recipe['name']}"), body="\n".join(body))
 
 
-def _results(rows: Sequence[Row]) -> str:
-    source = table(rows)
+def _table(source: Table) -> str:
     head = "".join(f"<th>{escape(str(column.header))}</th>" for column in source.columns)
     lines = zip(*(column.cells for column in source.columns), strict=True)
     body = "".join(

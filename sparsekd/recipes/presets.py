@@ -21,16 +21,20 @@ def _rates(*rounds: int) -> tuple[float, ...]:
 # weights than the published half.
 _SHORT_CYCLES = Superposition(cycle_fraction=0.3, cycle_epochs=1, drop_fraction=0.2)
 
+# 12 steps an epoch. First and last layer stay dense, as usual at uniform sparsity: at 98 % they
+# would keep a handful of weights, and together they are 0.1 % of all.
 _DEMO = Recipe(
     name="demo",
-    description="digits, ResNet-20: LT, Reinit and KD ticket at three sparsities, in minutes",
+    description="digits, WRN-22-2: tickets and RigL at 90 %, 95 % and 98 %, in minutes",
     data=DataChoice("digits"),
-    model=ModelChoice("resnet20"),
-    training=Training(epochs=12, batch_size=64, schedule="cosine", warmup=1, augment=False),
-    dynamics=Dynamics(every=10),  # of 276 steps, for `--method rigl`
-    sup=_SHORT_CYCLES,
-    methods=("lt", "reinit", "kd"),
-    sparsities=(0.8, 0.9, 0.95),
+    model=ModelChoice("wrn22_2"),
+    training=Training(epochs=7, milestones=(4, 6), warmup=1, augment=False),
+    dynamics=Dynamics(every=10, distribution="uniform"),
+    sup=replace(_SHORT_CYCLES, cycle_fraction=0.375),
+    methods=("reinit", "lt", "kd", "rigl", "sup-rigl"),
+    sparsities=(0.9, 0.95, 0.98),
+    seeds=3,
+    skip=("conv1", "fc"),
 )
 
 _FASHION_MNIST = Recipe(
@@ -255,7 +259,7 @@ def get(name: str) -> Recipe:
 
     Example:
         >>> get("demo").model.name
-        'resnet20'
+        'wrn22_2'
     """
     wanted = name.replace("_", "-")
     for recipe in RECIPES.values():

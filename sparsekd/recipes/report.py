@@ -1,4 +1,4 @@
-"""The summary of an experiment from its raw rows: a table and figures."""
+"""The summary of an experiment from its raw rows: tables, bars and figures."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from sparsekd.dst import METHODS
 from sparsekd.errors import CheckpointError
+from sparsekd.recipes.savings import Saving, by_cell, dense_ms, savings
 from sparsekd.train import MetricsLog, Row
 
 LABELS = {name: method.label for name, method in METHODS.items()}
-_ORDER = ["dense", *METHODS]
 _RESULT = ("run", "method", "sparsity", "seed", "test_accuracy", "nnz", "numel", "flops_train")
+_BAR = 40
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -77,22 +79,92 @@ def table(rows: Sequence[Row]) -> Table:
         result.add_column(name, justify="right", no_wrap=True)
     for name in ("step ms\nsparse", "step ms\ndense", "speed\nup"):
         result.add_column(name, justify="right", no_wrap=True)
-    results = [row for row in rows if row["kind"] == "result"]
     timings = {r["run"]: r for r in rows if r["kind"] == "timing"}
     updates = Counter[str]()
     for row in rows:
         if row["kind"] == "epoch":
             updates[row["run"]] += row.get("updates", 0)
-    cells = {(row["sparsity"], row["method"]) for row in results}
     previous = None
-    for sparsity, method in sorted(cells, key=lambda c: (c[0], _ORDER.index(c[1]))):
+    for sparsity, _, group in by_cell(rows):
         if previous not in (None, sparsity):
             result.add_section()
         previous = sparsity
-        group = [r for r in results if (r["sparsity"], r["method"]) == (sparsity, method)]
         timing = next((timings[r["run"]] for r in group if r["run"] in timings), None)
         moved = [updates[row["run"]] for row in group if row["run"] in updates]
         result.add_row(*_line(group, timing, moved))
+    return result
+
+
+def savings_table(rows: Sequence[Row]) -> Table:
+    """Build the table of what sparse training saves, a line a method and sparsity.
+
+    Args:
+        rows: raw rows.
+
+    Returns:
+        The table.
+
+    Example:
+        >>> savings_table([]).row_count
+        0
+    """
+    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    result.add_column("method", no_wrap=True)
+    for name in (
+        "sparsity",
+        "test\naccuracy",
+        "FLOPs\nsaved",
+        "time\nsaved",
+        "times\nfaster",
+        "weight\nmemory\nsaved",
+        "step\nmemory\nsaved",
+        "total\nFLOPs",
+        "total\ntime",
+    ):
+        result.add_column(name, justify="right", no_wrap=True)
+    for _, method, group in by_cell(rows):
+        if method == "dense":
+            accuracy = _accuracy([row["test_accuracy"] for row in group])
+            result.add_row("dense", "0 %", accuracy, *["-"] * 5, "1.00", "1.00")
+    found = savings(rows)
+    for number, saving in enumerate(found):
+        if number == 0 or saving.sparsity != found[number - 1].sparsity:
+            result.add_section()
+        result.add_row(
+            LABELS[saving.method],
+            _percent(saving.sparsity),
+            _accuracy(saving.accuracies),
+            *map(_percent, (saving.flops, saving.time)),
+            _number(saving.speedup, "x"),
+            *map(_percent, (saving.held, saving.peak)),
+            *map(_number, (saving.total_flops, saving.total_time)),
+        )
+    result.caption = _explained(rows, found)
+    return result
+
+
+def bars(rows: Sequence[Row]) -> Table:
+    """Draw FLOPs and time of a training step as bars, for a terminal.
+
+    Args:
+        rows: raw rows.
+
+    Returns:
+        Two lines a method and sparsity.
+
+    Example:
+        >>> bars([]).row_count
+        0
+    """
+    result = Table.grid(padding=(0, 2, 0, 0))
+    result.title, result.title_justify = "A training step; dense is 100 %", "left"
+    for saving in savings(rows):
+        name = f"{LABELS[saving.method]}, {_percent(saving.sparsity)}"
+        for what, saved in (("FLOPs", saving.flops), ("time", saving.time)):
+            if saved is not None:
+                bar = ProgressBar(1.0, min(1 - saved, 1.0), width=_BAR)
+                result.add_row(name, what, bar, _percent(1 - saved))
+                name = ""
     return result
 
 
@@ -119,15 +191,11 @@ def _line(group: Sequence[Row], timing: Row | None, updates: Sequence[int]) -> l
     first = group[0]
     method = METHODS.get(first["method"])
     moves = method is not None and method.updater is not None
-    accuracies = [row["test_accuracy"] for row in group]
-    accuracy = f"{statistics.mean(accuracies):.2%}"
-    if len(group) > 1:
-        accuracy += f" ± {100 * statistics.stdev(accuracies):.2f}"
     return [
         LABELS.get(first["method"], "dense"),
         f"{first['sparsity']:.4g}",
         f"{statistics.mean(updates):.3g}" if moves and updates else "-",
-        accuracy,
+        _accuracy([row["test_accuracy"] for row in group]),
         f"{first['nnz']:,}",
         f"{1 - first['nnz'] / max(first['numel'], 1):.4g}",
         f"{first['sparsity_whole']:.4g}" if "sparsity_whole" in first else "-",
@@ -136,6 +204,21 @@ def _line(group: Sequence[Row], timing: Row | None, updates: Sequence[int]) -> l
         _mean(group, "seconds", 1.0),
         *_times(timing),
     ]
+
+
+def _accuracy(accuracies: Sequence[float]) -> str:
+    mean = f"{statistics.mean(accuracies):.2%}"
+    if len(accuracies) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g} %"
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"
 
 
 def _mean(group: Sequence[Row], field: str, unit: float) -> str:
@@ -148,18 +231,58 @@ def _mean(group: Sequence[Row], field: str, unit: float) -> str:
 def _times(timing: Row | None) -> list[str]:
     if timing is None:
         return ["-", "-", "-"]
-    dense = min(timing["dense_contiguous_ms"], timing["dense_channels_last_ms"])
+    dense = dense_ms(timing)
     if timing["sparse_ms"] is None:
         return ["-", f"{dense:.1f}", "-"]
     return [f"{timing['sparse_ms']:.1f}", f"{dense:.1f}", f"{dense / timing['sparse_ms']:.2f}x"]
 
 
+def _explained(rows: Sequence[Row], found: Sequence[Saving]) -> str:
+    """Say what the columns of the savings are, and what they add up to."""
+    timing = next((row for row in rows if row["kind"] == "timing"), None)
+    first = [LABELS[m] for m in _methods(found) if METHODS[m].needs_dense]
+    lines = [
+        f"Test accuracy: {_seeds(rows)}. Saved: of a training step of the dense network.",
+        "Weight memory: weights, indices, gradients, momentum; step memory: these and the maps.",
+    ]
+    if timing is not None:
+        lines.append(
+            f"Time: steps of batch {timing['batch_size']} on {timing['threads']} threads, in turns "
+            "with dense in its better layout;"
+        )
+        lines.append("a teacher takes part on both sides.")
+    lines.append("Total: all that a method runs, its teacher included; the dense run is 1.")
+    if first:
+        lines.append(f"It has the dense run that {_listed(first)} start from.")
+    totals = {m: [s.total_time for s in found if s.method == m] for m in _methods(found)}
+    known = {m: [t for t in times if t is not None] for m, times in totals.items()}
+    if any(known.values()):
+        cheaper = [LABELS[m] for m, times in known.items() if times and max(times) < 1]
+        lines.append(f"Less time in total than a dense run: {_listed(cheaper) or 'none'}.")
+    slower = [s for s in found if s.time is not None and s.time <= 0]
+    if slower:
+        names = [f"{LABELS[s.method]} at {_percent(s.sparsity)}" for s in slower]
+        lines.append(f"Steps no faster than dense: {_listed(names)}.")
+    return "\n".join(lines)
+
+
+def _methods(found: Sequence[Saving]) -> list[str]:
+    return list(dict.fromkeys(saving.method for saving in found))
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    seeds = len({row["seed"] for row in rows if row["kind"] == "result"})
+    return f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
+
+
 def _caption(rows: Sequence[Row]) -> str:
     timing = next((row for row in rows if row["kind"] == "timing"), None)
-    seeds = len({row["seed"] for row in rows if row["kind"] == "result"})
-    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
     text = (
-        f"Accuracy on the test split after the last epoch, {spread}. Sparsity as asked for,\n"
+        f"Accuracy on the test split after the last epoch, {_seeds(rows)}. Sparsity as asked for,\n"
         "then that of the layers that the method masks, which nnz counts, and of all parameters.\n"
         "FLOPs: of training on an image at the end, and of the whole run with its teacher and the\n"
         "gradients that growth reads; methods that start from a dense run need that besides."

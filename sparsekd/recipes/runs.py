@@ -52,7 +52,7 @@ def plan(recipe: Recipe) -> list[TrainingRun]:
     Example:
         >>> from sparsekd.recipes import get
         >>> [run.name for run in plan(get("demo"))][:2]
-        ['seed0/dense', 'seed0/lt-0.8']
+        ['seed0/dense', 'seed0/reinit-0.9']
     """
     runs = []
     methods = [METHODS[name] for name in recipe.methods if name != "dense"]

@@ -1,4 +1,4 @@
-"""The time of a training step, sparse and dense, side by side."""
+"""Time and memory of a training step, sparse and dense, side by side."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from sparsekd.nn import densify, sparse_modules, unfuse
 from sparsekd.timing import interleave
 from sparsekd.train.loop import to_channels_last
 from sparsekd.train.objective import Objective
+from sparsekd.train.step_memory import allocated, held
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Median times of one training step, in milliseconds.
+    """Median times of one training step, in milliseconds, and its memory in bytes.
 
     Args:
         sparse_ms: of the model as it is, in channels_last; None for a dense model.
@@ -28,6 +29,9 @@ class StepTimes:
         rounds: steps timed of each.
         batch_size: images per step.
         threads: of torch.
+        held: parameters, indices, gradients, momentum and buffers, by "dense" and "sparse"; None in
+            what an earlier version measured.
+        peak: the same and all tensors of a step, at the most that there are at a time.
     """
 
     sparse_ms: float | None
@@ -36,6 +40,8 @@ class StepTimes:
     rounds: int
     batch_size: int
     threads: int
+    held: dict[str, int] | None = None
+    peak: dict[str, int] | None = None
 
     @property
     def dense_ms(self) -> float:
@@ -46,11 +52,11 @@ class StepTimes:
 def time_step(
     model: nn.Module, x: Tensor, y: Tensor, objective: Objective, *, rounds: int = 7
 ) -> StepTimes:
-    """Time forward, loss, backward and SGD step of a model against its dense twins.
+    """Measure forward, loss, backward and SGD step of a model against its dense twins.
 
     The models take turns, so that a change in the machine's load meets all of them, and each is
     represented by its median. What the objective costs, a teacher for instance, is part of every
-    step.
+    step. The dense memory is that of the layout which needs less.
 
     Args:
         model: sparse or dense; not changed.
@@ -60,7 +66,7 @@ def time_step(
         rounds: steps timed of each model, after one that is not.
 
     Returns:
-        The times.
+        Times and memory.
 
     Example:
         >>> from sparsekd.train import CrossEntropy
@@ -82,6 +88,8 @@ def time_step(
     }
     times = interleave(steps, rounds, settle=True)
     medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
+    kept = {name: held(entry) for name, (entry, _) in entries.items()}
+    most = {name: kept[name] + allocated(step) for name, step in steps.items()}
     return StepTimes(
         sparse_ms=medians.get("sparse"),
         dense_contiguous_ms=medians["contiguous"],
@@ -89,7 +97,15 @@ def time_step(
         rounds=rounds,
         batch_size=len(y),
         threads=torch.get_num_threads(),
+        held=_better(kept),
+        peak=_better(most),
     )
+
+
+def _better(found: dict[str, int]) -> dict[str, int]:
+    """Keep the better of the dense layouts."""
+    sparse = {"sparse": found["sparse"]} if "sparse" in found else {}
+    return {"dense": min(found["contiguous"], found["channels_last"]), **sparse}
 
 
 def training_step(model: nn.Module, objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:

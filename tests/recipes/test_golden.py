@@ -27,6 +27,7 @@ RESNET56 = 579_760
 RESNET50 = (23_454_912, 25_502_912)
 RESNET50_CIFAR = 23_652_032
 WRN = 1_076_480  # without the first convolution
+DEMO = 1_075_200  # the same for one channel; without shortcuts' and the last layer's
 VGG19 = 20_070_080
 
 _SLOW = pytest.mark.slow
@@ -76,7 +77,8 @@ def updates(trainer):
 @pytest.mark.parametrize(
     "name, method, sparsity, nnz, numel, number",
     [
-        ("demo", "kd", 0.9, 26_997, RESNET20[0], 0),
+        ("demo", "kd", 0.9, 107_520, DEMO, 0),
+        ("demo", "rigl", 0.98, 21_504, DEMO, 6),
         ("fashion-mnist", "kd", 0.98, 5_400, RESNET20[0], 0),
         ("kd_ticket_cifar10", "kd", 0.9719, 16_292, RESNET56, 0),
         ("kd_ticket_cifar10", "kd-rewind", 0.9719, 16_292, RESNET56, 0),
@@ -131,7 +133,7 @@ def test_weights_updates_and_cycles(
 @pytest.mark.parametrize(
     "name, rates",
     [
-        ("demo", {0.5: 0.05, 1: 0.1, 12: 0}),
+        ("demo", {0.5: 0.05, 1: 0.1, 4: 0.01, 6: 0.001}),
         ("fashion-mnist", {0.5: 0.05, 1: 0.1, 10: 0}),
         ("kd_ticket_cifar10", {0: 0.1, 89: 0.1, 90: 0.01, 135: 0.001, 181: 0.001}),
         ("kd_ticket_imagenet", {2.5: 0.2, 5: 0.4, 30: 0.04, 60: 0.004, 80: 0.0004}),
