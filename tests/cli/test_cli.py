@@ -21,8 +21,9 @@ from sparsekd.cli import app
 from sparsekd.train import load_state
 
 _FIVE_STEPS = ["--set", "data.train_images=320", "--set", "training.batch_size=64"]  # an epoch
+_SMALL = ["--seeds", "1", "--set", "model.name=resnet20", "--set", "skip="]
 _QUICK = [
-    *("train", "demo", "--epochs", "1", "--sparsity", "0.9", "--method", "lt,kd"),
+    *("train", "demo", "--epochs", "1", "--sparsity", "0.9", "--method", "lt,kd", *_SMALL),
     *_FIVE_STEPS,
 ]
 _CALL = [sys.executable, "-c", "from sparsekd.cli import main; main()"]
@@ -246,7 +247,7 @@ def rows_without_times(out: Path) -> list[dict]:
 
 
 _TWO_RUNS = [
-    *("train", "demo", "--epochs", "2", "--sparsity", "0.9", "--method", "kd"),
+    *("train", "demo", "--epochs", "2", "--sparsity", "0.9", "--method", "kd", *_SMALL),
     *("--threads", "1", *_FIVE_STEPS),
 ]
 

@@ -16,6 +16,7 @@ from sparsekd.train import evaluate, load_state
 
 _TRAIN = [
     *("train", "demo", "--epochs", "2", "--sparsity", "0.9", "--method", "kd,rigl,small-dense"),
+    *("--seeds", "1", "--set", "model.name=resnet20", "--set", "skip="),
     *("--threads", "1", "--set", "data.train_images=256", "--set", "dynamics.every=2"),
 ]
 _RUNS = ["seed0/dense", "seed0/kd-0.9", "seed0/rigl-0.9", "seed0/small-dense-0.9"]

@@ -18,6 +18,7 @@ from sparsekd.train import MetricsLog, load_state
 _TRAIN = [
     *(sys.executable, "-m", "sparsekd", "train", "demo", "--method", "kd,rigl,sup-rigl"),
     *("--sparsity", "0.9", "--epochs", "3", "--threads", "1", "--backend", "cpp"),
+    *("--seeds", "1", "--set", "model.name=resnet20", "--set", "skip="),
     *("--set", "data.train_images=96", "--set", "training.batch_size=32"),
     *("--set", "dynamics.every=2", "--set", "sup.cycle_fraction=0.34"),
 ]

@@ -28,7 +28,8 @@ class Memory:
 @pytest.fixture(scope="module")
 def recipe():
     chosen = get("demo").with_epochs(3)
-    for change in ("methods=rigl", "sparsities=0.9", "data.train_images=128", "dynamics.every=1"):
+    small = ("seeds=1", "model.name=resnet20", "skip=", "data.train_images=128")
+    for change in ("methods=rigl", "sparsities=0.9", "dynamics.every=1", *small):
         chosen = override(chosen, change)
     return chosen
 
