@@ -138,15 +138,29 @@ class Shouting(Tensor):
     __torch_dispatch__ = __torch_function__
 
 
-def test_intercepted_knows_modes_and_the_profiler() -> None:
+def test_intercepted_knows_modes() -> None:
     assert not _torch.intercepted()
     with torch.device("meta"):  # a mode of functions
         assert _torch.intercepted()
     with FlopCounterMode(display=False):  # a mode of the dispatcher
         assert _torch.intercepted()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        assert _torch.intercepted()
     assert not _torch.intercepted()
+
+
+def test_profiled() -> None:
+    assert not _torch.profiled()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert _torch.profiled()
+        assert not _torch.intercepted()
+    assert not _torch.profiled()
+
+
+def test_has_global_hook() -> None:
+    assert not _torch.has_global_hook()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    assert _torch.has_global_hook()
+    handle.remove()
+    assert not _torch.has_global_hook()
 
 
 def test_jit_trace() -> None:
