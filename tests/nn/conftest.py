@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +14,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekd as skd
+from sparsekd.ops import observe
 from sparsekd.ops.cpu import blocked as cpu_blocked
 from sparsekd.ops.cpu import preactivation as cpu_preactivation
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nobody_listens() -> None:
+    """Drop updaters that other tests have left to the garbage collector.
+
+    While one of them listens for gradients, no model runs in the blocked layout.
+    """
+    gc.collect()
+    assert not observe.listeners
 
 
 @pytest.fixture
