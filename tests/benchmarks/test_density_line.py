@@ -26,7 +26,7 @@ def row(level, name, sparsity, times, session):
     return {
         "level": level, "case": "resnet18", "op": "step", "arm": name, "sparsity": sparsity,
         "ms": sorted(times)[len(times) // 2], "times": times, "session": session, "batch": 128,
-        "machine": MACHINE,
+        "machine": MACHINE, "flops": 1000 * (1 - (sparsity or 0)),
     }  # fmt: skip
 
 
