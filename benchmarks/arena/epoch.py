@@ -11,7 +11,7 @@ import torch
 from benchmarks.arena.steps import ArenaStepRace
 from sparsekd import data
 from sparsekd.bench.steps import StepRun
-from sparsekd.data import Split
+from sparsekd.data import Source
 from sparsekd.errors import DataError
 from sparsekd.sparsity import generator_for
 
@@ -21,7 +21,7 @@ class Epoch:
     """The images of a whole epoch: a stated share of a data set's training split."""
 
     title: str
-    split: Split
+    split: Source
 
 
 def small_epoch(images: int = 3072) -> Epoch:
@@ -58,7 +58,7 @@ class EpochRace(ArenaStepRace):
         return partial(_train, run, self.epoch.split)
 
 
-def _train(run: StepRun, split: Split) -> None:
+def _train(run: StepRun, split: Source) -> None:
     """Train an epoch through the loader, in the memory format that the model wants."""
     batches = split.batches(
         len(run.y),

@@ -19,6 +19,10 @@ Set = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over instead of going on.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes that decode images; by default one a processor, at most 4."),
+]
 Backend = Annotated[
     str | None, typer.Option(help="Backend of the sparse ops: auto, cpp, dense or reference.")
 ]

@@ -51,6 +51,7 @@ def train(
     assignments: options.Set = None,
     fresh: options.Fresh = False,
     threads: options.Threads = None,
+    workers: options.Workers = None,
     backend: options.Backend = None,
     log: options.Log = None,
 ) -> None:
@@ -69,7 +70,19 @@ def train(
         "first_seed": first_seed,
         "methods": method,
     }
-    run_recipe(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend, log)
+    run_recipe(
+        recipe,
+        named,
+        epochs,
+        assignments,
+        out,
+        data_dir,
+        fresh,
+        threads,
+        backend,
+        log,
+        workers=workers,
+    )
 
 
 def compare(
@@ -89,6 +102,7 @@ def compare(
     assignments: options.Set = None,
     fresh: options.Fresh = False,
     threads: options.Threads = None,
+    workers: options.Workers = None,
     backend: options.Backend = None,
     log: options.Log = None,
 ) -> None:
@@ -107,7 +121,19 @@ def compare(
         "first_seed": first_seed,
         "methods": ",".join(methods or []) or None,
     }
-    run_recipe(recipe, named, epochs, assignments, out, data_dir, fresh, threads, backend, log)
+    run_recipe(
+        recipe,
+        named,
+        epochs,
+        assignments,
+        out,
+        data_dir,
+        fresh,
+        threads,
+        backend,
+        log,
+        workers=workers,
+    )
 
 
 def report(
@@ -151,6 +177,7 @@ def run_recipe(
     backend: str | None = None,
     log: str | None = None,
     before_run: Callable[[], None] | None = None,
+    workers: int | None = None,
 ) -> None:
     """Run a recipe with the fields that options name, then those of --set, changed."""
     console = terminal.console()
@@ -169,7 +196,9 @@ def run_recipe(
         with contextlib.ExitStack() as stack:
             if backend is not None:
                 stack.enter_context(ops.backend(backend))
-            first = _run(chosen, data_dir, folder, fresh, log or "", console, stack, before_run)
+            first = _run(
+                chosen, data_dir, workers, folder, fresh, log or "", console, stack, before_run
+            )
     except Interrupted as interruption:
         typer.echo(f"{interruption}; the same command goes on from {folder}:\n  {_resume()}")
         raise typer.Exit(_INTERRUPTED) from None
@@ -186,6 +215,7 @@ def run_recipe(
 def _run(
     recipe: Recipe,
     data_dir: Path | None,
+    workers: int | None,
     path: Path,
     fresh: bool,
     log: str,
@@ -197,7 +227,7 @@ def _run(
     stop = stack.enter_context(StopRequest())
     warm = keep_memory_warm()
     with one_line_errors(ValueError):
-        dataset = load_data(recipe.data, data_dir)
+        dataset = load_data(recipe.data, data_dir, workers)
         check(recipe, dataset)  # before anything is written
         sinks = make_sinks(log, path)
     with distributed.process_group():

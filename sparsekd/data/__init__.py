@@ -1,4 +1,4 @@
-"""Data sets as in-memory splits that yield normalised, optionally augmented batches."""
+"""Data sets in memory, folders of images, and Datasets and DataLoaders of the user's own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsekd.data.augment import CropFlip, RandomResizedCrop
+from sparsekd.data.augment import CropFlip
 from sparsekd.data.cifar import load_cifar10, load_cifar100
-from sparsekd.data.dataset import Batches, Dataset, Split
+from sparsekd.data.dataset import Dataset, Split, as_source
 from sparsekd.data.embedded import load_digits, load_synthetic
 from sparsekd.data.idx import load_fashion_mnist
 from sparsekd.data.imagefolder import load_imagefolder
+from sparsekd.data.loader import Loader
+from sparsekd.data.samples import Samples
+from sparsekd.data.source import Batches, Source
 from sparsekd.errors import DataError, UnsupportedError
 
 _LOADERS: dict[str, Callable[..., Dataset]] = {
@@ -45,7 +48,7 @@ def load(
     val_fraction: float = 0.1,
     **options: Any,
 ) -> Dataset:
-    """Load a data set whole, check it, and split it into train, val and test.
+    """Load a data set, check it, and split it into train, val and test.
 
     `val` is carved out of the official training images by a permutation drawn from `seed`; `test`
     is the official test split (for digits a fixed fifth) and does not depend on `seed`.
@@ -56,7 +59,7 @@ def load(
         seed: chooses the validation images, and the data themselves for synthetic.
         val_fraction: share of the training images held out, in [0, 1).
         **options: synthetic: `num_classes`, `input_shape`, `train_size`, `test_size`, `noise`;
-            imagefolder: `image_size`, `scale`, `ratio`.
+            imagefolder: `image_size`, `scale`, `ratio`, `workers`.
 
     Returns:
         The data set with its three splits.
@@ -87,8 +90,11 @@ __all__ = [
     "Batches",
     "CropFlip",
     "Dataset",
-    "RandomResizedCrop",
+    "Loader",
+    "Samples",
+    "Source",
     "Split",
+    "as_source",
     "load",
     "names",
 ]

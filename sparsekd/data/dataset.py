@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
+from sparsekd.data.loader import Loader
+from sparsekd.data.samples import Samples
+from sparsekd.data.source import Batch, Order, Source, normalise
 from sparsekd.errors import DataError
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Images(Protocol):
-    """Raw images addressed by an index tensor: a tensor, or files decoded on demand."""
+    """Raw images addressed by an index tensor: a tensor, or images made on demand."""
 
     def __len__(self) -> int: ...
 
@@ -23,7 +27,7 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Source):
     """The raw images and labels of one split, with their normalisation and augmentation.
 
     Args:
@@ -32,7 +36,6 @@ class Split:
         mean: per channel, in units of raw pixels.
         std: per channel, in units of raw pixels.
         augmentation: what `batches(augment=True)` applies to raw images.
-        preparation: what `batches(augment=False)` applies to raw images; None for nothing.
 
     Example:
         >>> from sparsekd import data
@@ -45,7 +48,6 @@ class Split:
     mean: Tensor
     std: Tensor
     augmentation: Augmentation
-    preparation: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,104 +63,16 @@ class Split:
         """
         return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        augment: bool = False,
-        generator: torch.Generator | None = None,
-        drop_last: bool = False,
-        channels_last: bool = False,
-        start: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> Batches:
-        """Iterate over the split once per `iter()`, in batches.
-
-        An epoch draws twice from `generator`, at its start: the order of the images, and a seed
-        from which each batch derives its own augmentation. So the generator's state at the start of
-        an epoch and the number of batches done are enough to resume the epoch exactly.
-
-        Args:
-            batch_size: images per batch, at least 1.
-            shuffle: draw a new order for every epoch.
-            augment: augment the images.
-            generator: source of randomness; None for torch's global one.
-            drop_last: leave out a last batch that is not full.
-            channels_last: give the images in channels_last memory format.
-            start: number of batches to skip, to resume an epoch.
-            rank: the share of every batch to read; `batch_size` counts all shares.
-            ranks: number of shares. They have equal size: a batch that does not divide borrows
-                images from the start of the epoch.
-
-        Shape:
-            Yields x ``[B, C, H, W]`` float32, normalised, and y ``[B]`` int64 or the labels'
-            ``[B, C]``, with B the size of a share.
-
-        Returns:
-            An iterable with a length.
-
-        Raises:
-            DataError: `batch_size` below 1, `start` outside the epoch, `rank` not below `ranks`.
-
-        Example:
-            >>> from sparsekd import data
-            >>> len(data.load("digits").train.batches(100))
-            13
-        """
-        if batch_size < 1:
-            raise DataError(f"batch_size: expected at least 1; got {batch_size}")
-        total = len(self) // batch_size if drop_last else -(-len(self) // batch_size)
-        if not 0 <= start <= total:
-            raise DataError(f"start: expected a number of batches in [0, {total}]; got {start}")
-        if not 0 <= rank < ranks:
-            raise DataError(f"rank: expected a number in [0, {ranks}); got {rank}")
-        layout = (augment, generator, channels_last, start, total, rank, ranks)
-        return Batches(self, batch_size, shuffle, *layout)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """An iterable over the batches of a split, made by `Split.batches`."""
-
-    split: Split
-    batch_size: int
-    shuffle: bool
-    augment: bool
-    generator: torch.Generator | None
-    channels_last: bool
-    start: int
-    total: int
-    rank: int
-    ranks: int
-
-    def __len__(self) -> int:
-        return self.total - self.start
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        split, size = self.split, self.batch_size
-        count = len(split)
-        order = torch.arange(count)
-        if self.shuffle:
-            order = torch.randperm(count, generator=self.generator)
-        seed = 0
-        if self.augment:
-            seed = int(torch.randint(2**62, (), generator=self.generator))
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        mean, std = split.mean.view(-1, 1, 1), split.std.view(-1, 1, 1)
-        for number in range(self.start, self.total):
-            chosen = order[number * size : (number + 1) * size]
-            borrowed = order[: -len(chosen) % self.ranks]
-            chosen = torch.cat([chosen, borrowed])[self.rank :: self.ranks]
-            raw = split.images[chosen]
-            if self.augment:
-                draw = torch.Generator().manual_seed(seed + number * self.ranks + self.rank)
-                raw = split.augmentation(raw, draw)
-            elif split.preparation is not None:
-                raw = split.preparation(raw)
-            x = raw.to(torch.float32, memory_format=layout, copy=True)
-            yield x.sub_(mean).div_(std), split.labels[chosen]
+    def read(self, order: Order, augment: bool, channels_last: bool) -> Iterator[Batch]:
+        """Begin an epoch; see `batches`."""
+        positions = order.draw()
+        seed = order.draw_seed() if augment else 0
+        for number, chosen in order.shares(positions):
+            raw = self.images[chosen]
+            if augment:
+                draw = torch.Generator().manual_seed(seed + number * order.ranks + order.rank)
+                raw = self.augmentation(raw, draw)
+            yield normalise(raw, self.mean, self.std, channels_last), self.labels[chosen]
 
 
 @dataclass(frozen=True)
@@ -169,17 +83,52 @@ class Dataset:
         name: as given to `load`.
         num_classes: number of labels, which are 0 ... num_classes - 1.
         input_shape: (channels, height, width) of a batch's images.
-        train: images to train on.
+        train: images to train on, as `as_source` takes them.
         val: images to tune on; empty if `val_fraction` is 0.
         test: images to report on, never used to choose anything.
+
+    Example:
+        >>> pairs = [(torch.zeros(1, 2, 2), 0), (torch.ones(1, 2, 2), 1)]
+        >>> mine = Dataset("mine", 2, (1, 2, 2), train=pairs, val=[], test=pairs)
+        >>> len(mine.train.batches(1)), len(mine.val.batches(1))
+        (2, 0)
     """
 
     name: str
     num_classes: int
     input_shape: tuple[int, int, int]
-    train: Split
-    val: Split
-    test: Split
+    train: Source
+    val: Source
+    test: Source
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            object.__setattr__(self, name, as_source(getattr(self, name)))
+
+
+def as_source(data: Any) -> Source:
+    """Return what training reads: a split as it is, others by `Samples` or `Loader`.
+
+    Args:
+        data: a `Source`, a map-style Dataset of torch (anything with a length that gives an image
+            and its label at each index), or a DataLoader (any iterable with a length that gives
+            batches).
+
+    Raises:
+        DataError: it is none of these.
+
+    Example:
+        >>> type(as_source([(torch.zeros(1, 2, 2), 0)])).__name__
+        'Samples'
+    """
+    if isinstance(data, Source):
+        return data
+    stream = isinstance(data, IterableDataset)  # which has a __getitem__ that raises
+    if not stream and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return Samples(data)
+    if hasattr(data, "__iter__"):
+        return Loader(data)
+    raise DataError(f"data: expected a Dataset or a DataLoader; found a {type(data).__name__}")
 
 
 def carve(count: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:

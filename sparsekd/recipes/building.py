@@ -51,12 +51,13 @@ def build_model(
             raise ValueError(f"model: {choice.name} does not fit {dataset.name}: {error}") from None
 
 
-def load_data(choice: DataChoice, root: Path | None) -> data.Dataset:
+def load_data(choice: DataChoice, root: Path | None, workers: int | None = None) -> data.Dataset:
     """Load the data set of a recipe.
 
     Args:
         choice: the data set.
         root: folder of its files, or None for its default.
+        workers: processes that decode the images of a folder, as in `sparsekd.data.Samples`.
 
     Returns:
         The data set.
@@ -66,6 +67,8 @@ def load_data(choice: DataChoice, root: Path | None) -> data.Dataset:
     """
     fields = {"image_size": choice.image_size, "scale": choice.scale, "ratio": choice.ratio}
     options: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    if workers is not None and choice.name == "imagefolder":  # the others are in memory
+        options["workers"] = workers
     dataset = data.load(choice.name, root=root, val_fraction=choice.val_fraction, **options)
     wanted = choice.train_images
     if wanted is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsekd.data import Split
+from sparsekd.data import Source
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import densify
 from sparsekd.recipes.loading import FinishedRun
@@ -88,7 +88,7 @@ def export(run: FinishedRun, to: str, path: Path) -> Exported:
     return Exported(path, correct / len(test), expected, len(test))
 
 
-def _correct(predict: Predict, split: Split) -> int:
+def _correct(predict: Predict, split: Source) -> int:
     return sum(correct_predictions(predict(x), y) for x, y in split.batches(200))
 
 

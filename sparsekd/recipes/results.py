@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from sparsekd.data import Dataset, Split
+from sparsekd.data import Dataset, Source
 from sparsekd.diagnose import coverage, flops
 from sparsekd.dst import METHODS
 from sparsekd.dst.registry import Layers
@@ -65,7 +65,7 @@ def _layers(recipe: Recipe, run: TrainingRun) -> Layers:
 
 
 def _extra_flops(
-    recipe: Recipe, images: Split, run: TrainingRun, trainer: Trainer, dense: int
+    recipe: Recipe, images: Source, run: TrainingRun, trainer: Trainer, dense: int
 ) -> int:
     """Count the operations of a run's dense gradients for growth, and of its teacher.
 

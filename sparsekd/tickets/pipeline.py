@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sparsekd.data import Dataset, Split
+from sparsekd.data import Dataset, Source
 from sparsekd.dst import Dynamics, Method
 from sparsekd.dst.registry import Layers
 from sparsekd.errors import UnsupportedError
@@ -55,7 +55,8 @@ class Pipeline:
     Args:
         build: seed -> freshly initialised dense network.
         build_narrow: seed, sparsity -> dense network of the size of a sparse one, for small-dense.
-        data: the data set; only its train and val splits are read.
+        data: the data set; only its train and val are read, which may be Datasets of torch or
+            DataLoaders.
         training: hyper-parameters of every run.
         seed: of initialisation, data order and augmentation.
         folder: where the runs keep their files.
@@ -369,5 +370,5 @@ def check_layout(method: Method, layout: Layout) -> None:
         )
 
 
-def _nonempty(split: Split) -> Split | None:
-    return split if len(split) else None
+def _nonempty(split: Source) -> Source | None:
+    return split if len(split.batches(1)) else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsekd.data import Split
+from sparsekd.data import as_source
 from sparsekd.modes import in_mode
 
 
@@ -21,23 +22,23 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Split, batch_size: int = 500) -> Evaluation:
+def evaluate(model: nn.Module, data: Any, batch_size: int = 500) -> Evaluation:
     """Compute the mean cross entropy and the accuracy of a model on a split.
 
     Args:
         model: evaluated in eval mode; the mode of every module is restored.
-        data: the split.
+        data: a split of `sparsekd.data`, a Dataset of torch, or a DataLoader.
         batch_size: images per forward pass.
 
     Returns:
         The evaluation.
 
     Raises:
-        ValueError: the split is empty.
+        ValueError: there are no images.
     """
     loss, correct, seen = 0.0, 0, 0
     with in_mode(model, training=False):
-        for x, y in data.batches(batch_size):
+        for x, y in as_source(data).batches(batch_size):
             logits = model(x)
             loss += F.cross_entropy(logits, y, reduction="sum").item()
             correct += correct_predictions(logits, y)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsekd.data import Split
+from sparsekd.data import as_source
 from sparsekd.errors import CheckpointError
 from sparsekd.nn import optimize
 from sparsekd.optim import param_groups
@@ -116,12 +116,14 @@ class Trainer:
 
     Args:
         model: trained in place; `optimize` and channels_last are applied if `config` says so.
-        data: the training split.
+        data: the images to train on: a split of `sparsekd.data`, a Dataset of torch, or a
+            DataLoader, whose own batches, order and augmentation are then used.
         config: hyper-parameters.
         seed: of data order, augmentation and dropout.
         start_epoch: first epoch of the schedule to run; k after rewinding to epoch k.
         objective: the loss; cross entropy by default.
-        validation: a split to evaluate after each epoch, never used to select anything.
+        validation: images to evaluate on after each epoch, of the same kinds as `data`; never used
+            to select anything. Rank 0 alone reads them.
         dst: a dynamic-topology method attached to the model.
         optimizer: by default the SGD of `config`; pass the one `dst` was built with.
         keep: called with the number of epochs done and the model before an epoch counts as done;
@@ -144,13 +146,13 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        data: Split,
+        data: Any,
         config: Training,
         *,
         seed: int = 0,
         start_epoch: int = 0,
         objective: Objective | None = None,
-        validation: Split | None = None,
+        validation: Any = None,
         dst: DynamicTopology | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         keep: Callable[[int, nn.Module], None] | None = None,
@@ -165,11 +167,11 @@ class Trainer:
         self.model = optimize(model, channels_last=False) if config.optimize else model
         if config.channels_last:
             to_channels_last(model)
-        self.data = data
+        self.data = as_source(data)
         self.config = config
         self.seed = seed
         self.objective = objective or CrossEntropy(config.label_smoothing)
-        self.validation = validation
+        self.validation = None if validation is None else as_source(validation)
         self.dst = dst
         self.optimizer = optimizer or make_optimizer(model, config)
         self.keep = keep
@@ -278,6 +280,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         order = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        self.data.set_epoch(self.epoch)
         batches = self.data.batches(
             self.config.batch_size,
             shuffle=True,

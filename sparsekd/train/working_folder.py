@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from pathlib import Path
 from typing import BinaryIO
 
 from sparsekd.errors import CheckpointError
+
+_locks: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """Close the locks in a forked process: a worker that loads data may outlive its parent.
+
+    A lock is free when the last process that has its file has closed it.
+    """
+    for file in list(_locks):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def lock_folder(path: Path) -> BinaryIO:
@@ -41,6 +58,7 @@ def lock_folder(path: Path) -> BinaryIO:
                 f"{path}: another process is training here; wait until it is done, or choose "
                 "another --out"
             ) from None
+        _locks.add(file)
     return file
 
 

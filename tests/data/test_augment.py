@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsekd.data.augment import CenterCrop, CropFlip, RandomResizedCrop
+from sparsekd.data.augment import CropFlip
 
 TRIALS = 20_000
 
@@ -61,44 +61,9 @@ def test_half_of_the_images_are_flipped():
 
 def test_draws_come_from_the_generator_alone():
     images = torch.rand(16, 1, 8, 8)
-    for augment in (CropFlip(2), RandomResizedCrop(8)):
-        torch.manual_seed(0)
-        first = augment(images, generator(7))
-        torch.manual_seed(1)
-        assert torch.equal(first, augment(images, generator(7)))
-        assert not torch.equal(first, augment(images, generator(8)))
-
-
-def test_full_box_resizes_to_the_image_itself():
-    images = torch.rand(64, 3, 8, 8)
-    result = RandomResizedCrop(8, scale=(1, 1), ratio=(1, 1))(images, generator())
-    either = torch.minimum(
-        (result - images).abs().amax((1, 2, 3)), (result - images.flip(3)).abs().amax((1, 2, 3))
-    )
-    assert either.max() < 1e-5
-
-
-def test_boxes_stay_inside_and_have_the_right_area():
-    side, size = 64, 16
-    ramp = torch.linspace(0, 1, side)
-    across = ramp.expand(side, side)
-    images = torch.stack([across, across.T]).expand(4000, 2, side, side)
-    scale, ratio = (0.2, 0.6), (0.8, 1.25)
-    result = RandomResizedCrop(size, scale, ratio)(images, generator())
-    assert result.min() >= -1e-6
-    assert result.max() <= 1 + 1e-6
-    # The ramp's rise between the outermost sample centres measures each box's sides.
-    width = (result[:, 0, 0, -1] - result[:, 0, 0, 0]).abs() * size / (size - 1)
-    height = (result[:, 1, -1, 0] - result[:, 1, 0, 0]).abs() * size / (size - 1)
-    area = width * height * ((side - 1) / side) ** 2
-    tolerance = 0.02
-    assert area.min() > scale[0] - tolerance
-    assert area.max() < scale[1] + tolerance
-    assert area.mean().item() == pytest.approx(sum(scale) / 2, abs=tolerance)
-    assert (width / height).max() < ratio[1] + tolerance
-    assert (width / height).min() > ratio[0] - tolerance
-
-
-def test_center_crop():
-    image = torch.arange(36).view(1, 1, 6, 6)
-    assert CenterCrop(2)(image).flatten().tolist() == [14, 15, 20, 21]
+    augment = CropFlip(2)
+    torch.manual_seed(0)
+    first = augment(images, generator(7))
+    torch.manual_seed(1)
+    assert torch.equal(first, augment(images, generator(7)))
+    assert not torch.equal(first, augment(images, generator(8)))

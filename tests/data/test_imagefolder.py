@@ -19,7 +19,7 @@ OPTIONS = {"image_size": SIZE, "val_fraction": 0.25}
 def test_without_torchvision_the_error_says_how(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(UnsupportedError, match="pip install torchvision"):
+    with pytest.raises(UnsupportedError, match=r"pip install .sparsekd\[images\]"):
         data.load("imagefolder", root=tmp_path)
 
 
@@ -61,6 +61,73 @@ def test_a_batch_repeats_under_its_seed(root):
     assert not torch.equal(epoch(0), epoch(1))
 
 
+def test_evaluation_is_the_transform_of_torchvisions_references(root, torchvision):
+    from torchvision.transforms import v2
+
+    (x, _) = next(iter(data.load("imagefolder", root=root, **OPTIONS).test.batches(4)))
+    prepare = v2.Compose(
+        [
+            v2.Resize(SIZE * 256 // 224),
+            v2.CenterCrop(SIZE),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    reference = torchvision.datasets.ImageFolder(root / "val", prepare)
+    torch.testing.assert_close(x, torch.stack([image for image, _ in reference]))
+
+
+def test_training_is_the_transform_of_torchvisions_references(root, torchvision):
+    """Whose boxes are of the whole file: with scale 1 they come from beyond the central square."""
+    from torchvision.transforms import v2
+
+    options = {**OPTIONS, "scale": (0.3, 0.9), "val_fraction": 0.0, "workers": 0}
+    train = data.load("imagefolder", root=root, **options).train
+    draws = torch.Generator().manual_seed(0)
+    ((x, y),) = train.batches(8, augment=True, generator=draws)
+    augment = v2.Compose(
+        [v2.RandomResizedCrop(SIZE, (0.3, 0.9)), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
+    reference = torchvision.datasets.ImageFolder(root / "train", augment)
+    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(0)))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1) * 255
+    for index in range(8):
+        torch.manual_seed(seed + index)
+        image, label = reference[index]
+        torch.testing.assert_close(x[index], (image - mean) / std)
+        assert label == y[index]
+
+
+def test_crops_come_from_the_whole_image(tmp_path, torchvision):
+    """A wide image whose ends are white: crops beside the central square see them."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.zeros((32, 128, 3), dtype=np.uint8)
+    pixels[:, :40] = pixels[:, -40:] = 255
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for number in range(40):
+            image.fromarray(pixels).save(tmp_path / part / "a" / f"{number}.png")
+    train = data.load("imagefolder", root=tmp_path, val_fraction=0.0, image_size=SIZE).train
+    ((x, _),) = train.batches(40, augment=True, generator=torch.Generator().manual_seed(0))
+    white = (255 - 0.485 * 255) / (0.229 * 255)
+    assert (x[:, 0] > white - 0.1).flatten(1).any(1).float().mean() > 0.5
+    ((x, _),) = train.batches(40)
+    assert x[:, 0].max() < 0
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_epoch_is_the_same_for_any_number_of_workers(root, workers):
+    def epoch(workers, start=0):
+        train = data.load("imagefolder", root=root, workers=workers, **OPTIONS).train
+        generator = torch.Generator().manual_seed(3)
+        options = {"shuffle": True, "augment": True, "generator": generator, "start": start}
+        return torch.cat([x for x, _ in train.batches(2, **options)])
+
+    assert torch.equal(epoch(workers), epoch(0))
+    assert torch.equal(epoch(workers, start=2), epoch(0)[4:])
+
+
 def test_a_test_folder_leaves_val_to_validation(root):
     (root / "val").rename(root / "test")
     for name in ("a", "b"):
@@ -70,11 +137,15 @@ def test_a_test_folder_leaves_val_to_validation(root):
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (6, 2, 4)
 
 
-def test_a_damaged_image_is_named(root):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kept", [0, 4, 60, 200, -60])
+def test_a_damaged_image_is_named(root, workers, kept):
     path = root / "val" / "a" / "1.png"
-    path.write_bytes(path.read_bytes()[:200])
-    dataset = data.load("imagefolder", root=root, **OPTIONS)
-    with pytest.raises(DataError, match=r"1\.png: expected an image"):
+    path.write_bytes(path.read_bytes()[:kept])
+    dataset = data.load("imagefolder", root=root, workers=workers, **OPTIONS)
+    with pytest.raises(
+        DataError, match=r"^\S+a/1\.png: expected an image; found it damaged \(.*\)$"
+    ):
         list(dataset.test.batches(4))
 
 

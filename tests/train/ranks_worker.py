@@ -96,6 +96,21 @@ def accumulate(rank: int, world: int) -> dict[str, Tensor]:
     return train(network(norm=False), accumulate=3).model.state_dict()
 
 
+def read_shares(rank: int, world: int) -> list[list[int]]:
+    """Train on numbered images that workers load, and return those of each step."""
+    seen: list[list[int]] = []
+
+    def note(logits: Tensor, x: Tensor, y: Tensor, epoch: int) -> Tensor:
+        seen.append(x[:, 0, 0, 0].int().tolist())
+        return logits.sum()
+
+    pairs = [(torch.full((1, 8, 8), float(n)), n % 4) for n in range(50)]
+    config = Training(epochs=1, batch_size=16, lr=1e-6)
+    source = data.Samples(pairs, workers=1)
+    Trainer(network(norm=False), source, config, objective=note).fit()
+    return seen
+
+
 def resume(rank: int, world: int, folder: Path) -> dict[str, bool]:
     """Compare interrupted runs with an uninterrupted one, dropout and BatchNorm included."""
     straight = train(network(dropout=0.3), folder / "straight")
@@ -122,7 +137,7 @@ def main() -> None:
         rank, world = distributed.rank(), distributed.ranks()
         found = {
             scenario.__name__: scenario(rank, world)
-            for scenario in (normalise, train_with_shared_statistics, accumulate)
+            for scenario in (normalise, train_with_shared_statistics, accumulate, read_shares)
         }
         found["resume"] = resume(rank, world, folder)
         found["agreed"] = [distributed.any_rank(rank == 1), distributed.any_rank(False)]

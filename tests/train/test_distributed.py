@@ -69,6 +69,12 @@ def test_synchronized_batchnorm_is_that_of_the_whole_batch(ranks):
         assert_close(rank["normalise"], share | {"gradients": gradients} | buffers, 1e-11)
 
 
+def test_ranks_read_disjoint_shares_of_a_dataset(ranks):
+    first, second = (rank["read_shares"] for rank in ranks)
+    assert [len(share) for share in first] == [len(share) for share in second] == [8, 8, 8, 1]
+    assert sorted(n for share in first + second for n in share) == list(range(50))
+
+
 @pytest.mark.parametrize("name", ["resnet20", "wrn22_2"])
 def test_synchronized_norms_of_our_models_keep_residual_and_relu(name):
     model, x = models.build(name), torch.randn(2, 3, 16, 16)

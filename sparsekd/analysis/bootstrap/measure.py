@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsekd.data import Split
+from sparsekd.data import Source
 from sparsekd.modes import in_mode
 from sparsekd.train import Row
 
@@ -30,7 +30,7 @@ class Errors:
 
 
 @torch.no_grad()
-def errors(model: nn.Module, data: Split, batch_size: int = 500) -> Errors:
+def errors(model: nn.Module, data: Source, batch_size: int = 500) -> Errors:
     """Compute the errors of a network in eval mode.
 
     Args:

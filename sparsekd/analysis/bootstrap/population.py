@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sparsekd.data import Batches, CropFlip, Dataset, Split
 from sparsekd.data.dataset import Images, pixel_statistics
-from sparsekd.errors import DataError
+from sparsekd.errors import DataError, UnsupportedError
 from sparsekd.train import derive_seed
 
 _BLOCK = 128
@@ -193,8 +193,11 @@ def held_out_population(dataset: Dataset, seed: int = 0) -> Population:
         seed: of that order.
     """
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(seed))
-    split = dataset.train.subset(order)
-    return Population(dataset.name, dataset.num_classes, dataset.input_shape, split, dataset.test)
+    train, test = dataset.train, dataset.test
+    if not isinstance(train, Split) or not isinstance(test, Split):
+        raise UnsupportedError(f"dataset: expected one in memory, got {dataset.name}")
+    shape = dataset.input_shape
+    return Population(dataset.name, dataset.num_classes, shape, train.subset(order), test)
 
 
 def real_world(samples: int, length: int, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from sparsekd.data import Split
+from sparsekd.data import Source
 from sparsekd.errors import ShapeError
 from sparsekd.modes import in_mode
 from sparsekd.nn import SparseModule, sparse_modules
@@ -126,7 +126,7 @@ def path(
     start: nn.Module,
     end: nn.Module,
     alphas: Iterable[float],
-    data: Split,
+    data: Source,
     batch_size: int = 500,
 ) -> list[Evaluation]:
     """Evaluate networks along the line from `start` to `end`.
@@ -153,13 +153,13 @@ def path(
     return evaluations
 
 
-def refresh_batchnorm(model: nn.Module, data: Split, batch_size: int = 500) -> None:
+def refresh_batchnorm(model: nn.Module, data: Source, batch_size: int = 500) -> None:
     """Recompute the running statistics of BatchNorm by one pass over unaugmented images."""
     update_bn(data.batches(batch_size), model)  # does nothing without BatchNorm
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, data: Split, batch_size: int = 500) -> Tensor:
+def probabilities(model: nn.Module, data: Source, batch_size: int = 500) -> Tensor:
     """Return the class probabilities of every image, float64 ``[N, C]``, in eval mode."""
     with in_mode(model, training=False):
         logits = [model(x) for x, _ in data.batches(batch_size)]

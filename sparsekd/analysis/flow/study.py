@@ -31,7 +31,7 @@ from sparsekd.analysis.flow.solutions import (
 )
 from sparsekd.analysis.probe import Probe
 from sparsekd.analysis.study import Study
-from sparsekd.data import Dataset, Split
+from sparsekd.data import Dataset, Source
 from sparsekd.dst import GMP, SET, RigL, Updater
 from sparsekd.nn import sparse_modules, sparsify
 from sparsekd.tickets import Masks, make_ticket
@@ -266,6 +266,7 @@ class GradientFlowStudy(Study[GradientFlow, Dataset]):
         config, about = self.config, _about(place)
         ends = {m: [self.end(place, m, s) for s in range(config.seeds)] for m in METHODS}
         solution, test = ends["pruned"][0], self.data.test
+        labels = torch.cat([y for _, y in test.batches(500)])
         guesses = {m: [probabilities(model, test) for model in ends[m]] for m in METHODS}
         for method in METHODS:
             others = [s for s in range(config.seeds) if (method, s) != ("pruned", 0)]
@@ -275,7 +276,7 @@ class GradientFlowStudy(Study[GradientFlow, Dataset]):
                 **about,
                 "method": method,
                 "disagreement": mean(disagreement(a, b) for a, b in pairs) if pairs else None,
-                "ensemble_accuracy": ensemble_accuracy(guesses[method], test.labels),
+                "ensemble_accuracy": ensemble_accuracy(guesses[method], labels),
             }
             for seed in others:
                 begin, end = self.start(place, method, seed), ends[method][seed]
@@ -334,6 +335,6 @@ def _about(place: Place) -> Row:
     return {"network": place.network, "sparsity": place.sparsity}
 
 
-def _first(data: Split, count: int) -> tuple[Tensor, Tensor]:
+def _first(data: Source, count: int) -> tuple[Tensor, Tensor]:
     """Return the first images of a split as one batch, not augmented."""
     return next(iter(data.batches(min(count, len(data)))))
