@@ -16,16 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from benchmarks.evidence import figure, summary
 from benchmarks.evidence.studies import STUDIES, Study
 from sparsekd import ops, terminal
+from sparsekd.data import Dataset
 from sparsekd.memory import keep_memory_warm
 from sparsekd.plots import save
 from sparsekd.recipes import Experiment, Recipe, RunFolder, check, load_data
 from sparsekd.train import Interrupted, MetricsLog, ProgressReporter, Reporter, StopRequest
 
-Run = Callable[[Recipe, Path], None]
+Run = Callable[[Recipe, Path, int], None]
 
 
 def run_study(name: str, study: Study, folder: Path, run: Run) -> None:
@@ -35,10 +37,10 @@ def run_study(name: str, study: Study, folder: Path, run: Run) -> None:
         name: of the study.
         study: its settings.
         folder: of the study.
-        run: trains a recipe in a folder.
+        run: trains a recipe in a folder, on images pooled over patches of a side.
     """
     for column, recipe in study.columns.items():
-        run(recipe, folder / column)
+        run(recipe, folder / column, study.pool)
         summary.write(summary.collect(name, study.columns, folder), folder / "rows.jsonl")
         draw(name, study, folder)
 
@@ -57,7 +59,7 @@ def run_wall(name: str, study: Study, folder: Path, run: Run) -> None:
     for backend in ("sparse", "dense"):
         forced = ops.backend("dense") if backend == "dense" else contextlib.nullcontext()
         with forced:
-            run(replace(recipe, seeds=1), folder / backend / column)
+            run(replace(recipe, seeds=1), folder / backend / column, study.pool)
         found = summary.collect(name, [column], folder / backend)
         rows += [{"backend": backend, **row} for row in found]
     summary.write(rows, folder / "rows.jsonl")
@@ -65,13 +67,29 @@ def run_wall(name: str, study: Study, folder: Path, run: Run) -> None:
 
 
 def train(
-    recipe: Recipe, folder: Path, data_dir: Path | None, reporter: Reporter, stop: StopRequest
+    recipe: Recipe,
+    folder: Path,
+    pool: int,
+    data_dir: Path | None,
+    reporter: Reporter,
+    stop: StopRequest,
 ) -> None:
     """Train the open runs of a recipe in a folder."""
-    data = load_data(recipe.data, data_dir)
+    data = pooled(load_data(recipe.data, data_dir), pool)
     check(recipe, data)
     with RunFolder(folder, recipe) as opened:
         Experiment(recipe, data, opened, reporter=reporter, stop=stop).run()
+
+
+def pooled(data: Dataset, side: int) -> Dataset:
+    """Return a data set whose pixels are the means of patches; mean and deviation stay as read."""
+    if side == 1:
+        return data
+    splits = {
+        name: replace(split, images=functional.avg_pool2d(split.images[:].float(), side))
+        for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
+    }
+    return replace(data, input_shape=tuple(splits["train"].images.shape[1:]), **splits)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,9 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
     out = options.out / "smoke" if options.smoke else options.out
     with StopRequest() as stop, ProgressReporter(terminal.console()) as reporter:
 
-        def run(recipe: Recipe, folder: Path) -> None:
+        def run(recipe: Recipe, folder: Path, pool: int) -> None:
             reporter.message(f"{folder}: {recipe.description}")
-            train(recipe, folder, options.data_dir, reporter, stop)
+            train(recipe, folder, pool, options.data_dir, reporter, stop)
 
         try:
             for name in options.study or STUDIES:

@@ -167,6 +167,7 @@ def page(name: str, study: Study, rows: Sequence[Row]) -> str:
     parts = [
         f"# {name}",
         study.question,
+        study.setting,
         f"Written from rows.jsonl by `python -m benchmarks.evidence {name}`.",
         "![differences](differences.png)",
         "Test accuracy of the same seed, in points: mean ± standard deviation, then each seed.",
