@@ -4,7 +4,7 @@ A study has a folder in --out with a run folder a column, which `sparsekd report
 after each call `rows.jsonl` (a line a finished run), `README.md` (all of them, and the paired
 differences) and their figure. --draw makes page and figure anew from rows alone. Settings are in
 studies.py and in nothing else. --wall trains the first seed of a study's first column once more by
-the sparse kernels and once by dense ones, for the time it takes.
+the sparse kernels and once by dense ones, for the time it takes; --epochs cuts that short.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,10 +40,12 @@ def run_study(name: str, study: Study, folder: Path, run: Run) -> None:
         folder: of the study.
         run: trains a recipe in a folder, on images pooled over patches of a side.
     """
-    for column, recipe in study.columns.items():
-        run(recipe, folder / column, study.pool)
-        summary.write(summary.collect(name, study.columns, folder), folder / "rows.jsonl")
-        draw(name, study, folder)
+    most = max(recipe.seeds for recipe in study.columns.values())
+    for seeds in range(1, most + 1):  # a seed of every column, then the next: pairs come early
+        for column, recipe in study.columns.items():
+            run(replace(recipe, seeds=min(seeds, recipe.seeds)), folder / column, study.pool)
+            summary.write(summary.collect(name, study.columns, folder), folder / "rows.jsonl")
+            draw(name, study, folder)
 
 
 def draw(name: str, study: Study, folder: Path) -> None:
@@ -52,10 +55,20 @@ def draw(name: str, study: Study, folder: Path) -> None:
     save({"differences": figure.differences(study, rows)}, folder)
 
 
-def run_wall(name: str, study: Study, folder: Path, run: Run) -> None:
-    """Train a seed of a study's first column by sparse and by dense kernels; write the seconds."""
+def run_wall(name: str, study: Study, folder: Path, run: Run, epochs: int | None = None) -> None:
+    """Train a seed of a study's first column by sparse and by dense kernels; write the seconds.
+
+    Args:
+        name: of the study.
+        study: its settings.
+        folder: of the study.
+        run: trains a recipe in a folder.
+        epochs: of each run, which updates its topology as often as the study does; None for all.
+    """
     rows = []
     column, recipe = next(iter(study.columns.items()))
+    if epochs is not None:
+        recipe = replace(recipe.with_epochs(epochs), dynamics=recipe.dynamics)
     for backend in ("sparse", "dense"):
         forced = ops.backend("dense") if backend == "dense" else contextlib.nullcontext()
         with forced:
@@ -100,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of the data files")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--wall", action="store_true", help="measure time instead of accuracy")
+    parser.add_argument("--epochs", type=int, help="with --wall, of each run, instead of all")
     parser.add_argument("--draw", action="store_true", help="only draw again, from rows.jsonl")
     parser.add_argument(
         "--smoke", action="store_true", help="a few hundred images: shows only that it runs"
@@ -107,6 +121,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if unknown := set(options.study) - STUDIES.keys():
         parser.error(f"study: expected names among {', '.join(STUDIES)}, got {sorted(unknown)}")
+    if options.epochs is not None and not (options.wall and options.epochs > 0):
+        parser.error(
+            "--epochs: expected at least 1, and --wall; studies.py says how long studies are"
+        )
     if options.draw:
         for name in options.study or STUDIES:
             draw(name, STUDIES[name], options.out / name)
@@ -114,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keep_memory_warm()
-    work = run_wall if options.wall else run_study
+    work = partial(run_wall, epochs=options.epochs) if options.wall else run_study
     out = options.out / "smoke" if options.smoke else options.out
     with StopRequest() as stop, ProgressReporter(terminal.console()) as reporter:
 

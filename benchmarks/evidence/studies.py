@@ -109,10 +109,10 @@ _GRANET = replace(METHODS["granet"].dynamics, every=100)
 # ResNet-20 where the teacher has something to give: it fits its few images long before the end.
 _RESNET = replace(
     _MLP,
-    description="ResNet-20 on 2,000 images of Fashion-MNIST at 14x14",
-    data=DataChoice("fashion-mnist", train_images=2_000),
+    description="ResNet-20 on 1,000 images of Fashion-MNIST at 14x14",
+    data=DataChoice("fashion-mnist", train_images=1_000),
     model=ModelChoice("resnet20"),
-    training=replace(_MLP.training, epochs=30, batch_size=64),
+    training=replace(_MLP.training, epochs=30, batch_size=32),
     methods=_TICKETS,
     sparsities=(0.95, 0.98),
     rewind_epoch=5,
@@ -145,8 +145,8 @@ _WIDE_SUP = replace(
 # convolution dense throughout, so that ERK and uniform masks store as many weights.
 _REPRODUCED = replace(
     _RESNET,
-    description="ResNet-20 on 4,000 images of Fashion-MNIST at 7x7",
-    data=DataChoice("fashion-mnist", train_images=4_000),
+    description="ResNet-20 on 2,000 images of Fashion-MNIST at 7x7",
+    data=DataChoice("fashion-mnist", train_images=2_000),
     training=replace(_RESNET.training, epochs=15),
     dynamics=Dynamics(every=20, prune_from=700 / 87_891, prune_until=0.75),
     methods=("static", "set", "rigl", "gmp", "small-dense"),
@@ -229,7 +229,7 @@ STUDIES: Mapping[str, Study] = {
         {"resnet20": _RESNET},
         _pairs("resnet20", *_TICKET_PAIRS),
         _FEW.format(2)
-        + "2,000 images, batch 64, 30 epochs (960 steps), no augmentation, rewinding "
+        + "1,000 images, batch 32, 30 epochs (960 steps), no augmentation, rewinding "
         "to epoch 5. The paper trains deeper networks on 50,000 augmented images for 182 epochs.",
         pool=2,
     ),
@@ -263,7 +263,7 @@ STUDIES: Mapping[str, Study] = {
             *(("uniform/rigl-sg", "erk/rigl"), ("uniform/rigl-sm", "erk/rigl")),
             *(("erk-2x/rigl", "erk/rigl"), ("erk-3x/rigl", "erk/rigl")),
         ),
-        _FEW.format(4) + "4,000 images, batch 64, 15 epochs (945 steps), updates every 20 steps to "
+        _FEW.format(4) + "2,000 images, batch 32, 15 epochs (945 steps), updates every 20 steps to "
         "three quarters. The study trains WRN-22-2 on CIFAR-10 for 250 epochs (87,891 steps).",
         pool=4,
     ),
