@@ -22,7 +22,7 @@ from torch.nn import functional
 from benchmarks.evidence import figure, summary
 from benchmarks.evidence.studies import STUDIES, Study
 from sparsekd import ops, terminal
-from sparsekd.data import Dataset
+from sparsekd.data import Dataset, Split
 from sparsekd.memory import keep_memory_warm
 from sparsekd.plots import save
 from sparsekd.recipes import Experiment, Recipe, RunFolder, check, load_data
@@ -98,11 +98,21 @@ def pooled(data: Dataset, side: int) -> Dataset:
     """Return a data set whose pixels are the means of patches; mean and deviation stay as read."""
     if side == 1:
         return data
-    splits = {
-        name: replace(split, images=functional.avg_pool2d(split.images[:].float(), side))
-        for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
-    }
-    return replace(data, input_shape=tuple(splits["train"].images.shape[1:]), **splits)
+
+    def smaller(split: Split) -> Split:
+        return replace(
+            split,
+            images=functional.avg_pool2d(split.images[torch.arange(len(split))].float(), side),
+        )
+
+    channels, height, width = data.input_shape
+    return replace(
+        data,
+        input_shape=(channels, height // side, width // side),
+        train=smaller(data.train),
+        val=smaller(data.val),
+        test=smaller(data.test),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

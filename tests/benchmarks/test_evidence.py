@@ -106,7 +106,14 @@ def test_a_study_goes_on_where_it_stopped_and_pairs_seeds(study, tmp_path, stop_
     run = partial(train, data_dir=None, reporter=Reporter())
     with pytest.raises(Interrupted):
         run_study("s", study, tmp_path, partial(run, stop=stop_at(9)))
-    run_study("s", study, tmp_path, partial(run, stop=StopRequest()))
+    order = []
+
+    def train_noted(recipe, folder, pool):
+        order.append((folder.name, recipe.seeds))
+        run(recipe, folder, pool, stop=StopRequest())
+
+    run_study("s", study, tmp_path, train_noted)
+    assert order == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]  # pairs before more seeds
     rows = rows_of(tmp_path)
     assert len(rows) == sum(len(plan(recipe)) for recipe in study.columns.values()) == 12
     run_study("s", study, tmp_path, partial(run, stop=StopRequest()))
@@ -169,6 +176,8 @@ def test_time_is_measured_by_both_kinds_of_kernels(study, tmp_path, capsys):
     forced = json.loads((tmp_path / "dense/one/config.json").read_text())["sessions"][0]["forced"]
     assert forced == "dense"
     assert "| RigL | 0.9 |" in capsys.readouterr().out
+    run_wall("s", study, tmp_path / "longer", run, epochs=2)
+    assert {row["epochs"] for row in rows_of(tmp_path / "longer")} == {2}
     table = summary.times(
         [row | {"seconds": 2 if row["backend"] == "dense" else 1} for row in rows]
     )
@@ -183,3 +192,10 @@ def test_short_studies_keep_their_methods():
         for name, recipe in study.shortened().columns.items():
             assert recipe.methods == study.columns[name].methods
             assert recipe.sup.tail(recipe.training.epochs) == 1
+
+
+@pytest.mark.parametrize("options", [["--epochs", "2"], ["--wall", "--epochs", "0"]], ids=str)
+def test_the_length_of_a_study_is_that_of_its_settings(options, capsys):
+    with pytest.raises(SystemExit):
+        main(["moving", *options])
+    assert "--epochs: expected at least 1, and --wall" in capsys.readouterr().err
