@@ -1,91 +1,78 @@
 """Advice for a model: which layers to make sparse, how much and in which layout.
 
-Every layer that can be sparse is timed dense and sparse in each layout (`explain`). What loses by
-the aim stays dense. The step of the plan is predicted from one that is measured with every layer
-sparse: for each layer that the plan treats differently, the difference of its times is added. So
-what surrounds the layers is in the prediction as it was measured. Then the plan's own step is
-measured beside dense ones.
+Layers are timed dense and sparse, and two plans and the dense model as whole steps; from these the
+step of any plan is predicted (`prediction`). With an aim such as half the dense time, the least
+sparsity on a ladder whose prediction meets it is taken. Then the plan's own step is measured beside
+the dense one; where it misses the aim, what was measured mends the prediction for the rungs above.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import Tensor, nn
 
-from sparsekd.bench.cases import BASELINES
 from sparsekd.bench.given import Arguments, GivenCase
-from sparsekd.bench.layers import bf16_missing
-from sparsekd.bench.steps import STEP_COMPETITORS, StepProblem
+from sparsekd.bench.planned import Steps, make_sparse
+from sparsekd.bench.prediction import Aim, LayerAdvice, Plan, Planner, Step, planner
 from sparsekd.bench.tables import Grid, percent
-from sparsekd.diagnose import explain
-from sparsekd.diagnose.explain import LayerReport
 from sparsekd.errors import UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.memory import keep_memory_warm
-from sparsekd.nn import sparse_modules, sparsify
+from sparsekd.sparsity import NAMED_FROM
 from sparsekd.sparsity.rounding import check_sparsity
-from sparsekd.timing import interleave
 
-AIMS = ("time", "flops", "memory")
-_CLEAR = 0.97  # of the dense time: what sparse must take to be called faster
-_OURS = "sparsekd_optimized"
-# Words of a weight during training: value, gradient, momentum; beside each nonzero its index.
-_DENSE_WORDS, _SPARSE_WORDS = 3, 4
+LADDER = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98)
+_PROBES = (0.68, 0.94)  # measured whatever the aim; beside the rungs, so that those are predicted
+_SPARSITY = 0.9
+_MOST_GAIN = 5
 
 
 @dataclass(frozen=True)
-class LayerAdvice:
-    """What to do with a layer.
+class Trial:
+    """A plan whose step was predicted and then measured, in turns with dense ones."""
 
-    Args:
-        name: of the module in the model.
-        shape: of its weight.
-        layout: of its mask; None if it stays dense.
-        density: share of the weight that would be stored, or is.
-        sparse_ms: of forward and backward in the best layout.
-        dense_ms: likewise dense.
-    """
+    plan: Plan
+    before: Step
+    predicted: Step
+    measured: Step
 
-    name: str
-    shape: tuple[int, ...]
-    layout: str | None
-    density: float
-    sparse_ms: float
-    dense_ms: float
+    def share(self, kind: str) -> float:
+        """Return what the measured step takes of the dense one."""
+        return self.measured.of(kind) / max(self.before.of(kind), 1e-9)
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Which layers of a model to make sparse; print it for a table, `apply` it to a model.
+    """Which layers of a model to make sparse; print it for tables, `apply` it to a model.
 
     Args:
-        aim: "time", "flops" or "memory".
-        sparsity: asked for over all layers that can be sparse.
+        aim: what it is for.
+        sparsity: asked for over all layers that can be sparse, before some stay dense.
         layers: every one of them.
-        dense_ms: of a training step of the dense model, in the better layout.
-        predicted_ms: of a step of the model with the advice, after `optimize`.
-        measured_ms: likewise, measured.
+        before: the step of the dense model, in the layout that is faster, or needs less.
+        predicted: the step of the model with the advice, after `optimize`.
+        measured: likewise, measured.
         bf16_ms: of a step of the dense model in bfloat16 autocast; None where the processor has no
             instructions for it.
         masks: of the sparse layers, by name.
+        left: parameters that cannot be sparse or are skipped, with their share of all.
+        trials: the plans that were measured, in that order; all but the last missed the aim.
     """
 
-    aim: str
+    aim: Aim
     sparsity: float
     layers: tuple[LayerAdvice, ...]
-    dense_ms: float
-    predicted_ms: float
-    measured_ms: float
+    before: Step
+    predicted: Step
+    measured: Step
     bf16_ms: float | None
     masks: Mapping[str, Tensor] = field(repr=False)
+    left: Mapping[str, float] = field(default_factory=dict, repr=False)
+    trials: tuple[Trial, ...] = field(default=(), repr=False)
 
     @property
     def dense(self) -> tuple[str, ...]:
@@ -93,9 +80,29 @@ class Advice:
         return tuple(layer.name for layer in self.layers if layer.layout is None)
 
     @property
+    def dense_ms(self) -> float:
+        """Time of a step of the dense model."""
+        return self.before.ms
+
+    @property
+    def predicted_ms(self) -> float:
+        """Time of a step with the advice, predicted."""
+        return self.predicted.ms
+
+    @property
+    def measured_ms(self) -> float:
+        """Time of a step with the advice, measured."""
+        return self.measured.ms
+
+    @property
     def speedup(self) -> float:
         """Times faster than dense, as measured."""
         return self.dense_ms / self.measured_ms
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured step reaches the aim."""
+        return self.aim.met(self.measured, self.before)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Make a model sparse as advised, in place; the masks are those that were timed.
@@ -106,16 +113,12 @@ class Advice:
         Returns:
             The model, to be given to `optimize`.
         """
-        chosen = {layer.name: layer.layout for layer in self.layers if layer.layout is not None}
-        for layout in dict.fromkeys(chosen.values()):
-            masks = {name: self.masks[name] for name, its in chosen.items() if its == layout}
-            model = sparsify(model, masks=masks, layout=layout)
-        return model
+        return make_sparse(model, self.layers, self.masks)
 
-    def _grid(self) -> Grid:
+    def _grids(self) -> list[Grid]:
         lines = [
             [
-                layer.name,
+                layer.name or "the model",
                 "x".join(map(str, layer.shape)),
                 layer.layout or "dense",
                 percent(1 - layer.density) if layer.layout else "-",
@@ -125,50 +128,84 @@ class Advice:
             for layer in self.layers
         ]
         header = ["layer", "weight", "advice", "sparsity", "sparse, ms", "dense, ms"]
-        return Grid(f"Advice for {self.aim} at {percent(self.sparsity)}", header, lines, self._note)
+        title = f"Advice for {self.aim} at {percent(self.sparsity)}"
+        return [Grid(title, header, lines, self._note), self._steps()]
+
+    def _steps(self) -> Grid:
+        steps = (self.before, self.predicted, self.measured)
+        lines = [
+            ["time, ms", *(f"{step.ms:.4g}" for step in steps), *self._shares("time")],
+            ["GFLOP", *(f"{step.flops / 1e9:.4g}" for step in steps), *self._shares("flops")],
+            [
+                "peak memory, MiB",
+                *(f"{step.bytes / 2**20:.4g}" for step in steps),
+                *self._shares("memory"),
+            ],
+        ]
+        header = ["a training step", "dense", "predicted", "measured", "of dense"]
+        return Grid("Forward, loss, backward and SGD", header, lines, self._outcome)
+
+    def _shares(self, kind: str) -> list[str]:
+        return [f"{self.measured.of(kind) / max(self.before.of(kind), 1e-9):.3f}"]
+
+    @property
+    def _outcome(self) -> str:
+        text = f"{self.speedup:.2f}x as fast as dense"
+        if self.bf16_ms is not None:
+            text += f"; dense in bfloat16 autocast takes {self.bf16_ms:.4g} ms"
+        if self.aim.share is None:
+            return f"{text}."
+        if self.met:
+            return f"{text}. The aim {self.aim} is met."
+        predicted, measured = (
+            step.of(self.aim.kind) / self.before.of(self.aim.kind)
+            for step in (self.predicted, self.measured)
+        )
+        return (
+            f"{text}. The aim {self.aim} cannot be met: {percent(self.sparsity)} comes nearest, "
+            f"with {predicted:.3f} of the dense step predicted and {measured:.3f} measured."
+        )
 
     @property
     def _note(self) -> str:
-        stays = ", ".join(self.dense)
-        bf16 = "" if self.bf16_ms is None else f", in bfloat16 {self.bf16_ms:.4g} ms"
-        return (
-            f"A training step: predicted {self.predicted_ms:.4g} ms, measured "
-            f"{self.measured_ms:.4g} ms; dense {self.dense_ms:.4g} ms ({self.speedup:.2f}x)"
-            f"{bf16}. "
-            + (f"Dense, as sparse would lose: {stays}." if stays else "Every layer gains.")
+        gains = sorted(
+            (layer for layer in self.layers if layer.layout and layer.sparse_ms < layer.dense_ms),
+            key=lambda layer: layer.sparse_ms - layer.dense_ms,
+        )[:_MOST_GAIN]
+        parts = []
+        if gains:
+            most = [f"{one.name} ({one.dense_ms - one.sparse_ms:.3g} ms)" for one in gains]
+            parts.append(f"Most is gained by {', '.join(most)}.")
+        parts.append(
+            f"Dense, as sparse would lose: {', '.join(self.dense)}."
+            if self.dense
+            else "Every layer gains."
         )
+        named = [
+            f"{name} ({share:.1%})" for name, share in self.left.items() if share >= NAMED_FROM
+        ]
+        if named:
+            parts.append(f"Cannot be sparse, or skipped: {', '.join(named)} of the parameters.")
+        return " ".join(parts)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._grid().rich()
+        for grid in self._grids():
+            yield grid.rich()
 
     def __str__(self) -> str:
-        return self._grid().markdown()
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """A model with every layer sparse in one layout."""
-
-    layout: str
-    model: nn.Module
-    layers: Mapping[str, LayerReport]
-
-    def ms(self, name: str) -> float:
-        """Return what the passes of a layer take on the sparse kernels."""
-        times = [one.sparse_ms for one in self.layers[name].passes.values()]
-        return sum(math.inf if ms is None else ms for ms in times)
+        return "\n".join(grid.markdown() for grid in self._grids())
 
 
 def advise(
     model: nn.Module,
     *args: Any,
     aim: str = "time",
-    sparsity: float = 0.9,
+    sparsity: float | None = None,
     layouts: Sequence[str] = ("csr",),
     distribution: str = "erk",
     skip: Iterable[str] = (),
     loss: Callable[[Any], Tensor] | None = None,
-    rounds: int = 7,
+    rounds: int = 9,
     **kwargs: Any,
 ) -> Advice:
     """Advise which layers of a model to make sparse, how much and in which layout.
@@ -180,8 +217,10 @@ def advise(
         *args: its inputs, the batch included.
         aim: "time": a layer is sparse where that is faster; "flops": where it has zeros; "memory":
             where its nonzeros, with indices, gradient and momentum, take less than the dense
-            weight with gradient and momentum.
-        sparsity: over all layers that can be sparse, before some stay dense.
+            weight with gradient and momentum. With a share of the dense step, as "time=0.5" or
+            "memory=0.7", the least sparsity from 50 to 98 % that reaches it is chosen.
+        sparsity: over all layers that can be sparse, before some stay dense; by default 0.9. Not
+            together with a share.
         layouts: to choose from, for each layer by itself.
         distribution: "uniform", "er" or "erk".
         skip: names or patterns of layers that stay dense in any case.
@@ -190,81 +229,80 @@ def advise(
         **kwargs: inputs by name.
 
     Returns:
-        The layers and the times of a step, predicted and measured.
+        The layers, and what a step takes: dense, predicted and measured. If no sparsity reaches
+        the aim it is the one that comes nearest, and `met` is False.
 
     Raises:
-        UnsupportedError: `aim` or a layout is not known.
+        UnsupportedError: `aim` or a layout is not known, or a sparsity is given besides a share.
         ValueError: the sparsity is outside [0, 1], or not that of a layout.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
-        >>> advice = advise(net, torch.randn(64, 256), sparsity=0.95, rounds=1)
+        >>> advice = advise(net, torch.randn(64, 256), aim="flops=0.3", rounds=1)
+        >>> advice.sparsity, advice.met
+        (0.7, True)
         >>> sparse = advice.apply(net)
     """
-    if aim not in AIMS:
-        raise UnsupportedError(f"aim: expected one of {', '.join(AIMS)}, got {aim!r}")
-    check_sparsity(sparsity)
+    goal = Aim.parse(aim)
+    if goal.share is not None and sparsity is not None:
+        raise UnsupportedError(f"sparsity: the aim {goal} chooses it, got {sparsity} besides")
+    asked = _SPARSITY if sparsity is None else check_sparsity(sparsity)
+    parsed = list(dict.fromkeys(map(Layout.parse, layouts)))
+    if not parsed:
+        raise UnsupportedError("layouts: expected at least one, got none")
     keep_memory_warm()
     case = GivenCase(type(model).__name__, model, Arguments(args, kwargs), loss)
-    how = {"sparsity": sparsity, "distribution": distribution, "skip": tuple(skip)}
-    variants = [_variant(case, str(Layout.parse(layout)), how) for layout in layouts]
-    if not variants:
-        raise UnsupportedError("layouts: expected at least one, got none")
-    probe, *_ = variants
-    chosen = [_layer(name, variants, aim) for name in probe.layers]
-    masks = {}
-    for layer in chosen:
-        variant = next((one for one in variants if one.layout == layer.layout), probe)
-        masks[layer.name] = dict(sparse_modules(variant.model))[layer.name].topology.mask()
-    advice = Advice(aim, sparsity, tuple(chosen), math.nan, math.nan, math.nan, None, masks)
-    times = _race(case, probe.model, advice.apply(case.build()), rounds)
-    # As the layers run: where the dispatcher takes dense kernels for one, that is in the probe.
-    runs = {
-        one.layout: {name: report.ms for name, report in one.layers.items()} for one in variants
-    }
-    change = sum(
-        (runs[layer.layout][layer.name] if layer.layout else layer.dense_ms)
-        - runs[probe.layout][layer.name]
-        for layer in chosen
+    plans = planner(case, goal.kind, parsed, distribution, tuple(skip))
+    rungs = _rungs(plans, goal, asked)
+    steps = Steps(case, plans, rounds)
+    for probe in () if plans.fixed else _PROBES:
+        steps.add(plans.plan(probe))
+    plans.measured = steps.measure()
+    trials: list[Trial] = []
+    while rungs:
+        plan, guess = _choose(plans, rungs, goal)
+        hopeless = not goal.met(guess, plans.measured[0][1])
+        steps.add(plan)
+        *plans.measured, (_, measured) = steps.measure()
+        before = plans.measured[0][1]
+        trials.append(Trial(plan, before, plans.predict(plan), measured))
+        if hopeless or goal.met(measured, before):
+            break
+        plans.measured.append((plan, measured))
+        rungs = [rung for rung in rungs if rung > plan.sparsity]
+    best = min(trials, key=lambda trial: trial.share(goal.kind))
+    return Advice(
+        goal,
+        best.plan.sparsity,
+        best.plan.layers,
+        before=best.before,
+        predicted=best.predicted,
+        measured=best.measured,
+        bf16_ms=steps.bf16_ms,
+        masks=plans.masks(best.plan, model),
+        left=plans.left,
+        trials=tuple(trials),
     )
-    return replace(
-        advice,
-        dense_ms=min(times[name] for name in BASELINES),
-        predicted_ms=times["probe"] + change,
-        measured_ms=times["plan"],
-        bf16_ms=times.get("dense_bf16"),
-    )
 
 
-def _variant(case: GivenCase, layout: str, how: Mapping[str, Any]) -> _Variant:
-    model = sparsify(case.build(), layout=layout, **how)
-    inputs = case.inputs.contiguous(torch.channels_last)
-    found = explain(copy.deepcopy(model), args=inputs.args, kwargs=dict(inputs.kwargs))
-    return _Variant(layout, model, {layer.name: layer for layer in found.layers})
+def _rungs(plans: Planner, goal: Aim, asked: float) -> list[float]:
+    """Return the sparsities to choose from."""
+    if goal.share is not None:
+        return plans.fixed or [rung for rung in LADDER if plans.fits(rung)]
+    if not plans.fits(asked):
+        raise ValueError(
+            f"sparsity: the layouts allow {', '.join(map(percent, plans.fixed))} only, got {asked}"
+        )
+    return [asked]
 
 
-def _layer(name: str, variants: Sequence[_Variant], aim: str) -> LayerAdvice:
-    best = min(variants, key=lambda variant: variant.ms(name))
-    report, ms = best.layers[name], best.ms(name)
-    dense_ms = min(variant.layers[name].dense_ms for variant in variants)
-    gains = {
-        "time": ms < _CLEAR * dense_ms,
-        "flops": report.density < 1,
-        "memory": _SPARSE_WORDS * report.density < _DENSE_WORDS,
-    }
-    layout = best.layout if gains[aim] else None
-    return LayerAdvice(name, report.shape, layout, report.density, ms, dense_ms)
-
-
-def _race(case: GivenCase, probe: nn.Module, plan: nn.Module, rounds: int) -> dict[str, float]:
-    """Return the median times of steps, dense, with every layer sparse, and as planned."""
-    x, y = case.example(probe)
-    problems = {
-        name: StepProblem(case, one, x, y) for name, one in (("probe", probe), ("plan", plan))
-    }
-    dense = [*BASELINES, *(["dense_bf16"] if bf16_missing(case) is None else [])]
-    runs = {name: STEP_COMPETITORS[name].build(problems["plan"]) for name in dense}
-    runs |= {name: STEP_COMPETITORS[_OURS].build(problem) for name, problem in problems.items()}
-    calls = {name: run.call for name, run in runs.items()}
-    times = interleave(calls, rounds, settle=True)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+def _choose(plans: Planner, rungs: Sequence[float], goal: Aim) -> tuple[Plan, Step]:
+    """Return the first plan that meets the aim by its prediction, or else comes nearest."""
+    found = []
+    for rung in rungs:
+        plan = plans.plan(rung)
+        found.append((plan, plans.predict(plan)))
+        if goal.met(found[-1][1], plans.measured[0][1]):
+            return found[-1]
+    return min(found, key=lambda pair: pair[1].of(goal.kind))

@@ -67,19 +67,29 @@ def advise(
     ],
     input_shape: Input = None,
     inputs: Inputs = None,
-    aim: Annotated[str, typer.Option(help="time, flops or memory.")] = "time",
-    sparsity: Annotated[float, typer.Option(help="Over all layers that can be sparse.")] = 0.9,
+    aim: Annotated[
+        str,
+        typer.Option(
+            help="time, flops or memory; with a share of the dense step, as time=0.5, the least "
+            "sparsity that reaches it is chosen."
+        ),
+    ] = "time",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Over all layers that can be sparse; 0.9 if the aim has no share."),
+    ] = None,
     layout: Annotated[
         str, typer.Option(help="Layouts to choose from, as csr,bcsr:16,fanin:16.")
     ] = "csr",
     distribution: Annotated[str, typer.Option(help="uniform, er or erk.")] = "erk",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each step.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each step.")] = 9,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
 ) -> None:
     """Say which layers of a model to make sparse, with the step's time predicted and measured.
 
     \b
-    sparsekd advise --model net.py:make --input 128,3,32,32 --sparsity 0.95
+    sparsekd advise --model net.py:make --input 128,3,32,32 --aim time=0.5
+    sparsekd advise --model net.py:make --input 8,128:int64:30522 --aim memory --sparsity 0.95
     sparsekd advise --model my_project.net:make --inputs my_project.net:batch --layout csr,bcsr:16
     """
     with one_line_errors(ValueError, SparsekdError):

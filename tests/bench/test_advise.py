@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 import sparsekd as skd
-from sparsekd.bench.advise import AIMS, advise
+from sparsekd.bench.advise import LADDER, advise
 from sparsekd.bench.model import bench_model
+from sparsekd.bench.planned import Steps, levelled
+from sparsekd.bench.prediction import AIMS, Aim, Plan, Step, _along
 from sparsekd.cli import app
+from sparsekd.diagnose import flops
 from sparsekd.diagnose.breakeven import PassTimes
 from sparsekd.errors import UnsupportedError
 from sparsekd.nn import SparseLinear, sparse_modules
@@ -77,32 +83,146 @@ def test_layers_that_lose_stay_dense_and_each_takes_its_best_layout(times):
         assert layer.topology.sparsity == pytest.approx(0.75, abs=0.01)
 
 
-def test_the_prediction_adds_what_the_plan_changes_to_a_measured_step(times, monkeypatch):
-    advising = sys.modules["sparsekd.bench.advise"]
-    steps = {"dense_contiguous": 30.0, "dense_channels_last": 20.0, "probe": 12.0, "plan": 9.0}
-    monkeypatch.setattr(advising, "_race", lambda *args: steps)
-    times.update({(96, False): (1.0, 4.0), (32, False): (1.0, 4.0), (4, False): (2.0, 1.0)})
-    advice = advise(Net(), torch.randn(8, 64), sparsity=0.75, distribution="uniform")
-    assert advice.dense == ("head",)
-    assert advice.predicted_ms == 12.0 - 3 * (2.0 - 1.0)
-    assert (advice.measured_ms, advice.dense_ms) == (9.0, 20.0)
+def lines(monkeypatch, dense: float, full: float, empty: float = 0.0):
+    """Let every pass take `dense`, and sparse what lies between `empty` and `full` weights."""
+    pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+
+    def time_pass(op, args, backend):
+        return PassTimes(backend, 1.0, dense, 1.0, empty, full)
+
+    monkeypatch.setattr(sys.modules["sparsekd.diagnose.explain"], "time_pass", time_pass)
+
+
+def measured(monkeypatch, dense: float, around: float, scale: float):
+    """Let a step take `around` and a share of what its layers take, 8 passes in all."""
+
+    def measure(steps: Steps) -> list[tuple[Plan, Step]]:
+        found = [(steps._plans.dense(), Step(dense, 1000, 1000))]
+        for plan in steps._chosen:
+            count = steps._plans.counted.at(plan.nnz).train
+            found.append((plan, Step(around + scale * plan.ms, count, 500 + plan.bytes / 10)))
+        return found
+
+    monkeypatch.setattr(Steps, "measure", measure)
+
+
+def test_the_least_sparsity_that_reaches_the_aim_is_chosen(monkeypatch):
+    # A step of 10 ms around the layers, which run in half of their time by themselves.
+    lines(monkeypatch, dense=4.0, full=8.0)
+    measured(monkeypatch, dense=26.0, around=10.0, scale=0.5)
+    x = torch.randn(8, 64)
+    found = {
+        share: advise(Net(), x, aim=f"time={share}", distribution="uniform")
+        for share in (0.8, 0.6, 0.5, 0.4)
+    }
+    # 8 passes of 8 * density ms: 10 + 32 * density, of 26
+    assert {share: one.sparsity for share, one in found.items()} == {
+        0.8: 0.7, 0.6: 0.85, 0.5: 0.925, 0.4: 0.98,
+    }  # fmt: skip
+    for advice in found.values():
+        step = 10 + 32 * (1 - advice.sparsity)
+        assert advice.predicted_ms == pytest.approx(step, rel=0.02)
+        assert advice.measured_ms == pytest.approx(step, rel=0.02)
+        assert advice.predicted.bytes == pytest.approx(advice.measured.bytes)
+        assert advice.predicted.flops == advice.measured.flops
+        assert len(advice.trials) == 1
+    assert [one.met for one in found.values()] == [True, True, True, False]
+    assert "The aim time=0.6 is met." in str(found[0.6])
+    text = str(found[0.4])
+    assert "The aim time=0.4 cannot be met: 98 % comes nearest, with 0.411 of the dense" in text
+
+
+def test_a_plan_that_misses_its_aim_mends_the_prediction_for_the_rungs_above(monkeypatch):
+    lines(monkeypatch, dense=4.0, full=8.0)
+    measured(monkeypatch, dense=26.0, around=10.0, scale=0.5)
+    right = Steps.measure
+
+    def slower(steps: Steps) -> list[tuple[Plan, Step]]:
+        """Let whatever is sparser than 80 % but was no probe take 2 ms more."""
+        return [
+            (plan, replace(step, ms=step.ms + 2 * (plan.sparsity in LADDER)))
+            for plan, step in right(steps)
+        ]
+
+    monkeypatch.setattr(Steps, "measure", slower)
+    advice = advise(Net(), torch.randn(8, 64), aim="time=0.6", distribution="uniform")
+    assert [trial.plan.sparsity for trial in advice.trials] == [0.85, 0.9]
+    first, second = advice.trials
+    assert (first.predicted.ms, first.measured.ms) == pytest.approx((14.8, 16.8), rel=0.02)
+    # between 16.8 at 85 % and 11.92 at 94 %, which was a probe
+    assert (second.predicted.ms, second.measured.ms) == pytest.approx((14.1, 15.2), rel=0.02)
+    assert advice.met
+
+
+def test_flops_are_counted_and_reach_the_aim_exactly():
+    net, x = Net(), torch.randn(8, 64)
+    advice = advise(net, x, aim="flops=0.25", rounds=1)
+    assert advice.met
+    assert advice.sparsity == 0.75
+    sparse = advice.apply(net)
+    count = flops.count(sparse, x)
+    assert advice.measured.flops == advice.predicted.flops == count.train
+    assert advice.before.flops == count.train_dense
+    lower = advise(net := Net(), x, aim="flops=0.3", rounds=1)
+    assert lower.sparsity == 0.7
+    assert lower.aim.share is not None
+    assert flops.count(lower.apply(net), x).train <= lower.aim.share * count.train_dense
+
+
+def test_memory_is_predicted_from_steps_with_other_plans():
+    net = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
+    advice = advise(net, torch.randn(16, 512), aim="memory=0.5", rounds=1)
+    assert advice.met
+    assert advice.predicted.bytes == pytest.approx(advice.measured.bytes, rel=0.1)
+    assert advice.measured.bytes < 0.5 * advice.before.bytes
+
+
+def test_predictions_lie_between_what_was_measured_or_along_its_slope():
+    sparse = [(0.0, 99.0), (2.0, 10.0), (6.0, 12.0)]
+    assert _along(sparse, 1.0) == 9.5
+    assert _along(sparse, 8.0) == 13.0
+    assert _along([*sparse, (7.0, 20.0)], 8.0) == 20.5
+    assert _along([*sparse, (4.0, 20.0)], 5.0) == 16.0
+    assert _along([(0.0, 99.0), (2.0, 12.0), (6.0, 10.0)], 8.0) == 10.0
+    assert _along([(0.0, 99.0), (2.0, 12.0), (2.0, 10.0)], 3.0) == 13.0
+    assert _along([(9.0, 20.0)], 6.0) == 17.0
+
+
+def test_what_disturbs_a_round_is_no_part_of_a_time():
+    quiet = {"a": [10.0, 10.0, 10.0, 10.0], "b": [20.0, 20.0, 20.0, 20.0]}
+    busy = {name: [t[0], 3 * t[1], t[2], t[3]] for name, t in quiet.items()}
+    assert levelled(quiet) == pytest.approx({"a": 10.0, "b": 20.0})
+    assert levelled(busy) == pytest.approx(levelled(quiet))
+    drift = {"a": [10.0, 20.0], "b": [20.0, 40.0]}
+    assert levelled(drift)["b"] == pytest.approx(2 * levelled(drift)["a"])
 
 
 def test_each_aim_has_its_own_reason(times):
-    times.update({(96, False): (5.0, 4.0), (32, False): (1.0, 4.0)})
-    times[4, True] = (1.0, 4.0)  # a weight without zeros is a tile
+    times.update({(96, False): (5.0, 4.0), (32, False): (1.0, 4.0), (4, False): (1.0, 4.0)})
     x = torch.randn(8, 64)
-    dense = {
+    found = {
         aim: advise(Net(), x, aim=aim, sparsity=0.4, distribution="erk", rounds=1) for aim in AIMS
     }
-    density = {layer.name: layer.density for layer in dense["time"].layers}
+    density = {layer.name: layer.density for layer in found["time"].layers}
     assert density["head"] == 1
     assert density["wide"] < 0.75 < density["narrow"] < 1
-    assert {aim: one.dense for aim, one in dense.items()} == {
-        "time": ("wide",),
+    assert {aim: one.dense for aim, one in found.items()} == {
+        "time": ("wide", "head"),
         "flops": ("head",),
         "memory": ("narrow", "head"),
     }
+
+
+def test_layouts_that_prescribe_a_density_have_one_rung():
+    x = torch.randn(8, 64)
+    advice = advise(Net(), x, aim="flops=0.6", layouts=("nm",), rounds=1)
+    assert advice.sparsity == 0.5
+    assert {layer.layout for layer in advice.layers} == {"nm:2:4"}
+    assert advice.predicted_ms > 0
+    both = advise(Net(), x, aim="flops=0.3", layouts=("nm", "csr"), rounds=1)
+    assert {layer.layout for layer in both.layers} <= {"csr", None}
+    with pytest.raises(ValueError, match=r"sparsity: the layouts allow 50 % only, got 0\.9"):
+        advise(Net(), x, layouts=("nm",), rounds=1)
 
 
 def test_measured_advice_on_a_network_is_applied_as_it_was_timed():
@@ -113,16 +233,73 @@ def test_measured_advice_on_a_network_is_applied_as_it_was_timed():
     assert advice.measured_ms > 0
     sparse = advice.apply(net)
     assert len(list(sparse_modules(sparse))) == 22 - len(advice.dense)
+    assert advice.measured.flops == flops.count(sparse, torch.randn(4, 1, 8, 8)).train
+
+
+def test_what_cannot_be_sparse_is_named():
+    net = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 16))
+    advice = advise(net, torch.randint(0, 50, (4, 6)), aim="flops", rounds=1)
+    assert advice.left == pytest.approx({"0.weight": 1600 / 2128})
+    assert "Cannot be sparse, or skipped: 0.weight (75.2%) of the parameters." in str(advice)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_width_loses_a_column_or_a_name(width):
+    net = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8))
+    advice = advise(net, torch.randn(8, 64), aim="flops=0.5", rounds=1)
+    file = io.StringIO()
+    Console(width=width, file=file).print(advice)
+    printed = " ".join(file.getvalue().split())
+    assert all(len(line) <= width for line in file.getvalue().splitlines())
+    for word in ("weight", "advice", "sparsity", "96x64", "8x96", "predicted", "measured", "GFLOP"):
+        assert word in printed
+
+
+@pytest.mark.parametrize(
+    "aim, message",
+    [
+        ("speed", "aim: expected one of time, flops, memory, with a share of the dense step"),
+        ("speed=0.5", "aim: expected one of time, flops, memory"),
+        ("", "aim: expected one of time, flops, memory"),
+        ("time=", "aim: expected a share of the dense step between 0 and 1, as time=0.5, got"),
+        ("time=0", "between 0 and 1, as time=0.5, got 'time=0'"),
+        ("time=1", "between 0 and 1, as time=0.5, got 'time=1'"),
+        ("flops=50%", "between 0 and 1, as flops=0.5, got 'flops=50%'"),
+        ("memory=nan", "between 0 and 1, as memory=0.5, got 'memory=nan'"),
+        ("time=0.5=0.2", "between 0 and 1, as time=0.5"),
+    ],
+)
+def test_a_wrong_aim_is_refused_in_one_line_before_anything_is_timed(
+    tmp_path, monkeypatch, aim, message
+):
+    with pytest.raises(UnsupportedError) as error:
+        Aim.parse(aim)
+    assert message in str(error.value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Linear(8, 4)\n"
+    )
+    options = ("--model", "own_net.py:make", "--input", "2,8", "--aim", aim)
+    result = CliRunner().invoke(app, ["advise", *options])
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    assert message in result.output
 
 
 def test_words_and_numbers_are_checked():
     x = torch.randn(8, 64)
     with pytest.raises(UnsupportedError, match="aim: expected one of time, flops, memory"):
         advise(Net(), x, aim="speed")
+    with pytest.raises(UnsupportedError, match=r"sparsity: the aim time=0\.5 chooses it"):
+        advise(Net(), x, aim="time=0.5", sparsity=0.9)
     with pytest.raises(UnsupportedError, match="layout"):
         advise(Net(), x, layouts=("magic",))
+    with pytest.raises(UnsupportedError, match="layouts: expected at least one"):
+        advise(Net(), x, layouts=())
     with pytest.raises(ValueError, match="sparsity"):
         advise(Net(), x, sparsity=1.5)
+    with pytest.raises(UnsupportedError, match="distribution"):
+        advise(Net(), x, distribution="even")
     with pytest.raises(UnsupportedError, match="sparsity"):
         bench_model(Net(), x, sparsities=(1.0,))
 
