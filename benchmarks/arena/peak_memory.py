@@ -21,8 +21,7 @@ from sparsekd.bench.cases import ModelCase
 from sparsekd.bench.race import Key, pairs
 from sparsekd.bench.steps import StepCompetitor, step_problem
 from sparsekd.errors import UnsupportedError
-from sparsekd.train import Row
-from sparsekd.train.step_memory import allocated, held
+from sparsekd.train import Row, step_memory
 
 _ROOT = Path(__file__).resolve().parents[2]
 _STEPS = 3
@@ -102,14 +101,14 @@ def peak(case: ModelCase, competitor: StepCompetitor, sparsity: float) -> Row:
     for _ in range(_STEPS):
         run.call()
     peak = _resident("VmHWM")
-    kept = held(run.model) / 2**20
+    kept = step_memory.held(run.model) / 2**20
     plans = skd.ops.info()["cpp"].get("cached_bytes", 0) / 2**20
     return {
         "peak_mib": round(peak, 1),
         "before_mib": round(before, 1),
         "held_mib": round(kept, 1),
         "plans_mib": round(plans, 1),
-        "live_mib": round(kept + plans + allocated(run.call) / 2**20, 1),
+        "live_mib": round(plans + step_memory.peak(run.model, run.call) / 2**20, 1),
     }
 
 

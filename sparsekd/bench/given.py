@@ -18,7 +18,7 @@ from sparsekd.nn import densify, sparsify
 from sparsekd.nn.stored import parameter_count
 from sparsekd.train import Row
 from sparsekd.train.objective import Objective
-from sparsekd.train.step_memory import allocated, held
+from sparsekd.train.step_memory import held, peak
 
 LEVEL = "model"
 
@@ -160,5 +160,5 @@ class GivenRace(StepRace):
     def facts(self, run: StepRun) -> Row:
         """Return the memory of a step: what lives between steps, and the peak of all tensors."""
         kept = held(run.model)
-        live = kept + allocated(run.call)
+        live = peak(run.model, run.call)
         return {"held_mib": round(kept / 2**20, 4), "live_mib": round(live / 2**20, 4)}

@@ -17,7 +17,7 @@ from sparsekd.bench.steps import STEP_COMPETITORS, StepProblem, StepRun
 from sparsekd.diagnose import flops
 from sparsekd.nn import sparsify
 from sparsekd.timing import interleave
-from sparsekd.train.step_memory import allocated, held
+from sparsekd.train.step_memory import peak
 
 _OURS, _BF16 = "sparsekd_optimized", "dense_bf16"
 
@@ -79,7 +79,7 @@ class Steps:
     def _count(self, run: StepRun) -> tuple[int, int]:
         """Count the operations of a step, and its memory at the most."""
         counted = flops.count(run.model, run.x)
-        return counted.train, held(run.model) + allocated(run.call)
+        return counted.train, peak(run.model, run.call)
 
 
 def levelled(times: Mapping[Any, Sequence[float]]) -> dict[Any, float]:

@@ -15,7 +15,7 @@ from sparsekd.nn import densify, sparse_modules, unfuse
 from sparsekd.timing import interleave
 from sparsekd.train.loop import to_channels_last
 from sparsekd.train.objective import Objective
-from sparsekd.train.step_memory import allocated, held
+from sparsekd.train.step_memory import held, peak
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def time_step(
     times = interleave(steps, rounds, settle=True)
     medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
     kept = {name: held(entry) for name, (entry, _) in entries.items()}
-    most = {name: kept[name] + allocated(step) for name, step in steps.items()}
+    most = {name: peak(entries[name][0], step) for name, step in steps.items()}
     return StepTimes(
         sparse_ms=medians.get("sparse"),
         dense_contiguous_ms=medians["contiguous"],
