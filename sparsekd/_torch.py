@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -184,6 +184,7 @@ CUDNN_RNN_OP = "_cudnn_rnn"
 
 # -- modules ---------------------------------------------------------------------------------------
 
+_Module = TypeVar("_Module", bound=nn.Module)
 REGISTERED = ("_parameters", "_buffers", "_modules")
 _CALL_HOOKS = (
     "_forward_hooks",
@@ -219,6 +220,23 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
         cls: what has the same parameters, buffers and children.
     """
     module.__class__ = cls
+
+
+def emptied(module: nn.Module, cls: type[_Module]) -> _Module:
+    """Return a module of class `cls` with this one's attributes and hooks, and nothing registered.
+
+    The hooks are the very dicts, so that their handles keep working. What `module.compile()` has
+    made calls the old module, and is left out.
+
+    Args:
+        module: any module; it goes on working.
+        cls: the class of the new one, which is not initialised.
+    """
+    new = cls.__new__(cls)
+    vars(new).update(vars(module), **{table: {} for table in REGISTERED})
+    vars(new)["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    vars(new).pop("_compiled_call_impl", None)
+    return new
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -77,6 +77,27 @@ def test_become_changes_the_class_and_nothing_else() -> None:
     assert kept == [layer]
 
 
+def test_emptied_shares_hooks_and_leaves_out_what_is_compiled() -> None:
+    layer = nn.Linear(2, 2)
+    calls: list[str] = []
+    handle = layer.register_forward_hook(lambda *_: calls.append("hook"))
+    layer.compile(backend="eager")
+    layer.note = "kept"
+    new = _torch.emptied(layer, nn.Identity)
+    assert type(new) is nn.Identity
+    assert not [*new.parameters(), *new.buffers(), *new.children()]
+    assert len([*layer.parameters()]) == 2
+    assert new.note == "kept"
+    assert torch.equal(new(torch.ones(2)), torch.ones(2))
+    assert calls == ["hook"]
+    handle.remove()
+    new(torch.ones(2))
+    assert calls == ["hook"]
+    new.register_buffer("b", torch.ones(1), persistent=False)
+    layer.register_buffer("b", torch.ones(1))
+    assert "b" in layer.state_dict()
+
+
 def test_is_bare_knows_global_hooks_replaced_forwards_and_compiled_modules() -> None:
     module = nn.ReLU()
     with nn.modules.module.register_module_forward_hook(lambda *args: None):

@@ -22,6 +22,8 @@ import sparsekd.nn as sparse
 from sparsekd.diagnose import coverage, flops
 from sparsekd.errors import CheckpointError, UnsupportedError
 from sparsekd.nn.stored import INDICES, scatter_dense
+from sparsekd.sparsity import survey
+from sparsekd.sparsity.packed import SplitModule
 from sparsekd.topology import Topology
 
 STRUCTURE = "sparsekd.json"
@@ -75,7 +77,8 @@ def save_pretrained(
         }
         for name, layer in layers.items()
     }
-    text = json.dumps({"format": _FORMAT, "layers": rows}, indent=1)
+    split = [n for n, m in model.named_modules() if isinstance(m, SplitModule)]
+    text = json.dumps({"format": _FORMAT, "layers": rows, "split": split}, indent=1)
     (Path(folder) / STRUCTURE).write_text(text + "\n")
     card = Path(folder) / "README.md"
     if not card.exists():
@@ -104,10 +107,10 @@ def from_pretrained(kind: Any, folder: str | os.PathLike[str], **options: Any) -
         >>> from_pretrained(AutoModelForCausalLM, "gpt2-sparse")  # doctest: +SKIP
     """
     folder = Path(folder)
-    rows, state = _structure(folder), _tensors(folder)
+    (rows, split), state = _structure(folder), _tensors(folder)
     for name, row in rows.items():
         state[f"{name}.weight"] = _with_holes(name, row, state)
-    model = _load_dense(kind, folder, state, options)
+    model = _load_dense(kind, folder, state, split, options)
     _make_sparse(model, rows)
     return model
 
@@ -176,11 +179,13 @@ Load it with sparsekd, which computes with the stored weights only:
 """
 
 
-def _structure(folder: Path) -> dict[str, dict[str, Any]]:
+def _structure(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Read the rows of the sparse layers, and the names of modules whose weights were packed."""
     path = folder / STRUCTURE
     try:
         content = json.loads(path.read_text())
         known, rows = content["format"] == _FORMAT, content["layers"]
+        split = [str(name) for name in content.get("split", [])]
         if not known:
             raise CheckpointError(f"{path}: expected format {_FORMAT}, got {content['format']!r}")
         for row in rows.values():
@@ -190,7 +195,7 @@ def _structure(folder: Path) -> dict[str, dict[str, Any]]:
             row["layout"] = str(row["layout"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a structure of sparsekd: {error!r}") from error
-    return rows
+    return rows, split
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -229,12 +234,17 @@ def _with_holes(name: str, row: Mapping[str, Any], state: dict[str, Tensor]) -> 
     return getattr(sparse, row["class"])._turned(weight.masked_fill_(~stored, float("nan")))
 
 
-def _load_dense(kind: Any, folder: Path, state: dict[str, Tensor], options: dict[str, Any]) -> Any:
+def _load_dense(
+    kind: Any, folder: Path, state: dict[str, Tensor], split: list[str], options: dict[str, Any]
+) -> Any:
     from transformers import AutoConfig, GenerationConfig
 
     options = {"config": AutoConfig.from_pretrained(folder), **options}
-    if not hasattr(kind, "config_class"):  # an Auto class, which asks the config for the class
-        kind = type(_on_meta(kind, options["config"]))
+    auto = not hasattr(kind, "config_class")  # an Auto class asks the config for the class
+    if auto or split:
+        empty = _on_meta(kind.from_config if auto else kind, options["config"])
+        kind = type(empty)
+        _pack(state, split, empty)
     model = kind.from_pretrained(None, state_dict=state, **options)
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -249,35 +259,45 @@ def _around_trunk(
     return trunk | {f"{prefix}.{name}": row for name, row in trunk.items()}
 
 
-def _on_meta(kind: Any, config: Any) -> nn.Module:
+def _on_meta(make: Any, config: Any) -> Any:
     with torch.device("meta"):
-        return kind.from_config(config)
+        return make(config)
+
+
+def _pack(state: dict[str, Tensor], split: list[str], empty: Any) -> None:
+    """Pack weights as the dense model has them; names with or without the head's are the same."""
+    trunk = f"{empty.base_model_prefix}."
+    found = {module: name for name, module in empty.named_modules()}
+    modules = {found[dense].removeprefix(trunk): s for dense, s in survey(empty).splits.items()}
+    for name in split:
+        if name.removeprefix(trunk) not in modules:
+            raise CheckpointError(f"{name}: sparse in the checkpoint, but no such module here")
+        modules[name.removeprefix(trunk)].pack_state_(state, f"{name}.")
 
 
 def _make_sparse(model: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Turn layers with holes in their weights to sparse ones, and those noted to be sparse."""
     rows = {**rows, **_around_trunk(model.base_model_prefix, rows)}
-    found = sparse.survey(model).convertible
+    found = survey(model).convertible
     weights = {name: layer.get_parameter("weight").detach() for name, layer in found.items()}
     masks = {
         name: ~weight.isnan()
         for name, weight in weights.items()
         if name in rows or weight.isnan().any()
     }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what sparsify said when the model was made sparse
+        if masks:
+            sparse.sparsify(model, masks=masks)
     lost = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
-        and name.removesuffix(".weight") not in masks
-        and parameter.isnan().any()
+        if parameter.is_floating_point() and parameter.isnan().any()
     ]
     if lost:
         raise CheckpointError(
             f"{', '.join(lost)}: sparse in the checkpoint, but no layer of its own"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what sparsify said when the model was made sparse
-        sparse.sparsify(model, masks=masks)
     for name, layer in sparse.sparse_modules(model):
         if name in rows:
             sparse.relayout(layer, rows[name]["layout"])

@@ -12,7 +12,7 @@ from sparsekd._torch import take_hooks
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.layouts import Layout
 from sparsekd.nn.base import SparseModule, sparse_modules
-from sparsekd.nn.conv import SparseConv2d
+from sparsekd.nn.conv import SparseConv1d, SparseConv2d
 from sparsekd.nn.conv1d import SparseConv1D
 from sparsekd.nn.distributed import keep_indices_local
 from sparsekd.nn.held import replace_modules
@@ -36,6 +36,7 @@ from sparsekd.sparsity import (
     survey,
     warn_of_dead,
 )
+from sparsekd.sparsity.packed import SplitModule
 
 CRITERIA = ("random", "magnitude")
 INITS = ("keep", "sparse")
@@ -54,10 +55,12 @@ def sparsify(
     *,
     init: str = "keep",
 ) -> nn.Module:
-    """Replace every nn.Linear and nn.Conv2d of a model by its weight-sparse counterpart, in place.
+    """Replace the linear and convolutional layers of a model by weight-sparse ones, in place.
 
-    The `Conv1D` of transformers, a linear layer that stores its weight as [in, out], is replaced
-    too.
+    These are every nn.Linear, nn.Conv2d, nn.Conv1d and `Conv1D` of transformers, the projections of
+    every nn.MultiheadAttention, and the experts of transformers. Of the last two, whose weights
+    are packed in one parameter, each part becomes a layer: `q_proj`, `k_proj`, `v_proj` and
+    `out_proj` of a `SplitAttention`, and lists of layers of a `SplitExperts`, one an expert.
 
     The total number of nonzeros over the replaced layers is `round((1 - sparsity) * N)` exactly,
     or as near as whole tiles of the layout come to it.
@@ -67,7 +70,7 @@ def sparsify(
 
     Layers of another class than exactly one of these, parametrised, lazy or weight-tied ones are
     left alone and named in a warning, and so is every other parameter of two or more dimensions
-    with 1 % or more of the model: of embeddings, attention, recurrent layers. `survey` lists them,
+    with 1 % or more of the model: of embeddings, recurrent layers. `survey` lists them,
     `skip` silences it, and `sparsekd.coverage` says how sparse the whole model is.
 
     Lists, dicts, tuples and other objects that attributes of the model reach get the new layers as
@@ -76,14 +79,15 @@ def sparsify(
     named in a RuntimeWarning.
 
     Args:
-        model: any module without a wrapper; an nn.Linear or nn.Conv2d itself is fine.
+        model: any module without a wrapper; an nn.Linear or the like itself is fine.
         sparsity: fraction of zeros over all replaced layers together.
         distribution: "uniform" (the same in every layer; RigL's variant with a dense first layer
             is this plus `skip=<its name>`), "er" or "erk".
         criterion: "random" places the nonzeros at random, "magnitude" at the largest weights of
             each layer, or its tiles of largest mean magnitude.
         skip: names of layers that stay dense, of modules whose layers all do, or fnmatch patterns
-            of such names; also those of parameters that are not converted, and of their modules.
+            of such names; also those of packed parameters, of parameters that are not converted,
+            and of their modules.
         layout: structure that the masks have and keep: "csr" (any), "bcsr" (blocks of 16 x 16),
             "fanin" (the same number in every row), "nm" (2 of 4 input channels in every layer,
             with `sparsity=0.5`), or a `sparsekd.Layout` with other numbers.
@@ -144,6 +148,10 @@ def sparsify(
             generator = generator_for(seed, f"{name}.values")
             kaiming_(sparse.values, sparse.topology, generator=generator)
         replacements[layers[name]] = sparse
+    for packed, split in found.splits.items():
+        if any(layer in replacements for layer in split.modules()):
+            split.own_()
+            replacements[packed] = split
     _warn_of_dense(found, chosen, skip, given=masks is not None)
     warn_of_dead({name: living_rows(mask) for name, mask in chosen.items()}, stacklevel=3)
     model = replace_modules(model, replacements, "sparsify")
@@ -175,12 +183,15 @@ def densify(model: nn.Module) -> nn.Module:
     refuse_wrappers(model, "densify")
     replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, SparseLinear | SparseConv2d):
+        if isinstance(module, SparseLinear | SparseConv2d | SparseConv1d):
             dense = module.to_dense()
             if module.bias is not None:
                 dense.register_parameter("bias", module.bias)
             take_hooks(dense, module)
             replacements[module] = dense
+    for module in model.modules():
+        if isinstance(module, SplitModule):
+            replacements[module] = module.pack(replacements)
     return replace_modules(model, replacements, "densify")
 
 
@@ -225,6 +236,8 @@ def _sparse_twin(layer: nn.Module, mask: Tensor, layout: Layout) -> SparseModule
     mask = outputs_first(layer, mask)  # of the dense weight's shape
     if isinstance(layer, nn.Conv2d):
         sparse = SparseConv2d.from_dense(layer, mask, layout=layout)
+    elif isinstance(layer, nn.Conv1d):
+        sparse = SparseConv1d.from_dense(layer, mask, layout=layout)
     elif isinstance(layer, nn.Linear):
         sparse = SparseLinear.from_dense(layer, mask, layout=layout)
     else:

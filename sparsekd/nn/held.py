@@ -90,9 +90,8 @@ class _Search:
         self.weights = {
             id(weight)
             for old, new in replacements.items()
-            for name in ("weight", "values")
-            if (weight := registered(old)[0].get(name)) is not None
-            and weight is not registered(new)[0].get(name)
+            for name, weight in registered(old)[0].items()
+            if weight is not None and weight is not registered(new)[0].get(name)
         }
         self.left: list[str] = []
         # Object and what takes its place, by id; the object too, or its id would be taken again.

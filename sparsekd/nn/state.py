@@ -13,7 +13,7 @@ from sparsekd._torch import metadata_of
 from sparsekd.csr import validate
 from sparsekd.errors import CheckpointError, TopologyError
 from sparsekd.nn.stored import INDICES, StoredWeight
-from sparsekd.sparsity import outputs_first
+from sparsekd.sparsity import outputs_first, survey
 from sparsekd.topology import Topology
 
 _SHAPE = "weight_shape"
@@ -55,7 +55,8 @@ def stored_masks(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str
         >>> stored_masks(state, nn.Sequential(nn.Linear(8, 4)))["0"].sum()
         tensor(8)
     """
-    modules, masks = dict(model.named_modules()), {}
+    modules: dict[str, nn.Module] = {**dict(model.named_modules()), **survey(model).convertible}
+    masks = {}
     for key in state_dict:
         name, _, leaf = f".{key}".rpartition(".")
         if leaf != INDICES[0]:

@@ -26,6 +26,7 @@ from sparsekd.sparsity.survey import (
     outputs_first,
     skipped_layers,
     survey,
+    with_layers,
 )
 from sparsekd.sparsity.tiles import (
     best_tiles,
@@ -82,4 +83,5 @@ __all__ = [
     "topk_indices",
     "topk_mask",
     "warn_of_dead",
+    "with_layers",
 ]

@@ -19,7 +19,7 @@ from sparsekd.sparsity.dead import living_rows, warn_of_dead
 from sparsekd.sparsity.distributions import allocate
 from sparsekd.sparsity.masks import global_masks, topk_mask
 from sparsekd.sparsity.rounding import check_sparsity, target_nnz
-from sparsekd.sparsity.survey import layers_to_prune
+from sparsekd.sparsity.survey import layers_to_prune, with_layers
 
 Masks = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -63,6 +63,7 @@ def snip(
         >>> sum(int(mask.sum()) for mask in masks.values())
         150
     """
+    model = with_layers(model)
     weights, run = _prepare(model, skip)
     x, y = batch
     with torch.enable_grad(), in_mode(model, training=True):
@@ -110,6 +111,7 @@ def grasp(
         >>> sum(int(mask.sum()) for mask in masks.values())
         150
     """
+    model = with_layers(model)
     weights, run = _prepare(model, skip)
     x, y = batch
     with torch.enable_grad(), in_mode(model, training=True):
@@ -197,6 +199,7 @@ def synaptic_flow(model: nn.Module, x: Tensor, masks: Mapping[str, Tensor]) -> _
         >>> bool(flow[0, 0] == model[0].weight[0, 0].abs()), bool(flow[0, 1] == 0)
         (True, True)
     """
+    model = with_layers(model)
     tensors = {name: t.detach().abs().double() for name, t in model.named_parameters()}
     tensors |= {n: t.double() if t.is_floating_point() else t for n, t in model.named_buffers()}
     for name, module in model.named_modules():

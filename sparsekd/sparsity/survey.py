@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from sparsekd.sparsity.attention import SplitAttention
+from sparsekd.sparsity.experts import SplitExperts
+from sparsekd.sparsity.packed import SplitModule
 from sparsekd.sparsity.wrappers import imported, refuse_wrappers
 
 NAMED_FROM = 0.01
@@ -43,7 +48,9 @@ class Survey(NamedTuple):
     `convertible` maps the name of each layer it understands to the layer; `left_alone` maps the
     name of each layer of such a class it does not understand to the reason; `aliases` maps each of
     these names to all names of the same module. `weights` maps them to the parameters of two or
-    more dimensions that the layer has, and `others` lists those of all other modules.
+    more dimensions that the layer has, and `others` lists those of all other modules. `splits` maps
+    each module with packed weights (nn.MultiheadAttention, experts of transformers) to one that has
+    layers instead, which are among the layers here, under the names that they are going to have.
     """
 
     convertible: dict[str, nn.Module]
@@ -51,6 +58,7 @@ class Survey(NamedTuple):
     aliases: dict[str, list[str]]
     weights: dict[str, list[DensePart]]
     others: list[DensePart]
+    splits: dict[nn.Module, SplitModule]
 
 
 def survey(model: nn.Module, total: int | None = None) -> Survey:
@@ -65,19 +73,19 @@ def survey(model: nn.Module, total: int | None = None) -> Survey:
 
     Example:
         >>> found = survey(torch.nn.TransformerEncoderLayer(8, 2))
-        >>> list(found.convertible), list(found.left_alone)
-        (['linear1', 'linear2'], ['self_attn.out_proj'])
+        >>> list(found.convertible)[2:]
+        ['self_attn.v_proj', 'self_attn.out_proj', 'linear1', 'linear2']
     """
     kinds = _kinds()
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, kinds):
-            names[module].append(name)
     holders: dict[Tensor, set[nn.Module]] = defaultdict(set)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             holders[parameter].add(module)
-    found = Survey({}, {}, {}, defaultdict(list), [])
+    found = Survey({}, {}, {}, defaultdict(list), [], _splits(model, holders))
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in _named_layers(model, found.splits):
+        if isinstance(module, kinds):
+            names[module].append(name)
     for module, aliases in names.items():
         found.aliases[aliases[0]] = aliases
         reason = _reason_to_leave(module, holders)
@@ -86,11 +94,85 @@ def survey(model: nn.Module, total: int | None = None) -> Survey:
         else:
             found.convertible[aliases[0]] = module
     first = {alias: name for name, aliases in found.aliases.items() for alias in aliases}
+    packed = _packed_parts(model, found.splits)
     for part in dense_parts(model, total):
+        if part.name in packed:
+            for path, size in packed[part.name]:
+                share = part.share * size.numel() / math.prod(part.shape)
+                found.weights[first[path]].append(part._replace(shape=tuple(size), share=share))
+            continue
         paths = (path for name in part.names for path in _around(name))
         owner = next((first[path] for path in paths if path in first), None)
         (found.others if owner is None else found.weights[owner]).append(part)
     return found
+
+
+def _splits(
+    model: nn.Module, holders: Mapping[Tensor, set[nn.Module]]
+) -> dict[nn.Module, SplitModule]:
+    """Split the modules with packed weights, all of whose parts can be layers."""
+    found: dict[nn.Module, SplitModule] = {}
+    for module in model.modules():
+        shared = any(len(holders[parameter]) > 1 for parameter in module.parameters())
+        if shared or "forward" in vars(module):
+            continue
+        split = SplitAttention.split(module) or SplitExperts.split(module)
+        if split is not None:
+            found[module] = split
+    return found
+
+
+def _named_layers(
+    model: nn.Module, splits: Mapping[nn.Module, SplitModule]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules under all their names, the layers of split modules in their place."""
+    inside = {child for module in splits for child in module.modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in splits:
+            for part in splits[module].parts:
+                layer = splits[module].get_submodule(part.layer)
+                yield f"{name}.{part.layer}".removeprefix("."), layer
+        elif module not in inside:
+            yield name, module
+
+
+def _packed_parts(
+    model: nn.Module, splits: Mapping[nn.Module, SplitModule]
+) -> dict[str, list[tuple[str, torch.Size]]]:
+    """Return the names and shapes of the layers that packed weights become, by their names."""
+    found: dict[str, list[tuple[str, torch.Size]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if module in splits:
+            for part in splits[module].parts:
+                layer = splits[module].get_submodule(part.layer)
+                packed = f"{name}.{part.weight.path}".removeprefix(".")
+                shape = layer.get_parameter("weight").shape
+                found[packed].append((f"{name}.{part.layer}".removeprefix("."), shape))
+    return found
+
+
+def with_layers(model: nn.Module) -> nn.Module:
+    """Return the model, or where weights are packed a twin that has layers for them.
+
+    The twin shares all tensors with the model.
+
+    Args:
+        model: any module; it is only read.
+
+    Example:
+        >>> list(dict(with_layers(nn.MultiheadAttention(4, 2)).named_children()))
+        ['q_proj', 'k_proj', 'v_proj', 'out_proj']
+    """
+    if not survey(model).splits:
+        return model
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    splits = survey(twin).splits
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            if child in splits:
+                module.add_module(name, splits[child])
+    return splits.get(twin, twin)
 
 
 def dense_parts(model: nn.Module, total: int | None = None) -> Iterator[DensePart]:
@@ -153,8 +235,8 @@ def outputs_first(layer: nn.Module, tensor: Tensor) -> Tensor:
 
 def _kinds() -> tuple[type[nn.Module], ...]:
     """Return the classes that can be sparse."""
-    conv1d = conv1d_class()
-    return (nn.Linear, nn.Conv2d) if conv1d is None else (nn.Linear, nn.Conv2d, conv1d)
+    kinds, conv1d = (nn.Linear, nn.Conv2d, nn.Conv1d), conv1d_class()
+    return kinds if conv1d is None else (*kinds, conv1d)
 
 
 def _reason_to_leave(module: nn.Module, holders: Mapping[Tensor, set[nn.Module]]) -> str | None:
@@ -196,7 +278,8 @@ def layers_to_prune(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[st
     layers = {name: layer for name, layer in found.convertible.items() if name not in skipped}
     if not layers:
         raise ValueError(
-            "model: expected an nn.Linear or nn.Conv2d, or a Conv1D of transformers, to convert, "
+            "model: expected an nn.Linear or nn.Conv2d, or another layer that can be sparse "
+            "(nn.Conv1d, nn.MultiheadAttention, Conv1D and experts of transformers), to convert, "
             f"{_why(found)}"
         )
     return layers
@@ -249,9 +332,13 @@ def dense_parameters(found: Survey, skip: str | Iterable[str]) -> Iterator[tuple
 
 
 def _names(found: Survey, layer: str) -> list[str]:
-    """Return the names that a pattern may match for a layer, those of a shared weight included."""
-    weights = found.weights.get(layer, []) if layer in found.left_alone else []
-    return found.aliases[layer] + [name for part in weights for name in part.names]
+    """Return the names that a pattern may match for a layer: those of a shared weight, or of the
+    packed one that it is a part of, included."""
+    aliases, own = found.aliases[layer], set[str]()
+    if layer in found.convertible:
+        own = {f"{alias}.weight".removeprefix(".") for alias in aliases}
+    weights = [name for part in found.weights.get(layer, []) for name in part.names]
+    return aliases + [name for name in weights if name not in own]
 
 
 def _matches(names: Iterable[str], pattern: str) -> bool:

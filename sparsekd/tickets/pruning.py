@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from sparsekd.dst.registry import Layers
 from sparsekd.layouts import Layout, check_layouts
-from sparsekd.nn import SparseConv2d, SparseLinear
-from sparsekd.sparsity import check_fixed_density, global_layout_masks, global_masks
+from sparsekd.nn import SparseConv1d, SparseConv2d, SparseLinear, SparseModule
+from sparsekd.sparsity import (
+    check_fixed_density,
+    global_layout_masks,
+    global_masks,
+    with_layers,
+)
 
 Masks = dict[str, Tensor]
 
@@ -43,8 +48,10 @@ def maskable(
         >>> list(maskable(model)), list(maskable(model, "all"))
         (['0'], ['0', '2'])
     """
-    convolutions, linear = (nn.Conv2d, SparseConv2d), (nn.Linear, SparseLinear)
-    found = {n: m for n, m in model.named_modules() if isinstance(m, (*convolutions, *linear))}
+    convolutions = nn.Conv2d, SparseConv2d, nn.Conv1d, SparseConv1d
+    linear = nn.Linear, SparseLinear
+    modules = with_layers(model).named_modules()
+    found = {n: m for n, m in modules if isinstance(m, (*convolutions, *linear))}
     skipped: set[str] = set()
     for pattern in skip:
         matches = {name for name in found if fnmatchcase(name, pattern)}
@@ -183,7 +190,7 @@ def _weights(
     weights: dict[str, Tensor] = {}
     active: Masks = {}
     for name, module in maskable(model, layers, skip).items():
-        if isinstance(module, (SparseConv2d, SparseLinear)):
+        if isinstance(module, SparseModule):
             weights[name] = module.dense_weight().detach()
             active[name] = module.topology.mask()
         else:

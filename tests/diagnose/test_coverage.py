@@ -34,8 +34,12 @@ class Experts(nn.Module):
         self.scale = nn.Parameter(torch.ones(16))
 
 
+class Attention(nn.MultiheadAttention):
+    pass
+
+
 DENSE = {
-    "conv1d": (nn.Conv1d(8, 8, 3), ["weight"]),
+    "conv1d": (type("Causal", (nn.Conv1d,), {})(8, 8, 3), [""]),
     "conv3d": (nn.Conv3d(4, 4, 3), ["weight"]),
     "transposed": (nn.ConvTranspose2d(8, 8, 3), ["weight"]),
     "lstm": (nn.LSTM(8, 8), ["weight_ih_l0", "weight_hh_l0"]),
@@ -43,9 +47,9 @@ DENSE = {
     "bilinear": (nn.Bilinear(4, 5, 6), ["weight"]),
     "embedding": (nn.Embedding(30, 8), ["weight"]),
     "bag": (nn.EmbeddingBag(30, 8), ["weight"]),
-    "attention": (nn.MultiheadAttention(8, 2), ["in_proj_weight", "out_proj"]),
+    "attention": (Attention(8, 2), ["in_proj_weight", "out_proj"]),
     "cross": (
-        nn.MultiheadAttention(8, 2, kdim=4, vdim=4),
+        Attention(8, 2, kdim=4, vdim=4),
         ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"],
     ),
     "gpt": (Conv1D(16, 8), ["weight"]),

@@ -341,5 +341,5 @@ def test_nothing_to_convert_is_refused():
         sparsify(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match="all are skipped or left alone"):
         sparsify(nn.Sequential(nn.Linear(2, 2)), skip="*")
-    with pytest.raises(ValueError, match="out_proj"):
-        sparsify(nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match="ParametrizedLinear"):
+        sparsify(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))

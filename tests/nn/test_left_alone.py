@@ -19,6 +19,10 @@ class Wider(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Other(nn.MultiheadAttention):
+    pass
+
+
 def special_layers() -> nn.ModuleDict:
     embedding, tied = nn.Embedding(8, 4), nn.Linear(4, 8)
     tied.weight = embedding.weight
@@ -31,7 +35,7 @@ def special_layers() -> nn.ModuleDict:
     return nn.ModuleDict(
         {
             "plain": nn.Linear(4, 4),
-            "attention": nn.MultiheadAttention(4, 2),
+            "attention": Other(4, 2),
             "lazy": nn.LazyLinear(4),
             "lazy_conv": nn.LazyConv2d(4, 3),
             "subclass": Wider(4, 4),
@@ -71,7 +75,7 @@ def test_what_is_not_understood_is_left_alone_and_reported():
     assert {n: m.topology.nnz for n, m in sparse_modules(model)} == {"plain": 8}
     assert caught[0].filename == __file__
     lines = str(caught[0].message).split("\n")[1:]
-    named = LEFT_ALONE | {"attention.in_proj_weight": "a MultiheadAttention is not converted"}
+    named = LEFT_ALONE | {"attention.in_proj_weight": "an Other is not converted"}
     assert [line.strip().split(":")[0] for line in lines] == list(named)
     for line, reason in zip(lines, named.values(), strict=True):
         assert reason in line
