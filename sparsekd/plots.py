@@ -73,7 +73,7 @@ def panel_grid(panels: int, xlabel: str, ylabel: str) -> tuple[Figure, list[Axes
         >>> len(panel_grid(4, "sparsity", "accuracy")[1])
         4
     """
-    columns = min(3, panels)
+    columns = 2 if panels == 4 else min(3, panels)
     lines = -(-panels // columns)
     figure = Figure(figsize=(4.0 * columns + 0.4, 3.4 * lines + 0.5), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
@@ -90,7 +90,8 @@ def panel_grid(panels: int, xlabel: str, ylabel: str) -> tuple[Figure, list[Axes
 
 
 def clean(axes: Axes) -> None:
-    """Draw a faint grid and no frame."""
+    """Draw a faint grid behind everything, and no frame."""
+    axes.set_axisbelow(True)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -22,6 +23,11 @@ from typer.core import TyperGroup
 
 from sparsekd.errors import SparsekdError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 _THREADS_PER_PROCESSOR = 4
 _WIDEST = 1000
 
@@ -130,6 +136,38 @@ def image_shape(flag: str, text: str) -> tuple[int, int, int]:
     return int(words[0]), int(words[1]), int(words[2])
 
 
+def words(flag: str, text: str) -> tuple[str, ...]:
+    """Read words with commas between them.
+
+    Raises:
+        ValueError: there is none; the message names the flag.
+
+    Example:
+        >>> words("--level", "layer, step")
+        ('layer', 'step')
+    """
+    found = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not found:
+        raise ValueError(f"{flag}: expected at least one, got {text!r}")
+    return found
+
+
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """Read numbers with commas between them.
+
+    Raises:
+        ValueError: there is none, or something else; the message names the flag.
+
+    Example:
+        >>> numbers("--sparsity", "0.8,0.9")
+        (0.8, 0.9)
+    """
+    try:
+        return tuple(map(float, words(flag, text)))
+    except ValueError:
+        raise ValueError(f"{flag}: expected numbers, as 0.8,0.9, got {text!r}") from None
+
+
 class OneLineGroup(TyperGroup):
     """Commands whose every error is one line on standard error.
 
@@ -146,10 +184,15 @@ class OneLineGroup(TyperGroup):
             code = 130
         except (SparsekdError, OSError) as error:
             code = _say(error, 2)
+        except MemoryError as error:
+            code = _say(f"not enough memory: {error}", 1)
         except Exception as error:
-            if not hasattr(error, "format_message"):  # what a command-line parser raises has one
+            if hasattr(error, "format_message"):  # what a command-line parser raises has one
+                code = _show_usage(error)
+            elif "allocate memory" in str(error):  # torch raises RuntimeError
+                code = _say(f"not enough memory: {error}", 1)
+            else:
                 raise
-            code = _show_usage(error)
         if not standalone:
             return code
         sys.exit(code if isinstance(code, int) else 0)
@@ -242,6 +285,25 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         fail(error, code=2)
+
+
+@contextlib.contextmanager
+def disk_errors(flag: str, place: Path) -> Iterator[None]:
+    """End the process likewise if a file cannot be written, and say what to do about it.
+
+    Args:
+        flag: that chooses the place.
+        place: that is written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = ""
+        if error.errno in _FULL:
+            what = f"; free some space and the same command goes on; what {place} holds is intact"
+        if error.errno in _REFUSED:
+            what = f"; choose a folder that can be written by {flag}"
+        fail(f"{error}{what}", code=2)
 
 
 def fail(error: Exception | str, code: int) -> NoReturn:

@@ -34,6 +34,9 @@ def run(*command: str, folder: Path) -> str:
 def script(page: Path) -> str:
     """Return a page as a program: its Python, and its commands where they stand."""
     lines = ["import subprocess, sys"]
+    if "needs transformers" in page.read_text() and runnable("needs transformers"):
+        lines += [f"sys.path.append({str(ROOT / 'tests')!r})", "import conftest"]
+        lines += ["conftest._transformers()"]  # beside a torchvision for another build of torch too
     for language, heading, text in _BLOCK.findall(page.read_text()):
         if not runnable(heading):
             lines.append(f"print('left out: this block {heading.strip()}')")
@@ -54,8 +57,9 @@ def test_a_guide_runs(page, tmp_path):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "guide.py").write_text(script(page))
     printed = run("guide.py", folder=tmp_path)
-    if "left out" in printed and importlib.util.find_spec("onnxruntime") is None:
-        pytest.skip("all but the blocks that need onnxruntime has run")
+    left_out = set(re.findall("left out: this block needs (.*)", printed))
+    if left_out:
+        pytest.skip(f"all but the blocks that need {', '.join(sorted(left_out))} has run")
 
 
 def test_there_are_guides():

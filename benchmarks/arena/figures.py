@@ -145,7 +145,7 @@ def time_and_density(results: Results) -> Figure | None:
         top = max(1.05, axes.get_ylim()[1])
         axes.axhspan(1, top, **LOSES)
         axes.set(xlim=(0, _FITTED * 1.05), ylim=(0, top))
-        axes.legend(fontsize=7, loc="upper left", framealpha=0.8)
+        axes.legend(fontsize=7, loc="lower right", framealpha=0.8)
     return figure
 
 

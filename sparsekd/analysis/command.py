@@ -28,7 +28,12 @@ from sparsekd.terminal import fail, one_line_errors
 from sparsekd.train import Interrupted, ProgressReporter, Row, StopRequest
 
 app = typer.Typer(
-    help="Study what sparse networks learn: each study resumes, and redraws its figures.",
+    help="""Study what sparse networks learn: each study resumes, and redraws its figures.
+
+    \b
+    sparsekd analyze gradient-flow
+    sparsekd analyze bases --preset full --data-dir ~/data
+    """,
     no_args_is_help=True,
 )
 _INTERRUPTED = 130
@@ -87,7 +92,12 @@ def gradient_flow(
     threads: _Threads = None,
     formats: _Formats = "png",
 ) -> None:
-    """Compare gradient norms, and lottery tickets with the solution they were pruned from."""
+    """Compare gradient norms, and lottery tickets with the solution they were pruned from.
+
+    \b
+    sparsekd analyze gradient-flow
+    sparsekd analyze gradient-flow --preset full --network lenet300_100 --seeds 3
+    """
     changes = {"networks": networks, "sparsities": sparsity, "seeds": seeds, "epochs": epochs}
     _run(_FLOW, preset, changes, out, data_dir, fresh, threads, formats)
 
@@ -106,7 +116,12 @@ def generalized_tickets(
     threads: _Threads = None,
     formats: _Formats = "png",
 ) -> None:
-    """Prune and train tickets in six bases: which one needs fewest numbers?"""
+    """Prune and train tickets in six bases: which one needs fewest numbers?
+
+    \b
+    sparsekd analyze bases
+    sparsekd analyze bases --density 0.1,0.02 --seeds 3 --no-timing
+    """
     changes = {"networks": networks, "densities": density, "seeds": seeds, "epochs": epochs}
     last = bases.BasisStudy.time if timing else None
     _run(_BASES, preset, changes, out, data_dir, fresh, threads, formats, last)
@@ -125,7 +140,12 @@ def deep_bootstrap(
     threads: _Threads = None,
     formats: _Formats = "png",
 ) -> None:
-    """Train on samples that repeat, and on fresh ones: does density change the gap or the speed?"""
+    """Train on samples that repeat, and on fresh ones: does density change the gap or the speed?
+
+    \b
+    sparsekd analyze bootstrap
+    sparsekd analyze bootstrap --preset held-out --data-dir ~/data --sparsity 0.9,0.98
+    """
     changes = {"sparsities": sparsity, "seeds": seeds}
     _run(_BOOTSTRAP, preset, changes, out, data_dir, fresh, threads, formats)
 
@@ -153,11 +173,11 @@ def _some(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _fractions(field: str, text: str) -> tuple[float, ...]:
-    numbers = tuple(float(part) for part in text.split(","))
-    for number in numbers:
+    found = terminal.numbers(field, text)
+    for number in found:
         if not 0 < number < 1:
             raise ValueError(f"{field}: expected numbers in (0, 1), got {number}")
-    return numbers
+    return found
 
 
 def _run(
@@ -175,11 +195,12 @@ def _run(
     with one_line_errors(ValueError, UnsupportedError):
         forms = parse_formats(formats)
         config = _config(study.presets, preset, changes)
-        if threads is not None and threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {threads}")
-    with one_line_errors(SparsekdError, OSError), contextlib.ExitStack() as stack:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        terminal.set_threads(threads)
+    with (
+        one_line_errors(SparsekdError),
+        terminal.disk_errors("--out", path),
+        contextlib.ExitStack() as stack,
+    ):
         keep_memory_warm()
         stop = stack.enter_context(StopRequest())
         dataset = _load(config, data_dir)

@@ -17,7 +17,15 @@ from sparsekd.bench.results import Results
 from sparsekd.bench.runner import run
 from sparsekd.bench.suite import BenchConfig, Suite
 from sparsekd.errors import SparsekdError
-from sparsekd.terminal import console, fail, one_line_errors, set_threads
+from sparsekd.terminal import (
+    console,
+    disk_errors,
+    fail,
+    numbers,
+    one_line_errors,
+    set_threads,
+    words,
+)
 from sparsekd.train import MetricsLog
 
 _Level = Annotated[str | None, typer.Option(help="What to time, as layer,step.")]
@@ -78,15 +86,20 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
             if ":" in (network or ""):
                 sys.path.insert(0, "")  # a factory may lie in the current folder
             chosen = suite
+            if model is None and (inputs is not None or layout != "csr"):
+                name = "--layout" if inputs is None else "--inputs"
+                raise ValueError(f"{name}: expected a --model that it is for")
             if model is not None:
+                if network is not None:
+                    raise ValueError("--network: expected no --model beside it")
                 case = own.given(model, input_shape, inputs)
-                chosen = given_suite(case, _words(layout) or ())
+                chosen = given_suite(case, words("--layout", layout))
             config = BenchConfig(
-                levels=_words(level),
-                networks=_words(network),
+                levels=_words("--level", level),
+                networks=_words("--network", network),
                 input_shape=None if model is not None else own.image(input_shape),
-                sparsities=tuple(map(float, _words(sparsity) or ())) or None,
-                competitors=_words(competitor),
+                sparsities=None if sparsity is None else numbers("--sparsity", sparsity),
+                competitors=_words("--competitor", competitor),
                 batch=batch,
                 rounds=rounds,
             )
@@ -94,6 +107,8 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
 
             forms = parse_formats(formats)
             set_threads(threads)
+            if seconds is not None and not seconds > 0:  # nan is not
+                raise ValueError(f"--seconds: expected a positive number, got {seconds:g}")
             if not draw:
                 sessions = chosen.sessions(config)
                 # Choices of the dispatcher are those of this run, not of a busy day before it.
@@ -102,6 +117,8 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
                 if fresh:
                     rows.unlink(missing_ok=True)
                 limit = math.inf if seconds is None else seconds
+                with disk_errors("--rows", rows.parent):  # now, not after a race
+                    rows.parent.mkdir(parents=True, exist_ok=True)
                 facts = machine.describe(chosen.machine())
                 if not run(sessions, MetricsLog(rows), facts, terminal, limit):
                     terminal.print("time is up; the same command goes on", highlight=False)
@@ -119,5 +136,5 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
     return bench
 
 
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+def _words(flag: str, text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else words(flag, text)

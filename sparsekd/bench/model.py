@@ -26,6 +26,7 @@ from sparsekd.bench.tables import Grid, cell, percent, shortfall_grid
 from sparsekd.diagnose import coverage, explain, flops
 from sparsekd.layouts import Layout
 from sparsekd.nn import sparse_modules, sparsify
+from sparsekd.sparsity import layers_to_prune
 from sparsekd.train import MetricsLog, Row
 
 SPARSITIES = (0.8, 0.9, 0.95)
@@ -111,7 +112,9 @@ def given_suite(
 
     Raises:
         UnsupportedError: a layout is not known.
+        ValueError: the model has no layer that could be sparse.
     """
+    layers_to_prune(case.model, (how or {}).get("skip", ()))
     named = [str(Layout.parse(layout)) for layout in layouts]
 
     def sessions(config: BenchConfig) -> Iterator[Session]:

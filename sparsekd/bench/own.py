@@ -10,7 +10,7 @@ import typer
 
 from sparsekd.bench import advise as advising
 from sparsekd.bench.given import Arguments, GivenCase
-from sparsekd.diagnose.given import build_model, example_call
+from sparsekd.diagnose.given import build_model, check_call, example_call
 from sparsekd.errors import SparsekdError
 from sparsekd.terminal import console, image_shape, one_line_errors, set_threads
 
@@ -44,7 +44,9 @@ def given(model: str, shapes: Sequence[str] | None, inputs: str | None) -> Given
     if "" not in sys.path:
         sys.path.insert(0, "")  # a factory may lie in the current folder
     call = Arguments(*example_call(shapes or (), inputs))
-    return GivenCase(model, build_model(model), call)
+    built = build_model(model)
+    check_call(built, call.args, call.kwargs)
+    return GivenCase(model, built, call)
 
 
 def image(texts: Sequence[str] | None) -> tuple[int, int, int] | None:

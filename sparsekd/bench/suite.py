@@ -242,7 +242,14 @@ def _figures(results: Results) -> dict[str, Figure | None]:
 SUITE = Suite(
     title="sparsekd bench",
     command="sparsekd bench",
-    help="Time layers and training steps of sparsekd against dense torch; show where dense wins.",
+    help="""Time layers and training steps of sparsekd against dense torch; show where dense wins.
+
+    \b
+    sparsekd bench
+    sparsekd bench --level step --network resnet18 --sparsity 0.9,0.95 --batch 64
+    sparsekd bench --model net.py:make --input 128,3,32,32 --layout csr,bcsr:16
+    sparsekd bench --draw --format pdf
+    """,
     levels={"layer": _layers, "step": _steps},
     competitors=tuple({**LAYER_COMPETITORS, **STEP_COMPETITORS}),
     grids=_grids,

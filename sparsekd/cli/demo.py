@@ -9,7 +9,7 @@ import typer
 from sparsekd import terminal
 from sparsekd.bench.demo import race
 from sparsekd.cli import options, training
-from sparsekd.memory import keep_memory_warm
+from sparsekd.train import StopRequest
 
 
 def command(
@@ -31,6 +31,12 @@ def command(
     if threads is None and not os.environ.get("OMP_NUM_THREADS"):
         fitting = terminal.FittingThreads(typer.echo)
     fit = fitting or (lambda: None)
-    keep_memory_warm()
-    race(console, fit)
-    training.run_recipe("demo", out=out, fresh=fresh, before_run=fit)
+
+    def begin(stop: StopRequest) -> None:
+        def before_race() -> None:
+            stop.check()
+            fit()
+
+        race(console, before_race)
+
+    training.run_recipe("demo", out=out, fresh=fresh, first=begin, before_run=fit)

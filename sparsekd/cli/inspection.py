@@ -17,7 +17,7 @@ from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import sparsify
 from sparsekd.recipes import GROUPS, get
 from sparsekd.recipes.files import to_toml
-from sparsekd.terminal import one_line_errors
+from sparsekd.terminal import fail, one_line_errors
 
 
 def recipes(
@@ -34,6 +34,8 @@ def recipes(
     sparsekd recipes rigl --toml > mine.toml
     """
     console = terminal.console()
+    if name is None and toml:
+        fail("--toml: expected the name of a recipe, as `sparsekd recipes demo --toml`", code=2)
     if name is None:
         for group, members in GROUPS.items():
             listing = Table("recipe", "what it does", title=group, title_justify="left")
@@ -72,6 +74,10 @@ def explain(
     with one_line_errors(ValueError, UnsupportedError):
         if (network is None) == (model is None):
             raise ValueError("expected a network, as resnet18, or your own by --model")
+        if inputs is not None and model is None:
+            raise ValueError("--inputs: expected a --model that takes them")
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"--sparsity: expected a number in [0, 1), got {sparsity:g}")
         terminal.set_threads(threads)
         args: tuple[Any, ...]
         if model is not None:
@@ -87,7 +93,11 @@ def explain(
 
 
 def info() -> None:
-    """Show versions, backends, instruction set, threads and OpenMP runtime."""
+    """Show versions, backends, instruction set, threads and OpenMP runtime.
+
+    \b
+    sparsekd info
+    """
     console = terminal.console()
     facts = ops.info()
     backends = facts.pop("backends")

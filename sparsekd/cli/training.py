@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shlex
 import sys
 import warnings
@@ -32,8 +31,6 @@ from sparsekd.train import (
 from sparsekd.train.sinks import make_sinks
 
 _INTERRUPTED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
 def train(
@@ -176,10 +173,15 @@ def run_recipe(
     threads: int | None = None,
     backend: str | None = None,
     log: str | None = None,
+    first: Callable[[StopRequest], None] | None = None,
     before_run: Callable[[], None] | None = None,
     workers: int | None = None,
 ) -> None:
-    """Run a recipe with the fields that options name, then those of --set, changed."""
+    """Run a recipe with the fields that options name, then those of --set, changed.
+
+    `first` is called once all settings are checked and the folder is open; `before_run` before each
+    run.
+    """
     console = terminal.console()
     with one_line_errors(ValueError):
         chosen = read_file(Path(recipe)) if Path(recipe).suffix in SUFFIXES else get(recipe)
@@ -193,11 +195,20 @@ def run_recipe(
         terminal.set_threads(threads)
     folder = out or Path("runs") / chosen.name
     try:
-        with contextlib.ExitStack() as stack:
+        with terminal.disk_errors("--out", folder), contextlib.ExitStack() as stack:
             if backend is not None:
                 stack.enter_context(ops.backend(backend))
-            first = _run(
-                chosen, data_dir, workers, folder, fresh, log or "", console, stack, before_run
+            reports = _run(
+                chosen,
+                data_dir,
+                workers,
+                folder,
+                fresh,
+                log or "",
+                console,
+                stack,
+                first,
+                before_run,
             )
     except Interrupted as interruption:
         typer.echo(f"{interruption}; the same command goes on from {folder}:\n  {_resume()}")
@@ -206,9 +217,7 @@ def run_recipe(
         fail(f"{error}; the same command goes on from {folder}", code=1)
     except FloatingPointError as error:
         fail(error, code=1)
-    except OSError as error:
-        fail(f"{error}{_remedy(error, folder)}", code=2)
-    if first:
+    if reports:
         _report(folder, console)
 
 
@@ -221,7 +230,8 @@ def _run(
     log: str,
     console: Console,
     stack: contextlib.ExitStack,
-    before_run: Callable[[], None] | None = None,
+    first: Callable[[StopRequest], None] | None,
+    before_run: Callable[[], None] | None,
 ) -> bool:
     """Train what has not finished; return whether this process is the one that reports."""
     stop = stack.enter_context(StopRequest())
@@ -231,32 +241,33 @@ def _run(
         check(recipe, dataset)  # before anything is written
         sinks = make_sinks(log, path)
     with distributed.process_group():
-        first, ranks = distributed.rank() == 0, distributed.ranks()
+        main, ranks = distributed.rank() == 0, distributed.ranks()
         folder = stack.enter_context(RunFolder(path, recipe, fresh=fresh, sinks=sinks))
-        reporter = stack.enter_context(ProgressReporter(console)) if first else Reporter()
+        if first is not None:
+            first(stop)
+        reporter = stack.enter_context(ProgressReporter(console)) if main else Reporter()
         stack.enter_context(_warnings_in_one_line(reporter))
         reporter.message(_mode(warm, ranks))
         experiment = Experiment(
             recipe, dataset, folder, reporter=reporter, stop=stop, before_run=before_run
         )
         experiment.run()
-    if first and ranks == 1:
+    if main and ranks == 1:
         reporter.message("measuring a training step of every run, sparse and dense")
         experiment.time_steps()
-    return first
+    return main
 
 
 @contextlib.contextmanager
 def _warnings_in_one_line(reporter: Reporter) -> Iterator[None]:
-    """Print warnings above the progress bar, and of those that begin alike the first."""
+    """Print warnings above the progress bar, each text once."""
     told = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        kind, colon, _what = str(message).partition(":")
-        if kind not in told:
-            told.add(kind)
-            more = " (the first of these; others are not shown)" if colon else ""
-            reporter.message(f"warning: {message}{more}")
+        text = str(message)
+        if text not in told:
+            told.add(text)
+            reporter.message(f"warning: {text}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -275,14 +286,6 @@ def _mode(warm: bool, ranks: int) -> str:
 def _resume() -> str:
     """Return the command line that goes on: this one, less what would start over."""
     return shlex.join(["sparsekd", *(word for word in sys.argv[1:] if word != "--fresh")])
-
-
-def _remedy(error: OSError, folder: Path) -> str:
-    if error.errno in _FULL:
-        return f"; free some space and the same command goes on; what {folder} holds is intact"
-    if error.errno in _REFUSED:
-        return "; choose a folder that can be written by --out"
-    return ""
 
 
 def _report(path: Path, console: Console, formats: Sequence[str] = ("png",)) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekd.diagnose.inputs import tensors_in
 from sparsekd.errors import UnsupportedError
 from sparsekd.sparsity import generator_for
 
@@ -63,20 +65,50 @@ def build_model(name: str) -> nn.Module:
     Raises:
         UnsupportedError: there is no such function, it raised, or it returned no module.
     """
-    make = factory(name, "model")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            model = make()
-        except Exception as error:  # the user's own code
-            raise UnsupportedError(
-                f"model: {name} raised {type(error).__name__}: {error}"
-            ) from error
+    model = _call("model", name)
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
             f"model: expected {name} to return a module, got {type(model).__name__}"
         )
     return model
+
+
+def _call(what: str, name: str) -> Any:
+    """Call a function of the user's, with torch's global generator seeded."""
+    function = factory(name, what)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return function()
+        except Exception as error:
+            raise UnsupportedError(
+                f"{what}: {name} raised {type(error).__name__}: {error}"
+            ) from error
+
+
+def check_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that a model takes its example inputs, by one forward pass of a copy.
+
+    Args:
+        model: the copy is in its mode, training or evaluation.
+        args: by position.
+        kwargs: by name.
+
+    Raises:
+        UnsupportedError: the pass raised; the message has what.
+
+    Example:
+        >>> check_call(nn.Linear(4, 2), [torch.ones(1, 4)], {})
+    """
+    trial = copy.deepcopy(model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(*args, **kwargs)
+    except Exception as error:  # of the user's own code as well
+        shapes = ", ".join("x".join(map(str, x.shape)) for x in tensors_in([args, dict(kwargs)]))
+        raise UnsupportedError(
+            f"input: the model does not take {shapes or 'it'}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def parse_input(text: str) -> Tensor:
@@ -130,7 +162,7 @@ def example_call(
             tensor, a tuple of arguments, or a mapping of arguments by name.
 
     Raises:
-        UnsupportedError: both are given, or none; or the function is not there.
+        UnsupportedError: both are given, or none; the function is not there, or it raised.
 
     Example:
         >>> [tuple(x.shape) for x in example_call(["2,3", "2,5:int64:10"], None)[0]]
@@ -143,7 +175,7 @@ def example_call(
         )
     if function is None:
         return tuple(map(parse_input, inputs)), {}
-    found = factory(function, "inputs")()
+    found = _call("inputs", function)
     if isinstance(found, Mapping):
         return (), dict(found)
     return (tuple(found) if isinstance(found, (tuple, list)) else (found,)), {}

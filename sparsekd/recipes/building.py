@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def build_model(
     Raises:
         ValueError: the network cannot be built for these images.
     """
+    _known("model.name", choice.name, models.names())
     options: dict[str, Any] = {"stem": choice.stem, "bottleneck": choice.bottleneck}
     options = {name: value for name, value in options.items() if value is not None}
     channels, side, _ = dataset.input_shape
@@ -63,8 +65,10 @@ def load_data(choice: DataChoice, root: Path | None, workers: int | None = None)
         The data set.
 
     Raises:
+        ValueError: there is no such data set.
         DataError: the files are missing or damaged, or hold too few images.
     """
+    _known("data.name", choice.name, data.names())
     fields = {"image_size": choice.image_size, "scale": choice.scale, "ratio": choice.ratio}
     options: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     if workers is not None and choice.name == "imagefolder":  # the others are in memory
@@ -80,3 +84,8 @@ def load_data(choice: DataChoice, root: Path | None, workers: int | None = None)
         )
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
     return replace(dataset, train=dataset.train.subset(order[:wanted].sort().values))
+
+
+def _known(field: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise ValueError(f"{field}: expected one of {', '.join(names)}; got {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from sparsekd.dst import METHODS, Dynamics, Method, find_method
@@ -118,6 +119,8 @@ class Recipe:
     own_dynamics: bool = False
 
     def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or self.name == "..":  # it names a folder of runs
+            raise ValueError(f"name: expected one without slashes, got {self.name!r}")
         names = (name if name == "dense" else find_method(name).name for name in self.methods)
         methods = tuple(dict.fromkeys(names))
         object.__setattr__(self, "methods", methods)

@@ -77,6 +77,11 @@ class Experiment:
         """
         if self.recipe != self._asked:
             self.reporter.message(f"{self.folder.path}: goes on as an earlier version began it")
+        images, batch = len(self.data.train), self.recipe.training.batch_size
+        if batch > images:
+            self.reporter.message(
+                f"training.batch_size={batch}: a step takes all {images} training images"
+            )
         open_runs = [run for run in plan(self.recipe) if self.folder.result(run.name) is None]
         done = len(plan(self.recipe)) - len(open_runs)
         if done:

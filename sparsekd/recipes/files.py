@@ -46,8 +46,9 @@ def read_file(path: Path) -> Recipe:
         >>> recipe.name, recipe.training.epochs, recipe.sparsities
         ('mine', 4, (0.9, 0.98))
     """
-    text = path.read_text()
+    content = path.read_bytes()
     try:
+        text = content.decode()  # raises a ValueError too
         tree = _parse(path, text)
         base = tree.pop("recipe", None)
         if not isinstance(base, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -131,12 +132,18 @@ class RunFolder:
         self.log.keep(lambda row: row["run"] != run)
         for row in rows:
             full = {"kind": "epoch", "run": run, **row}
+            _check_finite(full)
             self.log.append(full)
             if row["epoch"] not in known:
                 self._tell(full)
 
     def append(self, row: Row) -> None:
-        """Append a row, for good, and pass it on."""
+        """Append a row, for good, and pass it on.
+
+        Raises:
+            FloatingPointError: a number is not finite: the run has diverged.
+        """
+        _check_finite(row)
         self.log.append(row)
         self._tell(row)
 
@@ -178,6 +185,15 @@ class RunFolder:
         ):
             if folder.is_dir():
                 shutil.rmtree(folder)
+
+
+def _check_finite(row: Row) -> None:
+    wrong = [n for n, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    if wrong:
+        raise FloatingPointError(
+            f"{row['run']}: {', '.join(wrong)} is not finite; a lower training.lr may help, with "
+            "--fresh"
+        )
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -31,7 +31,7 @@ def override(config: T, assignment: str) -> T:
         0.05
     """
     path, equals, text = assignment.partition("=")
-    if not equals:
+    if not equals or not path.strip():
         raise ValueError(f"--set: expected a.b=value, got {assignment!r}")
     tree: Any = text.strip()
     for name in reversed(path.strip().split(".")):
@@ -79,8 +79,15 @@ def merge(config: T, tree: Mapping[str, Any], prefix: str = "") -> T:
         elif isinstance(value, Mapping):
             raise ValueError(f"{full}: {name!r} is a value and has no fields")
         else:
+            if _nested(value):
+                raise ValueError(f"{full}: expected a list of plain values, got {value!r}")
             changes[name] = _parse(_text(value), hints[name], full)
     return replace(config, **changes)  # type: ignore[type-var]
+
+
+def _nested(value: Any) -> bool:
+    """Return whether a value is a list of lists, which would lose its inner brackets."""
+    return isinstance(value, list) and any(isinstance(item, (list, Mapping)) for item in value)
 
 
 def _text(value: Any) -> str:

@@ -71,17 +71,18 @@ class Training:
         _require("epochs", self.epochs >= 1, "at least 1", self.epochs)
         _require("batch_size", self.batch_size >= 1, "at least 1", self.batch_size)
         _require("accumulate", self.accumulate >= 1, "at least 1", self.accumulate)
-        _require("lr", self.lr > 0, "a positive number", self.lr)
+        _require("lr", 0 < self.lr < math.inf, "a positive number", self.lr)
         _require("momentum", 0 <= self.momentum < 1, "a number in [0, 1)", self.momentum)
         _require(
             "nesterov", self.momentum > 0 or not self.nesterov, "momentum above 0", self.momentum
         )
-        _require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
+        decay = self.weight_decay
+        _require("weight_decay", 0 <= decay < math.inf, "at least 0", decay)
         known = " or ".join(map(repr, get_args(Schedule)))
         _require("schedule", self.schedule in get_args(Schedule), known, self.schedule)
         ascending = list(self.milestones) == sorted(set(self.milestones))
         _require("milestones", ascending, "ascending epochs", self.milestones)
-        _require("gamma", self.gamma > 0, "a positive number", self.gamma)
+        _require("gamma", 0 < self.gamma < math.inf, "a positive number", self.gamma)
         _require("tail", 0 <= self.tail <= self.epochs, "0 to epochs", self.tail)
         most = self.epochs - self.tail
         _require("warmup", 0 <= self.warmup <= most, "0 to epochs - tail", self.warmup)

@@ -38,7 +38,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
         seeds = len({row["seed"] for row in here})
         figure.suptitle(f"{network}: tickets in six bases, {seeds} seeds")
         panels[0].set_ylabel("test accuracy")
-        panels[1].legend(fontsize=8)
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
         drawn[network] = figure
     return drawn
 

@@ -113,7 +113,7 @@ def _norms(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot(steps, [mean(points[s]) for s in steps], linewidth=1.3, **_style(method))
     axes.set(title="Gradient norm while training", xlabel="step", ylabel="norm")
     log_axis(axes.yaxis, "{:g}".format)
-    axes.legend(fontsize=7)
+    low_legend(axes, 4, fontsize=7)
 
 
 def _updates(axes: Axes, rows: Sequence[Row]) -> None:
