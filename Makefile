@@ -143,8 +143,8 @@ $(VENV)/.models: $(VENV)/.installed
 	  print(*p["project"]["optional-dependencies"]["models"], sep="\n")' > $(VENV)/models.txt
 	$(PIP) --no-deps -r $(VENV)/models.txt && $(PIP) transformers pillow \
 	  || echo "going on without popular models: the tests of those that are missing are skipped"
-	$(PIP) lightning accelerate webdataset \
-	  || echo "going on without Lightning, accelerate and webdataset: their tests are skipped"
+	$(PIP) lightning accelerate webdataset submitit \
+	  || echo "going on without Lightning, accelerate, webdataset, submitit: their tests are skipped"
 	touch $@
 
 $(RUN):

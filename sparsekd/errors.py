@@ -39,5 +39,9 @@ class CheckpointError(SparsekdError, RuntimeError):
     """A checkpoint that is damaged or does not fit."""
 
 
+class FolderInUseError(CheckpointError):
+    """A folder of runs in which another process works."""
+
+
 class DataError(SparsekdError, ValueError):
     """A data set that is missing, damaged or mislabelled."""

@@ -12,6 +12,7 @@ from sparsekd.recipes.loading import FinishedRun, load_run
 from sparsekd.recipes.overrides import override
 from sparsekd.recipes.presets import GROUPS, RECIPES, get
 from sparsekd.recipes.runs import TrainingRun, plan
+from sparsekd.recipes.sharing import share
 
 __all__ = [
     "GROUPS",
@@ -31,4 +32,5 @@ __all__ = [
     "load_run",
     "override",
     "plan",
+    "share",
 ]

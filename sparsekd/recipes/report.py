@@ -25,7 +25,7 @@ def read_rows(folder: Path) -> list[Row]:
     """Read the rows of an experiment.
 
     Args:
-        folder: of the experiment.
+        folder: of the experiment, or of the parts of one that several processes shared.
 
     Returns:
         Its rows.
@@ -34,7 +34,8 @@ def read_rows(folder: Path) -> list[Row]:
         CheckpointError: there is no finished run, or the file is damaged.
     """
     path = folder / "metrics.jsonl"
-    rows = MetricsLog(path).rows_with(_RESULT, kind="result")
+    paths = [path] if path.exists() else [path, *sorted(folder.glob("*/metrics.jsonl"))]
+    rows = [row for part in paths for row in MetricsLog(part).rows_with(_RESULT, kind="result")]
     if not any(row.get("kind") == "result" for row in rows):
         raise CheckpointError(f"{path}: expected the rows of a finished run, found none")
     return rows

@@ -7,7 +7,7 @@ import weakref
 from pathlib import Path
 from typing import BinaryIO
 
-from sparsekd.errors import CheckpointError
+from sparsekd.errors import FolderInUseError
 
 _locks: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
 
@@ -35,7 +35,7 @@ def lock_folder(path: Path) -> BinaryIO:
         A file; the folder is free again once it is closed.
 
     Raises:
-        CheckpointError: another process works there.
+        FolderInUseError: another process works there.
 
     Example:
         >>> import tempfile
@@ -54,7 +54,7 @@ def lock_folder(path: Path) -> BinaryIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise CheckpointError(
+            raise FolderInUseError(
                 f"{path}: another process is training here; wait until it is done, or choose "
                 "another --out"
             ) from None
