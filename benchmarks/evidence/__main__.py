@@ -22,7 +22,7 @@ from torch.nn import functional
 from benchmarks.evidence import figure, summary
 from benchmarks.evidence.studies import STUDIES, Study
 from sparsekd import ops, terminal
-from sparsekd.data import Dataset, Split
+from sparsekd.data import Dataset, Source, Split
 from sparsekd.memory import keep_memory_warm
 from sparsekd.plots import save
 from sparsekd.recipes import Experiment, Recipe, RunFolder, check, load_data
@@ -99,7 +99,8 @@ def pooled(data: Dataset, side: int) -> Dataset:
     if side == 1:
         return data
 
-    def smaller(split: Split) -> Split:
+    def smaller(split: Source) -> Split:
+        assert isinstance(split, Split), "expected a data set in memory"
         return replace(
             split,
             images=functional.avg_pool2d(split.images[torch.arange(len(split))].float(), side),
