@@ -15,6 +15,7 @@ from sparsekd.data.imagefolder import load_imagefolder
 from sparsekd.data.loader import Loader
 from sparsekd.data.samples import Samples
 from sparsekd.data.source import Batches, Source
+from sparsekd.data.text import load_text
 from sparsekd.errors import DataError, UnsupportedError
 
 _LOADERS: dict[str, Callable[..., Dataset]] = {
@@ -24,6 +25,7 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
     "cifar100": load_cifar100,
     "imagefolder": load_imagefolder,
     "synthetic": load_synthetic,
+    "text": load_text,
 }
 
 
@@ -55,11 +57,12 @@ def load(
 
     Args:
         name: one of `names()`.
-        root: folder of the files; digits and synthetic need none, fashion-mnist has a default.
+        root: folder of the files; digits, synthetic and text need none, fashion-mnist has one.
         seed: chooses the validation images, and the data themselves for synthetic.
         val_fraction: share of the training images held out, in [0, 1).
         **options: synthetic: `num_classes`, `input_shape`, `train_size`, `test_size`, `noise`;
-            imagefolder: `image_size`, `scale`, `ratio`, `workers`.
+            imagefolder: `image_size`, `scale`, `ratio`, `workers`; text: `context`,
+            `train_size`, `test_size`.
 
     Returns:
         The data set with its three splits.

@@ -11,6 +11,7 @@ from sparsekd.errors import UnsupportedError
 from sparsekd.models.cifar_resnet import resnet20, resnet32, resnet44, resnet56, resnet110
 from sparsekd.models.lenet import lenet5, lenet300_100
 from sparsekd.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from sparsekd.models.transformer import CharGPT, VisionTransformer, char_gpt, vit_tiny
 from sparsekd.models.vgg import VGG, vgg16_bn, vgg19_bn
 from sparsekd.models.wide_resnet import WideResNet, wrn22_2, wrn28_10
 
@@ -19,7 +20,7 @@ _FACTORIES = {
     for factory in (
         *(resnet20, resnet32, resnet44, resnet56, resnet110),
         *(resnet18, resnet34, resnet50, resnet101, resnet152),
-        *(wrn22_2, wrn28_10, lenet300_100, lenet5, vgg16_bn, vgg19_bn),
+        *(wrn22_2, wrn28_10, lenet300_100, lenet5, vgg16_bn, vgg19_bn, vit_tiny, char_gpt),
     )
 }
 
@@ -109,4 +110,14 @@ def _sizes(name: str, kwargs: dict[str, Any], width: float) -> tuple[int, int]:
     return weights, sum(parameter.numel() for parameter in model.parameters()) - weights
 
 
-__all__ = ["ResNet", "VGG", "WideResNet", "build", "names", "small_dense", *_FACTORIES]
+__all__ = [
+    "VGG",
+    "CharGPT",
+    "ResNet",
+    "VisionTransformer",
+    "WideResNet",
+    "build",
+    "names",
+    "small_dense",
+    *_FACTORIES,
+]

@@ -39,7 +39,7 @@ def build_model(
     channels, side, _ = dataset.input_shape
     if channels != 3:
         options["in_channels"] = channels
-    if choice.name.startswith("lenet"):
+    if choice.name.startswith(("lenet", "vit")):
         options["input_size"] = side
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -33,6 +33,8 @@ PARAMETERS = {
     ("wrn28_10", ""): 36_479_194,
     ("lenet300_100", ""): 266_610,
     ("lenet5", ""): 61_706,
+    ("vit_tiny", ""): 5_381_194,
+    ("char_gpt", ""): 2_712_576,
 }
 
 
@@ -77,6 +79,51 @@ def test_every_parameter_gets_a_gradient(name):
 def test_resnets_take_any_resolution(size):
     model = on_meta("resnet20", in_channels=1)
     assert model(torch.empty(2, 1, size, size, device="meta")).shape == (2, 10)
+
+
+def test_vit_tiny_has_its_published_size():
+    with torch.device("meta"):
+        model = models.vit_tiny(1000, input_size=224)
+    assert sum(p.numel() for p in model.parameters()) == 5_717_416  # table 1 of DeiT, timm's count
+    assert model.patch_embed.kernel_size == (16, 16)
+    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
+def test_vit_tiny_equals_torch_encoder_layers():
+    """A block is what nn.TransformerEncoderLayer computes in its pre-norm form."""
+    torch.manual_seed(0)
+    model = models.vit_tiny(width=0.25).double()
+    block = model.blocks[0]
+    layer = nn.TransformerEncoderLayer(
+        48, 3, 192, 0.0, "gelu", batch_first=True, norm_first=True, dtype=torch.float64
+    )
+    names = {
+        "self_attn.in_proj_": block.attn.qkv, "self_attn.out_proj.": block.attn.proj,
+        "linear1.": block.fc1, "linear2.": block.fc2, "norm1.": block.norm1, "norm2.": block.norm2,
+    }  # fmt: skip
+    state = {
+        f"{n}{leaf}": getattr(m, leaf) for n, m in names.items() for leaf in ("weight", "bias")
+    }
+    layer.load_state_dict(state)
+    x = torch.randn(2, 5, 48, dtype=torch.float64)
+    torch.testing.assert_close(block(x), layer(x), rtol=1e-10, atol=1e-10)
+
+
+def test_char_gpt_reads_only_what_is_before_and_at_most_its_context():
+    torch.manual_seed(0)
+    model = models.char_gpt(num_classes=20, context=6, width=0.25).double()
+    seen: list[torch.Tensor] = []
+    model.blocks.register_forward_hook(lambda *args: seen.append(args[2]))
+    tokens = torch.randint(20, (3, 6))
+    other = tokens.clone()
+    other[:, 4:] = (other[:, 4:] + 1) % 20
+    model(tokens)
+    model(other)
+    assert torch.equal(seen[0][:, :4], seen[1][:, :4])
+    assert not torch.equal(seen[0][:, 4:], seen[1][:, 4:])
+    longer = torch.cat([other[:, :2], tokens], 1)
+    assert torch.equal(model(longer), model(tokens))
+    assert torch.equal(model(tokens[:, None, None].float()), model(tokens))
 
 
 def test_lenets_take_other_resolutions():
@@ -199,7 +246,8 @@ def test_width_scales_every_channel_but_the_outputs(name):
     for index, ((_, a), (_, b)) in enumerate(pairs):
         (rows, cols), found = a.weight.shape[:2], b.weight.shape[:2]
         assert found[0] == (rows if index == len(pairs) - 1 else round(rows / 2))
-        assert found[1] == (cols if index == 0 else round(cols / 2))
+        pixels = index == 0 and name != "char_gpt"  # whose first layer reads an embedding
+        assert found[1] == (cols if pixels else round(cols / 2))
 
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

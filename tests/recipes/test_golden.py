@@ -15,6 +15,7 @@ from sparsekd.train import save_model
 
 SETS = {
     "digits": (10, (1, 8, 8), 1437),
+    "text": (96, (1, 1, 32), 10_000),
     "fashion-mnist": (10, (1, 28, 28), 60_000),
     "cifar10": (10, (3, 32, 32), 50_000),
     "cifar100": (100, (3, 32, 32), 50_000),
@@ -29,6 +30,8 @@ RESNET50_CIFAR = 23_652_032
 WRN = 1_076_480  # without the first convolution
 DEMO = 1_075_200  # the same for one channel; without shortcuts' and the last layer's
 VGG19 = 20_070_080
+VIT = 12 * 12 * 192**2  # blocks, in each 3 + 1 + 4 + 4 matrices of that size
+GPT = 6 * 12 * 192**2
 
 _SLOW = pytest.mark.slow
 
@@ -79,6 +82,10 @@ def updates(trainer):
     [
         ("demo", "kd", 0.9, 107_520, DEMO, 0),
         ("demo", "rigl", 0.98, 21_504, DEMO, 6),
+        ("vit", "kd", 0.9, 530_842, VIT, 0),
+        ("vit", "rigl", 0.9, 530_842, VIT, 8),
+        ("char_gpt", "kd", 0.9, 265_421, GPT, 0),
+        ("char_gpt", "rigl", 0.9, 265_421, GPT, 9),
         ("fashion-mnist", "kd", 0.98, 5_400, RESNET20[0], 0),
         ("kd_ticket_cifar10", "kd", 0.9719, 16_292, RESNET56, 0),
         ("kd_ticket_cifar10", "kd-rewind", 0.9719, 16_292, RESNET56, 0),
@@ -134,6 +141,8 @@ def test_weights_updates_and_cycles(
     "name, rates",
     [
         ("demo", {0.5: 0.05, 1: 0.1, 4: 0.01, 6: 0.001}),
+        ("vit", {1: 0.0125, 4: 0.05, 12: 0.025, 20: 0}),
+        ("char_gpt", {0.5: 0.025, 1: 0.05, 2.5: 0.025, 4: 0}),
         ("fashion-mnist", {0.5: 0.05, 1: 0.1, 10: 0}),
         ("kd_ticket_cifar10", {0: 0.1, 89: 0.1, 90: 0.01, 135: 0.001, 181: 0.001}),
         ("kd_ticket_imagenet", {2.5: 0.2, 5: 0.4, 30: 0.04, 60: 0.004, 80: 0.0004}),
