@@ -71,8 +71,13 @@ def load_data(choice: DataChoice, root: Path | None, workers: int | None = None)
     _known("data.name", choice.name, data.names())
     fields = {"image_size": choice.image_size, "scale": choice.scale, "ratio": choice.ratio}
     options: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    if workers is not None and choice.name == "imagefolder":  # the others are in memory
+    if choice.name == "imagefolder":
         options["workers"] = workers
+    elif options:
+        field = min(options)
+        raise ValueError(
+            f"data.{field}: only imagefolder has it; --set data.{field}=none for {choice.name}"
+        )
     dataset = data.load(choice.name, root=root, val_fraction=choice.val_fraction, **options)
     wanted = choice.train_images
     if wanted is None:

@@ -87,13 +87,13 @@ class RunFolder:
         config = _read_config(self.path)
         self._check_same(config)
         remove_unfinished(self.path)
+        self.log.keep(lambda row: True)  # drops a line that a crash cut short
         recipe = _jsonable(_as_meant(self._recipe, config))
         if _began_earlier(config):
             del recipe["layers"]  # it goes on as one that began earlier
         config["recipe"] = recipe
         config["sessions"].append(_session())
         write_atomic(self.path / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-        self.log.keep(lambda row: True)  # drops a line that a crash cut short
         for sink in self._sinks:
             sink.begin(self.log.rows())
 

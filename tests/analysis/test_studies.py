@@ -204,7 +204,7 @@ def test_a_study_of_some_of_its_networks_is_asked_for_by_name():
         (["--network", "resnet20"], "--network: expected some of lenet300_100, got 'resnet20'"),
         (["--sparsity", "1.5"], "sparsities: expected numbers in (0, 1), got 1.5"),
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
-        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--threads", "0"], "--threads: expected at least 1 and at most"),
         (["--format", "gif"], "format: expected some of png, pdf, svg, got 'gif'"),
     ],
 )

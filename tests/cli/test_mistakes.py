@@ -124,6 +124,7 @@ MISTAKES = [
     # train
     (("train", "demo", "--data", "mnistt"), "data.name: expected one of digits"),
     (("train", "demo", "--set", "model.name=resnet21"), "model.name: expected one of resnet20"),
+    (("train", "demo", "--set", "data.image_size=3"), "data.image_size: only imagefolder has it"),
     (("train", "demo", "--set", "name=../up"), "name: expected one without slashes"),
     (("train", "demo", "--backend", "nosuch"), "backend: expected one of auto, cpp"),
 ]
@@ -305,6 +306,17 @@ def test_a_damaged_row_is_named(tmp_path):
     assert result.exit_code == 2
     assert "line 2 is not JSON" in result.stderr
     assert "remove this line" in result.stderr
+
+
+def test_rows_that_cannot_be_read_leave_the_folder_as_it_was(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("nonsense\n")
+    refused = call(*_SHORT, "--method", "dense", "--out", str(tmp_path))
+    assert refused.exit_code == 2
+    assert "line 1 is not JSON" in refused.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "metrics.jsonl"}
+    file.unlink()
+    assert call(*_SHORT, "--method", "dense", "--out", str(tmp_path)).exit_code == 0
 
 
 @pytest.mark.parametrize(
