@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,6 @@ import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -29,7 +28,6 @@ _REFUSED = (
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 )
 _THREADS_PER_PROCESSOR = 4
-_WIDEST = 1000
 
 
 def console() -> Console:
@@ -37,16 +35,6 @@ def console() -> Console:
     # A log file has no width; rich would fold a table at 80 columns. Without markup, brackets stay:
     # `pip install sparsekd[onnx]` is text.
     return Console(width=None if sys.stdout.isatty() else 110, markup=False)
-
-
-def print_table(console: Console, table: Table) -> None:
-    """Print a table with every column whole: lines longer than the terminal is wide wrap there."""
-    unbounded = console.options.update(width=_WIDEST)
-    width = Measurement.get(console, unbounded, table).maximum
-    if width > console.width:
-        terminal = console.is_terminal
-        console = Console(file=console.file, width=width, force_terminal=terminal, markup=False)
-    console.print(table, highlight=False)
 
 
 def set_threads(threads: int | None) -> None:
@@ -207,7 +195,8 @@ class Columns:
     """A table that loses nothing on a narrow terminal.
 
     Columns that do not fit beside the first one, which names the lines, follow in a table below,
-    with the names again. Nothing is cut: a name wider than the terminal goes on in the next line.
+    with the names again. Nothing is cut: a name or a sentence that is too wide goes on in the next
+    line.
 
     Args:
         header: of the columns.
@@ -215,6 +204,7 @@ class Columns:
         title: above the table.
         note: below it.
         left: columns aligned left; numbers are on the right.
+        sections: rows that begin one, below a blank line.
 
     Example:
         >>> table = Columns(("layer", "ms"), [("layer1.0.conv1", "12.5")])
@@ -230,6 +220,7 @@ class Columns:
     title: str = ""
     note: str = ""
     left: int = 1
+    sections: Collection[int] = ()
 
     @property
     def row_count(self) -> int:
@@ -256,7 +247,9 @@ class Columns:
         if sum(whole) + _GAP * (len(whole) - 1) <= width:
             return whole
         names, *others = (max(map(len, [*name.split(), *cells])) for name, *cells in columns)
-        return [min(names, max(_NARROWEST, width - _GAP - max(others, default=0))), *others]
+        room = width - _GAP - max(others, default=0)
+        names = min(names, room if room >= _NARROWEST else max(_NARROWEST, width // 2))
+        return [names, *(min(other, max(_NARROWEST, width - _GAP - names)) for other in others)]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.title:
@@ -266,12 +259,14 @@ class Columns:
             table = Table(
                 box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0)
             )
-            for number in (0, *group):
-                name, wide = Text(self.header[number]), widths[number]
-                side: JustifyMethod = "left" if number < self.left else "right"
+            for column in (0, *group):
+                name, wide = Text(self.header[column]), widths[column]
+                side: JustifyMethod = "left" if column < self.left else "right"
                 table.add_column(name, justify=side, overflow="fold", width=wide)
-            for row in self.rows:
-                table.add_row(*(Text(row[number]) for number in (0, *group)))
+            for number, row in enumerate(self.rows):
+                if number in self.sections:
+                    table.add_section()
+                table.add_row(*(Text(row[column]) for column in (0, *group)))
             yield table
             yield Text()
         if self.note:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ def printed(table: Columns, width: int) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("width", [120, 60, 50, 40, 31, 24])
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 50, 40, 31, 24])
 def test_no_width_loses_a_column_a_cell_or_a_name(width: int) -> None:
     table = Columns(HEADER, ROWS, "title", "a note", left=2)
     lines = printed(table, width)
@@ -33,6 +35,32 @@ def test_no_width_loses_a_column_a_cell_or_a_name(width: int) -> None:
     assert text.count("layer ") >= len(table.groups(width))
     joined = "".join(line[: len(ROWS[0][0])].split(" ")[0] for line in lines)
     assert "layer1.0.conv1[0]" in joined  # also where it goes on in the next line
+
+
+@pytest.mark.parametrize("width", [24, 40, 80, 200])
+def test_sentences_are_broken_at_spaces_and_names_stay_whole(width: int) -> None:
+    rows = [("lottery", "from a dense run, in one go"), ("rigl", "what moves its topology")]
+    table = Columns(("recipe", "what it does"), rows, left=2)
+    lines = printed(table, width)
+    assert all(len(line) <= width for line in lines)
+    words = " ".join(lines).split()
+    for word in ("lottery", "rigl", "dense", "run,", "topology", "what", "does"):
+        assert word in words
+
+
+def test_a_blank_line_divides_sections() -> None:
+    lines = printed(Columns(("a", "b"), [("1", "2"), ("3", "4"), ("5", "6")], sections={2}), 40)
+    assert [line.split() for line in lines[2:6]] == [["1", "2"], ["3", "4"], [], ["5", "6"]]
+
+
+@pytest.mark.parametrize("command", ["recipes", "info"])
+def test_a_pipe_gets_every_column(command: str) -> None:
+    words = {"recipes": ("rigl", "what it does", "demo"), "info": ("backend", "available", "cpp")}
+    call = [sys.executable, "-m", "sparsekd", command]
+    result = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert "…" not in result.stdout
+    for word in words[command]:
+        assert word in result.stdout
 
 
 def test_what_fits_is_one_table_and_what_does_not_repeats_the_names() -> None:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from sparsekd import diagnose, models, ops, terminal
 from sparsekd.bench import own
@@ -17,7 +16,7 @@ from sparsekd.memory import keep_memory_warm
 from sparsekd.nn import sparsify
 from sparsekd.recipes import GROUPS, get
 from sparsekd.recipes.files import to_toml
-from sparsekd.terminal import fail, one_line_errors
+from sparsekd.terminal import Columns, fail, one_line_errors
 
 
 def recipes(
@@ -38,10 +37,8 @@ def recipes(
         fail("--toml: expected the name of a recipe, as `sparsekd recipes demo --toml`", code=2)
     if name is None:
         for group, members in GROUPS.items():
-            listing = Table("recipe", "what it does", title=group, title_justify="left")
-            for recipe in members:
-                listing.add_row(recipe.name, recipe.description)
-            console.print(listing)
+            lines = [(recipe.name, recipe.description) for recipe in members]
+            console.print(Columns(("recipe", "what it does"), lines, group, left=2))
         return
     with one_line_errors(ValueError):
         if toml:
@@ -103,10 +100,11 @@ def info() -> None:
     backends = facts.pop("backends")
     for field, value in _fields(facts):
         console.print(f"{field}: {value}", highlight=False, soft_wrap=True)
-    listing = Table("backend", "available", "detail")
-    for name, entry in backends.items():
-        listing.add_row(name, "yes" if entry["available"] else "no", entry["detail"])
-    console.print(listing)
+    lines = [
+        (name, "yes" if entry["available"] else "no", entry["detail"])
+        for name, entry in backends.items()
+    ]
+    console.print(Columns(("backend", "available", "detail"), lines, left=3))
 
 
 def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

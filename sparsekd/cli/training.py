@@ -292,7 +292,7 @@ def _report(path: Path, console: Console, formats: Sequence[str] = ("png",)) -> 
     rows = read_rows(path)
     for part in (table(rows), bars(rows), savings_table(rows)):
         if part.row_count:
-            terminal.print_table(console, part)
+            console.print(part)
     for file in figures(rows, path, formats):
         console.print(str(file), highlight=False, soft_wrap=True)
     console.print(str(path / "metrics.jsonl"), highlight=False, soft_wrap=True)

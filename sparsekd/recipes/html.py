@@ -10,12 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from sparsekd.dst import METHODS
 from sparsekd.plots import COLORS
 from sparsekd.recipes.folder import flatten
 from sparsekd.recipes.report import LABELS, savings_table, table
+from sparsekd.terminal import Columns
 from sparsekd.train import Row, write_atomic
 from sparsekd.train.optional import need
 
@@ -92,14 +91,13 @@ def build(config: dict[str, Any], rows: Sequence[Row]) -> str:
     return _PAGE.format(title=escape(f"sparsekd: {recipe['name']}"), body="\n".join(body))
 
 
-def _table(source: Table) -> str:
-    head = "".join(f"<th>{escape(str(column.header))}</th>" for column in source.columns)
-    lines = zip(*(column.cells for column in source.columns), strict=True)
+def _table(source: Columns) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in source.header)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in line) + "</tr>"
-        for line in lines
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in source.rows
     )
-    note = escape(str(source.caption))
+    note = escape(source.note)
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         f'</div><p class="note">{note}</p>'

@@ -7,18 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-
 from sparsekd.dst import METHODS
 from sparsekd.errors import CheckpointError
 from sparsekd.recipes.savings import Saving, by_cell, dense_ms, savings
+from sparsekd.terminal import Columns
 from sparsekd.train import MetricsLog, Row
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 _RESULT = ("run", "method", "sparsity", "seed", "test_accuracy", "nnz", "numel", "flops_train")
-_BAR = 40
+_BAR = 20
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -41,7 +38,7 @@ def read_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row]) -> Columns:
     """Build the table of an experiment: a line a method and sparsity.
 
     Accuracy is of the last epoch on the test split, mean and standard deviation over seeds. A step
@@ -58,45 +55,26 @@ def table(rows: Sequence[Row]) -> Table:
         >>> table([]).row_count
         0
     """
-    result = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=_caption(rows),
-        caption_justify="left",
-    )
-    result.add_column("method", no_wrap=True)
-    for name in (
-        "sparsity",
-        "updates",
-        "test\naccuracy",
-        "nnz",
-        "masked\nsparsity",
-        "whole\nsparsity",
-        "image\nMFLOPs",
-        "run\nTFLOPs",
-        "run\ns",
-    ):
-        result.add_column(name, justify="right", no_wrap=True)
-    for name in ("step ms\nsparse", "step ms\ndense", "speed\nup"):
-        result.add_column(name, justify="right", no_wrap=True)
+    header = (
+        "method", "sparsity", "updates", "test accuracy", "nnz", "masked sparsity",
+        "whole sparsity", "image MFLOPs", "run TFLOPs", "run s", "step ms sparse",
+        "step ms dense", "speed up",
+    )  # fmt: skip
     timings = {r["run"]: r for r in rows if r["kind"] == "timing"}
     updates = Counter[str]()
     for row in rows:
         if row["kind"] == "epoch":
             updates[row["run"]] += row.get("updates", 0)
-    previous = None
+    lines, sparsities = [], []
     for sparsity, _, group in by_cell(rows):
-        if previous not in (None, sparsity):
-            result.add_section()
-        previous = sparsity
         timing = next((timings[r["run"]] for r in group if r["run"] in timings), None)
         moved = [updates[row["run"]] for row in group if row["run"] in updates]
-        result.add_row(*_line(group, timing, moved))
-    return result
+        lines.append(_line(group, timing, moved))
+        sparsities.append(sparsity)
+    return Columns(header, lines, note=_caption(rows), sections=_changes(sparsities))
 
 
-def savings_table(rows: Sequence[Row]) -> Table:
+def savings_table(rows: Sequence[Row]) -> Columns:
     """Build the table of what sparse training saves, a line a method and sparsity.
 
     Args:
@@ -109,42 +87,39 @@ def savings_table(rows: Sequence[Row]) -> Table:
         >>> savings_table([]).row_count
         0
     """
-    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
-    result.add_column("method", no_wrap=True)
-    for name in (
-        "sparsity",
-        "test\naccuracy",
-        "FLOPs\nsaved",
-        "time\nsaved",
-        "times\nfaster",
-        "weight\nmemory\nsaved",
-        "step\nmemory\nsaved",
-        "total\nFLOPs",
-        "total\ntime",
-    ):
-        result.add_column(name, justify="right", no_wrap=True)
+    header = (
+        "method", "sparsity", "test accuracy", "FLOPs saved", "time saved", "times faster",
+        "weight memory saved", "step memory saved", "total FLOPs", "total time",
+    )  # fmt: skip
+    lines, sparsities = [], []
     for _, method, group in by_cell(rows):
         if method == "dense":
             accuracy = _accuracy([row["test_accuracy"] for row in group])
-            result.add_row("dense", "0 %", accuracy, *["-"] * 5, "1.00", "1.00")
+            lines.append(["dense", "0 %", accuracy, *["-"] * 5, "1.00", "1.00"])
+            sparsities.append(0.0)
     found = savings(rows)
-    for number, saving in enumerate(found):
-        if number == 0 or saving.sparsity != found[number - 1].sparsity:
-            result.add_section()
-        result.add_row(
-            LABELS[saving.method],
-            _percent(saving.sparsity),
-            _accuracy(saving.accuracies),
-            *map(_percent, (saving.flops, saving.time)),
-            _number(saving.speedup, "x"),
-            *map(_percent, (saving.held, saving.peak)),
-            *map(_number, (saving.total_flops, saving.total_time)),
+    for saving in found:
+        lines.append(
+            [
+                LABELS[saving.method],
+                _percent(saving.sparsity),
+                _accuracy(saving.accuracies),
+                *map(_percent, (saving.flops, saving.time)),
+                _number(saving.speedup, "x"),
+                *map(_percent, (saving.held, saving.peak)),
+                *map(_number, (saving.total_flops, saving.total_time)),
+            ]
         )
-    result.caption = _explained(rows, found)
-    return result
+        sparsities.append(saving.sparsity)
+    return Columns(header, lines, note=_explained(rows, found), sections=_changes(sparsities))
 
 
-def bars(rows: Sequence[Row]) -> Table:
+def _changes(values: Sequence[float]) -> set[int]:
+    """Return where a value differs from the one before."""
+    return {n for n in range(1, len(values)) if values[n] != values[n - 1]}
+
+
+def bars(rows: Sequence[Row]) -> Columns:
     """Draw FLOPs and time of a training step as bars, for a terminal.
 
     Args:
@@ -157,16 +132,16 @@ def bars(rows: Sequence[Row]) -> Table:
         >>> bars([]).row_count
         0
     """
-    result = Table.grid(padding=(0, 2, 0, 0))
-    result.title, result.title_justify = "A training step; dense is 100 %", "left"
+    lines = []
     for saving in savings(rows):
         name = f"{LABELS[saving.method]}, {_percent(saving.sparsity)}"
         for what, saved in (("FLOPs", saving.flops), ("time", saving.time)):
             if saved is not None:
-                bar = ProgressBar(1.0, min(1 - saved, 1.0), width=_BAR)
-                result.add_row(name, what, bar, _percent(1 - saved))
-                name = ""
-    return result
+                halves = round(2 * _BAR * min(1 - saved, 1.0))
+                bar = "━" * (halves // 2) + "╸" * (halves % 2)
+                lines.append([name, what, bar, _percent(1 - saved)])
+    header = ("method", "", "share of dense", "")
+    return Columns(header, lines, title="A training step; dense is 100 %", left=3)
 
 
 def figures(rows: Sequence[Row], folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -283,14 +258,14 @@ def _seeds(rows: Sequence[Row]) -> str:
 def _caption(rows: Sequence[Row]) -> str:
     timing = next((row for row in rows if row["kind"] == "timing"), None)
     text = (
-        f"Accuracy on the test split after the last epoch, {_seeds(rows)}. Sparsity as asked for,\n"
-        "then that of the layers that the method masks, which nnz counts, and of all parameters.\n"
-        "FLOPs: of training on an image at the end, and of the whole run with its teacher and the\n"
+        f"Accuracy on the test split after the last epoch, {_seeds(rows)}. Sparsity as asked for, "
+        "then that of the layers that the method masks, which nnz counts, and of all parameters. "
+        "FLOPs: of training on an image at the end, and of the whole run with its teacher and the "
         "gradients that growth reads; methods that start from a dense run need that besides."
     )
     if timing is not None:
         text += (
-            f"\nSteps of batch {timing['batch_size']} on {timing['threads']} threads, medians of "
+            f" Steps of batch {timing['batch_size']} on {timing['threads']} threads, medians of "
             f"{timing['rounds']}, interleaved; dense in its better layout; KD includes its teacher."
         )
     return text

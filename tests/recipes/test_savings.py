@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from sparsekd.recipes.figures import savings_figure
-from sparsekd.recipes.report import bars, savings_table
+from sparsekd.recipes.report import bars, read_rows, savings_table, table
 from sparsekd.recipes.savings import savings
 
 TIMED = {"batch_size": 4, "threads": 1, "rounds": 3, "dense_contiguous_ms": 12.0}
@@ -52,7 +53,7 @@ def test_without_a_dense_run_or_a_timing_nothing_is_claimed() -> None:
     assert rigl.flops == 0.9
     assert (rigl.time, rigl.held, rigl.total_flops, rigl.total_time) == (None, None, None, None)
     assert savings_figure(alone, {"rigl": "RigL"}) is None
-    assert "Less time" not in str(savings_table(alone).caption)
+    assert "Less time" not in savings_table(alone).note
 
 
 def test_the_table_tells_who_is_cheaper_than_a_dense_run() -> None:
@@ -66,15 +67,16 @@ def test_the_table_tells_who_is_cheaper_than_a_dense_run() -> None:
     assert "Less time in total than a dense run: RigL." in text
     assert "Steps no faster than dense" not in text
     slow = [{**row, "sparse_ms": 11.0} if row.get("sparse_ms") == 5.0 else row for row in rows()]
-    assert "Steps no faster than dense: LT at 90 %." in str(savings_table(slow).caption)
+    assert "Steps no faster than dense: LT at 90 %." in savings_table(slow).note
 
 
 def test_bars_are_as_long_as_what_a_step_takes() -> None:
     console = Console(width=100, file=io.StringIO())
     console.print(bars(rows()))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    lengths = [line.count("━") + line.count("╸") / 2 for line in lines[1:]]
-    assert lengths == pytest.approx([10, 20, 4, 8], abs=0.5)  # of 40; drawn in halves
+    drawn = [line for line in lines if "━" in line]
+    lengths = [line.count("━") + line.count("╸") / 2 for line in drawn]
+    assert lengths == [5, 10, 2, 4]  # of 20
 
 
 def test_the_figure_draws_both_savings_and_the_accuracy() -> None:
@@ -87,3 +89,16 @@ def test_the_figure_draws_both_savings_and_the_accuracy() -> None:
         pytest.approx([0.89]),
         pytest.approx([0.81]),
     ]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_narrow_terminal_loses_no_column(width: int) -> None:
+    measured = read_rows(Path(__file__).parents[2] / "docs/results/compare")
+    console = Console(width=width, file=io.StringIO())
+    for part in (table(measured), bars(measured), savings_table(measured)):
+        console.print(part)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed
+    assert all(len(line) <= width for line in printed.splitlines())
+    for text in ("KD + Sup", "(RigL)", "updates", "MFLOPs", "speed", "whole", "90.70% ± 0.35"):
+        assert text in printed
