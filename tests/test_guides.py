@@ -34,9 +34,10 @@ def run(*command: str, folder: Path) -> str:
 def script(page: Path) -> str:
     """Return a page as a program: its Python, and its commands where they stand."""
     lines = ["import subprocess, sys"]
-    if "needs transformers" in page.read_text() and runnable("needs transformers"):
-        lines += [f"sys.path.append({str(ROOT / 'tests')!r})", "import conftest"]
-        lines += ["conftest._transformers()"]  # beside a torchvision for another build of torch too
+    for package in ("transformers", "torchvision", "lightning"):
+        if f"needs {package}" in page.read_text() and runnable(f"needs {package}"):
+            lines += [f"sys.path.append({str(ROOT / 'tests')!r})", "import conftest"]
+            lines += [f"conftest._{package}()"]  # beside a torchvision for another torch too
     for language, heading, text in _BLOCK.findall(page.read_text()):
         if not runnable(heading):
             lines.append(f"print('left out: this block {heading.strip()}')")

@@ -45,8 +45,8 @@ def trainer(lightning: Any, folder: Path, **options: Any) -> tuple[Any, Any]:
     from sparsekd.integrations.lightning import SparseTraining
 
     callback = SparseTraining(skd.dst.RigL, **OPTIONS)
-    options = {"max_epochs": 1, "callbacks": [callback], **options}
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"max_epochs": 1, "callbacks": [callback], "logger": False, **options}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     made = lightning.Trainer(
         accelerator="cpu", default_root_dir=folder, enable_checkpointing=False, **quiet, **options
     )
@@ -90,3 +90,38 @@ def test_scaled_gradients_are_refused() -> None:
 
     with pytest.raises(UnsupportedError, match="bfloat16"):
         refuse_scaler(torch.amp.GradScaler("cpu"), "Lightning")
+
+
+@pytest.mark.parametrize("service", ["mlflow", "wandb"])
+def test_loggers_of_tracking_services_get_the_metrics(
+    lightning, batches, service, tmp_path, monkeypatch
+) -> None:
+    """By the packages themselves, without their servers: into files, and offline."""
+    pytest.importorskip(service)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(
+        "MLFLOW_ALLOW_FILE_STORE", "true"
+    )  # which is deprecated, but needs no server
+    from lightning.pytorch import loggers
+
+    if service == "mlflow":
+        logger = loggers.MLFlowLogger("mine", tracking_uri=f"file:{tmp_path}/mlruns")
+    else:
+        logger = loggers.WandbLogger(project="mine", save_dir=tmp_path, offline=True)
+
+    class Module(module_class(lightning)):  # type: ignore[misc]
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = super().training_step(batch, index)
+            self.log("train_loss", loss)
+            return loss
+
+    made, _ = trainer(lightning, tmp_path, logger=logger, log_every_n_steps=1)
+    made.fit(Module(), loader(batches))
+    last = float(made.callback_metrics["train_loss"])
+    if service == "mlflow":
+        history = logger.experiment.get_metric_history(logger.run_id, "train_loss")
+        assert len(history) == len(batches)
+        assert history[-1].value == pytest.approx(last)
+    else:
+        assert logger.experiment.summary["train_loss"] == pytest.approx(last)
+        logger.experiment.finish()
