@@ -36,10 +36,11 @@ class BlockPlan {
   // [N, C, H, W] of the gradient through the shortcut's convolution.
   Quad projected() const { return projected_shape(shortcut_.at(0).geometry, input_); }
 
-  bool forward(const Array& x, const Array& out, const py::sequence& main,
+  // x: see operand_of; out: None where it is read from what it is made of.
+  bool forward(const py::object& x, const py::object& out, const py::sequence& main,
                const py::sequence& shortcut) const {
     bool finite = true;
-    by_type("x", x, [&](auto type) {
+    by_type("x", first_of(x), [&](auto type) {
       using T = decltype(type);
       const Block<T> block = block_of<T>(x, out, main, shortcut);
       py::gil_scoped_release release;
@@ -48,12 +49,13 @@ class BlockPlan {
     return finite;
   }
 
-  bool backward(const Array& x, const Array& out, const py::sequence& main, const py::sequence& shortcut,
-                const Array& grad, const py::object& sums, const py::object& gated,
-                const py::sequence& main_gradients, const py::sequence& shortcut_gradients,
-                const py::object& projected, const py::object& dx, const py::object& before) const {
+  bool backward(const py::object& x, const py::object& out, const py::sequence& main,
+                const py::sequence& shortcut, const Array& grad, const py::object& sums,
+                const py::object& gated, const py::sequence& main_gradients,
+                const py::sequence& shortcut_gradients, const py::object& projected, const py::object& dx,
+                const py::object& before) const {
     bool finite = true;
-    by_type("x", x, [&](auto type) {
+    by_type("x", first_of(x), [&](auto type) {
       using T = decltype(type);
       const Block<T> block = block_of<T>(x, out, main, shortcut);
       blocked::BlockGradients<T> g{};
@@ -61,13 +63,14 @@ class BlockPlan {
       const int64_t channels = block.out.channels;
       if (!sums.is_none()) g.sums = vector_of<const double>("sums", sums.cast<Array>(), 3 * channels);
       if (!gated.is_none()) g.gated = like<T>("gated", gated.cast<Array>(), block.out);
+      if (!g.sums && !block.out.data) throw ShapeError("out: expected a tensor without sums");
       if (!g.sums && !g.gated && main_.back().relu) throw ShapeError("gated: expected a tensor without sums");
       g.main = gradients_of<T>(block.main, main_gradients);
       g.shortcut = gradients_of<T>(block.shortcut, shortcut_gradients);
       for (size_t i = 0; i + 1 < g.main.size(); ++i)
         if (!g.main[i].grad)
           throw ShapeError("main: expected memory for the gradient of every norm but the last");
-      if (!dx.is_none()) g.x = like<T>("dx", dx.cast<Array>(), block.x);
+      if (!dx.is_none()) g.x = like<T>("dx", dx.cast<Array>(), block.x.map);
       if (g.x && !shortcut_.empty()) {
         const Quad shape = this->projected();
         g.projected =
@@ -75,7 +78,7 @@ class BlockPlan {
       }
       std::optional<blocked::Before<T>> previous;
       if (!before.is_none() && g.x) {
-        previous = before_of<T>(before.cast<py::tuple>(), block.x);
+        previous = before_of<T>(before.cast<py::tuple>(), block.x.map);
         g.before = &*previous;
       }
       py::gil_scoped_release release;
@@ -86,13 +89,15 @@ class BlockPlan {
 
  private:
   template <class T>
-  Block<T> block_of(const Array& x, const Array& out, const py::sequence& main,
+  Block<T> block_of(const py::object& x, const py::object& out, const py::sequence& main,
                     const py::sequence& shortcut) const {
+    BlockedMap<T> to{nullptr, out_[0], out_[1], out_[2], out_[3]};
+    if (!out.is_none()) to.data = like<T>("out", out.cast<Array>(), to);
     return {convolutions<T>(main_, main),
             convolutions<T>(shortcut_, shortcut),
             identity_,
-            blocked_map<const T>("x", x, input_[0], input_[1], input_[2], input_[3]),
-            blocked_map<T>("out", out, out_[0], out_[1], out_[2], out_[3]),
+            operand_of<T>(x, input_),
+            to,
             threads_};
   }
 
@@ -245,6 +250,19 @@ void leave(const Array& x, const Array& y, int threads) {
   });
 }
 
+// The map that parts make: see operand_of.
+void join(const py::object& x, const Array& y, const Quad& shape, int threads) {
+  check_threads(threads);
+  by_type("y", y, [&](auto type) {
+    using T = decltype(type);
+    const auto from = operand_of<T>(x, shape);
+    blocked::Result<T> to;
+    to.out = blocked_map<T>("y", y, shape[0], shape[1], shape[2], shape[3]);
+    py::gil_scoped_release release;
+    if (to.out.elements() > 0) blocked::join<T>(from, {}, false, to, nullptr, threads);
+  });
+}
+
 }  // namespace
 
 void bind_blocked(py::module_& m) {
@@ -264,6 +282,7 @@ void bind_blocked(py::module_& m) {
       .def("backward", &PreActivationPlan::backward);
   m.def("enter", &enter);
   m.def("leave", &leave);
+  m.def("join", &join);
 }
 
 }  // namespace sparsekd

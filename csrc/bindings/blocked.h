@@ -32,6 +32,42 @@ T* like(const char* name, const Array& a, const Map& map) {
   return blocked_map<T>(name, a, map.images, map.channels, map.h, map.w).data;
 }
 
+// A map, or the parts of one that is not stored: ((z, state, branch or None, its state or None), whether the
+// branch is rectified, whether the sum is).
+template <class T>
+blocked::Operand<T> operand_of(const py::object& from, const Quad& s) {
+  blocked::Operand<T> x;
+  const auto map = [&](const py::handle& a) {
+    return blocked_map<const T>("x", a.cast<Array>(), s[0], s[1], s[2], s[3]);
+  };
+  if (!py::isinstance<py::tuple>(from)) {
+    x.map = map(from);
+    return x;
+  }
+  const auto parts = from.cast<py::tuple>();
+  const auto t = parts[0].cast<py::sequence>();
+  const auto coefficients = [&](const py::handle& state, auto& to) {
+    to.mean = vector_of<const T>("state", state.cast<Array>(), 4 * s[1]);
+    to.scale = to.mean + s[1];
+    to.shift = to.mean + 2 * s[1];
+  };
+  x.read = t[2].is_none() ? blocked::Read::kNormalised : blocked::Read::kJoined;
+  x.map = map(t[0]);
+  coefficients(t[1], x);
+  x.relu = parts[2].cast<bool>();
+  if (t[2].is_none()) return x;
+  x.branch.map = map(t[2]).data;
+  if (!t[3].is_none()) coefficients(t[3], x.branch);
+  x.branch.relu = parts[1].cast<bool>();
+  return x;
+}
+
+// What tells the type of an operand.
+inline Array first_of(const py::object& x) {
+  if (!py::isinstance<py::tuple>(x)) return x.cast<Array>();
+  return x.cast<py::tuple>()[0].cast<py::sequence>()[0].cast<Array>();
+}
+
 // (relu, z, state, other z or None, other state, sums [3 C]) of the block that has made map `x`
 template <class T>
 blocked::Before<T> before_of(const py::tuple& t, const BlockedMap<const T>& x) {

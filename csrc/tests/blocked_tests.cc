@@ -27,16 +27,39 @@ struct Coefficients {
         slope(numbers<T>(channels)) {}
 };
 
+// What is added to a map, and what that is at each place.
+template <class T>
+struct Added {
+  Map<T> map;
+  Coefficients<T> k;
+  Branch<T> branch;
+
+  Added(int64_t n, int64_t c, int64_t h, int64_t w) : map(n, c, h, w), k(c) {
+    branch.map = map.map.data;
+    branch.relu = pick(0, 1);
+    if (pick(0, 2) == 0) return;
+    branch.mean = k.mean.data();
+    branch.scale = k.scale.data();
+    branch.shift = k.shift.data();
+  }
+  double at(int64_t b, int64_t ch, int64_t y, int64_t x) const {
+    double v = *map.map.at(b, ch, y, x);
+    if (branch.mean) v = (v - k.mean[ch]) * k.scale[ch] + k.shift[ch];
+    return branch.relu && v < 0 ? 0 : v;
+  }
+};
+
 // An operand, and what it stands for as an ordinary tensor.
 template <class T>
 struct Input {
   Map<T> map, normed;
   Coefficients<T> k;
+  Added<T> added;
   Operand<T> operand;
   Tensor<T> tensor;
 
   Input(Read read, int64_t n, int64_t c, int64_t h, int64_t w)
-      : map(n, c, h, w), normed(n, c, h, w), k(c), tensor(n, c, h, w, 0, true) {
+      : map(n, c, h, w), normed(n, c, h, w), k(c), added(n, c, h, w), tensor(n, c, h, w, 0, true) {
     operand.read = read;
     operand.map = map.map;
     operand.mean = k.mean.data();
@@ -45,10 +68,12 @@ struct Input {
     operand.slope = k.slope.data();
     operand.normed = normed.map.data;
     operand.relu = pick(0, 1);
+    operand.branch = added.branch;
     map.each([&](int64_t b, int64_t ch, int64_t y, int64_t x) {
       double v = *map.map.at(b, ch, y, x);
-      if (read == Read::kNormalised) {
+      if (read == Read::kNormalised || read == Read::kJoined) {
         v = (v - k.mean[ch]) * k.scale[ch] + k.shift[ch];
+        if (read == Read::kJoined) v += added.at(b, ch, y, x);
         if (operand.relu && v < 0) v = 0;
       }
       if (read == Read::kGradient)
@@ -67,10 +92,11 @@ struct Output {
   int64_t every;
   Map<T> residual;
   Coefficients<T> k, k2;
+  Added<T> added;
   Result<T> result;
   bool compact;
 
-  Output(Sum sum, Gate gate, int64_t n, int64_t c, int64_t h, int64_t w, bool added = true)
+  Output(Sum sum, Gate gate, int64_t n, int64_t c, int64_t h, int64_t w)
       : out(n, c, h, w, false),
         normed(n, c, h, w),
         other(n, c, h, w),
@@ -78,9 +104,11 @@ struct Output {
         every(pick(1, 2)),
         residual(n, c, (h + every - 1) / every, (w + every - 1) / every),
         k(c),
-        k2(c) {
+        k2(c),
+        added(n, c, h, w) {
     result.out = out.map;
-    result.residual = added && pick(0, 1) ? residual.map.data : nullptr;
+    result.branch = added.branch;
+    result.residual = pick(0, 1) ? residual.map.data : nullptr;
     result.residual_every = every;
     result.gate = gate;
     result.sum = sum;
@@ -103,8 +131,9 @@ struct Output {
       if (result.residual && y % every == 0 && x % every == 0)
         v += *residual.map.at(b, ch, y / every, x / every);
       const double got = *out.map.at(b, ch, y, x), away = *normed.map.at(b, ch, y, x) - k.mean[ch];
-      if (result.gate == Gate::kNormalised) {
-        const double open = away * k.scale[ch] + k.shift[ch];
+      if (result.gate == Gate::kNormalised || result.gate == Gate::kJoined) {
+        double open = away * k.scale[ch] + k.shift[ch];
+        if (result.gate == Gate::kJoined) open += added.at(b, ch, y, x);
         if (std::fabs(open) < 1e-5) v = got;  // rounding decides
         if (open <= 0) v = std::fabs(open) < 1e-5 ? got : 0;
       }
@@ -142,8 +171,8 @@ void check_conv(const ConvGeometry& g, const Structure& s, int threads, double l
                 const std::string& name) {
   const std::vector<T> values = numbers<T>(s.nnz), bias = numbers<T>(g.out_channels);
   const T* const added = pick(0, 1) ? bias.data() : nullptr;
-  const auto read = [] { return pick(0, 1) ? Read::kNormalised : Read::kPlain; };
-  const Input<T> x(read(), g.batch, g.in_channels, g.in_h, g.in_w);
+  const Read reads[] = {Read::kPlain, Read::kNormalised, Read::kJoined};
+  const Input<T> x(reads[pick(0, 2)], g.batch, g.in_channels, g.in_h, g.in_w);
   ChannelSums sums;
   {
     Output<T> y(pick(0, 1) ? Sum::kMoments : Sum::kNothing, Gate::kOpen, g.batch, g.out_channels, g.out_h,
@@ -164,8 +193,8 @@ void check_conv(const ConvGeometry& g, const Structure& s, int threads, double l
   }
   const Input<T> grad(pick(0, 1) ? Read::kGradient : Read::kPlain, g.batch, g.out_channels, g.out_h, g.out_w);
   const bool compact = compact_supported(g) && pick(0, 1);
-  const Gate gates[] = {Gate::kOpen, Gate::kNormalised, Gate::kStored};
-  const Gate gate = gates[pick(0, 2)];
+  const Gate gates[] = {Gate::kOpen, Gate::kNormalised, Gate::kStored, Gate::kJoined};
+  const Gate gate = gates[pick(0, 3)];
   const Sum sum = gate == Gate::kOpen && pick(0, 1) ? Sum::kNothing : Sum::kGradient;
   Output<T> dx(sum, gate, g.batch, g.in_channels, compact ? g.out_h : g.in_h, compact ? g.out_w : g.in_w);
   Tensor<T> whole(g.batch, g.in_channels, g.in_h, g.in_w, 0, true);
@@ -192,12 +221,34 @@ void check_conv(const ConvGeometry& g, const Structure& s, int threads, double l
   check(once_more == dvalues, name + " wgrad again");
 }
 
+// What a join of one operand gives is that operand.
+template <class T>
+void check_join(double limit, const std::string& name) {
+  for (const Read read : {Read::kPlain, Read::kNormalised, Read::kJoined}) {
+    const int64_t n = pick(1, 40), c = pick(1, 20), h = pick(1, 6), w = pick(1, 9);
+    const Input<T> x(read, n, c, h, w);
+    const Map<T> y(n, c, h, w, false);
+    Result<T> result;
+    result.out = y.map;
+    check(join<T>(x.operand, {}, false, result, nullptr, static_cast<int>(pick(1, 3))), name + " join");
+    double worst = 0;
+    y.each([&](int64_t b, int64_t ch, int64_t row, int64_t col) {
+      worst = std::max(worst, distance(*y.map.at(b, ch, row, col), *x.tensor.view.at(b, ch, row, col)));
+    });
+    check(worst < limit, name + " join " + std::to_string(worst));
+  }
+}
+
 }  // namespace
 
 void test_blocked() {
   for (const Isa isa : available_isas()) {
     if (isa == Isa::kScalar) continue;
     set_isa(isa_name(isa));
+    for (int i = 0; i < 10; ++i) {
+      check_join<float>(1e-5, isa_name(isa));
+      check_join<double>(1e-12, std::string(isa_name(isa)) + " double");
+    }
     for (int i = 0, checked = 0; i < 400 && checked < 120; ++i) {
       ConvGeometry g = random_geometry();
       if (i % 4 == 0) {  // what networks have most

@@ -28,7 +28,8 @@ from sparsekd.nn.pooling import pool_blocked
 from sparsekd.nn.prepared import Prepared, recall, remember
 from sparsekd.ops import eager, observe
 from sparsekd.ops.cpu import blocked as ops
-from sparsekd.ops.cpu.blocked import Blocked, leave
+from sparsekd.ops.cpu.blocked_map import AVAILABLE, Blocked, enter, leave
+from sparsekd.ops.cpu.blocked_ordinary import lanes
 from sparsekd.ops.dispatch.context import forced
 
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, FusedBatchNormAct2d)
@@ -114,7 +115,7 @@ def run_again(owner: nn.Module, x: Tensor | Blocked, *parts: nn.Module | None) -
         return None
     if prepared.needs_moments and (not isinstance(x, Blocked) or x.moments is None):
         return None
-    return prepared.run(x if isinstance(x, Blocked) else ops.enter(x))
+    return prepared.run(x if isinstance(x, Blocked) else enter(x))
 
 
 def run_block(
@@ -166,7 +167,7 @@ def run_block(
 
     if parts is not None and all(lasts(unit.conv, unit.norm) for unit in units):
         remember(owner, shape, tensor.dtype, Prepared(run, False), *parts)
-    return run(x if isinstance(x, Blocked) else ops.enter(x))
+    return run(x if isinstance(x, Blocked) else enter(x))
 
 
 def lasts(conv: nn.Module | None, norm: nn.BatchNorm2d | None) -> bool:
@@ -178,13 +179,13 @@ def lasts(conv: nn.Module | None, norm: nn.BatchNorm2d | None) -> bool:
 
 def input_fits(x: Tensor, shape: Sequence[int]) -> bool:
     """Return whether the kernels take such images, and nothing else has to see the calls."""
-    if not ops.AVAILABLE or type(x) not in (Tensor, nn.Parameter):
+    if not AVAILABLE or type(x) not in (Tensor, nn.Parameter):
         return False
     if len(shape) != 4 or not x.is_cpu:
         return False
     if x.dtype not in (torch.float32, torch.float64):
         return False
-    per = ops.lanes(x.dtype)
+    per = lanes(x.dtype)
     if shape[0] < _LEAST_FULL * per * -(-shape[0] // per):
         return False
     if torch.compiler.is_exporting() or not eager.bare((x, x)):

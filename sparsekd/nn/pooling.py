@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from sparsekd.ops.cpu import pooling
-from sparsekd.ops.cpu.blocked import Blocked
+from sparsekd.ops.cpu.blocked_map import Blocked
 
 
 def pool_blocked(module: nn.Module, x: Blocked) -> Blocked | None:

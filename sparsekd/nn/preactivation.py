@@ -33,6 +33,7 @@ from sparsekd.nn.fused import register_fused
 from sparsekd.nn.prepared import Prepared, remember
 from sparsekd.ops.cpu import blocked as ops
 from sparsekd.ops.cpu import preactivation
+from sparsekd.ops.cpu.blocked_map import enter
 
 
 def run_preactivation(
@@ -99,7 +100,7 @@ def run_preactivation(
     again = all(lasts(conv, None) for conv in convs) and all(lasts(None, norm) for norm in norms)
     if front is not None and again:
         remember(owner, shape, tensor.dtype, Prepared(run, not frozen))
-    return run(x if isinstance(x, Blocked) else ops.enter(x))
+    return run(x if isinstance(x, Blocked) else enter(x))
 
 
 def _plain(

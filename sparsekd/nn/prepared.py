@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsekd._torch import has_global_hook
 from sparsekd.nn.stored import StoredWeight
-from sparsekd.ops.cpu.blocked import Blocked, compiled
+from sparsekd.ops.cpu.blocked_map import Blocked, compiled
 
 _Watch: Any = compiled("Watch")
 _current_isa: Any = compiled("current_isa")

@@ -14,7 +14,7 @@ import sparsekd as skd
 from sparsekd.models.resnet import BasicBlock
 from sparsekd.nn.pooling import pool_blocked
 from sparsekd.ops.cpu import pooling as cpu_pooling
-from sparsekd.ops.cpu.blocked import enter, leave
+from sparsekd.ops.cpu.blocked_map import enter, leave
 
 POOLS: dict[str, nn.Module] = {
     "max 2": nn.MaxPool2d(2),

@@ -8,17 +8,19 @@ template <class T>
 bool block_forward(const Block<T>& b) {
   std::vector<ChannelSums> moments(b.main.size() + 1);
   for (size_t i = 0; i < b.main.size(); ++i) {
-    const Operand<T> x = i ? normalised(b.main[i - 1], b.main[i - 1].shape->relu) : plain<T>(b.x);
+    const Operand<T> x = i ? normalised(b.main[i - 1], b.main[i - 1].shape->relu) : b.x;
     if (!conv_norm(b.main[i], x, &moments[i], b.threads)) return false;
   }
   for (const ConvNorm<T>& c : b.shortcut)
-    if (!conv_norm(c, plain<T>(b.x), &moments.back(), b.threads)) return false;
-  Operand<T> other;
-  if (b.identity) other = plain<T>(b.x);
-  if (!b.shortcut.empty()) other = normalised(b.shortcut[0], false);
-  Result<T> out;
-  out.out = b.out;
-  join(normalised(b.main.back(), false), other, b.main.back().shape->relu, out, nullptr, b.threads);
+    if (!conv_norm(c, b.x, &moments.back(), b.threads)) return false;
+  if (b.out.data) {
+    Operand<T> other;
+    if (b.identity) other = b.x;
+    if (!b.shortcut.empty()) other = normalised(b.shortcut[0], false);
+    Result<T> out;
+    out.out = b.out;
+    join(normalised(b.main.back(), false), other, b.main.back().shape->relu, out, nullptr, b.threads);
+  }
   for (size_t i = 0; i < b.main.size(); ++i) track(b.main[i], moments[i]);
   for (const ConvNorm<T>& c : b.shortcut) track(c, moments.back());
   return true;
@@ -28,6 +30,7 @@ template <class T>
 bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
   const ConvNorm<T>& last = b.main.back();
   const int64_t channels = b.out.channels;
+  const BlockedMap<const T>& in = b.x.map;
   ChannelSums sums;
   const T* grad = g.out;
   if (g.sums) {
@@ -57,8 +60,8 @@ bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
   if (!b.shortcut.empty()) {
     const ConvNorm<T>& c = b.shortcut[0];
     const Through<T> through(c, grad, sums.first.data(), sums.third.data(), g.shortcut[0]);
-    if (!projected_gradient(c, through.operand, plain<T>(b.x), b.x, g.shortcut[0].values, g.projected,
-                            g.x != nullptr, b.threads))
+    if (!projected_gradient(c, through.operand, b.x, in, g.shortcut[0].values, g.projected, g.x != nullptr,
+                            b.threads))
       return false;
     residual = g.projected;
     every = projected_every(c);
@@ -73,18 +76,18 @@ bool block_backward(const Block<T>& b, const BlockGradients<T>& g) {
       dx.out.data = g.main[i - 1].grad;
       gate_behind(before, before.shape->relu, dx);
     } else {
-      dx.out = {g.x, b.x.images, b.x.channels, b.x.h, b.x.w};
+      dx.out = {g.x, in.images, in.channels, in.h, in.w};
       dx.residual = residual;
       dx.residual_every = every;
-      if (g.before) into(*g.before, b.x.data, dx);
+      if (g.before) into(*g.before, b.x, dx);
     }
-    const Operand<T> x = i ? normalised(b.main[i - 1], b.main[i - 1].shape->relu) : plain<T>(b.x);
+    const Operand<T> x = i ? normalised(b.main[i - 1], b.main[i - 1].shape->relu) : b.x;
     if (!conv_backward<T>(c.shape->geometry, *c.shape->weight, through.operand, x, c.values, g.main[i].values,
                           i || g.x ? &dx : nullptr, false, &sums, b.threads))
       return false;
     grad = dx.out.data;
   }
-  if (g.before && g.x) hand_over(sums, b.x.channels, *g.before);
+  if (g.before && g.x) hand_over(sums, in.channels, *g.before);
   return true;
 }
 

@@ -3,8 +3,8 @@
 //
 // Of what lies between, only the convolutions' own results z are stored. Normalised maps and masks are
 // computed again from z and four numbers for each channel wherever they are read: in the packing of the next
-// convolution, in the gates of the backward pass. The backward pass makes one gradient map for each
-// convolution and no other.
+// convolution, in the gates of the backward pass. So may be the map that a block gives, by the block that
+// reads it. The backward pass makes one gradient map for each convolution and no other.
 //
 // Sources: He et al., Deep Residual Learning (2016), figure 5; Ioffe and Szegedy, Batch Normalization (2015),
 // algorithm 1 and the derivatives in section 3.
@@ -46,8 +46,8 @@ struct Block {
   std::vector<ConvNorm<T>> main;
   std::vector<ConvNorm<T>> shortcut;  // none or one
   bool identity;                      // whether the input itself is added
-  BlockedMap<const T> x;
-  BlockedMap<T> out;
+  Operand<T> x;
+  BlockedMap<T> out;  // without data where the result is read from what it is made of
   int threads;
 };
 
@@ -75,7 +75,8 @@ struct ConvNormGradients {
 template <class T>
 struct BlockGradients {
   const T* out;        // like the block's
-  const double* sums;  // what Before::sums of the next block holds, and out is gated; or null
+  const double* sums;  // what Before::sums of the next block holds, and out is gated; or null: then the
+                       // block's out has data
   T* gated;            // like out: memory for the gradient behind the last ReLU, unless sums are there
   std::vector<ConvNormGradients<T>> main, shortcut;
   T* projected;  // memory for the gradient through the shortcut's convolution, see projected_compact

@@ -17,7 +17,17 @@ namespace sparsekd::blocked {
 enum class Read {
   kPlain,       // map
   kNormalised,  // (map - mean) * scale + shift, rectified if `relu`
+  kJoined,      // (map - mean) * scale + shift + branch, rectified if `relu`: the end of a residual block
   kGradient,    // map * scale + (normed - mean) * slope + shift: the gradient through a BatchNorm of `normed`
+};
+
+// What is added where a residual block ends: map, or (map - mean) * scale + shift where there are
+// coefficients, rectified if `relu`. The map has the shape of what it is added to.
+template <class T>
+struct Branch {
+  const T* map = nullptr;
+  const T *mean = nullptr, *scale = nullptr, *shift = nullptr;
+  bool relu = false;
 };
 
 // What a convolution takes in. Coefficients are one for each channel.
@@ -28,6 +38,7 @@ struct Operand {
   const T *mean = nullptr, *scale = nullptr, *shift = nullptr;
   bool relu = false;
   const T *normed = nullptr, *slope = nullptr;  // kGradient; normed has the shape of map
+  Branch<T> branch;                             // kJoined
 };
 
 enum class Sum {
@@ -38,6 +49,7 @@ enum class Sum {
 enum class Gate {
   kOpen,
   kNormalised,  // the ReLU behind (normed - mean) * scale + shift
+  kJoined,      // the ReLU behind (normed - mean) * scale + shift + branch
   kStored,      // the ReLU whose result is `active`
 };
 
@@ -52,6 +64,7 @@ struct Result {
   const T* active = nullptr;                    // of out's shape, as are the next two
   const T *normed = nullptr, *other = nullptr;  // the maps whose norms get the gradient
   const T *mean = nullptr, *scale = nullptr, *shift = nullptr, *other_mean = nullptr;
+  Branch<T> branch;
 };
 
 // For each channel. kMoments: mean, variance. kGradient: the sum of g, of g * (normed - mean) and of
@@ -73,7 +86,7 @@ bool conv_backward(const ConvGeometry&, const Structure&, const Operand<T>& grad
                    int threads);
 
 // Between layers: y = main + other (none if its map has no data), with the ReLU or without; what a residual
-// block ends with.
+// block ends with, where its reader does not do this on the way.
 template <class T>
 bool join(const Operand<T>& main, const Operand<T>& other, bool relu, const Result<T>& y, ChannelSums* sums,
           int threads);

@@ -111,12 +111,18 @@ void gate_behind(const ConvNorm<T>& norm, bool relu, Result<T>& dx) {
 }
 
 // A gradient on its way into the block before, whose result is `active`: through its last ReLU, with the sums
-// that its norms need.
+// that its norms need. What is not stored of the result is computed again from what these sums are of.
 template <class T>
-void into(const Before<T>& before, const T* active, Result<T>& dx) {
-  dx.gate = before.relu ? Gate::kStored : Gate::kOpen;
+void into(const Before<T>& before, const Operand<T>& active, Result<T>& dx) {
+  dx.gate = !before.relu                       ? Gate::kOpen
+            : active.read == Read::kNormalised ? Gate::kNormalised
+            : active.read == Read::kJoined     ? Gate::kJoined
+                                               : Gate::kStored;
   dx.sum = Sum::kGradient;
-  dx.active = active;
+  dx.active = active.map.data;
+  dx.scale = active.scale;
+  dx.shift = active.shift;
+  dx.branch = active.branch;
   dx.normed = before.z;
   dx.mean = before.mean;
   dx.other = before.other;

@@ -19,7 +19,7 @@ bool pool_backward(const Pooling& pool, const BlockedMap<const T>& x, const Bloc
   const Schedule schedule = blocked::schedule(x, x.h, x.channels, 0, threads, 4);
   Result<T> y;
   y.out = {dx, x.images, x.channels, x.h, x.w};
-  if (before) into(*before, x.data, y);
+  if (before) into(*before, plain<T>(x), y);
   Places<T> places(y, schedule, x.h);
   bool finite = true;
   engine<ConvEngine<T>>().blocked_pool_backward({pool, x, grad, y, schedule, places.out(), threads, &finite});

@@ -51,19 +51,27 @@ template <class T>
 struct Affine {
   const T *map, *normed = nullptr;
   Vec<T> mean{}, scale{}, shift{}, slope{};
+  bool relu = false;
+  BranchAt<T> branch;
   Affine(const blocked::Operand<T>& in, int64_t ch) : map(in.map.data) {
     scale = T(1) - scale;
     if (in.read == blocked::Read::kPlain) return;
     mean = in.mean[ch] - mean;
     scale = in.scale[ch] - Vec<T>{};
     shift = in.shift[ch] - shift;
-    if (in.read == blocked::Read::kNormalised) return;
+    if (in.read != blocked::Read::kGradient) {
+      relu = in.relu;
+      if (in.read == blocked::Read::kJoined) branch = {in.branch, ch};
+      return;
+    }
     slope = in.slope[ch] - slope;
     normed = in.normed;
   }
   Vec<T> operator()(int64_t i) const {
     if (normed) return load_vector(map + i) * scale + ((load_vector(normed + i) - mean) * slope + shift);
-    return (load_vector(map + i) - mean) * scale + shift;
+    Vec<T> value = (load_vector(map + i) - mean) * scale + shift;
+    if (branch.map) value += branch(i);
+    return relu ? rectified(value, value) : value;
   }
 };
 

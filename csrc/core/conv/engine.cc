@@ -104,6 +104,8 @@ void gather(const GatherCall<T>& call) {
 //
 #include "core/conv/wgrad.inl"
 //
+#include "core/conv/blocked_pack.inl"
+//
 #include "core/conv/blocked.inl"
 //
 #include "core/conv/blocked_maps.inl"

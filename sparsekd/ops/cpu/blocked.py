@@ -3,6 +3,7 @@
 A blocked map is a tensor [N / lanes, H, C, W, lanes] of 64-byte pixels: the same pixel of 16 images
 in float32, of 8 in float64. One autograd node runs a whole residual block in it. It keeps what its
 convolutions give and four numbers for each channel; everything else is computed again on the way.
+Where the next block can read its result from these (`Parts`), that is never stored either.
 
 Where the kernels give something that is not finite, the node steps back: zeros that stand for
 padding may have met an infinite weight, and the ordinary ops know the borders.
@@ -18,121 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd._torch import direct_apply, transformed, version_of
+from sparsekd._torch import direct_apply, version_of
 from sparsekd.errors import ShapeError
-from sparsekd.ops.cpu.blocked_ordinary import (
-    Shape,
-    as_made,
-    by_ordinary_ops,
-    direct,
-    entered,
-    lanes,
-    left,
-)
-
-try:
-    import sparsekd._C as _C
-except ModuleNotFoundError:  # not built: blocks run as the modules they consist of
-    _C = None
-
-AVAILABLE = _C is not None
-
-
-def compiled(name: str) -> Any:
-    """Return a class of the compiled module, or None where that is not built."""
-    return None if _C is None else getattr(_C, name)
-
+from sparsekd.ops.cpu.blocked_map import Behind, Blocked, Parts, compiled, empty, joined
+from sparsekd.ops.cpu.blocked_ordinary import Shape, as_made, by_ordinary_ops, direct
 
 BlockPlan: Any = compiled("BlockPlan")
+current_isa: Any = compiled("current_isa")
 _MOST_PLANS = 8  # shapes of input of a block
-
-
-def sizes(shape: Shape, dtype: torch.dtype) -> tuple[int, ...]:
-    """Return the shape of a blocked map of images [N, C, H, W]."""
-    n, c, h, w = shape
-    per = lanes(dtype)
-    return -(-n // per), h, c, w, per
-
-
-def empty(shape: Shape, like: Tensor) -> Tensor:
-    """Return memory for a blocked map of images [N, C, H, W]."""
-    return torch.empty(sizes(shape, like.dtype), dtype=like.dtype)
-
-
-@dataclass
-class Behind:
-    """What the block that made a map tells the one that reads it, and is told in turn.
-
-    The gradient of the map passes the ReLU of the block that made it and meets the norms in front
-    of that, which need sums of it. The reader has it in registers, so it does both.
-    """
-
-    relu: bool
-    grad: Tensor | None = None
-    sums: Tensor | None = None
-
-    def take(self, grad: Tensor) -> Tensor | None:
-        """Return the sums if `grad` is what the reader has prepared: nobody else added to it."""
-        sums = self.sums if grad is self.grad else None
-        self.grad = self.sums = None
-        return sums
-
-
-@dataclass
-class Blocked:
-    """Images in the blocked layout.
-
-    Args:
-        tensor: `[N / lanes, H, C, W, lanes]`, with its gradient.
-        shape: `[N, C, H, W]`.
-        behind: of the block that made it, if one has.
-        normed: what each norm that ends this block normalises, and its state; one norm or two.
-        moments: mean and variance of each channel, `[2 C]` in float64, if they are known.
-    """
-
-    tensor: Tensor
-    shape: Shape
-    behind: Behind | None = None
-    normed: tuple[Tensor, ...] = ()
-    moments: Tensor | None = None
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.shape = tuple(x.shape)
-        out = empty(ctx.shape, x)
-        _C.enter(x, out, torch.get_num_threads())
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if transformed(grad):
-            return left(grad, ctx.shape)
-        return _Leave.apply(grad.contiguous(), ctx.shape)
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: Shape) -> Tensor:
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        _C.leave(x, out, torch.get_num_threads())
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return entered(grad) if transformed(grad) else _Enter.apply(grad), None
-
-
-def enter(x: Tensor) -> Blocked:
-    """Bring images [N, C, H, W] of any strides into the blocked layout, differentiably."""
-    return Blocked(_Enter.apply(x), tuple(x.shape))  # type: ignore[arg-type]
-
-
-def leave(x: Tensor | Blocked) -> Tensor:
-    """Return images [N, C, H, W], in channels_last if they come from the blocked layout."""
-    return _Leave.apply(x.tensor, x.shape) if isinstance(x, Blocked) else x
-
 
 Spec = tuple[Any, ...]
 """Of a convolution: crow, col, weight shape, stride, padding (top, bottom, left, right), dilation,
@@ -146,9 +40,11 @@ class Plan:
         compiled: the plan.
         shapes: `[N, C, H, W]` of each convolution's result.
         projected: that of the gradient through the shortcut's convolution, None without one.
+        identity: whether the input itself is added.
     """
 
-    def __init__(self, compiled: Any, projects: bool) -> None:
+    def __init__(self, compiled: Any, projects: bool, identity: bool) -> None:
+        self.identity = identity
         self.forward, self.backward = compiled.forward, compiled.backward
         self.shapes: list[Shape] = [tuple(shape) for shape in compiled.shapes]
         self.projected: Shape | None = tuple(compiled.projected) if projects else None
@@ -199,13 +95,14 @@ def plan(
     if known is None or not known.hold_for(indices):
         known = _plans[owner] = _Plans(indices)
     threads = torch.get_num_threads()
-    key = shape, threads, _C.current_isa(), identity, tuple(spec[2:] for spec in specs)
+    key = shape, threads, current_isa(), identity, tuple(spec[2:] for spec in specs)
     if key not in known.by_call:
         if len(known.by_call) >= _MOST_PLANS:
             known.by_call.clear()
         try:
             made = kind(main, shortcut, identity, shape, threads)
-            known.by_call[key] = Plan(made, shortcut is not None) if made.supported else None
+            projects = shortcut is not None
+            known.by_call[key] = Plan(made, projects, identity) if made.supported else None
         except ShapeError:  # which the modules report in their own words
             known.by_call[key] = None
     return known.by_call[key]
@@ -275,20 +172,45 @@ def run(
     for shape in shapes:
         maps += [empty(shape, x.tensor), x.tensor.new_empty(4 * shape[1])]
     out_shape = shapes[count - 1]
-    out = empty(out_shape, x.tensor)
+    last = 2 * count - 2
+    normed = (*maps[last : last + 2], *maps[2 * count :])
+    parts = _parts(plan, x, normed, relu)
+    out = empty(out_shape, x.tensor) if parts is None else None
     with torch.no_grad():
         operands = operands_of(units, maps)
-        if not plan.forward(x.tensor, out, operands[:count], operands[count:]):
+        if not plan.forward(x.operand, out, operands[:count], operands[count:]):
             return None
         count_batches(units)
+    tensor = maps[last] if out is None else out
     inputs = [x.tensor, *(p for unit in units for p in unit.parameters)]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
-        return Blocked(out, out_shape)
+        return Blocked(tensor, out_shape, parts=parts)
     behind = Behind(relu)
-    made = (plan, units, count, plain, x.shape), (out, *maps, *x.normed), x.behind, behind
-    tensor = _apply(made, *inputs)
-    last = 2 * count - 2
-    return Blocked(tensor, out_shape, behind, (*maps[last : last + 2], *maps[2 * count :]))
+    read = Parts((), False, False) if x.parts is None else x.parts
+    kept = tensor, *maps, *x.normed, *read.tensors
+    known = plan, units, count, relu, x.parts and x.parts._replace(tensors=()), plain, x.shape
+    tensor = _apply((known, kept, x.behind, behind), *inputs)
+    return Blocked(tensor, out_shape, behind, normed, parts=parts)
+
+
+def _parts(plan: Plan, x: Blocked, normed: Sequence[Tensor], relu: bool) -> Parts | None:
+    """Return what the result of a block can be read from; None where that is more than two maps.
+
+    Args:
+        plan: of the block.
+        x: the block's input.
+        normed: what the block's last norms normalise, and their states.
+        relu: whether one ends the block.
+    """
+    if plan.projected is not None:
+        return Parts(normed, False, relu)
+    if not plan.identity:
+        return Parts((*normed, None, None), False, relu)
+    if x.parts is None:
+        return Parts((*normed, x.tensor, None), False, relu)
+    if x.parts.tensors[2] is None:
+        return Parts((*normed, *x.parts.tensors[:2]), x.parts.relu, relu)
+    return None
 
 
 def count_batches(norms: Sequence[ConvNorm]) -> None:
@@ -339,9 +261,12 @@ class _Node(torch.autograd.Function):
         if direct(grad):
             results = _gradients(ctx, as_made(saved), as_made([grad.contiguous()])[0])
         if results is None:
-            *_, plain, shape = ctx.made
+            *_, parts, plain, shape = ctx.made
             inputs, needs = saved[: ctx.inputs], ctx.needs_input_grad[1:]
-            results = by_ordinary_ops(plain, shape, inputs, needs, grad)
+            stored = None
+            if parts is not None:
+                stored = joined(parts._replace(tensors=as_made(saved[-4:])), shape)
+            results = by_ordinary_ops(plain, shape, inputs, needs, grad, stored)
         return None, *results
 
 
@@ -350,12 +275,15 @@ _apply = direct_apply(_Node)
 
 def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None] | None:
     """Return the gradients of all inputs; None if one of them is not finite."""
-    plan, units, count, *_ = ctx.made
+    plan, units, count, relu, parts, *_ = ctx.made
     needs = ctx.needs_input_grad[1:]
-    x = saved[0]
-    out, *maps = saved[ctx.inputs :]
+    x = Blocked(saved[0].detach(), ctx.made[-1])
+    result, *maps = saved[ctx.inputs :]
     maps, ahead = maps[: 2 * len(units)], maps[2 * len(units) :]
-    results: list[Tensor | None] = [torch.empty_like(x) if needs[0] else None]
+    if parts is not None:
+        ahead, read = ahead[:-4], ahead[-4:]
+        x.parts = parts._replace(tensors=read)
+    results: list[Tensor | None] = [torch.empty_like(x.tensor) if needs[0] else None]
     memory = []
     for i, unit in enumerate(units):
         own = norm_memory(unit, maps[2 * i + 1], needs[4 * i + 1 : 4 * i + 5])
@@ -363,19 +291,24 @@ def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor |
         scratch = torch.empty_like(maps[2 * i]) if i < count - 1 else None
         memory.append((*own, scratch))
     sums = ctx.behind.take(grad)
-    gated = torch.empty_like(out) if sums is None else None
+    gated = None
+    made_of = _parts(plan, x, (*maps[2 * count - 2 : 2 * count], *maps[2 * count :]), relu)
+    out = result if made_of is None else None
+    if sums is None:
+        gated = torch.empty_like(result)
+        out = result if made_of is None else joined(made_of, plan.shapes[count - 1])
     projected = None
     if len(units) > count and needs[0]:
         assert plan.projected is not None
-        projected = empty(plan.projected, x)
+        projected = empty(plan.projected, x.tensor)
     before = None
     if ctx.before is not None and needs[0]:
-        wanted = torch.empty(3 * x.shape[2], dtype=torch.float64)
+        wanted = torch.empty(3 * x.shape[1], dtype=torch.float64)
         other = ahead[2:] if len(ahead) > 2 else (None, None)
         before = (ctx.before.relu, *ahead[:2], *other, wanted)
     operands = operands_of(units, maps)
     finite = plan.backward(
-        x.detach(), out, operands[:count], operands[count:], grad, sums, gated,
+        x.operand, out, operands[:count], operands[count:], grad, sums, gated,
         memory[:count], memory[count:], projected, results[0], before,
     )  # fmt: skip
     if not finite:

@@ -65,6 +65,7 @@ def by_ordinary_ops(
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     grad: Tensor,
+    stored: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Return the gradients of a block by ordinary ops, which can be differentiated again.
 
@@ -74,6 +75,7 @@ def by_ordinary_ops(
         inputs: the blocked images, then the parameters.
         needs: of which of them a gradient is wanted.
         grad: that of the result.
+        stored: the numbers of the images, where their tensor only stands for them.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -81,6 +83,8 @@ def by_ordinary_ops(
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, *parameters = inputs
         assert x is not None
+        if stored is not None:
+            x = stored + (x - x.detach())  # zeros, with the gradient
         out = entered(plain(left(x, shape), parameters))
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     calls = _Calls()

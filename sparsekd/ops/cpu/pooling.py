@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsekd.errors import ShapeError
-from sparsekd.ops.cpu.blocked import Blocked, compiled, empty
+from sparsekd.ops.cpu.blocked_map import Blocked, compiled, empty
 from sparsekd.ops.cpu.blocked_ordinary import Shape, as_made, by_ordinary_ops, direct
 
 PoolPlan: Any = compiled("PoolPlan")
@@ -36,12 +36,13 @@ def run(x: Blocked, average: bool, kernel: Pair, stride: Pair, padding: Pair) ->
     plan = _plan(average, kernel, stride, padding, tuple(x.shape), torch.get_num_threads())
     if plan is None:
         return None
-    out = empty(plan.shape, x.tensor)
+    out, stored = empty(plan.shape, x.tensor), x.stored()
     with torch.no_grad():
-        plan.forward(x.tensor, out)
+        plan.forward(stored, out)
     if torch.is_grad_enabled() and x.tensor.requires_grad:
         plain = partial(_plain, average, kernel, stride, padding)
-        out = _Node.apply((plan, plain, x.shape, out, x.normed, x.behind), x.tensor)
+        made = plan, plain, x.shape, x.parts is None, out, (stored, *x.normed), x.behind
+        out = _Node.apply(made, x.tensor)
     return Blocked(out, plan.shape)
 
 
@@ -65,18 +66,18 @@ def _plain(
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, made: tuple[Any, ...], x: Tensor) -> Tensor:
-        *ctx.made, out, normed, before = made
-        ctx.before = before
-        ctx.save_for_backward(x, *normed)
+        *ctx.made, out, kept, ctx.before = made
+        ctx.save_for_backward(x, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, plain, shape = ctx.made
-        x, *normed = ctx.saved_tensors
+        plan, plain, shape, whole = ctx.made
+        x, stored, *normed = ctx.saved_tensors
         if not direct(grad):
-            return None, *by_ordinary_ops(plain, shape, [x], [True], grad)
-        (x, *normed), (grad,) = as_made([x, *normed]), as_made([grad.contiguous()])
+            numbers = None if whole else stored.detach()
+            return None, *by_ordinary_ops(plain, shape, [x], [True], grad, numbers)
+        (x, *normed), (grad,) = as_made([stored, *normed]), as_made([grad.contiguous()])
         dx, before = torch.empty_like(x), None
         if ctx.before is not None:
             sums = torch.empty(3 * x.shape[2], dtype=torch.float64)

@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsekd._torch import direct_apply
-from sparsekd.ops.cpu.blocked import (
-    Blocked,
-    ConvNorm,
-    Plan,
-    compiled,
-    count_batches,
-    empty,
-    norm_memory,
-    operands_of,
-)
+from sparsekd.ops.cpu.blocked import ConvNorm, Plan, count_batches, norm_memory, operands_of
+from sparsekd.ops.cpu.blocked_map import Blocked, compiled, empty
 from sparsekd.ops.cpu.blocked_ordinary import as_made, by_ordinary_ops, direct
 
 PreActivationPlan: Any = compiled("PreActivationPlan")
@@ -83,9 +75,10 @@ def run(block: Block, x: Blocked, *, moments: bool) -> Blocked | None:
     shortcut = None
     if block.shortcut is not None:
         shortcut = (block.shortcut, None, empty(shapes[count + 1], x.tensor))
+    stored = x.stored()
     with torch.no_grad():
         finite = block.plan.forward(
-            x.tensor, block.front_operands(state), x.moments, operands_of(block.units, maps),
+            stored, block.front_operands(state), x.moments, operands_of(block.units, maps),
             (block.last, None, out), shortcut, found,
         )  # fmt: skip
     if not finite:
@@ -94,16 +87,17 @@ def run(block: Block, x: Blocked, *, moments: bool) -> Blocked | None:
         count_batches(block.units if block.front is None else [block.front, *block.units])
     inputs = [x.tensor, *block.parameters]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        kept = [*maps] if state is None else [*maps, state]
-        out = _apply((block, out, kept, x.shape, shapes), *inputs)
+        kept = [stored, *maps] if state is None else [stored, *maps, state]
+        known = block, x.shape, shapes, x.parts is None
+        out = _apply((known, out, kept), *inputs)
     return Blocked(out, out_shape, moments=found)
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, made: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
-        block, out, kept, ctx.shape, ctx.shapes = made
-        ctx.block, ctx.inputs = block, len(inputs)
+        (ctx.block, ctx.shape, ctx.shapes, ctx.whole), out, kept = made
+        ctx.inputs = len(inputs)
         ctx.save_for_backward(*inputs, *kept)
         ctx.set_materialize_grads(False)
         return out
@@ -118,7 +112,8 @@ class _Node(torch.autograd.Function):
         if direct(grad):
             results = _gradients(ctx, as_made(saved), as_made([grad.contiguous()])[0], needs)
         if results is None:
-            results = by_ordinary_ops(ctx.block.plain, ctx.shape, inputs, needs, grad)
+            stored = None if ctx.whole else saved[ctx.inputs].detach()
+            results = by_ordinary_ops(ctx.block.plain, ctx.shape, inputs, needs, grad, stored)
         return None, *results
 
 
@@ -130,7 +125,7 @@ def _gradients(
 ) -> list[Tensor | None] | None:
     """Return the gradients of all inputs; None if one of them is not finite."""
     block: Block = ctx.block
-    x, kept = saved[0], saved[ctx.inputs :]
+    x, *kept = saved[ctx.inputs :]
     front, state = block.front, None if block.front is None else kept[-1]
     dx = torch.empty_like(x) if needs[0] or front is not None else None
     results: list[Tensor | None] = [dx]
