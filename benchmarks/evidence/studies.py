@@ -5,7 +5,8 @@ convolutions 3 to 5. A study has columns, each a recipe that runs in a folder of
 whose differences answer its question: the same sparsity and seed, one less the other.
 
 All studies of convolutions together are cut to what two cores train in two hours: at 28x28 the
-tickets of ResNet-20 alone would take ten. Each says in its `setting` what that costs.
+tickets of ResNet-20 alone would take ten. At these sizes there were no pilots; each says in its
+`setting` what it leaves out.
 """
 
 from __future__ import annotations

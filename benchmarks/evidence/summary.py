@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.evidence.studies import Study
+from sparsekd.recipes import plan
 from sparsekd.recipes.report import LABELS
 from sparsekd.train import MetricsLog, Row, write_atomic
 
@@ -162,6 +163,17 @@ def times(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def unfinished(study: Study, rows: Sequence[Row]) -> str:
+    """Return how many runs have finished, or nothing where all have."""
+    planned = sum(len(plan(recipe)) for recipe in study.columns.values())
+    if len(rows) >= planned:
+        return ""
+    return (
+        f"**{len(rows)} of {planned} runs have finished;** the same command trains the others. "
+        "Differences of one or two seeds decide nothing."
+    )
+
+
 def page(name: str, study: Study, rows: Sequence[Row]) -> str:
     """Return the page of a study: its question, figure and tables."""
     parts = [
@@ -169,6 +181,7 @@ def page(name: str, study: Study, rows: Sequence[Row]) -> str:
         study.question,
         study.setting,
         f"Written from rows.jsonl by `python -m benchmarks.evidence {name}`.",
+        unfinished(study, rows),
         "![differences](differences.png)",
         "Test accuracy of the same seed, in points: mean ± standard deviation, then each seed.",
         differences(study, rows),

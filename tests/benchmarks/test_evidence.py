@@ -119,6 +119,9 @@ def test_a_study_goes_on_where_it_stopped_and_pairs_seeds(study, tmp_path, stop_
     run_study("s", study, tmp_path, partial(run, stop=StopRequest()))
     assert rows_of(tmp_path) == rows
     page = (tmp_path / "README.md").read_text()
+    assert "have finished" not in page
+    partial_page = summary.page("s", study, rows[:5])
+    assert "**5 of 12 runs have finished;**" in partial_page
     by = {(r["column"], r["method"], r["sparsity"], r["seed"]): r["test_accuracy"] for r in rows}
     for first, second, s, t in (
         ("one/rigl", "one/static", 0.95, 0.95),
