@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from matplotlib.ticker import EngFormatter
 
 from sparsekd.dst import METHODS
 from sparsekd.plots import COLORS
@@ -34,9 +37,6 @@ th:first-child, td:first-child, .pairs td {{ text-align: left; }}
 {body}
 </body></html>
 """
-
-
-_LOG = {"type": "log", "dtick": "D2"}  # labels at 1, 2 and 5
 
 
 def write_html(folder: Path, rows: Sequence[Row]) -> Path:
@@ -123,6 +123,26 @@ def _figure(graphs: Any, title: str, x: str, y: str, **axis: Any) -> Any:
     )
 
 
+def log_ticks(
+    values: Iterable[float], label: Callable[[float], str] = "{:g}".format
+) -> dict[str, Any]:
+    """Return a logarithmic axis with whole labels at one, two and five times a power of ten.
+
+    Plotly's own labels leave out the power: a 2 between 1T and 10T.
+
+    Args:
+        values: on the axis; those that are not above 0 are left out.
+        label: writes a number.
+
+    Example:
+        >>> log_ticks([3, 30])["ticktext"]
+        ['1', '2', '5', '10', '20', '50']
+    """
+    powers = [math.floor(math.log10(value)) for value in values if value > 0] or [0]
+    ticks = [s * 10.0**power for power in range(min(powers), max(powers) + 1) for s in (1, 2, 5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [label(tick) for tick in ticks]}
+
+
 def _line(number: int) -> dict[str, Any]:
     """Return the style of a line; the first 21 differ."""
     cycle, symbols = number // len(COLORS), ("circle", "square", "triangle-up")
@@ -185,7 +205,7 @@ def _price(graphs: Any, rows: Sequence[Row], price: str) -> Any:
     if not groups or not all(price in row for row in results):
         return None
     title = {"flops_run": "training FLOPs", "seconds": "training time in seconds"}[price]
-    figure = _figure(graphs, "Accuracy and what it took", title, "test accuracy", **_LOG)
+    figure = _figure(graphs, "Accuracy and what it took", title, "test accuracy")
     for number, (name, cells) in enumerate(groups.items()):
         extra = dense if METHODS[name].needs_dense else {}
         cost = [
@@ -212,6 +232,9 @@ def _price(graphs: Any, rows: Sequence[Row], price: str) -> Any:
             mode="markers",
             marker={"symbol": "star", "size": 11, "color": "#666"},
         )
+    costs = [cost for trace in figure.data for cost in trace.x]
+    label = EngFormatter() if price == "flops_run" else "{:g}".format  # 2 T
+    figure.update_xaxes(**log_ticks(costs, label))
     figure.update_yaxes(tickformat=".1%")
     return figure
 
@@ -233,7 +256,7 @@ def _losses(graphs: Any, rows: Sequence[Row]) -> Any:
             name=run.partition("/")[2],
             mode="lines",
         )
-    figure.update_yaxes(**_LOG)
+    figure.update_yaxes(**log_ticks(loss for trace in figure.data for loss in trace.y))
     return figure
 
 

@@ -229,7 +229,8 @@ def _explained(rows: Sequence[Row], found: Sequence[Saving]) -> str:
         lines.append("a teacher takes part on both sides.")
     lines.append("Total: all that a method runs, its teacher included; the dense run is 1.")
     if first:
-        lines.append(f"It has the dense run that {_listed(first)} start from.")
+        verb = "need" if len(first) > 1 else "needs"
+        lines.append(f"It includes the dense run that {_listed(first)} {verb}.")
     totals = {m: [s.total_time for s in found if s.method == m] for m in _methods(found)}
     known = {m: [t for t in times if t is not None] for m, times in totals.items()}
     if any(known.values()):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparsekd.errors import UnavailableError
-from sparsekd.recipes.html import build, write_html
+from sparsekd.recipes.html import build, log_ticks, write_html
 from sparsekd.recipes.report import read_rows
 
 COMPARE = Path(__file__).parents[2] / "docs/results/compare"
@@ -34,6 +34,12 @@ def test_the_page_has_all_parts_and_needs_no_network(page):
         assert part in text
     assert text.count('class="plotly-graph-div"') == 5
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.?http", text)
+
+
+def test_labels_of_logarithmic_axes_are_whole_numbers(page):
+    assert log_ticks([2e12, 9e12])["tickvals"] == [1e12, 2e12, 5e12]
+    assert log_ticks([])["ticktext"] == ["1", "2", "5"]
+    assert '"ticktext":["1 T","2 T","5 T"' in page.read_text()
 
 
 def test_text_of_a_run_is_text(page):
