@@ -64,12 +64,12 @@ def _bert() -> nn.Module:
 
 
 NETWORKS = {
-    "resnet18": Network(models.resnet18, _images(32, 32)),
-    "wrn22_2": Network(models.wrn22_2, _images(32, 32)),
-    "vgg16_bn": Network(models.vgg16_bn, _images(64, 32)),
-    "timm ViT": Network(_vit, _images(32, 32)),
-    "torchvision resnet50": Network(_torchvision_resnet50, _images(8, 64)),
-    "transformers BERT": Network(_bert, lambda: torch.randint(0, 30000, (8, 64))),
+    "resnet18": Network(models.resnet18, _images(8, 32)),
+    "wrn22_2": Network(models.wrn22_2, _images(16, 32)),
+    "vgg16_bn": Network(models.vgg16_bn, _images(8, 32)),
+    "timm ViT": Network(_vit, _images(4, 32)),
+    "torchvision resnet50": Network(_torchvision_resnet50, _images(4, 64)),
+    "transformers BERT": Network(_bert, lambda: torch.randint(0, 30000, (4, 64))),
 }
 
 

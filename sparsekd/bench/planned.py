@@ -49,7 +49,9 @@ class Steps:
     def add(self, plan: Plan) -> None:
         """Let a plan take part from now on, after `optimize`."""
         masks = self._plans.masks(plan, self._case.model)
-        model = make_sparse(self._case.build(), plan.layers, masks)
+        with warnings.catch_warnings():  # of channels without a weight: told by `apply`
+            warnings.simplefilter("ignore")
+            model = make_sparse(self._case.build(), plan.layers, masks)
         self._runs[len(self._chosen)] = self._ready(_OURS, model)
         self._chosen.append(plan)
 

@@ -20,7 +20,7 @@ from sparsekd.bench.race import Competitor, Race, Ready, by_name
 from sparsekd.diagnose import flops
 from sparsekd.memory import trim
 from sparsekd.nn import densify, optimize, sparse_modules, sparsify
-from sparsekd.sparsity import generator_for
+from sparsekd.sparsity import generator_for, outputs_first
 from sparsekd.train import Row, to_channels_last
 from sparsekd.train.step_time import training_step
 
@@ -114,7 +114,8 @@ class StepRun(NamedTuple):
             if grad is None:
                 continue
             if kind == "weight" and layer in masks:
-                grad = grad[masks[layer]]
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                grad = outputs_first(module, grad)[masks[layer]]
             found[f"{layer}.{'weight' if kind in _VALUES else kind} gradient"] = grad
         return found
 
