@@ -73,7 +73,7 @@ class Samples(Source):
         view = self.dataset if augment or self.plain is None else self.plain
         workers = default_workers() if self.workers is None else self.workers
         loader = DataLoader(
-            _SeededBatches(view, seed),
+            _SeededBatches(view, seed, self.mean, self.std, channels_last),
             batch_size=None,
             sampler=_Shares(order, positions),
             num_workers=min(workers, order.total - order.start),
@@ -83,12 +83,7 @@ class Samples(Source):
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            x, y = batch
-            if self.mean is not None and self.std is not None:
-                x = normalise(x, self.mean, self.std, channels_last)
-            elif channels_last and x.ndim == 4:
-                x = x.contiguous(memory_format=torch.channels_last)
-            yield x, y
+            yield batch
 
 
 def default_workers() -> int:
@@ -123,13 +118,22 @@ class _SeededBatches(TorchDataset):
 
     dataset: Any
     seed: int
+    mean: Tensor | None
+    std: Tensor | None
+    channels_last: bool
 
     def __getitem__(self, indices: list[int]) -> Any:
         try:
             with RandomState(self.seed).in_use():
-                return default_collate([self._sample(index) for index in indices])
+                x, y = default_collate([self._sample(index) for index in indices])
         except DataError as error:
             return error  # a worker's traceback would bury what it says
+        # Here rather than between two steps: of 16 images of 224 pixels it takes 34 ms.
+        if self.mean is not None and self.std is not None:
+            x = normalise(x, self.mean, self.std, self.channels_last)
+        elif self.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, y
 
     def _sample(self, index: int) -> tuple[Any, Any]:
         seed_all(self.seed + index)
