@@ -37,6 +37,8 @@ PASSES = (
 class Passes:
     """Listen to the passes of a step and time each both ways."""
 
+    watched = None
+
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
         self.chosen: list[str] = []

@@ -53,6 +53,11 @@ class BackwardOnly:
             self._passes[name] = Passes(module.values, partial(self._add, name))
         observe.listeners.add(self)
 
+    @property
+    def watched(self) -> Mapping[str, SparseModule]:
+        """The layers whose gradients it needs to see, by name."""
+        return self.layers
+
     def stop(self) -> None:
         """Stop computing gradients."""
         observe.listeners.discard(self)

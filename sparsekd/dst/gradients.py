@@ -207,6 +207,11 @@ class DenseGradients:
         self.foreign: dict[str, None] = {}
         """Layers whose `.grad` holds what no backward pass has written."""
 
+    @property
+    def watched(self) -> Mapping[str, SparseModule]:
+        """The layers whose gradients these are, by name."""
+        return self._modules
+
     def switch(self, on: bool) -> None:
         """Forget all operands, and start or stop collecting them."""
         for record in self._records.values():

@@ -26,7 +26,7 @@ from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, is_relu_or_none
 from sparsekd.nn.pooling import pool_blocked
 from sparsekd.nn.prepared import Prepared, recall, remember
-from sparsekd.ops import eager, observe
+from sparsekd.ops import eager
 from sparsekd.ops.cpu import blocked as ops
 from sparsekd.ops.cpu.blocked_map import AVAILABLE, Blocked, enter, leave
 from sparsekd.ops.cpu.blocked_ordinary import lanes
@@ -166,7 +166,7 @@ def run_block(
         return ops.run(plan, inside, found, count, relu, plain)
 
     if parts is not None and all(lasts(unit.conv, unit.norm) for unit in units):
-        remember(owner, shape, tensor.dtype, Prepared(run, False), *parts)
+        remember(owner, shape, tensor.dtype, Prepared(run, plan, False), *parts)
     return run(x if isinstance(x, Blocked) else enter(x))
 
 
@@ -190,7 +190,7 @@ def input_fits(x: Tensor, shape: Sequence[int]) -> bool:
         return False
     if torch.compiler.is_exporting() or not eager.bare((x, x)):
         return False
-    return not observe.listeners and forced() in (None, "auto", "cpp")
+    return forced() in (None, "auto", "cpp")
 
 
 def pays(convs: Sequence[nn.Module], then: nn.Module | None) -> bool:

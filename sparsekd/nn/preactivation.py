@@ -99,7 +99,7 @@ def run_preactivation(
 
     again = all(lasts(conv, None) for conv in convs) and all(lasts(None, norm) for norm in norms)
     if front is not None and again:
-        remember(owner, shape, tensor.dtype, Prepared(run, not frozen))
+        remember(owner, shape, tensor.dtype, Prepared(run, plan, not frozen))
     return run(x if isinstance(x, Blocked) else enter(x))
 
 

@@ -16,6 +16,8 @@ from torch import nn
 
 from sparsekd._torch import has_global_hook
 from sparsekd.nn.stored import StoredWeight
+from sparsekd.ops import observe
+from sparsekd.ops.cpu.blocked import Plan
 from sparsekd.ops.cpu.blocked_map import Blocked, compiled
 
 _Watch: Any = compiled("Watch")
@@ -30,10 +32,12 @@ class Prepared(NamedTuple):
 
     Args:
         run: of blocked images.
+        plan: that it runs by.
         needs_moments: whether it runs only where the moments of its input are known.
     """
 
     run: Run
+    plan: Plan
     needs_moments: bool
 
 
@@ -77,7 +81,7 @@ def recall(
     if owned is None or has_global_hook():
         return None
     prepared = owned.by_call.get(_call(shape, dtype))
-    if prepared is None:
+    if prepared is None or observe.listeners.watch(prepared.plan.crows):
         return None
     if not owned.holds(parts):
         del _owned[owner]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,10 @@ from sparsekd._torch import current_pass, running_function
 
 class Listener(Protocol):
     """An observer of the calls of every op, while it is one of the `listeners`."""
+
+    @property
+    def watched(self) -> Mapping[str, Any] | None:
+        """The sparse modules whose gradients it needs to see, by name; None for all."""
 
     def on_call(self, op: str, args: tuple[Any, ...]) -> None:
         """Handle a call; unless `lasting()`, operands needed later have to be copied.
@@ -54,6 +58,22 @@ class Listeners:
 
     def __iter__(self) -> Iterator[Listener]:
         return (listener for ref in self._held if (listener := ref()) is not None)
+
+    def watch(self, crows: Iterable[Tensor]) -> bool:
+        """Return whether somebody needs to see the gradients of sparse weights.
+
+        Args:
+            crows: of their structures.
+        """
+        if not self:
+            return False
+        if self._watchers:
+            return True
+        return any(
+            listener.watched is None or owner(listener.watched, crow) is not None
+            for listener in self
+            for crow in crows
+        )
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for as long as something else holds it."""

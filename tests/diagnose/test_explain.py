@@ -146,6 +146,8 @@ def test_without_sparse_kernels_there_is_nothing_to_compare() -> None:
 
 def test_the_model_and_those_who_listen_notice_nothing() -> None:
     class Listener:
+        watched = None
+
         def on_call(self, op: str, args: tuple[Any, ...]) -> None:
             raise AssertionError(f"saw {op}")
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekd as skd
 from sparsekd.models.resnet import BasicBlock
+from sparsekd.ops.cpu import blocked as cpu_blocked
 
 
 @pytest.fixture
@@ -309,6 +310,31 @@ def test_methods_grow_the_same_weights(method: str, sparse_twins, x) -> None:
     del dst
     gc.collect()  # with what it listens by
     assert all(map(torch.equal, *masks))
+
+
+def test_an_updater_leaves_other_models_in_the_layout(
+    sparse_twins, x, blocks, monkeypatch, one_step, assert_near
+) -> None:
+    """A student whose next update is due, and a teacher that has weights in training as well."""
+    (teacher, plain), (student, _) = sparse_twins(stages), sparse_twins(stages)
+    ordinary: list[object] = []
+    real = cpu_blocked.by_ordinary_ops
+    note = lambda *args: ordinary.append(args[1]) or real(*args)  # noqa: E731
+    monkeypatch.setattr(cpu_blocked, "by_ordinary_ops", note)
+    opt = torch.optim.SGD(student.parameters(), lr=0.05)
+    dst = skd.dst.RigL(student, opt, drop_fraction=0.3, every=2, until=10)
+    for update in (False, True, False, True):
+        assert_near(one_step(teacher, x), one_step(plain, x))
+        assert len(blocks) == 3
+        assert not ordinary
+        blocks.clear()
+        opt.zero_grad()
+        student(x).sin().sum().backward()
+        assert len(blocks) == (0 if update else 3)
+        blocks.clear()
+        assert dst.step() == update
+    del dst
+    gc.collect()  # with what it listens by
 
 
 def test_listeners_that_come_between_the_passes(sparse_twins, x) -> None:

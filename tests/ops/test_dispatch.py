@@ -214,6 +214,8 @@ def test_much_larger_inputs_are_raced(races: list[str]) -> None:
 
 def test_a_listener_sees_every_pass_whoever_runs_it(races: list[str]) -> None:
     class Listener:
+        watched = None
+
         def __init__(self) -> None:
             self.ops: list[str] = []
 

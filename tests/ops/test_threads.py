@@ -188,6 +188,8 @@ def test_a_backward_pass_on_another_thread_runs_what_its_forward_was_asked_to(
 class Heard:
     """A listener that counts."""
 
+    watched = None
+
     def __init__(self) -> None:
         self.calls = 0
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsekd._torch import direct_apply, version_of
 from sparsekd.errors import ShapeError
+from sparsekd.ops import observe
 from sparsekd.ops.cpu.blocked_map import Behind, Blocked, Parts, compiled, empty, joined
 from sparsekd.ops.cpu.blocked_ordinary import Shape, as_made, by_ordinary_ops, direct
 
@@ -41,10 +42,11 @@ class Plan:
         shapes: `[N, C, H, W]` of each convolution's result.
         projected: that of the gradient through the shortcut's convolution, None without one.
         identity: whether the input itself is added.
+        crows: of the structures of its weights.
     """
 
-    def __init__(self, compiled: Any, projects: bool, identity: bool) -> None:
-        self.identity = identity
+    def __init__(self, compiled: Any, projects: bool, identity: bool, crows: list[Tensor]) -> None:
+        self.identity, self.crows = identity, crows
         self.forward, self.backward = compiled.forward, compiled.backward
         self.shapes: list[Shape] = [tuple(shape) for shape in compiled.shapes]
         self.projected: Shape | None = tuple(compiled.projected) if projects else None
@@ -81,6 +83,8 @@ def plan(
 ) -> Plan | None:
     """Return the compiled plan of a block, None if the kernels do not take it.
 
+    None also while somebody needs to see the gradients of its weights, which stay inside.
+
     Args:
         kind: of plan; takes what follows and the number of threads.
         owner: what keeps the plan, for as long as its structures stay.
@@ -102,10 +106,13 @@ def plan(
         try:
             made = kind(main, shortcut, identity, shape, threads)
             projects = shortcut is not None
-            known.by_call[key] = Plan(made, projects, identity) if made.supported else None
+            crows = indices[::2]
+            made = Plan(made, projects, identity, crows) if made.supported else None
+            known.by_call[key] = made
         except ShapeError:  # which the modules report in their own words
             known.by_call[key] = None
-    return known.by_call[key]
+    found = known.by_call[key]
+    return None if found is None or observe.listeners.watch(found.crows) else found
 
 
 @dataclass
@@ -258,7 +265,7 @@ class _Node(torch.autograd.Function):
             return (None,) * (ctx.inputs + 1)
         saved = ctx.saved_tensors
         results = None
-        if direct(grad):
+        if direct(grad, ctx.made[0].crows):
             results = _gradients(ctx, as_made(saved), as_made([grad.contiguous()])[0])
         if results is None:
             *_, parts, plain, shape = ctx.made

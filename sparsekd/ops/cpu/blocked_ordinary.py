@@ -38,9 +38,14 @@ def left(x: Tensor, shape: Shape) -> Tensor:
     return x.permute(0, 4, 2, 1, 3).reshape(-1, c, h, w)[:n]
 
 
-def direct(grad: Tensor) -> bool:
-    """Return whether the kernels may make of a gradient what is wanted of it, seen by nobody."""
-    return not (torch.is_grad_enabled() or observe.listeners or transformed(grad))
+def direct(grad: Tensor, crows: Sequence[Tensor] = ()) -> bool:
+    """Return whether the kernels may make of a gradient what is wanted of it, seen by nobody.
+
+    Args:
+        grad: of the result of a block.
+        crows: of the structures of its weights.
+    """
+    return not (torch.is_grad_enabled() or transformed(grad) or observe.listeners.watch(crows))
 
 
 def as_made(saved: Sequence[Tensor]) -> Sequence[Tensor]:

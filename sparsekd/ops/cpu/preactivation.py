@@ -109,7 +109,7 @@ class _Node(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, needs = saved[: ctx.inputs], ctx.needs_input_grad[1:]
         results = None
-        if direct(grad):
+        if direct(grad, ctx.block.plan.crows):
             results = _gradients(ctx, as_made(saved), as_made([grad.contiguous()])[0], needs)
         if results is None:
             stored = None if ctx.whole else saved[ctx.inputs].detach()
