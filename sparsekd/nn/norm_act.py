@@ -21,6 +21,9 @@ from sparsekd._torch import is_bare, transformed
 from sparsekd.models.norm_act import BatchNormAct2d
 from sparsekd.tracing import call_module, stays_whole
 
+LEAST = 1 << 14
+"""Elements of maps from which the op pays: below, its node takes longer than torch's modules."""
+
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
 
@@ -33,7 +36,8 @@ def norm_act(
     """Return `act(norm(x) + residual)`.
 
     It is one op if `norm` is an nn.BatchNorm2d and `act` a ReLU, both without hooks, on float32 or
-    float64 maps on the CPU; in every other case the modules are called one after the other.
+    float64 maps of at least `LEAST` elements on the CPU; in every other case the modules are called
+    one after the other.
 
     Args:
         norm: the normalisation.
@@ -56,9 +60,9 @@ def norm_act(
     """
     if (
         type(norm) is nn.BatchNorm2d
+        and fits(norm, x, residual)
         and is_bare(norm)
         and is_relu_or_none(act)
-        and fits(norm, x, residual)
     ):
         return fused(norm, x, residual, relu=act is not None)
     y = norm(x)
@@ -142,6 +146,8 @@ def fits(norm: nn.BatchNorm2d, x: Tensor, residual: Any) -> bool:
         return False
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False  # a graph that is to leave this process holds torch's own ops
+    if not torch.compiler.is_compiling() and x.numel() < LEAST:
+        return False
     if x.ndim != 4 or x.shape[1] != norm.num_features or not x.numel():
         return False
     if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":

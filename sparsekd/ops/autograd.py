@@ -51,7 +51,8 @@ def register_autograd(
 
     Args:
         op: an overload.
-        backward: returns the gradients of the operands, of the context and that of the result.
+        backward: returns the gradients of the first operands, of the context and that of the
+            result; the others have none.
         setup: keeps in the context what `backward` needs of the operands and the result.
         jvp: the rule of forward-mode differentiation, if it has one.
     """
@@ -79,7 +80,8 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            return *_where_asked(ctx, backward, grads), None
+            found = _where_asked(ctx, backward, grads)
+            return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -120,6 +122,8 @@ def direct_call(
         backward, setup: as of `register_autograd`.
     """
 
+    without = [None] * (count + 1)
+
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
@@ -131,7 +135,8 @@ def direct_call(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            return *_where_asked(ctx, backward, grads)[:count], None
+            found = _where_asked(ctx, backward, grads)
+            return *found, *without[len(found) :]
 
     Node.__name__ = Node.__qualname__ = f"Sparsekd_{name}"
     apply = direct_apply(Node)
@@ -197,7 +202,7 @@ def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
         if needs[4]:
             over = (0, 2, 3) if conv else tuple(range(grad.ndim - 1))
             dbias = grad.sum(over) if over else grad
-        return dx, dvalues, None, None, dbias, *[None] * len(ctx.rest)
+        return dx, dvalues, None, None, dbias
 
     def dgrad_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
         _save(ctx, inputs, 5 if conv else 4)
@@ -210,7 +215,7 @@ def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
             ddgrad = getattr(run, kind)(ddx, values, crow, col, None, *ctx.rest)
         if ctx.needs_input_grad[1]:
             dvalues = getattr(run, wgrad)(grad, ddx, crow, col, *ctx.rest)
-        return ddgrad, dvalues, *[None] * ((3 if conv else 2) + len(ctx.rest))
+        return ddgrad, dvalues
 
     def wgrad_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
         _save(ctx, inputs, 4)
@@ -224,7 +229,7 @@ def _formulas(kind: str) -> dict[str, tuple[Backward, Setup]]:
             ddgrad = getattr(run, kind)(x, ddvalues, crow, col, None, *ctx.rest)
         if ctx.needs_input_grad[1]:
             dx = getattr(run, dgrad)(grad, ddvalues, crow, col, *ctx.input_shape, *ctx.rest)
-        return ddgrad, dx, *[None] * (2 + len(ctx.rest))
+        return ddgrad, dx
 
     return {
         kind: (forward_backward, forward_setup),

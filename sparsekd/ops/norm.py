@@ -17,6 +17,8 @@ from torch import Tensor
 from sparsekd._torch import KeySet, after_autograd, below_autograd, transformed
 from sparsekd.ops import checks, reference
 from sparsekd.ops.autograd import direct_call, goes_direct, register_autograd
+from sparsekd.ops.dispatch.backends import load
+from sparsekd.ops.dispatch.context import forced
 from sparsekd.ops.eager import plain as is_plain
 from sparsekd.ops.kernel import kernel
 from sparsekd.ops.memory_format import memory_format_of
@@ -64,6 +66,18 @@ norm_act = _ops.norm_act.default
 norm_act_backward = _ops.norm_act_backward.default
 
 
+def _direct(name: str) -> Callable[..., Any]:
+    """Return the kernel of an op for calls past the dispatcher, whose operands fit together."""
+    general = _kernels[name]
+
+    def run(*args: Any) -> Any:
+        here = args[0].is_cpu and forced() in (None, "auto", "cpp")
+        compiled = load("cpp")[0] if here else None
+        return general(*args) if compiled is None else getattr(compiled, name)(*args)
+
+    return run
+
+
 def _moments_are_constants(keyset: KeySet, x: Tensor) -> tuple[Tensor, Tensor]:
     with below_autograd():
         return batch_moments.redispatch(keyset & after_autograd, x)
@@ -86,7 +100,7 @@ def _norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     plain = torch.is_grad_enabled() or transformed(grad)
     run: Any = reference.norm_act_backward if plain else norm_act_backward
     if not plain and goes_direct(ctx, grad):
-        run = _kernels["norm_act_backward"]
+        run = _direct_backward
     needs = ctx.needs_input_grad
     params = not ctx.frozen or needs[2] or needs[3]
     dx, dresidual, dweight, dbias = run(grad, *ctx.saved_tensors, *ctx.rest, params)
@@ -95,21 +109,22 @@ def _norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (dresidual if ctx.relu else grad) if needs[1] else None,
         dweight if needs[2] else None,
         dbias if needs[3] else None,
-        *[None] * 5,
     )
 
 
 register_autograd(norm_act, _norm_act_backward, _norm_act_setup)
+_direct_moments, _direct_backward = _direct("batch_moments"), _direct("norm_act_backward")
 _direct_norm_act = direct_call(
-    "norm_act", _kernels["norm_act"], 6, _norm_act_backward, _norm_act_setup
+    "norm_act", _direct("norm_act"), 6, _norm_act_backward, _norm_act_setup
 )
 
 
 def call_batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Run the op batch_moments, past the dispatcher where that changes nothing."""
-    run: Any = _kernels["batch_moments"] if is_plain((x, x)) else batch_moments
+    if is_plain((x, x)):
+        return _direct_moments(x)
     with torch.no_grad():
-        return run(x)
+        return batch_moments(x)
 
 
 def call_norm_act(*args: Any) -> Tensor:

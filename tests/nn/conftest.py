@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from sparsekd.ops import observe
 from sparsekd.ops.cpu import blocked as cpu_blocked
 from sparsekd.ops.cpu import preactivation as cpu_preactivation
 
+fused_norms = importlib.import_module("sparsekd.nn.norm_act")  # a function has the name, too
+
 
 @pytest.fixture(autouse=True, scope="module")
 def nobody_listens() -> None:
@@ -27,6 +30,12 @@ def nobody_listens() -> None:
     """
     gc.collect()
     assert not observe.listeners
+
+
+@pytest.fixture(autouse=True)
+def small_maps_are_fused(monkeypatch) -> None:
+    """Run the fused norm where it does not pay too, since tests have small maps."""
+    monkeypatch.setattr(fused_norms, "LEAST", 0)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import sparsekd as skd
 from sparsekd.models.resnet import BasicBlock
 from sparsekd.nn import conv_norm_act
+
+norms = importlib.import_module("sparsekd.nn.norm_act")  # a function has the name, too
 
 
 class Torchvision(nn.Module):
@@ -76,6 +79,29 @@ def test_equal_and_fused(project: bool, x: Tensor, twins, count, assert_equal_st
     fast.eval()
     plain.eval()
     assert_equal_steps(fast, plain, x)
+
+
+def test_maps_too_small_to_pay_run_as_modules(
+    monkeypatch, x: Tensor, twins, count, assert_equal_steps
+) -> None:
+    fast, plain = twins(lambda: Torchvision(True))
+    monkeypatch.setattr(norms, "LEAST", x.numel() + 1)
+    assert count(copy.deepcopy(fast), x) == (0, 3, 2)
+    assert_equal_steps(fast, plain, x)
+    monkeypatch.setattr(norms, "LEAST", x.numel())
+    assert count(copy.deepcopy(fast), x) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_backward_follows_the_backend_asked_for_then(backend: str, x: Tensor, twins) -> None:
+    """The kernels are called past the table of backends only where these would be chosen."""
+    fast, plain = twins(lambda: Torchvision(True))
+    ys = [model(x) for model in (fast, plain)]
+    with skd.backend(backend):
+        ys[0].sin().sum().backward()
+    ys[1].sin().sum().backward()
+    for one, other in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_a_subclass_without_a_row_is_left(x: Tensor, twins, count, assert_equal_steps) -> None:

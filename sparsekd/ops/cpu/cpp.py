@@ -293,9 +293,10 @@ def norm_act(
     frozen: bool,
 ) -> Tensor:
     layout = memory_format_of(x)
-    y = _empty(list(x.shape), x, layout)
+    maps = _maps(x, layout)
+    y = torch.empty_like(maps)
     _C.norm_forward(
-        _maps(x, layout), _optional_maps(residual, layout), _optional(weight), _optional(bias),
+        maps, _optional_maps(residual, layout), _optional(weight), _optional(bias),
         _vector(mean), _vector(var), eps, relu, y, torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -315,12 +316,13 @@ def norm_act_backward(
     param_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = memory_format_of(x)
-    shape = list(x.shape)
-    dx = _empty(shape, x, layout)
-    dresidual = x.new_empty(0) if y is None else _empty(shape, x, layout)
-    dweight, dbias = (x.new_empty(x.shape[1] if param_grads else 0) for _ in range(2))
+    maps = _maps(x, layout)
+    dx = torch.empty_like(maps)
+    dresidual = x.new_empty(0) if y is None else torch.empty_like(maps)
+    length = x.shape[1] if param_grads else 0
+    dweight, dbias = x.new_empty(length), x.new_empty(length)
     _C.norm_backward(
-        _maps(grad, layout), _maps(x, layout), _optional_maps(y, layout), _optional(weight),
+        _maps(grad, layout), maps, _optional_maps(y, layout), _optional(weight),
         _optional(bias), _vector(mean), _vector(var), eps, relu, frozen, dx,
         None if y is None else dresidual, dweight if param_grads else None,
         dbias if param_grads else None, torch.get_num_threads(),
