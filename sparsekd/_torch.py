@@ -138,9 +138,14 @@ def at_end_of_pass(callback: Callable[[], None]) -> None:
     Variable._execution_engine.queue_callback(callback)
 
 
+def function_of(node: object) -> type[torch.autograd.Function] | None:
+    """Return the autograd.Function that a node of a graph belongs to, None for those of torch."""
+    return getattr(type(node), "_forward_cls", None)
+
+
 def running_function() -> type[torch.autograd.Function] | None:
     """Return the autograd.Function whose backward is running, None if there is none."""
-    return getattr(type(torch._C._current_autograd_node()), "_forward_cls", None)
+    return function_of(torch._C._current_autograd_node())
 
 
 # -- tensors ---------------------------------------------------------------------------------------

@@ -270,6 +270,13 @@ def test_running_function() -> None:
     assert seen in ([None], [Double])  # as it is about to run
 
 
+def test_function_of() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert _torch.function_of(Double.apply(x).grad_fn) is Double
+    assert _torch.function_of((x * 2).grad_fn) is None
+    assert _torch.function_of(None) is None
+
+
 # -- tensors ---------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from sparsekd.bench import own
 from sparsekd.cli import options
 from sparsekd.errors import UnsupportedError
 from sparsekd.memory import keep_memory_warm
-from sparsekd.nn import sparsify
+from sparsekd.nn import optimize, sparsify
 from sparsekd.recipes import GROUPS, get
 from sparsekd.recipes.files import to_toml
 from sparsekd.terminal import Columns, fail, one_line_errors
@@ -86,7 +86,10 @@ def explain(
             args, kwargs = ((batch, *image),), {}
         keep_memory_warm()
         net = sparsify(net, sparsity=sparsity, distribution=distribution, layout=layout)
-        terminal.console().print(diagnose.explain(net, args=args, kwargs=kwargs))
+        console = terminal.console()
+        console.print(diagnose.explain(net, args=args, kwargs=kwargs))
+        inside = diagnose.region(optimize(net), args=args, kwargs=kwargs)
+        console.print(f"After optimize, {inside}", highlight=False, soft_wrap=True)
 
 
 def info() -> None:

@@ -3,5 +3,6 @@
 from sparsekd.diagnose import flops
 from sparsekd.diagnose.coverage import coverage
 from sparsekd.diagnose.explain import explain
+from sparsekd.diagnose.region import Region, region
 
-__all__ = ["coverage", "explain", "flops"]
+__all__ = ["Region", "coverage", "explain", "flops", "region"]

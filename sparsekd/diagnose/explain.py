@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekd._torch import onednn_computes
 from sparsekd.diagnose.breakeven import PassTimes, time_pass
 from sparsekd.diagnose.coverage import Coverage, coverage
-from sparsekd.diagnose.inputs import example_inputs, tensors_in
+from sparsekd.diagnose.inputs import example_inputs, random_input, tensors_in
 from sparsekd.errors import BackendError, ShapeError
 from sparsekd.modes import in_mode
 from sparsekd.nn import SparseModule, sparse_modules
@@ -278,7 +278,7 @@ def explain(
         >>> sorted(found.layers[0].passes)
         ['fprop', 'wgrad']
     """
-    make = partial(_random, memory_format=memory_format)
+    make = partial(random_input, memory_format=memory_format)
     inputs, named = example_inputs(model, args, kwargs, make)
     layers = dict(sparse_modules(model))
     with _progress(len(layers)) as advance:
@@ -308,17 +308,6 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> No
         raise ShapeError("model: expected an output that depends on trainable parameters")
     ones = [torch.ones_like(output) for output in outputs]
     torch.autograd.grad(outputs, parameters, ones, allow_unused=True)
-
-
-def _random(
-    shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(device, dtype)
-    return x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
 
 
 @contextmanager

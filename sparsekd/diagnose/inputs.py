@@ -67,6 +67,23 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         yield from tensors_in([getattr(output, field.name) for field in fields(output)])
 
 
+def random_input(
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """Return normally distributed numbers, the same ones every time.
+
+    Args:
+        shape, device, dtype: of the tensor.
+        memory_format: where it has four dimensions.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    return x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
+
+
 def _is_shape(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(
         isinstance(size, Integral) and not isinstance(size, bool) for size in value

@@ -30,6 +30,7 @@ def optimize(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
 
     From one sparse convolution with a norm to the next, and through residual blocks, activations
     stay in the layout of the kernels, in batches of 10 images or more; see `sparsekd.nn.blocked`.
+    `sparsekd.diagnose.region` lists what does, and why other modules do not.
 
     Modules stay the objects they are, with parameters, buffers, hooks, names and state_dict, and
     their new classes are subclasses of the old ones, so optimizers, `sparsify`, `densify` and
