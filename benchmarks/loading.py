@@ -264,10 +264,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             rates.append(f"| {workers} | {ours:.0f} | {theirs:.0f} |")
             continue
         memory, ours, theirs = (statistics.median(ways[way]["ms"]) for way in WAYS)
-        wait, seen = statistics.median(ways["sparsekd"]["waits_ms"]), 1e3 * ranks * batch
+        waits, seen = ways["sparsekd"].get("waits_ms"), 1e3 * ranks * batch
+        wait = f"{statistics.median(waits):.0f}" if waits else ""
         lines.append(
             f"| {ranks} | {workers} | {memory:,.0f} | {ours:,.0f} | {ours / memory - 1:+.1%} | "
-            f"{wait:.0f} | {seen / ours:.1f} | {seen / theirs:.1f} |"
+            f"{wait} | {seen / ours:.1f} | {seen / theirs:.1f} |"
         )
     return "\n".join(lines + rates)
 
