@@ -20,7 +20,8 @@ from sparsekd._torch import function_of, is_bare
 from sparsekd.diagnose.inputs import example_inputs, random_input, tensors_in
 from sparsekd.modes import in_mode
 from sparsekd.nn import SparseConv2d
-from sparsekd.nn.blocked import conv_fits, input_fits, pays
+from sparsekd.nn.blocked import conv_fits, input_fits
+from sparsekd.nn.blocked_choice import IMAGE_CHANNELS, sure
 from sparsekd.nn.fused import FUSED
 from sparsekd.ops.cpu import blocked, preactivation
 
@@ -155,8 +156,10 @@ def _why(model: nn.Module, name: str, maps: Tensor | None) -> str:
         if not conv_fits(module, maps.dtype):
             return "it has no kernel for such a convolution" if sparse else "its weight is dense"
         if not sparse:
-            return "it is dense, and no sparse convolution follows at once"
-        if not pays([module], None):
+            reads_images = module.in_channels <= IMAGE_CHANNELS
+            alone = "it is dense, and no sparse convolution follows at once"
+            return alone if reads_images else "its weight is dense"
+        if not sure(module):
             return "so many of its weights are stored that other kernels may be faster"
     parent = _caller(model, name)
     if type(parent) in FUSED:

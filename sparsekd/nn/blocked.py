@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from sparsekd import functional
 from sparsekd._torch import is_bare, profiled
 from sparsekd.models.norm_act import BatchNormAct2d
+from sparsekd.nn.blocked_choice import Trial, case_of, entered, fresh, fused_norm, measure
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.nn.norm_act import FusedBatchNormAct2d, conv_norm_act, is_relu_or_none
 from sparsekd.nn.pooling import pool_blocked
@@ -33,11 +34,6 @@ from sparsekd.ops.cpu.blocked_ordinary import lanes
 from sparsekd.ops.dispatch.context import forced
 
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, FusedBatchNormAct2d)
-_DENSE_CHANNELS = 4
-"""Input channels up to which a dense convolution runs in the layout: those of images."""
-_MOST_DENSE = 0.505
-"""Share of nonzeros up to which sparse convolutions run in the layout: above it, torch's own may be
-faster."""
 _LEAST_FULL = 0.6
 """Share of the lanes that must hold images."""
 
@@ -113,9 +109,7 @@ def run_again(owner: nn.Module, x: Tensor | Blocked, *parts: nn.Module | None) -
     prepared = recall(owner, shape, tensor.dtype, *parts)
     if prepared is None:
         return None
-    if prepared.needs_moments and (not isinstance(x, Blocked) or x.moments is None):
-        return None
-    return prepared.run(x if isinstance(x, Blocked) else enter(x))
+    return prepared.run(entered(x, prepared.needs_moments))
 
 
 def run_block(
@@ -136,7 +130,7 @@ def run_block(
         main: the convolutions of the main branch.
         shortcut: what projects the input before it is added; None for nothing.
         identity: whether the input itself is added.
-        then: of a block without sparse convolutions, the convolution that reads its result.
+        then: the convolution that reads its result, if that is known.
         parts: modules beside the owner that the block consists of, where it consists of nothing
             else: `run_again` runs it then.
 
@@ -146,7 +140,10 @@ def run_block(
     """
     units = [*main, shortcut] if shortcut else list(main)
     tensor, shape = (x.tensor, x.shape) if isinstance(x, Blocked) else (x, x.shape)
-    if not input_fits(tensor, shape) or not pays([unit.conv for unit in units], then):
+    if not input_fits(tensor, shape):
+        return None
+    case = case_of(owner, x, [unit.conv for unit in units], then)
+    if case.layout is False:
         return None
     if not all(conv_fits(u.conv, tensor.dtype) and norm_fits(u.norm, tensor.dtype) for u in units):
         return None
@@ -161,6 +158,17 @@ def run_block(
     found = [parameters_of(unit) for unit in units]
     plain = partial(_plain, specs, found, len(main), identity)
     count, relu = len(main), main[-1].relu
+
+    def trial() -> Trial:
+        own = [fresh(unit) for unit in found]
+        return Trial(
+            specs, plan, [p for unit in own for p in unit.parameters],
+            lambda inside: ops.run(plan, inside, own, count, relu, plain),
+            partial(_fused, specs, own, count, identity),
+        )  # fmt: skip
+
+    if case.layout is None and not measure(case, x, trial):
+        return None
 
     def run(inside: Blocked) -> Blocked | None:  # holds no module, see `prepared`
         return ops.run(plan, inside, found, count, relu, plain)
@@ -193,15 +201,6 @@ def input_fits(x: Tensor, shape: Sequence[int]) -> bool:
     return forced() in (None, "auto", "cpp")
 
 
-def pays(convs: Sequence[nn.Module], then: nn.Module | None) -> bool:
-    """Return whether convolutions have zeros enough for the layout; `then` reads their result."""
-    sparse = [conv for conv in convs if isinstance(conv, SparseConv2d)]
-    if not sparse and isinstance(then, SparseConv2d):
-        sparse = [then]
-    size = sum(math.prod(conv.weight_shape) for conv in sparse)
-    return bool(sparse) and sum(len(conv.values) for conv in sparse) <= _MOST_DENSE * size
-
-
 def norm_fits(norm: nn.Module, dtype: torch.dtype) -> bool:
     """Return whether the kernels can do what a norm does."""
     if type(norm) not in _NORMS or not is_bare(norm):
@@ -215,7 +214,7 @@ def conv_fits(conv: nn.Module, dtype: torch.dtype) -> bool:
         return False
     if type(conv) is nn.Conv2d:
         weight = conv.weight
-        if conv.in_channels > _DENSE_CHANNELS or conv.groups != 1 or isinstance(conv.padding, str):
+        if conv.groups != 1 or isinstance(conv.padding, str):
             return False
     elif type(conv) is SparseConv2d:
         weight = conv.values
@@ -311,4 +310,25 @@ def _plain(
         if i == count - 1 and residual is not None:
             x = x + residual
         x = F.relu(x) if spec[-1] else x
+    return x
+
+
+def _fused(
+    specs: Sequence[ops.Spec],
+    units: Sequence[ops.ConvNorm],
+    count: int,
+    identity: bool,
+    x: Tensor,
+) -> Tensor:
+    """Compute a block as its modules do outside of the layout; for measurements."""
+
+    def conv(i: int, x: Tensor) -> Tensor:
+        return plain_conv(specs[i], x, units[i].values, units[i].bias)
+
+    residual = x if identity else None
+    if len(specs) > count:
+        residual = fused_norm(units[count], conv(count, x), relu=False)
+    for i, spec in enumerate(specs[:count]):
+        last = residual if i == count - 1 else None
+        x = fused_norm(units[i], conv(i, x), last, relu=spec[-1])
     return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,19 +22,18 @@ from sparsekd.nn.blocked import (
     norm_fits,
     norm_parameters,
     parameters_of,
-    pays,
     plain_conv,
     plain_norm,
     run_again,
     spec_of,
     values_of,
 )
+from sparsekd.nn.blocked_choice import Trial, case_of, entered, fresh, fused_norm, measure
 from sparsekd.nn.blocked_models import first_conv
 from sparsekd.nn.fused import register_fused
 from sparsekd.nn.prepared import Prepared, remember
 from sparsekd.ops.cpu import blocked as ops
 from sparsekd.ops.cpu import preactivation
-from sparsekd.ops.cpu.blocked_map import enter
 
 
 def run_preactivation(
@@ -55,7 +55,7 @@ def run_preactivation(
         last: the convolution whose result, with the residual, is the block's.
         shortcut: the convolution that makes the residual of the normalised input; where it is None
             and there is a front, the residual is the input.
-        then: of a block without sparse convolutions, the convolution that reads its result.
+        then: the convolution that reads its result, if that is known.
 
     Returns:
         What the modules would return, to rounding; running statistics are updated as they would
@@ -67,16 +67,16 @@ def run_preactivation(
     norms = [unit.norm for unit in units] if front is None else [front, *(u.norm for u in units)]
     bare = [last] if shortcut is None else [last, shortcut]
     convs = [*(unit.conv for unit in units), *bare]
-    if any(conv.bias is not None for conv in bare) or not pays(convs, then):
+    if any(conv.bias is not None for conv in bare):
+        return None
+    case = case_of(owner, x, convs, then)
+    if case.layout is False:
         return None
     if not all(conv_fits(conv, tensor.dtype) for conv in convs):
         return None
     if not all(norm_fits(norm, tensor.dtype) for norm in norms):
         return None
-    known = isinstance(x, Blocked) and x.moments is not None
-    frozen = front is None or not (front.training or front.running_mean is None)
-    if not known and not frozen:
-        return None
+    moments = front is not None and (front.training or front.running_mean is None)
     n, c, h, w = shape
     identity = front is not None and shortcut is None
     specs = [*(spec_of(unit.conv, unit.relu) for unit in units), spec_of(last, False)]
@@ -94,13 +94,52 @@ def run_preactivation(
         partial(_plain, specs, projection, ahead, found),
     )  # fmt: skip
 
+    trial = partial(_trial, block, specs, projection, moments)
+    if case.layout is None and not measure(case, x, trial):
+        return None
+
     def run(inside: Blocked) -> Blocked | None:
         return preactivation.run(block, inside, moments=training)
 
     again = all(lasts(conv, None) for conv in convs) and all(lasts(None, norm) for norm in norms)
     if front is not None and again:
-        remember(owner, shape, tensor.dtype, Prepared(run, plan, not frozen))
-    return run(x if isinstance(x, Blocked) else enter(x))
+        remember(owner, shape, tensor.dtype, Prepared(run, plan, moments))
+    return run(entered(x, moments))
+
+
+def _trial(
+    block: preactivation.Block,
+    specs: Sequence[ops.Spec],
+    projection: ops.Spec | None,
+    moments: bool,
+) -> Trial:
+    """Return a block for a measurement."""
+    values = block.last.detach().clone().requires_grad_()
+    shortcut = block.shortcut
+    own = replace(
+        block,
+        front=None if block.front is None else fresh(block.front),
+        units=[fresh(unit) for unit in block.units],
+        last=values,
+        shortcut=None if shortcut is None else shortcut.detach().clone().requires_grad_(),
+    )
+
+    def ordinary(x: Tensor) -> Tensor:
+        residual = None if own.front is None else x
+        if own.front is not None:
+            x = fused_norm(own.front, x, relu=True)
+        if projection is not None:
+            residual = plain_conv(projection, x, own.shortcut, None)
+        for spec, unit in zip(specs, own.units, strict=False):
+            x = fused_norm(unit, plain_conv(spec, x, unit.values, unit.bias), relu=spec[-1])
+        x = plain_conv(specs[-1], x, own.last, None)
+        return x if residual is None else x + residual
+
+    every = [*specs, projection] if projection is not None else specs
+    return Trial(
+        every, block.plan, own.parameters,
+        lambda inside: preactivation.run(own, inside, moments=True), ordinary, moments,
+    )  # fmt: skip
 
 
 def _plain(

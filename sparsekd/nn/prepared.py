@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
     Args:
         run: of blocked images.
         plan: that it runs by.
-        needs_moments: whether it runs only where the moments of its input are known.
+        needs_moments: whether it needs the moments of its input.
     """
 
     run: Run

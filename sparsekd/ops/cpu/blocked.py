@@ -115,6 +115,11 @@ def plan(
     return None if found is None or observe.listeners.watch(found.crows) else found
 
 
+def forget(owner: Any) -> None:
+    """Drop the plans of a block; they are made anew when needed."""
+    _plans.pop(owner, None)
+
+
 @dataclass
 class ConvNorm:
     """A convolution with the norm behind it, as the kernels take them.
