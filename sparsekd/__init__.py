@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsekd import data, dst, flops, models, tickets
     from sparsekd.diagnose.coverage import coverage
     from sparsekd.diagnose.explain import explain
+    from sparsekd.frozen import freeze, load_frozen, save_frozen
     from sparsekd.tickets import kd_loss
 
 settings.check()
@@ -43,9 +44,11 @@ __all__ = [
     "errors",
     "explain",
     "flops",
+    "freeze",
     "functional",
     "kd_loss",
     "keep_memory_warm",
+    "load_frozen",
     "make_capturable",
     "models",
     "nn",
@@ -53,6 +56,7 @@ __all__ = [
     "optim",
     "optimize",
     "relayout",
+    "save_frozen",
     "sparsify",
     "sparsity",
     "tickets",
@@ -63,6 +67,7 @@ _LATER = {
     **dict.fromkeys(("data", "diagnose", "dst", "flops", "models", "tickets", "train"), ""),
     "coverage": "diagnose",
     "explain": "diagnose",
+    **dict.fromkeys(("freeze", "load_frozen", "save_frozen"), "frozen"),
     "kd_loss": "tickets",
 }
 

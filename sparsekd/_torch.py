@@ -304,6 +304,12 @@ def fsdp_flattened(parameter: Any) -> bool:
     return getattr(parameter, "_fsdp_flattened", False)
 
 
+# -- graphs of torch.export ------------------------------------------------------------------------
+
+FROZEN_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+"""BatchNorm in eval mode, as torch.export writes it."""
+
+
 # -- and one of Python -----------------------------------------------------------------------------
 
 environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)

@@ -346,3 +346,9 @@ def test_ATTENTION_OPS_and_TRILINEAR_OP() -> None:
 @pytest.mark.parametrize("name", [*_torch.ATTENTION_OPS, _torch.CUDNN_RNN_OP])
 def test_ops_of_other_devices_are_there(name: str) -> None:
     assert hasattr(torch.ops.aten, name)
+
+
+def test_FROZEN_BATCH_NORM() -> None:
+    program = torch.export.export(nn.BatchNorm2d(2).eval(), (torch.ones(1, 2, 3, 3),))
+    nodes = program.run_decompositions({}).graph.nodes
+    assert _torch.FROZEN_BATCH_NORM in {node.target for node in nodes}

@@ -12,6 +12,7 @@ void bind_blocked(py::module_& m);
 void bind_blocked_pool(py::module_& m);
 void bind_calls(py::module_& m);
 void bind_densify(py::module_& m);
+void bind_frozen(py::module_& m);
 void bind_growth(py::module_& m);
 void bind_peak(py::module_& m);
 void bind_norm(py::module_& m);
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   bind_blocked(m);
   bind_blocked_pool(m);
   bind_densify(m);
+  bind_frozen(m);
   bind_growth(m);
   bind_norm(m);
   bind_structure(m);

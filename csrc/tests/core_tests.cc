@@ -32,6 +32,7 @@ void test_borders();
 void test_caches();
 void test_densify();
 void test_empty();
+void test_frozen();
 void test_growth();
 void test_linear();
 void test_panels();
@@ -246,6 +247,7 @@ int main() {
   test_cache();
   test_caches();
   test_empty();
+  test_frozen();
   test_growth();
   test_parallel();
   test_useful_threads();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sparsekd.ops.flop_counter  # noqa: F401  registers the formulas
+from sparsekd.ops.cpu.frozen import frozen_network
 from sparsekd.ops.dispatch.context import backend
 from sparsekd.ops.dispatch.info import info
 from sparsekd.ops.eager import call_conv2d, call_linear
@@ -34,6 +35,7 @@ __all__ = [
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "frozen_network",
     "grow_topk",
     "info",
     "linear",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsekd.data import Source
 from sparsekd.errors import CheckpointError
+from sparsekd.frozen import freeze, load_frozen, save_frozen
 from sparsekd.nn import densify
 from sparsekd.recipes.loading import FinishedRun
 from sparsekd.train import load_state, save_model
@@ -21,7 +22,12 @@ from sparsekd.train.optional import need
 
 Predict = Callable[[Tensor], Tensor]
 
-FILES = {"dense": "dense.safetensors", "onnx": "model.onnx", "torch-export": "model.pt2"}
+FILES = {
+    "dense": "dense.safetensors",
+    "onnx": "model.onnx",
+    "torch-export": "model.pt2",
+    "frozen": "network.frozen",
+}
 """Format -> name of its file in the folder of a run."""
 
 _TOLERATED = 1000  # one image of so many may fall to another class: sums differ in their order
@@ -54,7 +60,8 @@ def export(run: FinishedRun, to: str, path: Path) -> Exported:
         run: as `load_run` gives it; densified by "dense" and "onnx".
         to: "dense", a safetensors file of the plain torch module's state dict, zeros included;
             "onnx", the dense network for any ONNX runtime; "torch-export", a program for
-            `torch.export.load` that computes with the nonzeros, after `import sparsekd`.
+            `torch.export.load` that computes with the nonzeros, after `import sparsekd`; "frozen",
+            a file for `skd.load_frozen`.
         path: of the file; its folder is created.
 
     Returns:
@@ -71,6 +78,7 @@ def export(run: FinishedRun, to: str, path: Path) -> Exported:
         "dense": (_write_dense, _read_dense),
         "onnx": (_write_onnx, _read_onnx),
         "torch-export": (_write_program, _read_program),
+        "frozen": (_write_frozen, _read_frozen),
     }[to]
     test, expected = run.dataset.test, run.result["test_accuracy"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +104,15 @@ def _example(run: FinishedRun) -> tuple[Tensor, dict[str, object]]:
     """Return images, and that their number may be another one."""
     images = next(iter(run.dataset.test.batches(2)))[0]
     return images, {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+
+
+def _write_frozen(run: FinishedRun, file: Path) -> None:
+    images, _ = _example(run)
+    save_frozen(freeze(run.model, images), file)
+
+
+def _read_frozen(run: FinishedRun, file: Path) -> Predict:
+    return load_frozen(file)
 
 
 def _write_dense(run: FinishedRun, file: Path) -> None:

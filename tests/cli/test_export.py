@@ -76,6 +76,18 @@ def test_an_exported_program_computes_with_the_nonzeros(out):
         torch.testing.assert_close(program.module()(images), run.model(images))
 
 
+def test_a_frozen_network_needs_no_model(out):
+    folder = out / "seed0/kd-0.9"
+    result = call("export", str(folder), "--to", "frozen")
+    assert result.exit_code == 0, result.output
+    run = load_run(folder)
+    images = next(iter(run.dataset.test.batches(7)))[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            skd.load_frozen(folder / "network.frozen")(images), run.model(images)
+        )
+
+
 def test_an_onnx_file_runs_in_onnxruntime(out):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"torch's exporter needs {package}")

@@ -1,0 +1,159 @@
+"""Time frozen networks against the fastest dense engines, in turns in one process.
+
+Prints milliseconds of a batch, how much faster than the best dense engine each of ours is, and how
+near the frozen network comes to its floor: its multiplications at this processor's peak. Appends
+its rows to a file, from which `--draw` prints the tables again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+import sparsekd as skd
+from sparsekd.bench import machine
+from sparsekd.models import resnet18, resnet50
+from sparsekd.ops.cpu.cpp import peak_flops
+from sparsekd.terminal import Columns
+from sparsekd.timing import interleave
+from sparsekd.train import MetricsLog
+
+
+class EncoderLayer(nn.Module):
+    """A layer of BERT-base: 768 channels, 12 heads, 3072 hidden channels."""
+
+    def __init__(self, width: int = 768, heads: int = 12) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        ]
+        met = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        x = self.first(x + self.out(met))
+        return self.second(x + self.down(F.gelu(self.up(x))))
+
+
+def encoder() -> nn.Module:
+    """Return the layers of BERT-base, without its embeddings."""
+    return nn.Sequential(*(EncoderLayer() for _ in range(12)))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
+    "resnet50": (lambda: resnet50(1000, stem="imagenet"), (3, 224, 224), ("conv1", "fc")),
+    "resnet18": (lambda: resnet18(10, stem="cifar"), (3, 32, 32), ("conv1", "fc")),
+    "encoder": (encoder, (128, 768), ()),
+}
+"""Name -> what makes it, the shape of an input, and the layers that stay dense."""
+
+
+def calls(name: str, sparsity: float, batch: int) -> tuple[dict[str, Callable[[], object]], int]:
+    """Return what takes turns, each checked against the sparse network, and its products."""
+    make, shape, skip = NETWORKS[name]
+    torch.manual_seed(0)
+    sparse = skd.sparsify(make(), sparsity=sparsity, skip=skip, distribution="uniform").eval()
+    dense = skd.densify(copy.deepcopy(sparse))
+    x = torch.randn(batch, *shape)
+    frozen = skd.freeze(sparse, x)
+    found: dict[str, Callable[[], object]] = {"dense": lambda: dense(x)}
+    if x.ndim == 4:
+        last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = x.contiguous(memory_format=torch.channels_last)
+        found["dense, channels_last"] = lambda: last(images)
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+        found["onnxruntime"] = _onnxruntime(dense, x)
+    found |= {"sparse, eval": lambda: sparse(x), "frozen": lambda: frozen(x)}
+    with torch.no_grad():
+        right = sparse(x)
+    for what, call in found.items():
+        with torch.no_grad():
+            result = torch.as_tensor(call())
+        if not torch.allclose(result, right, rtol=1e-3, atol=1e-4):
+            raise RuntimeError(f"{what}: other results than the sparse network's")
+    return found, batch * frozen.islands[0].products
+
+
+def _onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (x,), file, input_names=["x"], external_data=False, verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    feed = {"x": x.numpy()}
+    return lambda: session.run(None, feed)[0]
+
+
+def measure(name: str, sparsity: float, batch: int, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of each engine, and of the floor."""
+    found, products = calls(name, sparsity, batch)
+    with torch.no_grad():
+        times = interleave(found, rounds, shuffle=True)
+    medians = {what: statistics.median(taken) for what, taken in times.items()}
+    peak = peak_flops(torch.get_num_threads(), 0.2)
+    return medians | {"floor": 2e3 * products / peak}
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print a line for each network, batch, number of threads and sparsity."""
+    lines = []
+    for row in rows:
+        ms = row["ms"]
+        dense = {what: ms[what] for what in ms if what.startswith(("dense", "onnx"))}
+        best = min(dense, key=dense.__getitem__)
+        name = f"{row['network']}, batch {row['batch']}, {row['threads']} threads"
+        lines.append(
+            (
+                *(f"{name}, {row['sparsity']:.0%}", best, f"{dense[best]:.1f}"),
+                *(f"{ms[what]:.1f}" for what in ("sparse, eval", "frozen")),
+                *(f"{dense[best] / ms['frozen']:.2f}", f"{ms['floor'] / ms['frozen']:.0%}"),
+            )
+        )
+    heads = ("", "best dense", "its ms", "eval ms", "frozen ms", "times faster", "of the floor")
+    console.print(Columns(heads, lines, left=2))
+
+
+def main() -> None:
+    """Measure what the options name; --help lists them."""
+    parser = argparse.ArgumentParser(prog="benchmarks.inference", description=__doc__)
+    parser.add_argument("--network", default=",".join(NETWORKS))
+    parser.add_argument("--sparsity", default="0.8,0.9,0.95")
+    parser.add_argument("--batch", default="1,8")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", type=Path, default=Path("benchmarks/results/inference.jsonl"))
+    parser.add_argument("--draw", action="store_true", help="only print the tables of the rows")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    log, console = MetricsLog(options.rows), Console()
+    if not options.draw:
+        facts = machine.describe({})
+        for name in options.network.split(","):
+            for batch in map(int, options.batch.split(",")):
+                for sparsity in map(float, options.sparsity.split(",")):
+                    ms = measure(name, sparsity, batch, options.rounds)
+                    row = {"network": name, "batch": batch, "threads": options.threads}
+                    log.append(row | {"sparsity": sparsity, "ms": ms, "machine": facts})
+                    show([row | {"sparsity": sparsity, "ms": ms}], console)
+    show(list(log.rows()), console)
+
+
+if __name__ == "__main__":
+    main()

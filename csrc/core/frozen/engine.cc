@@ -1,0 +1,195 @@
+// The product of a sparse weight with maps whose pixels lie in a row, see engine.h.
+//
+// The sums of a row for a tile of pixels stay in registers over all its nonzeros: a nonzero is one broadcast
+// and one multiply-add with a vector from memory for each vector of the tile. The load ports are the limit,
+// and a tap to the left or right loads across cache lines, which takes two turns. Rows with equal lists, as
+// dense layers and blocks have, are computed four at a time, and an input is loaded once for all of them. The
+// caller chooses tiles so that the inputs of one come from L2 at worst.
+#include "core/engine.inl"
+
+#include <array>
+#include <type_traits>
+#include <utility>
+
+#include "core/frozen/engine.h"
+
+namespace sparsekd::frozen {
+namespace {
+
+constexpr int kBytes = kVectorBytes;
+constexpr int kFloats = kBytes / 4;
+constexpr int kParts = kLanes / kFloats;  // machine vectors in a vector of kLanes pixels
+typedef float Vec __attribute__((vector_size(kBytes)));
+typedef int32_t Int __attribute__((vector_size(kBytes)));
+typedef float Loose __attribute__((vector_size(kBytes), aligned(4)));
+typedef int32_t LooseInt __attribute__((vector_size(kBytes), aligned(4)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+inline Vec select(Int mask, Vec a, Vec b) {
+  return reinterpret_cast<Vec>((mask & reinterpret_cast<Int>(a)) | (~mask & reinterpret_cast<Int>(b)));
+}
+inline Vec larger(Vec a, Vec b) { return select(a < b, b, a); }  // a where b is not a number, or a is not
+inline Vec smaller(Vec a, Vec b) { return select(b < a, b, a); }
+
+// e^x to two units in the last place, from e^-87.3 to infinity: 2^n by the exponent's bits, the rest by a
+// polynomial.
+inline Vec exponential(Vec x) {
+  x = smaller(larger(x, Vec{} - 87.3f), Vec{} + 89.0f);  // e^89 overflows to infinity
+  const Vec magic = Vec{} + 12582912.0f;                 // 1.5 * 2^23: adding it rounds to an integer
+  const Vec n = (x * 1.44269504f + magic) - magic;
+  const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  Vec p = Vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Int power = (__builtin_convertvector(n, Int) + 127) << 23;
+  return p * reinterpret_cast<Vec>(power);
+}
+
+// The error function to 1.5e-7, Abramowitz and Stegun 7.1.26.
+inline Vec error_function(Vec x) {
+  const Vec size = larger(x, -x);
+  const Vec t = 1.0f / (size * 0.3275911f + 1.0f);
+  Vec p = Vec{} + 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vec y = 1.0f - p * t * exponential(-size * size);
+  return select(x < Vec{}, -y, y);
+}
+
+inline Vec apply(Activation activation, Vec x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return larger(x, Vec{});
+    case Activation::kRelu6:
+      return smaller(larger(x, Vec{}), Vec{} + 6.0f);
+    case Activation::kSilu:
+      return x / (1.0f + exponential(-x));
+    case Activation::kGelu:
+      return x * 0.5f * (1.0f + error_function(x * 0.70710678f));
+    case Activation::kHardswish:
+      return x * smaller(larger(x + 3.0f, Vec{}), Vec{} + 6.0f) * (1.0f / 6);
+    default:
+      return x;
+  }
+}
+
+inline void store(Vec value, const int32_t* inside, float* to) {
+  *reinterpret_cast<Vec*>(to) =
+      reinterpret_cast<Vec>(reinterpret_cast<Int>(value) & *reinterpret_cast<const LooseInt*>(inside));
+}
+
+// Rows rows that share a list, N machine vectors from pixel p on. Few sums alone would wait for the latency
+// of one another: then several nonzeros at once have a set each.
+template <int Rows, int N>
+__attribute__((noinline)) void tile(const ProductCall& call, int64_t row, int64_t p) {
+  constexpr int kSums = Rows * N, kSets = kSums <= 2 ? 4 : kSums <= 6 ? 2 : 1;
+  const Lists& lists = call.lists;
+  const int64_t first = lists.begin[row], count = lists.begin[row + 1] - first;
+  const float* const in = call.in + p;
+  const int32_t* const offset = lists.offset + first;
+  const float* const value = lists.value + first;
+  Vec sum[kSets][kSums];
+#pragma GCC unroll 32
+  for (int i = 0; i < kSums; ++i) {
+    sum[0][i] = Vec{} + lists.bias[row + i / N];
+#pragma GCC unroll 4
+    for (int s = 1; s < kSets; ++s) sum[s][i] = Vec{};
+  }
+  const auto add = [&](int64_t k, Vec* into) __attribute__((always_inline)) {
+    const float* const from = in + offset[k];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      const Vec x = load(from + i * kFloats);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) into[r * N + i] += value[r * count + k] * x;
+    }
+  };
+  int64_t k = 0;
+  for (; k + kSets <= count; k += kSets)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; ++s) add(k + s, sum[s]);
+  for (; k < count; ++k) add(k, sum[0]);
+#pragma GCC unroll 32
+  for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+    for (int s = 1; s < kSets; ++s) sum[0][i] += sum[s][i];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    float* const out = call.out + (row + r) * call.out_stride + p;
+    const float* const residual =
+        call.residual ? call.residual + (row + r) * call.residual_stride + p : nullptr;
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      Vec y = sum[0][r * N + i];
+      if (residual) y += *reinterpret_cast<const Vec*>(residual + i * kFloats);
+      store(apply(call.activation, y), call.inside + p + i * kFloats, out + i * kFloats);
+    }
+  }
+}
+
+// Most machine vectors of a tile: sums, one input and one weight fit the registers.
+constexpr int kWidest = kBytes == 64 ? 16 : 8;
+constexpr int kPanelWidest = kBytes == 64 ? 6 : 2;
+
+using Tile = void (*)(const ProductCall&, int64_t, int64_t);
+template <int Rows, int... N>
+constexpr std::array<Tile, sizeof...(N)> tiles(std::integer_sequence<int, N...>) {
+  return {tile<Rows, N + 1>...};
+}
+
+// A row, or a panel, over vectors [begin, end) of kLanes pixels, in as few tiles as there can be, equally
+// wide.
+template <int Rows, int Most>
+inline void across(const ProductCall& call, int64_t row) {
+  static constexpr auto widths = tiles<Rows>(std::make_integer_sequence<int, Most>{});
+  const int64_t vectors = (call.end - call.begin) * kParts, count = (vectors + Most - 1) / Most;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t from = vectors * i / count, to = vectors * (i + 1) / count;
+    widths[to - from - 1](call, row, call.begin * kLanes + from * kFloats);
+  }
+}
+
+void product(const ProductCall& call) {
+  for (int64_t row = call.row_begin; row < call.row_end;) {
+    const int rows = call.lists.panel_rows[row];
+    if (rows == 4)
+      across<4, kPanelWidest>(call, row);
+    else if (rows == 2)
+      across<2, kPanelWidest * 2>(call, row);
+    else
+      across<1, kWidest>(call, row);
+    row += rows;
+  }
+}
+
+void pointwise(const PointwiseCall& call) {
+  const int64_t pixels = call.vectors * kLanes;
+  for (int64_t c = 0; c < call.channels; ++c) {
+    const float* const in = call.in + c * call.in_stride;
+    const float* const other = call.other ? call.other + c * call.other_stride : nullptr;
+    float* const out = call.out + c * call.out_stride;
+    const float scale = call.scale ? call.scale[c] : 1.0f, shift = call.shift ? call.shift[c] : 0.0f;
+    for (int64_t p = 0; p < pixels; p += kFloats) {
+      Vec y = *reinterpret_cast<const Vec*>(in + p) * scale + shift;
+      if (other) y += *reinterpret_cast<const Vec*>(other + p);
+      store(apply(call.activation, y), call.inside + p, out + p);
+    }
+  }
+}
+
+#include "core/frozen/transformer.inl"
+
+}  // namespace
+
+template <Isa>
+const FrozenEngine FrozenEngine::compiled{frozen::product, frozen::pointwise, frozen::layer_norm,
+                                          frozen::attention};
+template const FrozenEngine FrozenEngine::compiled<kIsa>;
+
+}  // namespace sparsekd::frozen

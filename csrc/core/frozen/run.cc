@@ -1,0 +1,344 @@
+// Runs a plan: the nodes in turn, on one group of images per thread, or on the rows and tiles of one group
+// where there are fewer groups than threads.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/frozen/plan.h"
+#include "core/parallel.h"
+
+namespace sparsekd::frozen {
+namespace {
+
+class Run {
+ public:
+  Run(const Plan& plan, Workspace& memory, int threads) : plan_(plan), memory_(memory), threads_(threads) {}
+
+  void operator()(const std::vector<const float*>& in, const std::vector<float*>& out, int64_t first) {
+    const Network& network = plan_.network();
+    size_t input = 0;
+    for (size_t i = 0; i < network.nodes().size(); ++i) {
+      const Node& node = network.nodes()[i];
+      switch (node.kind) {
+        case Kind::kInput:
+        case Kind::kTokens:
+          read(i, in[input] + first * network.input_length(input));
+          ++input;
+          break;
+        case Kind::kProduct:
+          product(i);
+          break;
+        case Kind::kPointwise:
+          pointwise(i);
+          break;
+        case Kind::kMaxPool:
+        case Kind::kMeanPool:
+          pool(i);
+          break;
+        case Kind::kLayerNorm:
+          layer_norm(i);
+          break;
+        case Kind::kAttention:
+          attention(i);
+          break;
+        default:
+          flatten(i);
+      }
+    }
+    for (size_t i = 0; i < out.size(); ++i)
+      write(network.outputs()[i], out[i] + first * network.output_length(i));
+  }
+
+ private:
+  const Node& node(size_t i) const { return plan_.network().nodes()[i]; }
+  const Step& step(size_t i) const { return plan_.steps()[i]; }
+  const Grid& grid(size_t i) const { return plan_.grids()[step(i).grid]; }
+  // The first pixel of channel c.
+  float* at(size_t i, int64_t c = 0) const {
+    return memory_[step(i).slot].data() + grid(i).lead + c * grid(i).length;
+  }
+
+  // Calls body(channel) for all of them, on all threads.
+  template <class F>
+  void channels(int64_t count, int64_t elements, F body) {
+    const int workers = useful_threads(threads_, 0, elements);
+    auto part = [&](int slot) {
+      for (int64_t c = count * slot / workers; c < count * (slot + 1) / workers; ++c) body(c);
+    };
+    parallel(workers, workers, part);
+  }
+
+  void read(size_t i, const float* from) {
+    const Shape& s = node(i).shape;
+    const Grid& g = grid(i);
+    const bool tokens = node(i).kind == Kind::kTokens;
+    channels(s.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
+      for (int64_t n = 0; n < plan_.images(); ++n)
+        for (int64_t y = 0; y < s.height; ++y) {
+          float* const to = at(i, c) + g.image(n) + y * g.stride;
+          if (tokens)
+            for (int64_t x = 0; x < s.width; ++x) to[x] = from[(n * s.width + x) * s.channels + c];
+          else
+            std::copy_n(from + ((n * s.channels + c) * s.height + y) * s.width, s.width, to);
+        }
+    });
+  }
+
+  void write(size_t i, float* to) {
+    const Shape& s = node(i).shape;
+    const Grid& g = grid(i);
+    const bool tokens = plan_.network().tokens(static_cast<int32_t>(i));
+    channels(s.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
+      for (int64_t n = 0; n < plan_.images(); ++n)
+        for (int64_t y = 0; y < s.height; ++y) {
+          const float* const from = at(i, c) + g.image(n) + y * g.stride;
+          if (tokens)
+            for (int64_t x = 0; x < s.width; ++x) to[(n * s.width + x) * s.channels + c] = from[x];
+          else
+            std::copy_n(from, s.width, to + ((n * s.channels + c) * s.height + y) * s.width);
+        }
+    });
+  }
+
+  // Copies every phase of the stride into channels of its own, padding included.
+  void split(size_t i) {
+    const Window& w = node(i).window;
+    const size_t input = node(i).inputs[0];
+    const Shape& s = node(input).shape;
+    const Grid &from = grid(input), &to = grid(i);
+    const Phases& phases = step(i).phases;
+    float* const copy = memory_[phases.slot].data() + to.lead;
+    const int64_t each = phases.count[0] * phases.count[1];
+    channels(s.channels * each, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
+      const int64_t channel = c / each, phase_y = c % each / phases.count[1], phase_x = c % phases.count[1];
+      for (int64_t n = 0; n < plan_.images(); ++n)
+        for (int64_t row = 0; row < to.rows; ++row) {
+          float* const out = copy + c * to.length + to.image(n) + row * to.stride;
+          const int64_t y = row * w.stride[0] + phase_y - w.padding[0], x0 = phase_x - w.padding[1];
+          // Columns [begin, end) are pixels of the input, the others padding.
+          const int64_t begin = std::clamp<int64_t>((w.stride[1] - 1 - x0) / w.stride[1], 0, to.stride);
+          const int64_t end =
+              std::clamp<int64_t>((s.width - 1 - x0 + w.stride[1]) / w.stride[1], begin, to.stride);
+          if (y < 0 || y >= s.height) {
+            std::fill_n(out, to.stride, 0.0f);
+            continue;
+          }
+          const float* const in = at(input, channel) + from.image(n) + y * from.stride + x0;
+          std::fill_n(out, begin, 0.0f);
+          if (w.stride[1] == 2)
+            for (int64_t x = begin; x < end; ++x) out[x] = in[2 * x];
+          else
+            for (int64_t x = begin; x < end; ++x) out[x] = in[w.stride[1] * x];
+          std::fill(out + end, out + to.stride, 0.0f);
+        }
+    });
+  }
+
+  void product(size_t i) {
+    const Step& s = step(i);
+    const Grid& g = grid(i);
+    if (!s.phases.direct) split(i);
+    ProductCall call{};
+    call.lists = {s.begin.data(), s.offset.data(), s.value.data(), s.bias.data(), s.panel_rows.data()};
+    call.in = s.phases.direct ? at(node(i).inputs[0]) : memory_[s.phases.slot].data() + g.lead;
+    call.out = at(i);
+    if (node(i).inputs.size() == 2) call.residual = at(node(i).inputs[1]);
+    call.out_stride = call.residual_stride = g.length;
+    call.inside = g.inside.data();
+    call.activation = node(i).activation;
+    const int64_t products = static_cast<int64_t>(s.value.size()) * g.vectors * kLanes;
+    const int workers = useful_threads(threads_, products, 0);
+    const int64_t cuts = static_cast<int64_t>(s.row_cuts.size()) - 1;
+    const int64_t parts = workers == 1 || s.tiles >= 4 * workers ? 1 : cuts;
+    int64_t next = 0;
+    auto work = [&](int) {
+      for (;;) {
+        const int64_t slot = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED), tile = slot / parts;
+        if (slot >= s.tiles * parts) return;
+        ProductCall piece = call;
+        piece.begin = g.vectors * tile / s.tiles;
+        piece.end = g.vectors * (tile + 1) / s.tiles;
+        piece.row_begin = s.row_cuts[cuts / parts * (slot % parts)];
+        piece.row_end = s.row_cuts[cuts / parts * (slot % parts + 1)];
+        engine<FrozenEngine>().product(piece);
+      }
+    };
+    parallel(workers, workers, work);
+  }
+
+  void pointwise(size_t i) {
+    const Node& n = node(i);
+    const Grid& g = grid(i);
+    const int64_t count = n.shape.channels;
+    const int workers = useful_threads(threads_, 0, count * g.vectors * kLanes);
+    auto part = [&](int slot) {
+      const int64_t first = count * slot / workers, end = count * (slot + 1) / workers;
+      PointwiseCall call{};
+      call.in = at(n.inputs[0], first);
+      if (n.inputs.size() == 2) call.other = at(n.inputs[1], first);
+      if (!n.scale.empty()) call.scale = n.scale.data() + first, call.shift = n.bias.data() + first;
+      call.out = at(i, first);
+      call.channels = end - first;
+      call.vectors = g.vectors;
+      call.in_stride = call.other_stride = call.out_stride = g.length;
+      call.inside = g.inside.data();
+      call.activation = n.activation;
+      engine<FrozenEngine>().pointwise(call);
+    };
+    parallel(workers, workers, part);
+  }
+
+  void layer_norm(size_t i) {
+    const Node& n = node(i);
+    const Grid& g = grid(i);
+    const int workers = useful_threads(threads_, 0, 2 * n.shape.channels * g.vectors * kLanes);
+    auto part = [&](int slot) {
+      LayerNormCall call{};
+      call.in = at(n.inputs[0]);
+      call.scale = n.scale.data();
+      call.shift = n.bias.data();
+      call.out = at(i);
+      call.channels = n.shape.channels;
+      call.in_stride = call.out_stride = g.length;
+      call.begin = g.vectors * slot / workers;
+      call.end = g.vectors * (slot + 1) / workers;
+      call.inside = g.inside.data();
+      call.eps = n.values[0];
+      engine<FrozenEngine>().layer_norm(call);
+    };
+    parallel(workers, workers, part);
+  }
+
+  void attention(size_t i) {
+    const Node& n = node(i);
+    const Grid& g = grid(i);
+    const int64_t heads = n.window.groups, width = n.shape.channels / heads, tokens = n.shape.width;
+    const int64_t slots = plan_.images() * heads;
+    const int workers = useful_threads(threads_, 2 * slots * tokens * tokens * width, 0);
+    auto part = [&](int worker) {
+      AttentionCall call{};
+      call.weights = static_cast<float*>(scratch(Scratch::kTile, tokens * kAttentionQueries * sizeof(float)));
+      call.tokens = tokens;
+      call.width = width;
+      call.in_stride = call.out_stride = g.length;
+      call.scale = 1.0f / std::sqrt(static_cast<float>(width));
+      for (int64_t s = slots * worker / workers; s < slots * (worker + 1) / workers; ++s) {
+        const int64_t first = s % heads * width, image = g.image(s / heads);
+        call.q = at(n.inputs[0], first) + image;
+        call.k = at(n.inputs[0], n.shape.channels + first) + image;
+        call.v = at(n.inputs[0], 2 * n.shape.channels + first) + image;
+        call.out = at(i, first) + image;
+        engine<FrozenEngine>().attention(call);
+      }
+    };
+    parallel(workers, workers, part);
+  }
+
+  // Over rows first, which is a run of floats, then along the row.
+  template <class Combine>
+  void windows(size_t i, float start, Combine combine, bool mean) {
+    const Window& w = node(i).window;
+    const size_t input = node(i).inputs[0];
+    const Shape &s = node(input).shape, &o = node(i).shape;
+    const Grid &from = grid(input), &to = grid(i);
+    channels(o.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
+      float* const line = static_cast<float*>(scratch(Scratch::kTile, s.width * sizeof(float)));
+      for (int64_t n = 0; n < plan_.images(); ++n)
+        for (int64_t y = 0; y < o.height; ++y) {
+          float* const out = at(i, c) + to.image(n) + y * to.stride;
+          std::fill_n(line, s.width, start);
+          int64_t rows = 0;
+          for (int64_t tap = 0; tap < w.kernel[0]; ++tap) {
+            const int64_t source = y * w.stride[0] + tap * w.dilation[0] - w.padding[0];
+            if (source < 0 || source >= s.height) continue;
+            ++rows;
+            const float* const in = at(input, c) + from.image(n) + source * from.stride;
+            for (int64_t x = 0; x < s.width; ++x) line[x] = combine(line[x], in[x]);
+          }
+          std::fill_n(out, o.width, start);
+          for (int64_t tap = 0; tap < w.kernel[1]; ++tap) {
+            const int64_t x0 = tap * w.dilation[1] - w.padding[1], step = w.stride[1];
+            const int64_t begin = x0 < 0 ? std::min((step - 1 - x0) / step, o.width) : 0;
+            const int64_t end = s.width > x0 ? std::min((s.width - 1 - x0) / step + 1, o.width) : 0;
+            for (int64_t x = begin; x < end; ++x) out[x] = combine(out[x], line[x * step + x0]);
+          }
+          for (int64_t x = 0; mean && x < o.width; ++x) out[x] /= counted(i, rows, x);
+        }
+    });
+  }
+
+  // How many pixels a window of a mean counts that has `rows` rows inside of the map.
+  float counted(size_t i, int64_t rows, int64_t x) const {
+    const Window& w = node(i).window;
+    if (node(i).count_padding) return static_cast<float>(w.kernel[0] * w.kernel[1]);
+    int64_t columns = 0;
+    for (int64_t tap = 0; tap < w.kernel[1]; ++tap) {
+      const int64_t source = x * w.stride[1] + tap * w.dilation[1] - w.padding[1];
+      columns += source >= 0 && source < node(node(i).inputs[0]).shape.width;
+    }
+    return static_cast<float>(rows * columns);
+  }
+
+  void pool(size_t i) {
+    if (node(i).kind == Kind::kMaxPool)
+      return windows(
+          i, -std::numeric_limits<float>::infinity(),
+          [](float a, float b) { return b > a || b != b ? b : a; }, false);
+    if (node(i).window.kernel[0] > 0) return windows(i, 0.0f, [](float a, float b) { return a + b; }, true);
+    const size_t input = node(i).inputs[0];
+    const Shape& s = node(input).shape;
+    const Grid &from = grid(input), &to = grid(i);
+    channels(s.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
+      for (int64_t n = 0; n < plan_.images(); ++n) {
+        double sum = 0;
+        for (int64_t y = 0; y < s.height; ++y) {
+          const float* const in = at(input, c) + from.image(n) + y * from.stride;
+          float row = 0;
+          for (int64_t x = 0; x < s.width; ++x) row += in[x];
+          sum += row;
+        }
+        at(i, c)[to.image(n)] = static_cast<float>(sum / static_cast<double>(s.pixels()));
+      }
+    });
+  }
+
+  void flatten(size_t i) {
+    const size_t input = node(i).inputs[0];
+    const Shape& s = node(input).shape;
+    const Grid &from = grid(input), &to = grid(i);
+    channels(s.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
+      for (int64_t n = 0; n < plan_.images(); ++n)
+        for (int64_t y = 0; y < s.height; ++y)
+          for (int64_t x = 0; x < s.width; ++x)
+            at(i, (c * s.height + y) * s.width + x)[to.image(n)] =
+                at(input, c)[from.image(n) + y * from.stride + x];
+    });
+  }
+
+  const Plan& plan_;
+  Workspace& memory_;
+  const int threads_;
+};
+
+}  // namespace
+
+void run_groups(const Plan& plan, const std::vector<const float*>& in, const std::vector<float*>& out,
+                int64_t first, int64_t groups, int threads) {
+  const int workers = static_cast<int>(std::min<int64_t>(threads, groups));
+  const int inner = workers == threads ? 1 : threads / workers;
+  int64_t next = 0;
+  auto work = [&](int) {
+    const auto memory = plan.workspace();
+    Run run(plan, *memory, inner);
+    for (;;) {
+      const int64_t group = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (group >= groups) return;
+      run(in, out, first + group * plan.images());
+    }
+  };
+  // One group leaves the threads to its nodes: no region of threads within another.
+  if (groups == 1) return work(0);
+  parallel(workers, workers, work);
+}
+
+}  // namespace sparsekd::frozen

@@ -1,0 +1,148 @@
+"""Attention in an exported graph: reshapes, transposes and the product made one operator again.
+
+Models write it in many ways. What they have in common is torch's scaled_dot_product_attention on
+queries, keys and values that are tokens [batch, tokens, channels], the channels split into heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.dropout.default)
+_VIEWS = (aten.view.default, aten.reshape.default)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attend to tokens [batch, tokens, channels], all operands and the result alike."""
+    parts = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
+
+def packed_attention(qkv: Tensor, heads: int) -> Tensor:
+    """The same, with queries, keys and values behind each other in the channels of one tensor."""
+    q, k, v = qkv.chunk(3, -1)
+    return attention(q, k, v, heads)
+
+
+def fuse_attention(graph: fx.GraphModule) -> None:
+    """Put `attention` or `packed_attention` where a graph has it written out, in place."""
+    for node in list(graph.graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            _fuse(graph.graph, node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _fuse(graph: fx.Graph, node: fx.Node) -> None:
+    settings = [*node.args[3:], *(v for k, v in node.kwargs.items() if k != "enable_gqa")]
+    if any(settings) or node.kwargs.get("enable_gqa"):  # a mask, dropout, causal or scaled
+        return
+    sources = [_source(x) for x in node.args[:3]]
+    result = _result(node)
+    heads = _shape(node)[1]
+    if result is None or None in sources or not isinstance(heads, int):
+        return
+    bases = [source[0] for source in sources if source]
+    with graph.inserting_before(result):
+        if all(source and source[1] is None for source in sources):
+            fused = graph.call_function(attention, (*bases, heads))
+        elif [source and source[1] for source in sources] == [0, 1, 2] and len(set(bases)) == 1:
+            fused = graph.call_function(packed_attention, (bases[0], heads))
+        else:
+            return
+    fused.meta = dict(result.meta)
+    result.replace_all_uses_with(fused)
+    # torch counts the product among the operators with a random state, which nobody else removes.
+    dead: Any = result
+    while isinstance(dead, fx.Node) and not dead.users:
+        before = None if dead is node else dead.args[0]
+        graph.erase_node(dead)
+        dead = before
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _without_copies(node: Any) -> Any:
+    while isinstance(node, fx.Node) and node.target in _COPIES:
+        node = node.args[0]
+    return node
+
+
+def _order(node: Any) -> tuple[fx.Node, tuple[int, ...]] | None:
+    """Return what a transposition reads, and where its axes come from."""
+    node = _without_copies(node)
+    if not isinstance(node, fx.Node) or not isinstance(node.args[0], fx.Node):
+        return None
+    rank = len(_shape(node))
+    if node.target is aten.transpose.int:
+        axes = list(range(rank))
+        a, b = node.args[1:3]
+        axes[a], axes[b] = axes[b], axes[a]  # type: ignore[index]
+        return node.args[0], tuple(axes)
+    if node.target is aten.permute.default:
+        return node.args[0], tuple(axis % rank for axis in node.args[1])  # type: ignore
+    return None
+
+
+def _axes(node: fx.Node) -> tuple[int, ...]:
+    found = _order(node)
+    return found[1] if found else ()
+
+
+def _source(node: Any) -> tuple[fx.Node, int | None] | None:
+    """Return the tokens that queries, keys or values are, and which third of their channels."""
+    node = _without_copies(node)
+    if isinstance(node, fx.Node) and node.target is torch.ops.aten.select.int:
+        packed, axis, third = node.args[0], node.args[1], node.args[2]
+    elif isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "getitem":
+        unbound, third = node.args
+        if not isinstance(unbound, fx.Node) or unbound.target is not aten.unbind.int:
+            return None
+        packed, axis = unbound.args[0], (*unbound.args[1:], 0)[0]
+    else:
+        found = _order(node)
+        if found is None or found[1] != (0, 2, 1, 3):
+            return None
+        return _tokens(found[0], 4, None)
+    found = _order(packed)  # [3, batch, heads, tokens, width]
+    if axis != 0 or found is None or found[1] != (2, 0, 3, 1, 4) or not isinstance(third, int):
+        return None
+    return _tokens(found[0], 5, third)
+
+
+def _tokens(view: Any, rank: int, third: int | None) -> tuple[fx.Node, int | None] | None:
+    view = _without_copies(view)
+    if not isinstance(view, fx.Node) or view.target not in _VIEWS or len(_shape(view)) != rank:
+        return None
+    base, split = view.args[0], _shape(view)
+    if rank == 5 and split[2] != 3:
+        return None
+    if not isinstance(base, fx.Node) or len(_shape(base)) != 3 or _shape(base)[:2] != split[:2]:
+        return None
+    return base, third
+
+
+def _result(node: fx.Node) -> fx.Node | None:
+    """Return the tokens that all of the result goes into."""
+    steps: list[fx.Node] = [node]
+    while True:
+        users = list(steps[-1].users)
+        if len(users) != 1:
+            return None
+        user = users[0]
+        if user.target in _COPIES or (_axes(user) == (0, 2, 1, 3)):
+            steps.append(user)
+        elif user.target in _VIEWS and len(_shape(user)) == 3:
+            turned = any(_axes(step) for step in steps[1:] if step.target not in _COPIES)
+            return user if turned and _shape(user)[:2] == _shape(steps[-1])[:2] else None
+        else:
+            return None

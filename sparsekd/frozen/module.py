@@ -1,0 +1,146 @@
+"""`skd.freeze`: a trained model as a module for inference alone."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsekd.errors import ShapeError, UnsupportedError
+from sparsekd.frozen.islands import Island, capture, cut
+
+_MOST_SHAPES = 4
+
+
+class FrozenModule(nn.Module):
+    """A model for inference, made by `skd.freeze`; its weights do not change any more.
+
+    Runs float32 on the CPU, on `torch.get_num_threads()` threads. What the compiled network cannot
+    do runs in torch, see `outside`.
+
+    Shape: inputs and results are those of the model; the batch may be any.
+
+    Raises:
+        ShapeError: inputs of a shape that it was not made for, if it was loaded from a file.
+        UnsupportedError: another dtype or device, or an input that needs a gradient.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        super().__init__()
+        self._model = [model]  # in a list: neither its parameters nor its modules are ours
+        self._graphs: OrderedDict[Any, fx.GraphModule] = OrderedDict()
+        self.training = False
+
+    def prepare(self, *inputs: Any) -> fx.GraphModule:
+        """Return the graph for inputs of these shapes, made when they first come."""
+        key = tuple(
+            (tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else repr(x) for x in inputs
+        )
+        if key not in self._graphs:
+            model = self._model[0]
+            if model is None:
+                raise ShapeError(
+                    f"frozen network from a file: expected inputs of {list(self._graphs)}, "
+                    f"got {key}"
+                )
+            self.keep(key, _freeze_for(model, inputs))
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+    def keep(self, key: Any, graph: fx.GraphModule) -> None:
+        """Keep the graph for inputs of one shape, and forget the one that was used longest ago."""
+        self._graphs[key] = graph
+        if len(self._graphs) > _MOST_SHAPES:
+            self._graphs.popitem(last=False)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.prepare(*inputs)(*inputs)
+
+    def train(self, mode: bool = True) -> FrozenModule:
+        if mode:
+            raise UnsupportedError("a frozen network cannot be trained: train the model it is of")
+        return self
+
+    @property
+    def islands(self) -> list[Island]:
+        """The compiled parts for the inputs that came last."""
+        return [m for m in self._last().modules() if isinstance(m, Island)]
+
+    @property
+    def outside(self) -> list[str]:
+        """The operators that run in torch, for the inputs that came last, in their order."""
+        return [
+            str(node.target)
+            for node in self._last().graph.nodes
+            if node.op == "call_function" and "sym_size" not in str(node.target)
+        ]
+
+    def _last(self) -> fx.GraphModule:
+        if not self._graphs:
+            raise UnsupportedError("freeze: call the module once, or give freeze() example inputs")
+        return next(reversed(self._graphs.values()))
+
+
+def _freeze_for(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
+    # Two images at least: torch takes a batch of one for a constant.
+    first = next((x for x in inputs if isinstance(x, Tensor) and x.ndim), None)
+    if first is None:
+        raise ShapeError("freeze: expected an input that is a tensor with a batch")
+    batch = len(first)
+    examples = tuple(
+        torch.zeros((2, *x.shape[1:]), dtype=x.dtype)
+        if isinstance(x, Tensor) and x.ndim and len(x) == batch
+        else x
+        for x in inputs
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        graph = capture(model, examples)
+        images = next(
+            node.meta["val"].shape[0]
+            for node in graph.graph.nodes
+            if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
+        )
+        return cut(graph, images)
+
+
+def freeze(model: nn.Module, *inputs: Any) -> FrozenModule:
+    """Return a module for inference with a trained model, sparse or not, as it is now.
+
+    BatchNorm becomes part of the weights, additions and activations part of the layer before them,
+    and maps stay in the kernels' own layout from the first layer to the last, with no Python
+    between them.
+
+    Args:
+        model: any module that torch.export can trace; stays as it is.
+        inputs: examples, of any batch. Without them the first call prepares the module, and so
+            does every call with images of another size.
+
+    Returns:
+        a module whose results are those of the model in eval mode, up to float32 rounding.
+
+    Raises:
+        UnsupportedError: torch.export cannot trace the model, or it is not float32 on the CPU.
+
+    Example:
+        >>> import sparsekd as skd
+        >>> model = skd.sparsify(skd.models.resnet20(num_classes=10), sparsity=0.9)
+        >>> frozen = freeze(model, torch.zeros(1, 3, 32, 32))
+        >>> frozen(torch.zeros(5, 3, 32, 32)).shape, frozen.outside
+        (torch.Size([5, 10]), [])
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type != "cpu" or (
+            tensor.is_floating_point() and tensor.dtype != torch.float32
+        ):
+            raise UnsupportedError(
+                f"freeze: expected a model of float32 on the CPU, got {tensor.dtype} on "
+                f"{tensor.device} in {name}"
+            )
+    with torch.inference_mode(False):  # whose tensors know nothing of writes
+        frozen = FrozenModule(copy.deepcopy(model).eval())
+    if inputs:
+        frozen.prepare(*inputs)
+    return frozen

@@ -1,0 +1,115 @@
+"""Files of frozen networks: they give the same network, or an error, whatever is in them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import nn
+
+import sparsekd as skd
+from sparsekd.errors import CheckpointError, ShapeError, UnsupportedError
+from sparsekd.frozen import load_frozen, save_frozen
+from sparsekd.train.checkpoint import state_hash
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 5, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
+    )
+    skd.sparsify(model, sparsity=0.5)
+    save_frozen(skd.freeze(model, torch.zeros(1, 3, 12, 12)), tmp_path / "net.frozen")
+    return tmp_path / "net.frozen"
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model = skd.sparsify(skd.models.resnet20(num_classes=10), sparsity=0.9).eval()
+    x = torch.randn(3, 3, 32, 32)
+    frozen = skd.freeze(model, x)
+    save_frozen(frozen, tmp_path / "net.frozen")
+    loaded = load_frozen(tmp_path / "net.frozen")
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), frozen(x))
+        with pytest.raises(ShapeError, match="from a file: expected inputs of"):
+            loaded(torch.randn(3, 3, 16, 16))
+    save_frozen(loaded, tmp_path / "again.frozen")
+    assert (tmp_path / "again.frozen").read_bytes() == (tmp_path / "net.frozen").read_bytes()
+
+
+def test_what_a_file_cannot_hold(tmp_path: Path) -> None:
+    class Tanh(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x)
+
+    frozen = skd.freeze(nn.Sequential(nn.Linear(3, 2), Tanh()), torch.zeros(1, 3))
+    with pytest.raises(UnsupportedError, match=r"aten\.tanh"):
+        save_frozen(frozen, tmp_path / "net.frozen")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_foreign_files(tmp_path: Path, file: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a readable"):
+        load_frozen(tmp_path / "none")
+    skd.train.save_model(tmp_path / "model.safetensors", nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="expected a file of save_frozen"):
+        load_frozen(tmp_path / "model.safetensors")
+
+
+def _mutate_bytes(content: bytes, chance: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(chance.choice([1, 1, 2, 8])):
+        changed[chance.randrange(len(changed))] = chance.randrange(256)
+    cut = chance.randrange(len(changed)) if chance.random() < 0.1 else len(changed)
+    return bytes(changed[:cut])
+
+
+def _mutate_numbers(content: bytes, about: dict[str, object], chance: random.Random) -> bytes:
+    """Change numbers and give the file a hash that fits, as somebody with intent would."""
+    tensors = {name: tensor.clone() for name, tensor in load(content).items()}
+    for _ in range(chance.choice([1, 1, 2, 4])):
+        name = chance.choice(sorted(tensors))
+        flat = tensors[name].view(-1)
+        if chance.random() < 0.1:
+            tensors[name] = flat[: chance.randrange(len(flat) + 1)].clone()
+        elif len(flat) and flat.dtype == torch.int32:
+            near = min(2**31 - 3, max(3 - 2**31, int(flat[0]))) + chance.randint(-2, 2)
+            options = [near, -1, 0, 1, 2, 5, 7, 1024, 2**30, 2**31 - 1, -(2**31)]
+            flat[chance.randrange(len(flat))] = chance.choice(options)
+    about = {**about, "sha256": state_hash(tensors)}
+    return save(tensors, {"sparsekd": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    "count", [2_000, pytest.param(100_000, marks=pytest.mark.thorough)], ids=str
+)
+def test_damaged_files_never_crash(file: Path, tmp_path: Path, count: int) -> None:
+    content = file.read_bytes()
+    with safe_open(file, framework="pt") as opened:
+        about = json.loads(opened.metadata()["sparsekd"])
+    chance, refused = random.Random(0), 0
+    damaged = tmp_path / "damaged.frozen"
+    x = torch.zeros(2, 3, 12, 12)
+    for number in range(count):
+        if number % 2:
+            damaged.write_bytes(_mutate_bytes(content, chance))
+        else:
+            damaged.write_bytes(_mutate_numbers(content, about, chance))
+        try:
+            network = load_frozen(damaged)
+        except CheckpointError:
+            refused += 1
+            continue
+        with torch.inference_mode():
+            try:
+                assert network(x).ndim == 2
+            except ShapeError:
+                refused += 1
+    assert refused > count // 2
