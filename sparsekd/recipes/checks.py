@@ -39,8 +39,6 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         >>> recipe = get("demo")
         >>> check(recipe, load_data(recipe.data, None))
     """
-    if not recipe.methods:
-        raise ValueError("methods: expected at least one; dense trains the dense network alone")
     methods = [METHODS[name] for name in recipe.methods if name != "dense"]
     if methods and not recipe.sparsities:
         raise ValueError(

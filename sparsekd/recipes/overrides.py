@@ -106,7 +106,10 @@ def _parse(text: str, kind: Any, name: str) -> Any:
             return None
         return _parse(text, next(a for a in args if a is not NoneType), name)
     if origin is tuple:
-        return tuple(_parse(part.strip(), args[0], name) for part in text.split(",") if part)
+        parts = [part.strip() for part in text.split(",") if part]
+        if text and not parts:
+            raise ValueError(f"{name}: expected at least one, got {text!r}")
+        return tuple(_parse(part, args[0], name) for part in parts)
     if origin is Literal:
         if text not in args:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, args))}, got {text!r}")

@@ -164,8 +164,6 @@ void Plan::make_lists(const Node& node, Step& step) const {
     channel = (channel * step.phases.count[0] + y % w.stride[0]) * step.phases.count[1] + x % w.stride[1];
     return channel * grid.length + y / w.stride[0] * grid.stride + x / w.stride[1];
   };
-  step.begin = node.crow;
-  step.value = node.values;
   step.bias = node.bias.empty() ? std::vector<float>(rows, 0.0f) : node.bias;
   step.offset.reserve(node.col.size());
   for (int64_t r = 0; r < rows; ++r) {
@@ -176,23 +174,17 @@ void Plan::make_lists(const Node& node, Step& step) const {
           static_cast<int32_t>(distance(first + node.col[k] / taps, tap / w.kernel[1], tap % w.kernel[1])));
     }
   }
-  step.panel_rows = find_panels(step.begin.data(), step.offset.data(), rows);
+  step.panel_rows = find_panels(node.crow.data(), step.offset.data(), rows);
   const int64_t bytes = in.channels * kLanes * static_cast<int64_t>(sizeof(float));  // of a vector
   const int64_t most = std::clamp<int64_t>(cache_sizes().l2 / 2 / bytes, 4, kTileVectors);
   step.tiles = (grid.vectors + most - 1) / most;
-  const int64_t nnz = static_cast<int64_t>(step.value.size());
+  const int64_t nnz = static_cast<int64_t>(node.values.size());
   for (int64_t part = 0; part <= kRowParts; ++part) {
-    const auto at = std::lower_bound(step.begin.begin(), step.begin.end(), nnz * part / kRowParts);
-    step.row_cuts.push_back(panel_cut(std::min<int64_t>(at - step.begin.begin(), rows), rows));
+    const auto at = std::lower_bound(node.crow.begin(), node.crow.end(), nnz * part / kRowParts);
+    step.row_cuts.push_back(panel_cut(std::min<int64_t>(at - node.crow.begin(), rows), rows));
   }
   step.row_cuts.front() = 0;
   step.row_cuts.back() = rows;
-}
-
-int64_t Plan::bytes() const {
-  int64_t sum = 0;
-  for (const Slot& slot : slots_) sum += slot.channels * grids_[slot.grid].length * sizeof(float);
-  return sum;
 }
 
 std::shared_ptr<Workspace> Plan::workspace() const {

@@ -47,9 +47,10 @@ struct Phases {
 
 struct Step {
   int32_t grid, slot;  // of the result
-  Phases phases;       // kProduct
-  std::vector<int32_t> begin, offset;
-  std::vector<float> value, bias;
+  // Of a product:
+  Phases phases;
+  std::vector<int32_t> offset;  // in the order of the node's columns
+  std::vector<float> bias;      // zeros where the node has none
   std::vector<uint8_t> panel_rows;
   int64_t tiles = 1;              // of pixels
   std::vector<int64_t> row_cuts;  // parts of the rows with equally many nonzeros
@@ -63,7 +64,6 @@ class Plan {
   const Network& network() const { return network_; }
   const std::vector<Grid>& grids() const { return grids_; }
   const std::vector<Step>& steps() const { return steps_; }
-  int64_t bytes() const;  // of a workspace
 
   // A workspace for as long as the pointer lives; as many are kept as were ever used at once.
   std::shared_ptr<Workspace> workspace() const;

@@ -135,18 +135,19 @@ class Run {
   }
 
   void product(size_t i) {
+    const Node& n = node(i);
     const Step& s = step(i);
     const Grid& g = grid(i);
     if (!s.phases.direct) split(i);
     ProductCall call{};
-    call.lists = {s.begin.data(), s.offset.data(), s.value.data(), s.bias.data(), s.panel_rows.data()};
-    call.in = s.phases.direct ? at(node(i).inputs[0]) : memory_[s.phases.slot].data() + g.lead;
+    call.lists = {n.crow.data(), s.offset.data(), n.values.data(), s.bias.data(), s.panel_rows.data()};
+    call.in = s.phases.direct ? at(n.inputs[0]) : memory_[s.phases.slot].data() + g.lead;
     call.out = at(i);
-    if (node(i).inputs.size() == 2) call.residual = at(node(i).inputs[1]);
+    if (n.inputs.size() == 2) call.residual = at(n.inputs[1]);
     call.out_stride = call.residual_stride = g.length;
     call.inside = g.inside.data();
-    call.activation = node(i).activation;
-    const int64_t products = static_cast<int64_t>(s.value.size()) * g.vectors * kLanes;
+    call.activation = n.activation;
+    const int64_t products = static_cast<int64_t>(n.values.size()) * g.vectors * kLanes;
     const int workers = useful_threads(threads_, products, 0);
     const int64_t cuts = static_cast<int64_t>(s.row_cuts.size()) - 1;
     const int64_t parts = workers == 1 || s.tiles >= 4 * workers ? 1 : cuts;
