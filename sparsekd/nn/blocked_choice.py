@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from sparsekd import ops as products
 from sparsekd.nn.conv import SparseConv2d
 from sparsekd.ops.cpu import blocked as ops
-from sparsekd.ops.cpu import cpp
 from sparsekd.ops.cpu.blocked_map import Blocked, compiled, enter, leave
-from sparsekd.ops.dispatch import blocks
 from sparsekd.ops.dispatch.cache_key import Key, density_step, size_step
 from sparsekd.ops.dispatch.context import forced
 
@@ -142,6 +140,10 @@ def measure(case: Case, x: Tensor | Blocked, make: Callable[[], Trial]) -> bool:
         x: images `[N, C, H, W]`.
         make: returns what runs the block.
     """
+    # Both need the compiled module, without which nothing comes here.
+    from sparsekd.ops.cpu import cpp
+    from sparsekd.ops.dispatch import blocks
+
     try:
         with (
             torch.inference_mode(False),
