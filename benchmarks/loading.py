@@ -5,10 +5,10 @@ take turns: by the Trainer on one batch that lies in memory, by the Trainer on t
 torchvision's reference loop on the folder. All see the same network, batch size and threads, so the
 first two differ by loading alone. Without a step, `read` measures how many images a second arrive.
 
-    python -m benchmarks.loading make /tmp/jpegs
-    python -m benchmarks.loading step /tmp/jpegs --workers 1
-    torchrun --nproc-per-node=2 -m benchmarks.loading step /tmp/jpegs --workers 1
-    python -m benchmarks.loading read /tmp/jpegs --workers 2
+    python -m benchmarks.loading make jpegs
+    python -m benchmarks.loading step jpegs --workers 1
+    torchrun --nproc-per-node=2 -m benchmarks.loading step jpegs --workers 1
+    python -m benchmarks.loading read jpegs --workers 2
     python -m benchmarks.loading table
 """
 
