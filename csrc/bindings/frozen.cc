@@ -78,25 +78,20 @@ py::tuple form(const Network& network, int32_t node) {
   return py::make_tuple(s.channels, s.height, s.width);
 }
 
+py::list forms(const Network& network, const std::vector<int32_t>& nodes) {
+  py::list shapes;
+  for (const int32_t node : nodes) shapes.append(form(network, node));
+  return shapes;
+}
+
 }  // namespace
 
 void bind_frozen(py::module_& m) {
-  m.attr("FROZEN_RECORD") = frozen::kRecord;
   py::class_<Network>(m, "FrozenNetwork")
       .def(py::init(&make), py::arg("records"), py::arg("lists"), py::arg("outputs"))
       .def("run", &run, py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("together") = 0)
-      .def_property_readonly("input_shapes",
-                             [](const Network& n) {
-                               py::list shapes;
-                               for (const int32_t node : n.inputs()) shapes.append(form(n, node));
-                               return shapes;
-                             })
-      .def_property_readonly("output_shapes",
-                             [](const Network& n) {
-                               py::list shapes;
-                               for (const int32_t node : n.outputs()) shapes.append(form(n, node));
-                               return shapes;
-                             })
+      .def_property_readonly("input_shapes", [](const Network& n) { return forms(n, n.inputs()); })
+      .def_property_readonly("output_shapes", [](const Network& n) { return forms(n, n.outputs()); })
       .def_property_readonly("products", &Network::products);
 }
 

@@ -23,21 +23,6 @@ constexpr int kPanelSums = kVectorBytes == 64 ? 24 : 8;
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Calls run(slot) for every slot; whoever is free takes the next, so slots must not share outputs.
-template <class F>
-void share(int threads, int64_t slots, F& run) {
-  int64_t next = 0;
-  auto work = [&](int) {
-    for (;;) {
-      const int64_t slot = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (slot >= slots) return;
-      run(slot);
-    }
-  };
-  const int workers = static_cast<int>(min64(threads, slots));
-  parallel(workers, workers, work);
-}
-
 // Streamed stores are not ordered with the ones that tell another thread that the result is there.
 inline void finish_streams() {
 #if defined(__SSE2__)

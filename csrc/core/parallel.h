@@ -30,6 +30,21 @@ void parallel(int threads, int slots, F& body) {
   run_slots(threads, slots, [](void* context, int slot) { (*static_cast<F*>(context))(slot); }, &body);
 }
 
+// Calls run(slot) for every slot; whoever is free takes the next, so slots must not share outputs.
+template <class F>
+void share(int threads, int64_t slots, F& run) {
+  int64_t next = 0;
+  auto work = [&](int) {
+    for (;;) {
+      const int64_t slot = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (slot >= slots) return;
+      run(slot);
+    }
+  };
+  const int workers = threads < slots ? threads : static_cast<int>(slots);
+  parallel(workers, workers, work);
+}
+
 // Memory of the calling thread that outlives the call, so that a step does not fault in fresh pages.
 // 64-byte aligned, uninitialised, valid until the same thread asks for the same purpose again.
 enum class Scratch { kValues, kWindow, kTile, kGradient, kPartial, kPanels, kSums, kCount };

@@ -188,8 +188,7 @@ class _Candidate:
         passes = self.layers[name].passes.values()
         if any(one.sparse_ms is None for one in passes):
             return sum(one.ms for one in passes)
-        times = [one.intercept_ms + (one.full_ms - one.intercept_ms) * density for one in passes]
-        return sum(min(ms, one.dense_ms) for ms, one in zip(times, passes, strict=True))
+        return sum(min(one.sparse_ms_at(density), one.dense_ms) for one in passes)
 
 
 @dataclass

@@ -71,6 +71,10 @@ class PassTimes:
             _sum(self.bf16_ms, other.bf16_ms),
         )
 
+    def sparse_ms_at(self, density: float) -> float:
+        """Return what sparse takes at another density, by its line."""
+        return self.intercept_ms + (self.full_ms - self.intercept_ms) * density
+
     @property
     def break_even(self) -> float | None:
         """Sparsity from which on sparse is faster: 0 if it always is, None if it never is."""

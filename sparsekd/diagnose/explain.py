@@ -81,8 +81,7 @@ class LayerReport:
         both = sum(self.passes.values(), start=PassTimes.zero())
         if both.sparse_ms is None:
             return None
-        density = nnz / max(math.prod(self.shape), 1)
-        return both.intercept_ms + (both.full_ms - both.intercept_ms) * density
+        return both.sparse_ms_at(nnz / max(math.prod(self.shape), 1))
 
     @property
     def break_even(self) -> float | None:

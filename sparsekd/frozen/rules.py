@@ -85,6 +85,10 @@ class Values:
             raise Outside
         return self.constants[node]
 
+    def lists(self, crow: Any, col: Any, weight: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the constants of a sparse weight."""
+        return self.constant(crow), self.constant(col), self.constant(weight)
+
     def optional(self, node: Any) -> Tensor | None:
         return None if node is None else self.constant(node)
 
@@ -113,6 +117,14 @@ def arguments(node: fx.Node, *defaults: Any) -> list[Any]:
     return given + list(defaults[len(given) :])
 
 
+def source(node: fx.Node) -> fx.Node:
+    """Return the tensor that an operator reads first."""
+    first = node.args[0]
+    if not isinstance(first, fx.Node):
+        raise Outside
+    return first
+
+
 def _pair(value: Any) -> tuple[int, int]:
     numbers = [value] if isinstance(value, int) else list(value)
     if not all(isinstance(number, int) for number in numbers) or len(numbers) not in (1, 2):
@@ -126,7 +138,7 @@ def sparse_convolution(values: Values, node: fx.Node) -> int:
     top, bottom, left, right = sides
     if top != bottom or left != right:
         raise Outside
-    lists = (values.constant(crow), values.constant(col), values.constant(weight))
+    lists = values.lists(crow, col, weight)
     window = Window(_pair(shape[2:]), _pair(stride), (top, left), _pair(dilation), groups)
     return values.draft.product(values.map(node.args[0]), lists, values.optional(bias), window)
 
@@ -145,7 +157,7 @@ def dense_convolution(values: Values, node: fx.Node) -> int:
 @_rule(torch.ops.sparsekd.linear.default)
 def sparse_linear(values: Values, node: fx.Node) -> int:
     weight, crow, col, bias, _ = arguments(node)
-    lists = (values.constant(crow), values.constant(col), values.constant(weight))
+    lists = values.lists(crow, col, weight)
     return _linear(values, node, lists, bias)
 
 
@@ -164,8 +176,7 @@ def _linear(values: Values, node: fx.Node, lists: tuple[Tensor, Tensor, Tensor],
 @_rule(_torch.FROZEN_BATCH_NORM)
 def batch_norm(values: Values, node: fx.Node) -> int:
     weight, bias, mean, variance, _, eps = arguments(node)
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = source(node)
     if len(values.shape(x)) == 2:  # [batch, channels, length]
         raise Outside
     scale = (values.constant(variance).double() + eps).rsqrt()
@@ -187,8 +198,7 @@ def first_result(values: Values, node: fx.Node) -> int:
 
 def _activation(number: int) -> Rule:
     def rule(values: Values, node: fx.Node) -> int:
-        x = node.args[0]
-        assert isinstance(x, fx.Node)
+        x = source(node)
         if arguments(node):
             raise Outside
         return values.draft.activate(values.map(x), number, values.alone(x))
@@ -197,6 +207,7 @@ def _activation(number: int) -> Rule:
 
 
 RULES[aten.relu.default] = _activation(d.RELU)
+RULES[aten.relu6.default] = _activation(d.RELU6)
 RULES[aten.silu.default] = _activation(d.SILU)
 RULES[aten.hardswish.default] = _activation(d.HARDSWISH)
 
@@ -205,23 +216,16 @@ RULES[aten.hardswish.default] = _activation(d.HARDSWISH)
 def gelu(values: Values, node: fx.Node) -> int:
     if node.kwargs.get("approximate", "none") != "none":
         raise Outside
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = source(node)
     return values.draft.activate(values.map(x), d.GELU, values.alone(x))
 
 
 @_rule(aten.hardtanh.default, aten.clamp.default)
 def relu6(values: Values, node: fx.Node) -> int:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
-    if [*arguments(node)] != [0.0, 6.0]:
+    if arguments(node) != [0.0, 6.0]:
         raise Outside
+    x = source(node)
     return values.draft.activate(values.map(x), d.RELU6, values.alone(x))
-
-
-@_rule(aten.relu6.default)
-def plain_relu6(values: Values, node: fx.Node) -> int:
-    return _activation(d.RELU6)(values, node)
 
 
 @_rule(aten.add.Tensor)
@@ -257,8 +261,7 @@ def average_pool(values: Values, node: fx.Node) -> int:
 def _pool(
     values: Values, node: fx.Node, window: Window, ceil: bool, kind: int, count: bool = True
 ) -> int:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = source(node)
     shape = values.shape(x)
     if len(shape) != 3:
         raise Outside
@@ -280,10 +283,8 @@ def global_mean(values: Values, node: fx.Node) -> int:
 
 @_rule(aten.mean.dim)
 def mean(values: Values, node: fx.Node) -> int:
-    x, axes = node.args[:2]
-    assert isinstance(x, fx.Node)
-    rank = len(values.shape(x)) + 1
-    if rank != 4 or not isinstance(axes, list | tuple):
+    axes = node.args[1]
+    if len(values.shape(source(node))) != 3 or not isinstance(axes, list | tuple):
         raise Outside
     if sorted(axis % 4 if isinstance(axis, int) else -1 for axis in axes) != [2, 3]:
         raise Outside
@@ -291,8 +292,7 @@ def mean(values: Values, node: fx.Node) -> int:
 
 
 def _mean(values: Values, node: fx.Node) -> int:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = source(node)
     if len(values.shape(x)) != 3:
         raise Outside
     every = Window((0, 0), (1, 1), (0, 0), (1, 1))
@@ -304,8 +304,7 @@ def _mean(values: Values, node: fx.Node) -> int:
     *(aten.squeeze.dims, aten.unsqueeze.default),
 )
 def reshape(values: Values, node: fx.Node) -> int:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = source(node)
     before, after = values.shape(x), values.shape(node)
     if before == after or (
         values.form(x)[1] == values.form(node)[1] and 2 not in map(len, (before, after))
@@ -326,8 +325,7 @@ def same(values: Values, node: fx.Node) -> int:
 @_rule(aten.native_layer_norm.default, aten.layer_norm.default)
 def layer_norm(values: Values, node: fx.Node) -> int:
     sizes, weight, bias, eps = arguments(node, None, None, 1e-5)[:4]
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = source(node)
     shape = values.shape(x)
     if len(shape) > 2 or list(sizes) != list(shape[-1:]):
         raise Outside
@@ -337,8 +335,7 @@ def layer_norm(values: Values, node: fx.Node) -> int:
 
 @_rule(packed_attention)
 def attention_of_one(values: Values, node: fx.Node) -> int:
-    qkv, heads = node.args
-    return values.draft.add(Node(d.ATTENTION, (values.map(qkv),), window=Window(groups=heads)))  # type: ignore[arg-type]
+    return _attention(values, values.map(source(node)), node.args[1])
 
 
 @_rule(attention)
@@ -350,4 +347,8 @@ def attention_of_three(values: Values, node: fx.Node) -> int:
     joined = values.draft.join(maps)
     if joined is None or not all(values.alone(part) for part in parts if isinstance(part, fx.Node)):
         raise Outside
-    return values.draft.add(Node(d.ATTENTION, (joined,), window=Window(groups=heads)))  # type: ignore[arg-type]
+    return _attention(values, joined, heads)
+
+
+def _attention(values: Values, qkv: int, heads: Any) -> int:
+    return values.draft.add(Node(d.ATTENTION, (qkv,), window=Window(groups=heads)))

@@ -1,5 +1,5 @@
 // Runs a plan: the nodes in turn, on one group of images per thread, or on the rows and tiles of one group
-// where there are fewer groups than threads.
+// after the other where there are fewer groups than threads.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -68,37 +68,49 @@ class Run {
     parallel(workers, workers, part);
   }
 
-  void read(size_t i, const float* from) {
+  // Calls body(row of pixels, image, channel, y) for every row of a map.
+  template <class F>
+  void rows(size_t i, F body) {
     const Shape& s = node(i).shape;
     const Grid& g = grid(i);
-    const bool tokens = node(i).kind == Kind::kTokens;
     channels(s.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
       for (int64_t n = 0; n < plan_.images(); ++n)
-        for (int64_t y = 0; y < s.height; ++y) {
-          float* const to = at(i, c) + g.image(n) + y * g.stride;
-          if (tokens)
-            for (int64_t x = 0; x < s.width; ++x) to[x] = from[(n * s.width + x) * s.channels + c];
-          else
-            std::copy_n(from + ((n * s.channels + c) * s.height + y) * s.width, s.width, to);
-        }
+        for (int64_t y = 0; y < s.height; ++y) body(at(i, c) + g.image(n) + y * g.stride, n, c, y);
+    });
+  }
+
+  void read(size_t i, const float* from) {
+    const Shape& s = node(i).shape;
+    const bool tokens = node(i).kind == Kind::kTokens;
+    rows(i, [&](float* to, int64_t n, int64_t c, int64_t y) {
+      if (tokens)
+        for (int64_t x = 0; x < s.width; ++x) to[x] = from[(n * s.width + x) * s.channels + c];
+      else
+        std::copy_n(from + ((n * s.channels + c) * s.height + y) * s.width, s.width, to);
     });
   }
 
   void write(size_t i, float* to) {
     const Shape& s = node(i).shape;
-    const Grid& g = grid(i);
     const bool tokens = plan_.network().tokens(static_cast<int32_t>(i));
-    channels(s.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
-      for (int64_t n = 0; n < plan_.images(); ++n)
-        for (int64_t y = 0; y < s.height; ++y) {
-          const float* const from = at(i, c) + g.image(n) + y * g.stride;
-          if (tokens)
-            for (int64_t x = 0; x < s.width; ++x) to[(n * s.width + x) * s.channels + c] = from[x];
-          else
-            std::copy_n(from, s.width, to + ((n * s.channels + c) * s.height + y) * s.width);
-        }
+    rows(i, [&](const float* from, int64_t n, int64_t c, int64_t y) {
+      if (tokens)
+        for (int64_t x = 0; x < s.width; ++x) to[(n * s.width + x) * s.channels + c] = from[x];
+      else
+        std::copy_n(from, s.width, to + ((n * s.channels + c) * s.height + y) * s.width);
     });
   }
+
+  // Columns [begin, end) of a result, at most `columns`, whose tap at x * stride + x0 is a pixel of a row of
+  // `width`.
+  struct Taken {
+    int64_t begin, end;
+    Taken(int64_t x0, int64_t stride, int64_t width, int64_t columns)
+        : begin(x0 < 0 ? std::min((stride - 1 - x0) / stride, columns) : 0),
+          end(width > x0 ? std::min((width - 1 - x0) / stride + 1, columns) : begin) {
+      end = std::max(begin, end);
+    }
+  };
 
   // Copies every phase of the stride into channels of its own, padding included.
   void split(size_t i) {
@@ -115,10 +127,7 @@ class Run {
         for (int64_t row = 0; row < to.rows; ++row) {
           float* const out = copy + c * to.length + to.image(n) + row * to.stride;
           const int64_t y = row * w.stride[0] + phase_y - w.padding[0], x0 = phase_x - w.padding[1];
-          // Columns [begin, end) are pixels of the input, the others padding.
-          const int64_t begin = std::clamp<int64_t>((w.stride[1] - 1 - x0) / w.stride[1], 0, to.stride);
-          const int64_t end =
-              std::clamp<int64_t>((s.width - 1 - x0 + w.stride[1]) / w.stride[1], begin, to.stride);
+          const auto [begin, end] = Taken(x0, w.stride[1], s.width, to.stride);  // the others are padding
           if (y < 0 || y >= s.height) {
             std::fill_n(out, to.stride, 0.0f);
             continue;
@@ -151,20 +160,16 @@ class Run {
     const int workers = useful_threads(threads_, products, 0);
     const int64_t cuts = static_cast<int64_t>(s.row_cuts.size()) - 1;
     const int64_t parts = workers == 1 || s.tiles >= 4 * workers ? 1 : cuts;
-    int64_t next = 0;
-    auto work = [&](int) {
-      for (;;) {
-        const int64_t slot = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED), tile = slot / parts;
-        if (slot >= s.tiles * parts) return;
-        ProductCall piece = call;
-        piece.begin = g.vectors * tile / s.tiles;
-        piece.end = g.vectors * (tile + 1) / s.tiles;
-        piece.row_begin = s.row_cuts[cuts / parts * (slot % parts)];
-        piece.row_end = s.row_cuts[cuts / parts * (slot % parts + 1)];
-        engine<FrozenEngine>().product(piece);
-      }
+    auto piece = [&](int64_t slot) {
+      const int64_t tile = slot / parts, cut = cuts / parts * (slot % parts);
+      ProductCall own = call;
+      own.begin = g.vectors * tile / s.tiles;
+      own.end = g.vectors * (tile + 1) / s.tiles;
+      own.row_begin = s.row_cuts[cut];
+      own.row_end = s.row_cuts[cut + cuts / parts];
+      engine<FrozenEngine>().product(own);
     };
-    parallel(workers, workers, work);
+    share(workers, s.tiles * parts, piece);
   }
 
   void pointwise(size_t i) {
@@ -259,8 +264,7 @@ class Run {
           std::fill_n(out, o.width, start);
           for (int64_t tap = 0; tap < w.kernel[1]; ++tap) {
             const int64_t x0 = tap * w.dilation[1] - w.padding[1], step = w.stride[1];
-            const int64_t begin = x0 < 0 ? std::min((step - 1 - x0) / step, o.width) : 0;
-            const int64_t end = s.width > x0 ? std::min((s.width - 1 - x0) / step + 1, o.width) : 0;
+            const auto [begin, end] = Taken(x0, step, s.width, o.width);
             for (int64_t x = begin; x < end; ++x) out[x] = combine(out[x], line[x * step + x0]);
           }
           for (int64_t x = 0; mean && x < o.width; ++x) out[x] /= counted(i, rows, x);
@@ -306,13 +310,9 @@ class Run {
   void flatten(size_t i) {
     const size_t input = node(i).inputs[0];
     const Shape& s = node(input).shape;
-    const Grid &from = grid(input), &to = grid(i);
-    channels(s.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
-      for (int64_t n = 0; n < plan_.images(); ++n)
-        for (int64_t y = 0; y < s.height; ++y)
-          for (int64_t x = 0; x < s.width; ++x)
-            at(i, (c * s.height + y) * s.width + x)[to.image(n)] =
-                at(input, c)[from.image(n) + y * from.stride + x];
+    const Grid& to = grid(i);
+    rows(input, [&](const float* from, int64_t n, int64_t c, int64_t y) {
+      for (int64_t x = 0; x < s.width; ++x) at(i, (c * s.height + y) * s.width + x)[to.image(n)] = from[x];
     });
   }
 
@@ -325,21 +325,13 @@ class Run {
 
 void run_groups(const Plan& plan, const std::vector<const float*>& in, const std::vector<float*>& out,
                 int64_t first, int64_t groups, int threads) {
-  const int workers = static_cast<int>(std::min<int64_t>(threads, groups));
-  const int inner = workers == threads ? 1 : threads / workers;
-  int64_t next = 0;
-  auto work = [&](int) {
+  // Enough groups run side by side; fewer in turn, each on all threads.
+  const int inner = groups < threads ? threads : 1;
+  auto one = [&](int64_t group) {
     const auto memory = plan.workspace();
-    Run run(plan, *memory, inner);
-    for (;;) {
-      const int64_t group = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (group >= groups) return;
-      run(in, out, first + group * plan.images());
-    }
+    Run(plan, *memory, inner)(in, out, first + group * plan.images());
   };
-  // One group leaves the threads to its nodes: no region of threads within another.
-  if (groups == 1) return work(0);
-  parallel(workers, workers, work);
+  share(groups < threads ? 1 : threads, groups, one);
 }
 
 }  // namespace sparsekd::frozen

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from sparsekd.errors import UnavailableError
+from sparsekd.ops.cpu.blocked_map import compiled
 
-try:
-    from sparsekd import _C
-except ImportError:
-    _C = None
+_Network = compiled("FrozenNetwork")
 
 
 def frozen_network(
@@ -29,6 +27,6 @@ def frozen_network(
         ShapeError, TopologyError: a node or a list that does not fit; the message names the node.
         UnavailableError: the core was not built.
     """
-    if _C is None:
+    if _Network is None:
         raise UnavailableError("frozen networks need the compiled core, which was not built")
-    return _C.FrozenNetwork(torch.tensor(records, dtype=torch.int32), lists, outputs)
+    return _Network(torch.tensor(records, dtype=torch.int32), lists, outputs)
