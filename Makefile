@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --progress-bar off -c c
 # The build calls cmake and ninja by name and shall find the environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-CXX_NAMES := -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'
+CXX_NAMES := -name '*.c' -o -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'
 CXX_FILES := $(shell find csrc $(CXX_NAMES))
 TEST_FILES := $(shell find tests/emulation $(CXX_NAMES))
 CMAKE_TESTS := cmake -S . -G Ninja -DSPARSEKD_PYTHON=OFF -DSPARSEKD_TESTS=ON

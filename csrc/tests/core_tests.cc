@@ -32,6 +32,7 @@ void test_borders();
 void test_caches();
 void test_densify();
 void test_empty();
+void test_files();
 void test_frozen();
 void test_growth();
 void test_linear();
@@ -247,6 +248,7 @@ int main() {
   test_cache();
   test_caches();
   test_empty();
+  test_files();
   test_frozen();
   test_growth();
   test_parallel();

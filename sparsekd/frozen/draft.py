@@ -169,16 +169,17 @@ class Draft:
         node = self.nodes[x]
         return node.activation == NONE and len(node.inputs) == 1
 
-    def finish(self, outputs: list[int]) -> tuple[list[Node], list[int]]:
-        """Return the nodes that an output needs, and all inputs, numbered anew."""
-        needed = set(outputs) | {i for i, n in enumerate(self.nodes) if n.kind in (INPUT, TOKENS)}
+    def finish(self, inputs: list[int], outputs: list[int]) -> tuple[list[Node], list[int]]:
+        """Return the inputs in this order and the nodes that an output needs, numbered anew."""
+        needed = set(outputs)
         for i in reversed(range(len(self.nodes))):
             if i in needed:
                 needed.update(self.nodes[i].inputs)
-        number = {old: new for new, old in enumerate(sorted(needed))}
+        kept = [*inputs, *sorted(needed - set(inputs))]
+        number = {old: new for new, old in enumerate(kept)}
         nodes = [
             replace(self.nodes[i], inputs=tuple(number[x] for x in self.nodes[i].inputs))
-            for i in sorted(needed)
+            for i in kept
         ]
         if not outputs:
             raise UnsupportedError("freeze: the model returns no tensor")

@@ -31,14 +31,15 @@ def save_frozen(module: FrozenModule, path: str | os.PathLike[str]) -> None:
     """Save a frozen network, for the inputs that it was prepared for last, atomically.
 
     The file holds tensors and numbers and no code: `load_frozen` reads it without the model's
-    class, and `csrc/core/frozen` without Python.
+    class, and `csrc/include/sparsekd.h` without Python.
 
     Args:
         module: what `skd.freeze(model, example)` returned.
         path: of the file.
 
     Raises:
-        UnsupportedError: some operators run in torch, or the model returns more than one tensor.
+        UnsupportedError: some operators run in torch, the model returns more than one
+            tensor, or it has an input that it does not read.
 
     Example:
         >>> import tempfile
@@ -54,6 +55,8 @@ def save_frozen(module: FrozenModule, path: str | os.PathLike[str]) -> None:
     if len(islands) != 1 or len(islands[0].shapes) != 1:
         raise UnsupportedError("save_frozen: expected a model that returns one tensor")
     island = islands[0]
+    if len(island.input_shapes) != module.arguments:
+        raise UnsupportedError("save_frozen: expected a model that reads all of its inputs")
     tensors = {
         "records": torch.tensor([node.record() for node in island.nodes], dtype=torch.int32),
         "outputs": torch.tensor(island.outputs, dtype=torch.int32),
@@ -110,15 +113,16 @@ def _nodes(tensors: dict[str, Tensor]) -> tuple[list[Node], list[int]]:
         if value.dtype != torch.int32 or value.ndim != axes:
             raise ShapeError(f"{name}: expected int32 of {axes} axes")
     nodes = [Node.of_record(record) for record in records.tolist()]
+    numbers = {str(number): number for number in range(len(nodes))}
     for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        if not name:
+        if key in ("records", "outputs"):
             continue
-        if name not in _LISTS or not number.isdecimal() or int(number) >= len(nodes):
+        number, _, name = key.partition(".")
+        if name not in _LISTS or number not in numbers:
             raise ShapeError(f"{key}: not a tensor of a frozen network")
         if value.dtype != _LISTS[name] or value.ndim != 1:
             raise TopologyError(f"{key}: expected one axis of {_LISTS[name]}")
-        nodes[int(number)].lists[name] = value
+        nodes[numbers[number]].lists[name] = value
     return nodes, outputs.tolist()
 
 

@@ -187,9 +187,11 @@ def _compile(
             result = node.args[0]
             outputs = list(result) if isinstance(result, tuple | list) else [result]
     inputs = [node for node in placeholders if node in values.maps]
-    nodes, numbers = values.draft.finish([values.maps[node] for node in outputs])
-    # The order of the network's inputs is the one in which they were first read.
-    inputs.sort(key=lambda node: values.maps[node])
+    order = {node: number for number, node in enumerate(call.graph.nodes)}
+    inputs.sort(key=lambda node: order[arguments[node]])  # as the model has them
+    nodes, numbers = values.draft.finish(
+        [values.maps[node] for node in inputs], [values.maps[node] for node in outputs]
+    )
     positions = [placeholders.index(node) for node in inputs]
     shapes = [values.shape(node) for node in inputs], [values.shape(node) for node in outputs]
     return Island(nodes, numbers, *shapes, positions)

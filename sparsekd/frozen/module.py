@@ -78,6 +78,11 @@ class FrozenModule(nn.Module):
             if node.op == "call_function" and "sym_size" not in str(node.target)
         ]
 
+    @property
+    def arguments(self) -> int:
+        """How many inputs the model takes."""
+        return sum(node.op == "placeholder" for node in self._last().graph.nodes)
+
     def _last(self) -> fx.GraphModule:
         if not self._graphs:
             raise UnsupportedError("freeze: call the module once, or give freeze() example inputs")

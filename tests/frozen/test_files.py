@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,39 @@ def test_what_a_file_cannot_hold(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class TwoInputs(nn.Module):
+    """Reads its second input first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.second(y)) + self.first(x)
+
+
+def test_inputs_keep_their_order(tmp_path: Path) -> None:
+    x, y = torch.randn(2, 4), torch.randn(2, 4)
+    model = TwoInputs().eval()
+    save_frozen(skd.freeze(model, x, y), tmp_path / "net.frozen")
+    with torch.inference_mode():
+        torch.testing.assert_close(load_frozen(tmp_path / "net.frozen")(x, y), model(x, y))
+
+
+def test_an_input_that_is_not_read(tmp_path: Path) -> None:
+    class Half(TwoInputs):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.second(y)
+
+    x, y = torch.randn(2, 4), torch.randn(2, 4)
+    model = Half().eval()
+    frozen = skd.freeze(model, x, y)
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(x, y), model(x, y))
+    with pytest.raises(UnsupportedError, match="reads all of its inputs"):
+        save_frozen(frozen, tmp_path / "net.frozen")
+
+
 def test_missing_and_foreign_files(tmp_path: Path, file: Path) -> None:
     with pytest.raises(CheckpointError, match="not a readable"):
         load_frozen(tmp_path / "none")
@@ -87,21 +122,29 @@ def _mutate_numbers(content: bytes, about: dict[str, object], chance: random.Ran
     return save(tensors, {"sparsekd": json.dumps(about)})
 
 
-@pytest.mark.parametrize(
-    "count", [2_000, pytest.param(100_000, marks=pytest.mark.thorough)], ids=str
-)
-def test_damaged_files_never_crash(file: Path, tmp_path: Path, count: int) -> None:
-    content = file.read_bytes()
+def _mutations(file: Path, count: int) -> Iterator[bytes]:
+    content, chance = file.read_bytes(), random.Random(0)
     with safe_open(file, framework="pt") as opened:
         about = json.loads(opened.metadata()["sparsekd"])
-    chance, refused = random.Random(0), 0
-    damaged = tmp_path / "damaged.frozen"
-    x = torch.zeros(2, 3, 12, 12)
     for number in range(count):
         if number % 2:
-            damaged.write_bytes(_mutate_bytes(content, chance))
+            yield _mutate_bytes(content, chance)
         else:
-            damaged.write_bytes(_mutate_numbers(content, about, chance))
+            yield _mutate_numbers(content, about, chance)
+
+
+COUNTS = pytest.mark.parametrize(
+    "count", [2_000, pytest.param(100_000, marks=pytest.mark.thorough)], ids=str
+)
+
+
+@COUNTS
+def test_damaged_files_never_crash(file: Path, tmp_path: Path, count: int) -> None:
+    refused = 0
+    damaged = tmp_path / "damaged.frozen"
+    x = torch.zeros(2, 3, 12, 12)
+    for content in _mutations(file, count):
+        damaged.write_bytes(content)
         try:
             network = load_frozen(damaged)
         except CheckpointError:
@@ -113,3 +156,23 @@ def test_damaged_files_never_crash(file: Path, tmp_path: Path, count: int) -> No
             except ShapeError:
                 refused += 1
     assert refused > count // 2
+
+
+@COUNTS
+def test_c_refuses_what_python_refuses(
+    file: Path, tmp_path: Path, c_library: Any, count: int
+) -> None:
+    damaged = tmp_path / "damaged.frozen"
+    for content in _mutations(file, count):
+        damaged.write_bytes(content)
+        try:
+            network = c_library.load(content)
+        except ValueError:
+            assert "\n" not in c_library.error()
+            with pytest.raises(CheckpointError):
+                load_frozen(damaged)
+            continue
+        load_frozen(damaged)
+        shapes = c_library.shapes(network, "input")
+        c_library.run(network, *(torch.zeros(2, *shape) for shape in shapes))
+        c_library.free(network)
