@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.path import Path as Path2D
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox, BboxBase
 
 from sparsekd.errors import UnsupportedError
 
@@ -138,6 +142,113 @@ def top_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) 
     columns = int(figure.get_figwidth() / (0.6 + 0.085 * longest))  # inches of line and text
     columns = max(1, min(columns, len(names)))
     figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text for the point at x, y of the data."""
+
+    text: str
+    x: float
+    y: float
+    color: str
+
+
+def label_points(axes: Axes, labels: Iterable[Label], size: float = 7) -> None:
+    """Write texts beside their points, so that none covers another one or a marker.
+
+    Each takes the place nearest to its point that is free, and rather one where it covers no line.
+    Those that are far away have a thin line to their point, and one without any room is left out.
+    To be called last: what moves or resizes the panel later moves points away from their texts.
+
+    Args:
+        axes: the panel, with everything drawn.
+        labels: the first ones choose first.
+        size: of the font, in points.
+    """
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()  # places on the page are known from now on
+    taken = _marker_boxes(axes)
+    lines = _line_paths(axes)
+    room = axes.bbox.padded(-3)
+    written: set[tuple[str, int, int]] = set()
+    for label in labels:
+        x, y = axes.transData.transform((label.x, label.y))
+        if (same := (label.text, round(x), round(y))) in written:
+            continue  # points at one place share a text
+        written.add(same)
+        note = axes.annotate(
+            label.text,
+            (label.x, label.y),
+            (0, 0),
+            textcoords="offset points",
+            fontsize=size,
+            color=label.color,
+            ha="center",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.5, "shrinkB": 3},
+        )
+        note.set_in_layout(False)
+        extent = Text.get_window_extent(note)
+        width, height = extent.width, extent.height
+        best: tuple[float, int, tuple[float, float], Bbox] | None = None
+        for ring, dx, dy in _places(width, height):
+            corner = (x + dx - width / 2, y + dy - height / 2)
+            box = Bbox.from_bounds(*corner, width, height).padded(0.5)
+            if best is not None and best[0] <= ring:
+                break  # no place further away is better
+            inside = room.count_contains(box.corners()) == 4
+            if inside and not box.count_overlaps(taken):
+                cost = ring + 0.8 * sum(path.intersects_bbox(box, filled=False) for path in lines)
+                if best is None or cost < best[0]:
+                    best = (cost, ring, (dx, dy), box)
+        if best is None:
+            note.remove()
+            continue
+        _, ring, (dx, dy), box = best
+        taken.append(box)
+        note.set_position((dx * 72 / figure.dpi, dy * 72 / figure.dpi))
+        if ring < _RING_WITH_LINE:
+            assert note.arrow_patch is not None
+            note.arrow_patch.set_visible(False)
+
+
+_RINGS, _DIRECTIONS, _RING_WITH_LINE = 40, 16, 3
+
+
+def _places(width: float, height: float) -> Iterator[tuple[int, float, float]]:
+    """Iterate over places of a box around a point, in ever wider rings from the upper right on.
+
+    Yields:
+        The ring, and where the middle of the box is, in pixels.
+    """
+    for ring in range(_RINGS):
+        for direction in range(_DIRECTIONS):
+            angle = math.pi / 4 + 2 * math.pi * direction / _DIRECTIONS
+            across, up = width / 2 + 8 + 5 * ring, height / 2 + 6 + 5 * ring
+            yield ring, math.cos(angle) * across, math.sin(angle) * up
+
+
+def _marker_boxes(axes: Axes) -> list[BboxBase]:
+    """Return what the markers of all lines cover."""
+    assert axes.figure is not None
+    boxes: list[BboxBase] = []
+    for line in axes.lines:
+        if line.get_marker() not in ("None", "", None):
+            half = line.get_markersize() / 2 * axes.figure.dpi / 72
+            for x, y in line.get_transform().transform(line.get_xydata()):
+                boxes.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
+    return boxes
+
+
+def _line_paths(axes: Axes) -> list[Path2D]:
+    """Return the lines of a panel and its error bars, in places on the page."""
+    drawn = [line for line in axes.lines if line.get_linestyle() != "None"]
+    paths = [line.get_transform().transform_path(line.get_path()) for line in drawn]
+    for bars in axes.collections:
+        paths += [bars.get_transform().transform_path(path) for path in bars.get_paths()]
+    return paths
 
 
 def parse_formats(text: str) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import sys
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,6 +282,39 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         fail(error, code=2)
+
+
+@contextlib.contextmanager
+def warnings_by_kind(say: Callable[[str], None]) -> Iterator[None]:
+    """Say the first warning of each kind, and at the end how many more there were.
+
+    Warnings of a kind come from one line of code, with other numbers or layers: a run that trains
+    thirty tickets would repeat them thirty times.
+
+    Args:
+        say: prints a line.
+    """
+    kinds: dict[tuple[str, int], dict[str, None]] = {}
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        # Not the place that a warning names, which is the caller at fault: where it was raised.
+        frame = sys._getframe(1)
+        while frame.f_globals.get("__name__") == "warnings" and frame.f_back is not None:
+            frame = frame.f_back
+        texts = kinds.setdefault((frame.f_code.co_filename, frame.f_lineno), {})
+        if not texts:
+            say(f"warning: {message}")
+        texts[str(message)] = None
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        for first, *more in kinds.values():
+            if more:
+                start = textwrap.shorten(first, 75, placeholder=" ...")
+                say(f"warning: {len(more)} more of the kind: {start}")
 
 
 @contextlib.contextmanager

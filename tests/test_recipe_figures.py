@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from sparsekd.errors import UnsupportedError
 from sparsekd.plots import parse_formats
@@ -145,6 +147,30 @@ def test_points_at_one_place_share_a_label(rows):
     twins = [row | {"flops_run": 1e13 / (1 - row["sparsity"])} for row in twins]
     axes = price_figure(twins, LABELS, (), "flops_run").axes[0]
     assert [text.get_text() for text in axes.texts] == ["0.8", "0.9"]
+
+
+@pytest.mark.parametrize("dpi", [100, 150])
+def test_no_label_covers_another_one_or_a_point(dpi):
+    labels = {f"m{number}": f"method {number}" for number in range(12)}
+    results = [
+        result(method, sparsity, seed, 0.9 - sparsity**8 / 9 + number / 3000 + seed / 500)
+        | {"flops_run": (1.5 - sparsity) * (1 + (number % 4) / 40) * 1e13}
+        for number, method in enumerate(labels)
+        for sparsity in (0.8, 0.9, 0.95, 0.98)
+        for seed in (0, 1)
+    ]
+    figure = price_figure(results, labels, (), "flops_run")
+    figure.set_dpi(dpi)  # files are finer than what is drawn first
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert len(axes.texts) == 48  # crowded, and still each point has its label
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)] == []
+    points = [axes.transData.transform(line.get_xydata()) for line in axes.lines]
+    inside = [box for box in boxes for x, y in np.concatenate(points) if box.contains(x, y)]
+    assert inside == []
+    assert all((axes.bbox.min <= box.min).all() for box in boxes)
+    assert all((axes.bbox.max >= box.max).all() for box in boxes)
 
 
 def test_the_density_figure_names_the_method_that_it_shows(rows):

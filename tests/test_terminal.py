@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -101,3 +103,27 @@ def test_threads_stay_where_the_system_does_not_tell(monkeypatch) -> None:
     before = torch.get_num_threads()
     FittingThreads(pytest.fail, pause=0.0)()
     assert torch.get_num_threads() == before
+
+
+def warn_of(layer: str, stacklevel: int) -> None:
+    warnings.warn(f"{layer} is empty, which nobody has asked for: {layer}", stacklevel=stacklevel)
+
+
+def test_warnings_of_one_kind_are_one_line_and_a_number() -> None:
+    said: list[str] = []
+    with suppress(KeyboardInterrupt), terminal.warnings_by_kind(said.append):
+        for layer in (*range(30), 0, 0):  # what is said again word for word is not one more
+            warn_of(f"conv{layer}", stacklevel=1 + layer % 3)  # whoever is named as the cause
+        warnings.warn("once", RuntimeWarning, stacklevel=1)
+        warnings.warn(f"also {'very ' * 20}long", stacklevel=1)
+        assert len(said) == 3
+        raise KeyboardInterrupt
+    assert said == [
+        "warning: conv0 is empty, which nobody has asked for: conv0",
+        "warning: once",
+        f"warning: also {'very ' * 20}long",
+        "warning: 29 more of the kind: conv0 is empty, which nobody has asked for: conv0",
+    ]
+    with terminal.warnings_by_kind(said.append):
+        warn_of("conv0", stacklevel=1)
+    assert len(said) == 5  # each context counts for itself

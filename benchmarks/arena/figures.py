@@ -17,7 +17,16 @@ from benchmarks.arena.waterfall import PARTS
 from sparsekd.bench.figures import LOSES
 from sparsekd.bench.results import Results
 from sparsekd.bench.tables import percent
-from sparsekd.plots import COLORS, MARKERS, line_style, log_axis, panel_grid, single_axes
+from sparsekd.plots import (
+    COLORS,
+    MARKERS,
+    Label,
+    label_points,
+    line_style,
+    log_axis,
+    panel_grid,
+    single_axes,
+)
 
 _FITTED = 0.205  # the densities that the line is fitted to, and a little room
 _PERCENT = FuncFormatter(lambda value, _: percent(value))
@@ -111,10 +120,6 @@ def flops_and_time(results: Results) -> Figure | None:
         for (row, _), point in zip(group, points, strict=True):
             top = highest.setdefault(row["sparsity"], point)
             highest[row["sparsity"]] = max(top, point, key=lambda place: place[1])
-    for sparsity, point in highest.items():  # networks of one sparsity lie above each other
-        axes.annotate(
-            percent(sparsity), point, (-6, 4), textcoords="offset points", ha="right", fontsize=7
-        )
     axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", label="time saved = FLOPs saved")
     low = min(-0.05, axes.get_ylim()[0])  # before the shading, which moves it
     axes.axhspan(low, 0, **LOSES)
@@ -122,6 +127,8 @@ def flops_and_time(results: Results) -> Figure | None:
     axes.xaxis.set_major_formatter(_PERCENT)
     axes.yaxis.set_major_formatter(_PERCENT)
     axes.legend(fontsize=8)
+    # networks of one sparsity lie above each other
+    label_points(axes, [Label(percent(s), *point, "#000000") for s, point in highest.items()])
     return figure
 
 

@@ -206,6 +206,7 @@ def _run(
         dataset = _load(config, data_dir)
         folder = stack.enter_context(StudyFolder(path, config, fresh=fresh))
         reporter = stack.enter_context(ProgressReporter(console))
+        stack.enter_context(terminal.warnings_by_kind(reporter.message))
         try:
             work = study.runner(config, dataset, folder, reporter=reporter, stop=stop)
             work.run()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -246,7 +245,7 @@ def _run(
         if first is not None:
             first(stop)
         reporter = stack.enter_context(ProgressReporter(console)) if main else Reporter()
-        stack.enter_context(_warnings_in_one_line(reporter))
+        stack.enter_context(terminal.warnings_by_kind(reporter.message))
         reporter.message(_mode(warm, ranks))
         experiment = Experiment(
             recipe, dataset, folder, reporter=reporter, stop=stop, before_run=before_run
@@ -256,22 +255,6 @@ def _run(
         reporter.message("measuring a training step of every run, sparse and dense")
         experiment.time_steps()
     return main
-
-
-@contextlib.contextmanager
-def _warnings_in_one_line(reporter: Reporter) -> Iterator[None]:
-    """Print warnings above the progress bar, each text once."""
-    told = set()
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = str(message)
-        if text not in told:
-            told.add(text)
-            reporter.message(f"warning: {text}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
 
 
 def _mode(warm: bool, ranks: int) -> str:

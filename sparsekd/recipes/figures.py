@@ -14,8 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from sparsekd.plots import (
+    Label,
     clean,
     deviations,
+    label_points,
     line_style,
     log_axis,
     panel_grid,
@@ -203,7 +205,7 @@ def price_figure(
         "Accuracy and what it took; numbers are sparsities", name, "test accuracy"
     )
     present = [method for method in labels if any(row["method"] == method for row in tickets)]
-    labelled: list[tuple[str, float, float, str]] = []
+    places: list[Label] = []
     for number, method in enumerate(present):
         points = _group([row for row in tickets if row["method"] == method], "sparsity")
         first = {s: dense[s][price] for s in dense} if method in needs_dense else {}
@@ -219,7 +221,7 @@ def price_figure(
         )
         for sparsity in points:
             x, y = statistics.mean(costs[sparsity]), statistics.mean(accuracies[sparsity])
-            labelled.append((f"{sparsity:.4g}", x, y, line_style(number)["color"]))
+            places.append(Label(f"{sparsity:.4g}", x, y, line_style(number)["color"]))
     if dense:
         axes.errorbar(
             statistics.mean(row[price] for row in dense.values()),
@@ -233,20 +235,9 @@ def price_figure(
     log_axis(axes.xaxis, _FLOPS if price == "flops_run" else "{:g}".format)
     axes.yaxis.set_major_formatter(_PERCENT)
     _legend(axes, len(present))
-    _label_points(axes, labelled)
+    axes.margins(x=0.1)  # room for the labels of the outermost points
+    label_points(axes, places)
     return figure
-
-
-def _label_points(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write labels beside points, one for those that would write the same over each other."""
-    axes.autoscale_view()  # now, as places on the page depend on it
-    taken: list[tuple[str, float, float]] = []
-    for text, x, y, color in points:
-        at = axes.transData.transform((x, y))
-        if all(text != t or abs(at[0] - a) > 30 or abs(at[1] - b) > 12 for t, a, b in taken):
-            taken.append((text, at[0], at[1]))
-            style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7}
-            axes.annotate(text, (x, y), (5, 4), color=color, **style)
 
 
 def _legend(axes: Axes, entries: int) -> None:
