@@ -13,6 +13,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from sparsekd import ops
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.frozen.attention import fuse_attention
+from sparsekd.frozen.dead import remove_dead
 from sparsekd.frozen.draft import ATTENTION, PRODUCT, Draft, Node
 from sparsekd.frozen.rules import RULES, Outside, Values
 
@@ -26,6 +27,7 @@ class Island(nn.Module):
         input_shapes: of the inputs, without the batch.
         shapes: of the results, likewise.
         positions: which of the arguments are the inputs; by default all.
+        removed: how many dead channels its layers have lost.
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class Island(nn.Module):
         input_shapes: list[tuple[int, ...]],
         shapes: list[tuple[int, ...]],
         positions: list[int] | None = None,
+        removed: int = 0,
     ) -> None:
         super().__init__()
         self.nodes, self.outputs = nodes, outputs
         self.input_shapes, self.shapes = input_shapes, shapes
         self.positions = list(range(len(input_shapes))) if positions is None else positions
+        self.removed = removed
         self._network = self._compile()
 
     def _compile(self) -> Any:
@@ -194,4 +198,5 @@ def _compile(
     )
     positions = [placeholders.index(node) for node in inputs]
     shapes = [values.shape(node) for node in inputs], [values.shape(node) for node in outputs]
-    return Island(nodes, numbers, *shapes, positions)
+    nodes, removed = remove_dead(nodes, numbers)
+    return Island(nodes, numbers, *shapes, positions, removed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsekd.errors import ShapeError, UnsupportedError
+from sparsekd.frozen.draft import PRODUCT
 from sparsekd.frozen.islands import Island, capture, cut
 
 _MOST_SHAPES = 4
@@ -79,6 +80,27 @@ class FrozenModule(nn.Module):
         ]
 
     @property
+    def removed_channels(self) -> int:
+        """How many channels layers have lost that nothing went into, or that nothing read."""
+        return sum(island.removed for island in self.islands)
+
+    @property
+    def stored_values(self) -> int:
+        """How many weights the compiled parts hold."""
+        layers = [node for island in self.islands for node in island.nodes if node.kind == PRODUCT]
+        return sum(len(node.lists["values"]) for node in layers)
+
+    def extra_repr(self) -> str:
+        if not self._graphs:
+            return "for no input yet"
+        facts = [f"{len(self.islands)} compiled parts of {self.stored_values:,} weights"]
+        if self.removed_channels:
+            facts.append(f"{self.removed_channels} dead channels removed")
+        if self.outside:
+            facts.append(f"in torch: {', '.join(sorted(set(self.outside)))}")
+        return "; ".join(facts)
+
+    @property
     def arguments(self) -> int:
         """How many inputs the model takes."""
         return sum(node.op == "placeholder" for node in self._last().graph.nodes)
@@ -116,7 +138,8 @@ def freeze(model: nn.Module, *inputs: Any) -> FrozenModule:
 
     BatchNorm becomes part of the weights, additions and activations part of the layer before them,
     and maps stay in the kernels' own layout from the first layer to the last, with no Python
-    between them.
+    between them. Dead channels, those without an input or a reader, are removed; `print` the result
+    to see how many.
 
     Args:
         model: any module that torch.export can trace; stays as it is.
