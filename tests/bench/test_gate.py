@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from sparsekd.bench import gate
+from sparsekd.bench import gate, steps
+from sparsekd.bench.cases import ModelCase
 
 
 def test_float32_rounding_passes_and_a_single_wrong_entry_does_not():
@@ -51,3 +52,12 @@ def test_bounds_of_a_step_hold_every_gradient_that_is_more_than_rounding():
     assert bounds["b"] == pytest.approx(0.16)
     assert all(bound < 1 for bound in bounds.values())
     assert set(gate.step_bounds(noise, torch.bfloat16)) == {"loss"}
+
+
+def test_a_relu_a_few_rounding_units_from_its_kink_counts_as_rounding():
+    model, x = torch.nn.Linear(2, 1000, bias=False), torch.ones(1, 2)
+    with torch.no_grad():
+        model.weight[:] = torch.tensor([1.0, 6 * torch.finfo(torch.float32).eps - 1])
+    assert (model(x) > 0).all()
+    problem = steps.StepProblem(ModelCase("none", (2,)), model, x, x)
+    assert (steps.jittered(problem, torch.float32).model(x) <= 0).any()
