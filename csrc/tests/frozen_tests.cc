@@ -181,14 +181,11 @@ std::vector<Node> any_network(int64_t length) {
   return nodes;
 }
 
-void check_network(const char* isa, int64_t length) {
-  const std::vector<Node> nodes = any_network(length);
+void check_network(const char* isa, const std::vector<Node>& nodes, int64_t batch, int64_t together,
+                   int threads) {
   std::vector<int32_t> outputs{static_cast<int32_t>(nodes.size()) - 1};
   while (pick(0, 1)) outputs.push_back(static_cast<int32_t>(pick(0, static_cast<int64_t>(nodes.size()) - 1)));
   const Network network(nodes, outputs);
-  const int64_t batches[] = {0, 1, 2, 5, 17};
-  const int64_t batch = batches[pick(0, 4)], together = pick(0, 1) ? 0 : pick(1, 6);
-  const int threads = static_cast<int>(pick(1, 3));
   std::vector<std::vector<float>> in, out;
   std::vector<const float*> from;
   std::vector<float*> to;
@@ -247,6 +244,49 @@ void check_network(const char* isa, int64_t length) {
   check(difference < 2e-5, name + " difference " + std::to_string(difference));
 }
 
+void check_any_network(const char* isa) {
+  const int64_t batches[] = {0, 1, 2, 5, 17};
+  const int64_t batch = batches[pick(0, 4)], together = pick(0, 1) ? 0 : pick(1, 6);
+  const std::vector<Node> nodes = any_network(pick(2, 14));
+  check_network(isa, nodes, batch, together, static_cast<int>(pick(1, 3)));
+}
+
+// Maps that do not fit L2 together, so that products run tile by tile: residual blocks, whose maps take turns
+// in the same memory while taps of every direction still read it.
+void check_chain(const char* isa) {
+  constexpr int64_t kHeight = 40, kWidth = 43;
+  const int64_t channels = cache_sizes().l2 / 16 / (kHeight * kWidth) + 1;
+  Node input;
+  input.shape = {channels, kHeight, kWidth};
+  std::vector<Node> nodes{input};
+  const auto product = [&](int64_t kernel, int64_t padding, double density) {
+    Node node;
+    node.kind = Kind::kProduct;
+    node.activation = any_activation();
+    node.inputs = {static_cast<int32_t>(nodes.size()) - 1};
+    for (int axis = 0; axis < 2; ++axis) {
+      node.window.kernel[axis] = kernel;
+      node.window.padding[axis] = padding;
+      node.window.dilation[axis] = kernel > 1 ? 2 * padding / (kernel - 1) : 1;
+    }
+    const Csr csr = any_csr(channels, channels, kernel * kernel, density);
+    node.crow = csr.crow;
+    node.col = csr.col;
+    for (size_t k = 0; k < csr.col.size(); ++k)
+      node.values.push_back(static_cast<float>(uniform() / std::sqrt(channels * kernel * kernel * density)));
+    return node;
+  };
+  for (int block = 0; block < 3; ++block) {
+    const auto first = static_cast<int32_t>(nodes.size()) - 1;
+    const double few = 2.0 / static_cast<double>(channels);
+    nodes.push_back(product(1, 0, few));
+    nodes.push_back(product(3, block == 1 ? 4 : 1, block == 2 ? 5 * few : few));  // the last is packed
+    nodes.push_back(product(1, 0, few));
+    nodes.back().inputs.push_back(first);
+  }
+  check_network(isa, nodes, 2, pick(1, 2), 1);
+}
+
 void test_refusals() {
   Node input;
   input.shape = {2, 3, 3};
@@ -293,7 +333,8 @@ void test_frozen() {
   for (const Isa isa : available_isas()) {
     if (isa == Isa::kScalar) continue;
     set_isa(isa_name(isa));
-    for (int i = 0; i < 400; ++i) check_network(isa_name(isa), pick(2, 14));
+    for (int i = 0; i < 400; ++i) check_any_network(isa_name(isa));
+    check_chain(isa_name(isa));
   }
   set_isa("auto");
 }

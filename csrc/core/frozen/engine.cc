@@ -1,10 +1,11 @@
 // The product of a sparse weight with maps whose pixels lie in a row, see engine.h.
 //
 // The sums of a row for a tile of pixels stay in registers over all its nonzeros: a nonzero is one broadcast
-// and one multiply-add with a vector from memory for each vector of the tile. The load ports are the limit,
-// and a tap to the left or right loads across cache lines, which takes two turns. Rows with equal lists, as
-// dense layers and blocks have, are computed four at a time, and an input is loaded once for all of them. The
-// caller chooses tiles so that the inputs of one come from L2 at worst.
+// and one multiply-add with a vector from memory for each vector of the tile. How fast these vectors come is
+// the limit: two in a cycle from L1, one in one and a half from L2, and half as many where they lie across
+// cache lines, for which the caller copies taps to the left and right. Rows with equal lists, as dense layers
+// and blocks have, are computed four at a time, and an input is loaded once for all of them. The caller
+// chooses tiles so that the inputs of one come from L2 at worst.
 #include "core/engine.inl"
 
 #include <array>
@@ -18,6 +19,8 @@ namespace {
 
 constexpr int kBytes = kVectorBytes;
 constexpr int kFloats = kBytes / 4;
+constexpr int kLine = 64;
+constexpr int64_t kAhead = 256;           // words of a list that are fetched before they are needed
 constexpr int kParts = kLanes / kFloats;  // machine vectors in a vector of kLanes pixels
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef int32_t Int __attribute__((vector_size(kBytes)));
@@ -25,11 +28,8 @@ typedef float Loose __attribute__((vector_size(kBytes), aligned(4)));
 typedef int32_t LooseInt __attribute__((vector_size(kBytes), aligned(4)));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
-inline Vec select(Int mask, Vec a, Vec b) {
-  return reinterpret_cast<Vec>((mask & reinterpret_cast<Int>(a)) | (~mask & reinterpret_cast<Int>(b)));
-}
-inline Vec larger(Vec a, Vec b) { return select(a < b, b, a); }  // a where b is not a number, or a is not
-inline Vec smaller(Vec a, Vec b) { return select(b < a, b, a); }
+inline Vec larger(Vec a, Vec b) { return a < b ? b : a; }  // a where b is not a number, or a is not
+inline Vec smaller(Vec a, Vec b) { return b < a ? b : a; }
 
 // e^x to two units in the last place, from e^-87.3 to infinity: 2^n by the exponent's bits, the rest by a
 // polynomial.
@@ -59,8 +59,17 @@ inline Vec error_function(Vec x) {
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
   const Vec y = 1.0f - p * t * exponential(-size * size);
-  return select(x < Vec{}, -y, y);
+  return x < Vec{} ? -y : y;
 }
+
+// Activations that only bound their argument are between these two; the others are called curved.
+inline float lowest(Activation activation) {
+  return activation == Activation::kRelu || activation == Activation::kRelu6 ? 0.0f : -__builtin_inff();
+}
+inline float highest(Activation activation) {
+  return activation == Activation::kRelu6 ? 6.0f : __builtin_inff();
+}
+inline bool curved(Activation activation) { return activation >= Activation::kSilu; }
 
 inline Vec apply(Activation activation, Vec x) {
   switch (activation) {
@@ -84,51 +93,74 @@ inline void store(Vec value, const int32_t* inside, float* to) {
       reinterpret_cast<Vec>(reinterpret_cast<Int>(value) & *reinterpret_cast<const LooseInt*>(inside));
 }
 
-// Rows rows that share a list, N machine vectors from pixel p on. Few sums alone would wait for the latency
-// of one another: then several nonzeros at once have a set each.
+// Panels [panel, end) of Rows rows each, over N machine vectors from pixel p on. Few sums alone would wait
+// for the latency of one another: then several nonzeros at once have a set each.
 template <int Rows, int N>
-__attribute__((noinline)) void tile(const ProductCall& call, int64_t row, int64_t p) {
-  constexpr int kSums = Rows * N, kSets = kSums <= 2 ? 4 : kSums <= 6 ? 2 : 1;
-  const Lists& lists = call.lists;
-  const int64_t first = lists.begin[row], count = lists.begin[row + 1] - first;
+__attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel, const Panel* end,
+                                    int64_t p) {
+  constexpr int kSums = Rows * N, kSets = kSums <= 2 ? 4 : kSums <= 6 ? 2 : 1, kWords = 1 + Rows;
   const float* const in = call.in + p;
-  const int32_t* const offset = lists.offset + first;
-  const float* const value = lists.value + first;
-  Vec sum[kSets][kSums];
+  const int32_t* const inside = call.inside + p;
+  const Vec low = Vec{} + lowest(call.activation), high = Vec{} + highest(call.activation);
+  for (; panel != end; ++panel) {
+    const int64_t row = panel->row;
+    const float* list = call.list + panel->first;
+    Vec sum[kSets][kSums];
 #pragma GCC unroll 32
-  for (int i = 0; i < kSums; ++i) {
-    sum[0][i] = Vec{} + lists.bias[row + i / N];
+    for (int i = 0; i < kSums; ++i) {
+      sum[0][i] = Vec{} + call.bias[row + i / N];
 #pragma GCC unroll 4
-    for (int s = 1; s < kSets; ++s) sum[s][i] = Vec{};
-  }
-  const auto add = [&](int64_t k, Vec* into) __attribute__((always_inline)) {
-    const float* const from = in + offset[k];
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      const Vec x = load(from + i * kFloats);
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) into[r * N + i] += value[r * count + k] * x;
+      for (int s = 1; s < kSets; ++s) sum[s][i] = Vec{};
     }
-  };
-  int64_t k = 0;
-  for (; k + kSets <= count; k += kSets)
-#pragma GCC unroll 4
-    for (int s = 0; s < kSets; ++s) add(k + s, sum[s]);
-  for (; k < count; ++k) add(k, sum[0]);
-#pragma GCC unroll 32
-  for (int i = 0; i < kSums; ++i)
-#pragma GCC unroll 4
-    for (int s = 1; s < kSets; ++s) sum[0][i] += sum[s][i];
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    float* const out = call.out + (row + r) * call.out_stride + p;
-    const float* const residual =
-        call.residual ? call.residual + (row + r) * call.residual_stride + p : nullptr;
+    const auto add = [&](const float* word, Vec* into) __attribute__((always_inline)) {
+      int32_t offset;
+      __builtin_memcpy(&offset, word, sizeof offset);
+      const float* const from = in + offset;
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      Vec y = sum[0][r * N + i];
-      if (residual) y += *reinterpret_cast<const Vec*>(residual + i * kFloats);
-      store(apply(call.activation, y), call.inside + p + i * kFloats, out + i * kFloats);
+      for (int i = 0; i < N; ++i) {
+        const Vec x = load(from + i * kFloats);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) into[r * N + i] += word[1 + r] * x;
+      }
+    };
+    if (panel + 1 != end) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i += kLine / kBytes) {
+          __builtin_prefetch(call.out + (panel[1].row + r) * call.out_stride + p + i * kFloats, 1);
+          if (call.residual)
+            __builtin_prefetch(call.residual + (panel[1].row + r) * call.residual_stride + p + i * kFloats);
+        }
+    }
+    int64_t left = panel->count;
+    for (; left >= kSets; left -= kSets, list += kSets * kWords) {
+      __builtin_prefetch(list + kAhead);
+#pragma GCC unroll 4
+      for (int s = 0; s < kSets; ++s) add(list + s * kWords, sum[s]);
+    }
+    for (; left > 0; --left, list += kWords) add(list, sum[0]);
+#pragma GCC unroll 32
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int s = 1; s < kSets; ++s) sum[0][i] += sum[s][i];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      float* const out = call.out + (row + r) * call.out_stride + p;
+      if (call.residual) {
+        const float* const residual = call.residual + (row + r) * call.residual_stride + p;
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i)
+          sum[0][r * N + i] += *reinterpret_cast<const Vec*>(residual + i * kFloats);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i)
+        store(smaller(larger(sum[0][r * N + i], low), high), inside + i * kFloats, out + i * kFloats);
+      if (curved(call.activation))
+        for (int i = 0; i < N; ++i) {
+          Vec* const y = reinterpret_cast<Vec*>(out + i * kFloats);
+          *y = apply(call.activation, *y);
+        }
     }
   }
 }
@@ -137,35 +169,64 @@ __attribute__((noinline)) void tile(const ProductCall& call, int64_t row, int64_
 constexpr int kWidest = kBytes == 64 ? 16 : 8;
 constexpr int kPanelWidest = kBytes == 64 ? 6 : 2;
 
-using Tile = void (*)(const ProductCall&, int64_t, int64_t);
+using Tile = void (*)(const ProductCall&, const Panel*, const Panel*, int64_t);
 template <int Rows, int... N>
 constexpr std::array<Tile, sizeof...(N)> tiles(std::integer_sequence<int, N...>) {
   return {tile<Rows, N + 1>...};
 }
 
-// A row, or a panel, over vectors [begin, end) of kLanes pixels, in as few tiles as there can be, equally
+// Panels of Rows rows over vectors [begin, end) of kLanes pixels, in as few tiles as there can be, equally
 // wide.
 template <int Rows, int Most>
-inline void across(const ProductCall& call, int64_t row) {
+inline void across(const ProductCall& call, const Panel* panel, const Panel* last) {
   static constexpr auto widths = tiles<Rows>(std::make_integer_sequence<int, Most>{});
   const int64_t vectors = (call.end - call.begin) * kParts, count = (vectors + Most - 1) / Most;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = vectors * i / count, to = vectors * (i + 1) / count;
-    widths[to - from - 1](call, row, call.begin * kLanes + from * kFloats);
+    widths[to - from - 1](call, panel, last, call.begin * kLanes + from * kFloats);
   }
 }
 
 void product(const ProductCall& call) {
-  for (int64_t row = call.row_begin; row < call.row_end;) {
-    const int rows = call.lists.panel_rows[row];
-    if (rows == 4)
-      across<4, kPanelWidest>(call, row);
-    else if (rows == 2)
-      across<2, kPanelWidest * 2>(call, row);
+  const Panel* const end = call.panels + call.last_panel;
+  for (const Panel* panel = call.panels + call.first_panel; panel < end;) {
+    const Panel* last = panel + 1;
+    while (last < end && last->rows == panel->rows) ++last;
+    if (panel->rows == 4)
+      across<4, kPanelWidest>(call, panel, last);
+    else if (panel->rows == 2)
+      across<2, kPanelWidest * 2>(call, panel, last);
     else
-      across<1, kWidest>(call, row);
-    row += rows;
+      across<1, kWidest>(call, panel, last);
+    panel = last;
   }
+}
+
+void copy(const float* in, int64_t vectors, float* out) {
+  for (int64_t i = 0; i < vectors * kLanes; i += kFloats) *reinterpret_cast<Vec*>(out + i) = load(in + i);
+}
+
+// The strides that occur are constants to the compiler, which then loads vectors and picks from them.
+template <class Combine>
+inline void along(const float* in, int64_t step, int64_t count, float* __restrict__ out, Combine combine) {
+  if (step == 1)
+    for (int64_t x = 0; x < count; ++x) out[x] = combine(out[x], in[x]);
+  else if (step == 2)
+    for (int64_t x = 0; x < count; ++x) out[x] = combine(out[x], in[2 * x]);
+  else
+    for (int64_t x = 0; x < count; ++x) out[x] = combine(out[x], in[step * x]);
+}
+
+void take(const float* in, int64_t step, int64_t count, float* out) {
+  along(in, step, count, out, [](float, float b) { return b; });
+}
+
+void larger_of(const float* in, int64_t step, int64_t count, float* out) {
+  along(in, step, count, out, [](float a, float b) { return b > a || b != b ? b : a; });
+}
+
+void sum_of(const float* in, int64_t step, int64_t count, float* out) {
+  along(in, step, count, out, [](float a, float b) { return a + b; });
 }
 
 void pointwise(const PointwiseCall& call) {
@@ -188,8 +249,9 @@ void pointwise(const PointwiseCall& call) {
 }  // namespace
 
 template <Isa>
-const FrozenEngine FrozenEngine::compiled{frozen::product, frozen::pointwise, frozen::layer_norm,
-                                          frozen::attention};
+const FrozenEngine FrozenEngine::compiled{frozen::product,    frozen::copy,     frozen::take,
+                                          frozen::larger_of,  frozen::sum_of,   frozen::pointwise,
+                                          frozen::layer_norm, frozen::attention};
 template const FrozenEngine FrozenEngine::compiled<kIsa>;
 
 }  // namespace sparsekd::frozen

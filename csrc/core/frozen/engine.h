@@ -16,26 +16,29 @@ enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kGelu, kHardswish
 
 constexpr int64_t kLanes = 16;  // maps are padded to, and aligned at, this many floats
 
-// The rows of a weight as distances from the first pixel of the first channel.
-struct Lists {
-  const int32_t* begin;       // [rows + 1]
-  const int32_t* offset;      // [nnz]
-  const float* value;         // [nnz]
-  const float* bias;          // [rows]
-  const uint8_t* panel_rows;  // at the first row of each panel: how many rows share its offsets
+// Rows of a weight whose nonzeros have the same offsets. Their list is `count` times an offset, where the
+// first output reads, as the bits of an int32_t, and a value for each row: kernels read a weight from its
+// first word to its last.
+struct Panel {
+  int32_t row;    // the first
+  int32_t rows;   // 1, 2 or 4
+  int64_t first;  // word of the list
+  int64_t count;  // of nonzeros in a row
 };
 
-// out[r, p] = activation(bias[r] + products + residual[r, p]), and zero where inside[p] is zero, for rows
-// [row_begin, row_end) and vectors [begin, end) of kLanes pixels.
+// out[r, p] = activation(bias[r] + products + residual[r, p]), and zero where inside[p] is zero, for panels
+// [first_panel, last_panel) and vectors [begin, end) of kLanes pixels.
 struct ProductCall {
-  Lists lists;
-  const float* in;
+  const Panel* panels;
+  const float* list;
+  const float* bias;  // [rows]
+  const float* in;    // what offsets count from
   float* out;
   const float* residual;  // or null
   int64_t out_stride, residual_stride;
   const int32_t* inside;  // all bits or none, [pixels]
   Activation activation;
-  int64_t row_begin, row_end, begin, end;
+  int64_t first_panel, last_panel, begin, end;
 };
 
 // out[c, p] = activation(in[c, p] * scale[c] + shift[c] + other[c, p]) inside, for channels [0, channels).
@@ -70,6 +73,11 @@ constexpr int64_t kAttentionQueries = 2 * kLanes;  // computed at once
 
 struct FrozenEngine {
   void (*product)(const ProductCall&);
+  void (*copy)(const float* in, int64_t vectors, float* out);  // vectors of kLanes; out is aligned
+  // out[x] = in[x * step], and the larger, or the sum, of out[x] and in[x * step], for x in [0, count).
+  void (*take)(const float* in, int64_t step, int64_t count, float* out);
+  void (*larger)(const float* in, int64_t step, int64_t count, float* out);
+  void (*sum)(const float* in, int64_t step, int64_t count, float* out);
   void (*pointwise)(const PointwiseCall&);
   void (*layer_norm)(const LayerNormCall&);
   void (*attention)(const AttentionCall&);

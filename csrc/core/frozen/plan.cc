@@ -1,5 +1,7 @@
 #include "core/frozen/plan.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -14,8 +16,11 @@
 namespace sparsekd::frozen {
 namespace {
 
-constexpr int64_t kTileVectors = 12;
-constexpr int64_t kRowParts = 8;
+constexpr int64_t kLeastTile = 4, kMostTile = 8, kMostPanelTile = 12;  // vectors
+constexpr int64_t kWorthPacking = 8;                                   // loads of a column by single rows
+constexpr int64_t kMostWaste = 12;  // part of a row that may be added to it
+constexpr int64_t kParts = 8;
+constexpr int64_t kLine = 64;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -33,9 +38,16 @@ int64_t largest_map(const Network& network) {
 }  // namespace
 
 Buffer::Buffer(int64_t floats) {
-  const size_t bytes = static_cast<size_t>(round_up(floats * sizeof(float), 64));
-  data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  // Neighbouring channels of a map are pages apart: with small pages every nonzero is a miss in the TLB.
+  constexpr int64_t kHugePage = int64_t{1} << 21;
+  int64_t bytes = round_up(std::max<int64_t>(floats * 4, 1), kLine);
+  const int64_t page = bytes < kHugePage / 2 ? kLine : kHugePage;
+  bytes = round_up(bytes, page);
+  data_.reset(static_cast<float*>(std::aligned_alloc(page, bytes)));
   if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (page == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
+#endif
   std::memset(data_.get(), 0, bytes);
 }
 
@@ -45,8 +57,8 @@ Plan::Plan(const Network& network, int64_t images) : network_(network), images_(
   steps_.resize(network.nodes().size());
   choose_grids();
   choose_slots();
-  for (size_t i = 0; i < steps_.size(); ++i)
-    if (network.nodes()[i].kind == Kind::kProduct) make_lists(network.nodes()[i], steps_[i]);
+  make_lists();
+  make_chains();
 }
 
 // Every height and width gets one grid, wide enough for all that read maps of that size.
@@ -93,6 +105,10 @@ void Plan::choose_grids() {
     grid.width = size.second;
     grid.stride = grid.width + need.right;
     grid.rows = grid.height + need.below;
+    // Rows that begin at vectors leave fewer pieces to pack, see Piece.
+    const int64_t rounded = round_up(grid.stride, kLanes);
+    if (need.above + need.ahead_rows > 0 && (rounded - grid.stride) * kMostWaste <= grid.stride)
+      grid.stride = rounded;
     grid.lead = round_up(need.above * grid.stride + need.left, kLanes);
     const int64_t pixels = grid.image(images_ - 1) + (grid.height - 1) * grid.stride + grid.width;
     grid.vectors = round_up(pixels, kLanes) / kLanes;
@@ -126,7 +142,7 @@ void Plan::choose_slots() {
   const auto take = [&](int32_t grid, bool copy, int64_t channels) {
     auto& slots = idle[{grid, copy}];
     if (slots.empty()) {
-      slots_.push_back({grid, 0});
+      slots_.push_back({grid, 0, 0});
       slots.push_back(static_cast<int32_t>(slots_.size()) - 1);
     }
     const int32_t slot = slots.back();
@@ -147,44 +163,168 @@ void Plan::choose_slots() {
     for (size_t j = 0; j <= i; ++j)
       if (last[j] == i) idle[{steps_[j].grid, false}].push_back(steps_[j].slot);
   }
+  for (Slot& slot : slots_) {
+    slot.first = workspace_length_;
+    workspace_length_ += slot.channels * grids_[slot.grid].length + kLanes;
+  }
 }
 
-void Plan::make_lists(const Node& node, Step& step) const {
+// Of every tap how far from the first pixel of a channel the first output reads.
+std::vector<int64_t> Plan::taps(const Node& node, const Step& step) const {
   const Window& w = node.window;
-  const Shape& in = network_.nodes()[node.inputs[0]].shape;
   const Grid& grid = grids_[step.grid];
-  const int64_t rows = node.shape.channels, group_rows = rows / w.groups,
-                group_channels = in.channels / w.groups;
-  const int64_t taps = w.kernel[0] * w.kernel[1];
-  const auto distance = [&](int64_t channel, int64_t y, int64_t x) {
-    y *= w.dilation[0];
-    x *= w.dilation[1];
-    if (step.phases.direct)
-      return channel * grid.length + (y - w.padding[0]) * grid.stride + x - w.padding[1];
-    channel = (channel * step.phases.count[0] + y % w.stride[0]) * step.phases.count[1] + x % w.stride[1];
-    return channel * grid.length + y / w.stride[0] * grid.stride + x / w.stride[1];
-  };
-  step.bias = node.bias.empty() ? std::vector<float>(rows, 0.0f) : node.bias;
-  step.offset.reserve(node.col.size());
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t first = r / group_rows * group_channels;
-    for (int32_t k = node.crow[r]; k < node.crow[r + 1]; ++k) {
-      const int64_t tap = node.col[k] % taps;
-      step.offset.push_back(
-          static_cast<int32_t>(distance(first + node.col[k] / taps, tap / w.kernel[1], tap % w.kernel[1])));
+  std::vector<int64_t> taps;
+  for (int64_t y = 0; y < w.kernel[0] * w.dilation[0]; y += w.dilation[0])
+    for (int64_t x = 0; x < w.kernel[1] * w.dilation[1]; x += w.dilation[1]) {
+      if (step.phases.direct) {
+        taps.push_back((y - w.padding[0]) * grid.stride + x - w.padding[1]);
+        continue;
+      }
+      const int64_t phase = y % w.stride[0] * step.phases.count[1] + x % w.stride[1];
+      taps.push_back(phase * grid.length + y / w.stride[0] * grid.stride + x / w.stride[1]);
     }
+  return taps;
+}
+
+// Chooses tiles, and whether they are packed; fills panels, and the offsets of all nonzeros.
+void Plan::make_panels(const Node& node, Step& step, std::vector<int32_t>& offsets) const {
+  const int64_t channels = network_.nodes()[node.inputs[0]].shape.channels;
+  const int64_t rows = node.shape.channels, group_rows = rows / node.window.groups;
+  const int64_t vectors = grids_[step.grid].vectors, room = cache_sizes().l2 / 3;
+  const std::vector<int64_t> distance = taps(node, step);
+  const auto count = static_cast<int64_t>(distance.size());
+  step.before = std::max<int64_t>(0, -*std::min_element(distance.begin(), distance.end()));
+  step.after = std::max<int64_t>(0, *std::max_element(distance.begin(), distance.end()));
+  step.map_step = grids_[step.grid].length * step.phases.count[0] * step.phases.count[1];
+  const auto write = [&](const std::vector<int64_t>& tap, int64_t channel_step) {
+    offsets.clear();
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t first = r / group_rows * (channels / node.window.groups);
+      for (int32_t k = node.crow[r]; k < node.crow[r + 1]; ++k)
+        offsets.push_back(
+            static_cast<int32_t>((first + node.col[k] / count) * channel_step + tap[node.col[k] % count]));
+    }
+  };
+  const auto cut = [&](int64_t bytes, int64_t most) {
+    step.tiles = (vectors - 1) / std::clamp<int64_t>(room / bytes, kLeastTile, most) + 1;
+    step.width = (vectors - 1) / step.tiles + 1;
+  };
+  write(distance, step.map_step);
+  const std::vector<uint8_t> panel_rows = find_panels(node.crow.data(), offsets.data(), rows);
+  int64_t loads = 0;
+  for (int32_t r = 0; r < rows; r += panel_rows[r]) {
+    step.panels.push_back({r, panel_rows[r], 0, node.crow[r + 1] - node.crow[r]});
+    if (panel_rows[r] == 1) loads += step.panels.back().count;
   }
-  step.panel_rows = find_panels(node.crow.data(), step.offset.data(), rows);
-  const int64_t bytes = in.channels * kLanes * static_cast<int64_t>(sizeof(float));  // of a vector
-  const int64_t most = std::clamp<int64_t>(cache_sizes().l2 / 2 / bytes, 4, kTileVectors);
-  step.tiles = (grid.vectors + most - 1) / most;
-  const int64_t nnz = static_cast<int64_t>(node.values.size());
-  for (int64_t part = 0; part <= kRowParts; ++part) {
-    const auto at = std::lower_bound(node.crow.begin(), node.crow.end(), nnz * part / kRowParts);
-    step.row_cuts.push_back(panel_cut(std::min<int64_t>(at - node.crow.begin(), rows), rows));
+  const bool shared = loads * 2 < static_cast<int64_t>(node.values.size());  // few inputs for many sums
+  cut(channels * kLine, shared ? kMostPanelTile : kMostTile);
+  if (loads < kWorthPacking * channels * count ||
+      channels * count * kLeastTile * kLine > 2 * cache_sizes().l2 ||
+      std::all_of(distance.begin(), distance.end(), [](int64_t d) { return d % kLanes == 0; }))
+    return;
+  cut(channels * count * kLine, kMostTile);
+  // Taps at the same place within a vector share a piece, unless a whole tile lies between them.
+  std::map<int64_t, std::vector<int64_t>> places;
+  for (int64_t t = 0; t < count; ++t) places[(distance[t] % kLanes + kLanes) % kLanes].push_back(t);
+  std::vector<int64_t> packed(count);
+  for (auto& [shift, taps] : places) {
+    std::sort(taps.begin(), taps.end(), [&](int64_t a, int64_t b) { return distance[a] < distance[b]; });
+    Piece piece{};
+    const auto close = [&] {
+      step.packed_step += (step.width + piece.vectors) * kLanes;
+      step.pieces.push_back(piece);
+    };
+    for (const int64_t t : taps) {
+      const bool first = t == taps.front();
+      if (!first && distance[t] - piece.from >= (step.width + piece.vectors) * kLanes) close();
+      if (first || piece.to != step.packed_step) piece = {distance[t], step.packed_step, 0};
+      piece.vectors = (distance[t] - piece.from) / kLanes;
+      packed[t] = piece.to + distance[t] - piece.from;
+    }
+    close();
   }
-  step.row_cuts.front() = 0;
-  step.row_cuts.back() = rows;
+  write(packed, step.packed_step);
+}
+
+// One list for all products, in the order in which they run.
+void Plan::make_lists() {
+  const auto& nodes = network_.nodes();
+  std::vector<std::vector<int32_t>> offsets(nodes.size());
+  int64_t words = 0;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (nodes[i].kind != Kind::kProduct) continue;
+    Step& step = steps_[i];
+    step.bias = nodes[i].bias.empty() ? std::vector<float>(nodes[i].shape.channels, 0.0f) : nodes[i].bias;
+    make_panels(nodes[i], step, offsets[i]);
+    std::stable_sort(step.panels.begin(), step.panels.end(),
+                     [](const Panel& a, const Panel& b) { return a.rows > b.rows; });
+    const auto count = static_cast<int64_t>(step.panels.size());
+    const auto nnz = static_cast<int64_t>(nodes[i].values.size());
+    int64_t done = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      Panel& panel = step.panels[k];
+      while (done * kParts >= nnz * static_cast<int64_t>(step.cuts.size()) &&
+             static_cast<int64_t>(step.cuts.size()) < kParts)
+        step.cuts.push_back(k);
+      panel.first = words;
+      words += panel.count * (1 + panel.rows);
+      step.words += panel.count * (1 + panel.rows);
+      done += panel.count * panel.rows;
+    }
+    step.cuts.resize(kParts + 1, count);
+  }
+  list_ = Buffer(words);
+  for (size_t i = 0; i < nodes.size(); ++i)
+    for (const Panel& panel : steps_[i].panels) {
+      const int32_t first = nodes[i].crow[panel.row];
+      float* word = list_.data() + panel.first;
+      for (int64_t k = 0; k < panel.count; ++k) {
+        std::memcpy(word++, &offsets[i][first + k], sizeof(float));
+        for (int32_t r = 0; r < panel.rows; ++r) *word++ = nodes[i].values[first + r * panel.count + k];
+      }
+    }
+}
+
+// Whether the node after the chain runs with it, `words` of lists included.
+bool Plan::joins(const Chain& chain, int64_t words) const {
+  if (chain.last == steps_.size()) return false;
+  const Node& node = network_.nodes()[chain.last];
+  const Step &step = steps_[chain.last], &first = steps_[chain.first];
+  if (node.kind != Kind::kProduct || !step.phases.direct || words * 4 > cache_sizes().l2 / 4) return false;
+  if (step.tiles == 1 || step.grid != first.grid || step.tiles != first.tiles) return false;
+  const int64_t channels = node.shape.channels + network_.nodes()[node.inputs[0]].shape.channels;
+  return channels * grids_[step.grid].length * 4 > cache_sizes().l2 / 2;
+}
+
+// A map is worth reading back soon if it and the one before would fill half of L2. Every lag is the least
+// that is right: after the producers of what a node reads, as far ahead as its taps reach, and after those
+// who read what lies in its slot, as far back as theirs do.
+void Plan::make_chains() {
+  const auto& nodes = network_.nodes();
+  for (size_t i = 0; i < nodes.size();) {
+    Chain chain{i, i, {}};
+    int64_t words = 0;
+    for (; joins(chain, words + steps_[chain.last].words); ++chain.last) {
+      const Node& node = nodes[chain.last];
+      const Step& step = steps_[chain.last];
+      words += step.words;
+      const int64_t tile = grids_[step.grid].vectors / step.tiles * kLanes;  // the narrowest
+      const auto tiles = [&](int64_t pixels) { return (pixels + tile - 1) / tile; };
+      int64_t lag = 0;
+      for (size_t k = 0; k < chain.lag.size(); ++k) {
+        const auto before = static_cast<int32_t>(chain.first + k);
+        for (size_t j = 0; j < node.inputs.size(); ++j)
+          if (node.inputs[j] == before) lag = std::max(lag, chain.lag[k] + (j ? 0 : tiles(step.after)));
+        for (size_t j = 0; j < nodes[before].inputs.size(); ++j)
+          if (steps_[nodes[before].inputs[j]].slot == step.slot)
+            lag = std::max(lag, chain.lag[k] + (j ? 0 : tiles(steps_[before].before)));
+        if (steps_[before].slot == step.slot) lag = std::max(lag, chain.lag[k]);
+      }
+      chain.lag.push_back(lag);
+    }
+    i = std::max(chain.last, i + 1);
+    if (chain.lag.size() > 1) chains_.push_back(std::move(chain));
+  }
 }
 
 std::shared_ptr<Workspace> Plan::workspace() const {
@@ -196,10 +336,7 @@ std::shared_ptr<Workspace> Plan::workspace() const {
       free_.pop_back();
     }
   }
-  if (!found) {
-    found = std::make_unique<Workspace>();
-    for (const Slot& slot : slots_) found->emplace_back(slot.channels * grids_[slot.grid].length + kLanes);
-  }
+  if (!found) found = std::make_unique<Workspace>(workspace_length_);
   return {found.release(), [this](Workspace* used) {
             const std::lock_guard<std::mutex> hold(lock_);
             free_.emplace_back(used);

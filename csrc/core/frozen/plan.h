@@ -21,7 +21,7 @@ struct Grid {
   int64_t image(int64_t n) const { return n * rows * stride; }
 };
 
-// Memory that starts at a 64-byte boundary, all zeros.
+// Memory that starts at a 64-byte boundary, all zeros; on huge pages where it is large.
 class Buffer {
  public:
   explicit Buffer(int64_t floats);
@@ -34,8 +34,9 @@ class Buffer {
   std::unique_ptr<float, Free> data_;
 };
 
-// What a thread, or several on the same images, computes in. Borders stay zero from one call to the next.
-using Workspace = std::vector<Buffer>;
+// What a thread, or several on the same images, computes in: every slot after the other. Borders stay zero
+// from one call to the next.
+using Workspace = Buffer;
 
 // How a product or pool takes its input: as it lies, or through a copy that has the pixels of every phase of
 // the stride in channels of their own, padding included.
@@ -45,15 +46,33 @@ struct Phases {
   int32_t slot = -1;          // of the copy
 };
 
+// A part of a map that kernels read from a copy in which taps lie at multiples of kLanes, as loads across
+// cache lines take twice as long: of every channel `vectors` more than a tile has.
+struct Piece {
+  int64_t from, to;  // of the first channel: distance in the map, float in the copy
+  int64_t vectors;
+};
+
 struct Step {
   int32_t grid, slot;  // of the result
   // Of a product:
   Phases phases;
-  std::vector<int32_t> offset;  // in the order of the node's columns
-  std::vector<float> bias;      // zeros where the node has none
-  std::vector<uint8_t> panel_rows;
-  int64_t tiles = 1;              // of pixels
-  std::vector<int64_t> row_cuts;  // parts of the rows with equally many nonzeros
+  int64_t before = 0, after = 0;          // how far taps reach from a pixel, if it reads the map as it lies
+  std::vector<Piece> pieces;              // if tiles are packed
+  int64_t map_step = 0, packed_step = 0;  // from channel to channel of the input, and of a packed tile
+  std::vector<Panel> panels;              // those of equally many rows side by side
+  std::vector<float> bias;                // zeros where the node has none
+  int64_t tiles = 1, width = 1;           // of pixels: how many, and vectors of the widest
+  int64_t words = 0;                      // of the lists
+  std::vector<int64_t> cuts;              // parts of the panels with equally many nonzeros
+};
+
+// Nodes [first, last), products on one grid whose maps would leave the caches between one and the next, run
+// tile by tile: first + k computes tile t in turn t + lag[k], when the pixels that it reads are there and
+// those that it overwrites have been read.
+struct Chain {
+  size_t first, last;
+  std::vector<int64_t> lag;
 };
 
 class Plan {
@@ -64,6 +83,10 @@ class Plan {
   const Network& network() const { return network_; }
   const std::vector<Grid>& grids() const { return grids_; }
   const std::vector<Step>& steps() const { return steps_; }
+  const std::vector<Chain>& chains() const { return chains_; }
+  const float* list() const { return list_.data(); }  // of all products, see engine.h
+  // Where the first pixel of a slot's first channel lies in a workspace, a multiple of kLanes.
+  int64_t start(int32_t slot) const { return slots_[slot].first + grids_[slots_[slot].grid].lead; }
 
   // A workspace for as long as the pointer lives; as many are kept as were ever used at once.
   std::shared_ptr<Workspace> workspace() const;
@@ -72,16 +95,24 @@ class Plan {
   struct Slot {
     int32_t grid;
     int64_t channels;
+    int64_t first = 0;  // float of the workspace
   };
   void choose_grids();
   void choose_slots();
-  void make_lists(const Node&, Step&) const;
+  std::vector<int64_t> taps(const Node&, const Step&) const;
+  void make_panels(const Node&, Step&, std::vector<int32_t>& offsets) const;
+  void make_lists();
+  void make_chains();
+  bool joins(const Chain&, int64_t words) const;
 
   const Network& network_;
   const int64_t images_;
   std::vector<Grid> grids_;
   std::vector<Slot> slots_;
   std::vector<Step> steps_;
+  std::vector<Chain> chains_;
+  Buffer list_{0};
+  int64_t workspace_length_ = 0;
   mutable std::mutex lock_;
   mutable std::vector<std::unique_ptr<Workspace>> free_;
 };

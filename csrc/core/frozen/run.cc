@@ -17,8 +17,17 @@ class Run {
   void operator()(const std::vector<const float*>& in, const std::vector<float*>& out, int64_t first) {
     const Network& network = plan_.network();
     size_t input = 0;
+    auto chain = plan_.chains().begin();
     for (size_t i = 0; i < network.nodes().size(); ++i) {
       const Node& node = network.nodes()[i];
+      if (chain != plan_.chains().end() && chain->first == i) {
+        const Chain& own = *chain++;
+        if (threads_ == 1) {
+          run_chain(own);
+          i = own.last - 1;
+          continue;
+        }
+      }
       switch (node.kind) {
         case Kind::kInput:
         case Kind::kTokens:
@@ -55,7 +64,7 @@ class Run {
   const Grid& grid(size_t i) const { return plan_.grids()[step(i).grid]; }
   // The first pixel of channel c.
   float* at(size_t i, int64_t c = 0) const {
-    return memory_[step(i).slot].data() + grid(i).lead + c * grid(i).length;
+    return memory_.data() + plan_.start(step(i).slot) + c * grid(i).length;
   }
 
   // Calls body(channel) for all of them, on all threads.
@@ -119,7 +128,7 @@ class Run {
     const Shape& s = node(input).shape;
     const Grid &from = grid(input), &to = grid(i);
     const Phases& phases = step(i).phases;
-    float* const copy = memory_[phases.slot].data() + to.lead;
+    float* const copy = memory_.data() + plan_.start(phases.slot);
     const int64_t each = phases.count[0] * phases.count[1];
     channels(s.channels * each, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
       const int64_t channel = c / each, phase_y = c % each / phases.count[1], phase_x = c % phases.count[1];
@@ -134,42 +143,79 @@ class Run {
           }
           const float* const in = at(input, channel) + from.image(n) + y * from.stride + x0;
           std::fill_n(out, begin, 0.0f);
-          if (w.stride[1] == 2)
-            for (int64_t x = begin; x < end; ++x) out[x] = in[2 * x];
-          else
-            for (int64_t x = begin; x < end; ++x) out[x] = in[w.stride[1] * x];
+          engine<FrozenEngine>().take(in + w.stride[1] * begin, w.stride[1], end - begin, out + begin);
           std::fill(out + end, out + to.stride, 0.0f);
         }
     });
   }
 
-  void product(size_t i) {
+  // The pieces of vectors [begin, end), and what kernels add pixels to.
+  static const float* pack(const Step& s, int64_t channels, const float* in, int64_t begin, int64_t end) {
+    float* to = static_cast<float*>(scratch(Scratch::kTile, channels * s.packed_step * sizeof(float)));
+    const float* const packed = to - begin * kLanes;
+    const auto copy = engine<FrozenEngine>().copy;
+    for (int64_t c = 0; c < channels; ++c, in += s.map_step, to += s.packed_step)
+      for (const Piece& piece : s.pieces)
+        copy(in + piece.from + begin * kLanes, end - begin + piece.vectors, to + piece.to);
+    return packed;
+  }
+
+  ProductCall call_of(size_t i) const {
     const Node& n = node(i);
     const Step& s = step(i);
     const Grid& g = grid(i);
-    if (!s.phases.direct) split(i);
     ProductCall call{};
-    call.lists = {n.crow.data(), s.offset.data(), n.values.data(), s.bias.data(), s.panel_rows.data()};
-    call.in = s.phases.direct ? at(n.inputs[0]) : memory_[s.phases.slot].data() + g.lead;
+    call.panels = s.panels.data();
+    call.list = plan_.list();
+    call.bias = s.bias.data();
+    call.in = s.phases.direct ? at(n.inputs[0]) : memory_.data() + plan_.start(s.phases.slot);
     call.out = at(i);
     if (n.inputs.size() == 2) call.residual = at(n.inputs[1]);
     call.out_stride = call.residual_stride = g.length;
     call.inside = g.inside.data();
     call.activation = n.activation;
-    const int64_t products = static_cast<int64_t>(n.values.size()) * g.vectors * kLanes;
+    call.last_panel = static_cast<int64_t>(s.panels.size());
+    return call;
+  }
+
+  void tile(size_t i, ProductCall call, int64_t t) const {
+    const Step& s = step(i);
+    call.begin = grid(i).vectors * t / s.tiles;
+    call.end = grid(i).vectors * (t + 1) / s.tiles;
+    if (!s.pieces.empty())
+      call.in = pack(s, node(node(i).inputs[0]).shape.channels, call.in, call.begin, call.end);
+    engine<FrozenEngine>().product(call);
+  }
+
+  void product(size_t i) {
+    const Step& s = step(i);
+    if (!s.phases.direct) split(i);
+    const ProductCall call = call_of(i);
+    const int64_t products = static_cast<int64_t>(node(i).values.size()) * grid(i).vectors * kLanes;
     const int workers = useful_threads(threads_, products, 0);
-    const int64_t cuts = static_cast<int64_t>(s.row_cuts.size()) - 1;
-    const int64_t parts = workers == 1 || s.tiles >= 4 * workers ? 1 : cuts;
+    const int64_t cuts = static_cast<int64_t>(s.cuts.size()) - 1;
+    int64_t parts = workers == 1 || s.tiles >= 4 * workers ? 1 : cuts;
+    while (!s.pieces.empty() && parts / 2 >= workers) parts /= 2;  // each of them packs the tile
     auto piece = [&](int64_t slot) {
-      const int64_t tile = slot / parts, cut = cuts / parts * (slot % parts);
+      const int64_t cut = cuts / parts * (slot % parts);
       ProductCall own = call;
-      own.begin = g.vectors * tile / s.tiles;
-      own.end = g.vectors * (tile + 1) / s.tiles;
-      own.row_begin = s.row_cuts[cut];
-      own.row_end = s.row_cuts[cut + cuts / parts];
-      engine<FrozenEngine>().product(own);
+      own.first_panel = s.cuts[cut];
+      own.last_panel = s.cuts[cut + cuts / parts];
+      tile(i, own, slot / parts);
     };
     share(workers, s.tiles * parts, piece);
+  }
+
+  void run_chain(const Chain& chain) {
+    std::vector<ProductCall> calls;
+    for (size_t i = chain.first; i < chain.last; ++i) calls.push_back(call_of(i));
+    const int64_t tiles = step(chain.first).tiles;
+    const int64_t turns = tiles + *std::max_element(chain.lag.begin(), chain.lag.end());
+    for (int64_t turn = 0; turn < turns; ++turn)
+      for (size_t k = 0; k < calls.size(); ++k) {
+        const int64_t t = turn - chain.lag[k];
+        if (t >= 0 && t < tiles) tile(chain.first + k, calls[k], t);
+      }
   }
 
   void pointwise(size_t i) {
@@ -241,12 +287,12 @@ class Run {
   }
 
   // Over rows first, which is a run of floats, then along the row.
-  template <class Combine>
-  void windows(size_t i, float start, Combine combine, bool mean) {
+  void windows(size_t i, float start, bool mean) {
     const Window& w = node(i).window;
     const size_t input = node(i).inputs[0];
     const Shape &s = node(input).shape, &o = node(i).shape;
     const Grid &from = grid(input), &to = grid(i);
+    const auto combine = mean ? engine<FrozenEngine>().sum : engine<FrozenEngine>().larger;
     channels(o.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
       float* const line = static_cast<float*>(scratch(Scratch::kTile, s.width * sizeof(float)));
       for (int64_t n = 0; n < plan_.images(); ++n)
@@ -259,13 +305,13 @@ class Run {
             if (source < 0 || source >= s.height) continue;
             ++rows;
             const float* const in = at(input, c) + from.image(n) + source * from.stride;
-            for (int64_t x = 0; x < s.width; ++x) line[x] = combine(line[x], in[x]);
+            combine(in, 1, s.width, line);
           }
           std::fill_n(out, o.width, start);
           for (int64_t tap = 0; tap < w.kernel[1]; ++tap) {
             const int64_t x0 = tap * w.dilation[1] - w.padding[1], step = w.stride[1];
             const auto [begin, end] = Taken(x0, step, s.width, o.width);
-            for (int64_t x = begin; x < end; ++x) out[x] = combine(out[x], line[x * step + x0]);
+            combine(line + begin * step + x0, step, end - begin, out + begin);
           }
           for (int64_t x = 0; mean && x < o.width; ++x) out[x] /= counted(i, rows, x);
         }
@@ -285,11 +331,8 @@ class Run {
   }
 
   void pool(size_t i) {
-    if (node(i).kind == Kind::kMaxPool)
-      return windows(
-          i, -std::numeric_limits<float>::infinity(),
-          [](float a, float b) { return b > a || b != b ? b : a; }, false);
-    if (node(i).window.kernel[0] > 0) return windows(i, 0.0f, [](float a, float b) { return a + b; }, true);
+    if (node(i).kind == Kind::kMaxPool) return windows(i, -std::numeric_limits<float>::infinity(), false);
+    if (node(i).window.kernel[0] > 0) return windows(i, 0.0f, true);
     const size_t input = node(i).inputs[0];
     const Shape& s = node(input).shape;
     const Grid &from = grid(input), &to = grid(i);
