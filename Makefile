@@ -27,18 +27,23 @@ demo: $(VENV)/.built
 # Python comes last: its closing line sums up the run.
 test: test-cpp test-python
 
-test-cpp: $(VENV)/.installed
+# In the build of the Python module, whose objects these tests are linked with.
+BUILD = build/cmake-$(shell $(RUN) -c 'import sys; print(sys.implementation.cache_tag)')
+CMAKE_IN_BUILD = cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DSPARSEKD_TESTS=ON \
+  -Dpybind11_DIR=$(shell $(RUN) -m pybind11 --cmakedir)
+
+test-cpp: $(VENV)/.built
 	$(DROP_FOREIGN_BUILD)
-	$(CMAKE_TESTS) -B build/tests -DCMAKE_BUILD_TYPE=Release
-	cmake --build build/tests --target core_tests
-	build/tests/core_tests
+	$(CMAKE_IN_BUILD)
+	cmake --build $(BUILD) --target core_tests
+	$(BUILD)/core_tests
 
 # The engine of 64-byte vectors on a processor without AVX-512.
-test-wide: $(VENV)/.installed
+test-wide: $(VENV)/.built
 	$(DROP_FOREIGN_BUILD)
-	$(CMAKE_TESTS) -B build/wide -DCMAKE_BUILD_TYPE=Release -DSPARSEKD_WIDE_AVX2=ON
-	cmake --build build/wide --target core_tests
-	build/wide/core_tests
+	$(CMAKE_IN_BUILD)
+	cmake --build $(BUILD) --target core_tests_wide
+	$(BUILD)/core_tests_wide
 
 # The engine of 16-byte vectors is NEON on ARM; Debian: apt-get install g++-aarch64-linux-gnu qemu-user
 NEON := aarch64-linux-gnu
@@ -129,7 +134,7 @@ $(VENV)/.packaging: $(VENV)/.installed
 	$(PIP) -r $(VENV)/packaging.txt
 	touch $@
 
-$(VENV)/.docs: $(VENV)/.installed
+$(VENV)/.docs: $(VENV)/.installed | $(VENV)/.built
 	$(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 	  print(*p["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)/docs.txt
 	$(PIP) -r $(VENV)/docs.txt

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 import socket
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -16,6 +14,7 @@ import torch.distributed as dist
 
 import sparsekd as skd
 from sparsekd.train import StopRequest
+from tools.packages import load_package
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -87,74 +86,33 @@ def stop_at() -> type[StopAt]:
     return StopAt
 
 
-def _torchvision() -> ModuleType:
-    """Import torchvision, also where its compiled ops do not load.
-
-    They do not where it was built for another build of torch, as the wheel for CUDA beside torch
-    for the CPU. Its import then fails while it describes two ops that no model uses and that are
-    not there. Here they are declared, without anything that could compute them.
-    """
+def _or_skip(name: str) -> ModuleType:
     try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    for op in ("nms", "qnms"):
-        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        torch.library.define(f"torchvision::{op}", schema)
-    return importlib.import_module("torchvision")
-
-
-def _transformers() -> ModuleType:
-    with suppress(ImportError):
-        _torchvision()  # which transformers imports where there is one
-    return importlib.import_module("transformers")
-
-
-def _timm() -> ModuleType:
-    _torchvision()
-    return importlib.import_module("timm")
-
-
-def _lightning() -> ModuleType:
-    with suppress(ImportError):
-        _torchvision()  # which its metrics import where there is one
-    return importlib.import_module("lightning.pytorch")
-
-
-def _accelerate() -> ModuleType:
-    with suppress(ImportError):
-        _torchvision()
-    return importlib.import_module("accelerate")
-
-
-def _or_skip(load: Callable[[], ModuleType]) -> ModuleType:
-    try:
-        return load()
+        return load_package(name)
     except ImportError as error:
-        pytest.skip(f"{load.__name__[1:]} cannot be imported: {error}")
+        pytest.skip(f"{name} cannot be imported: {error}")
 
 
 @pytest.fixture(scope="session")
 def torchvision() -> ModuleType:
-    return _or_skip(_torchvision)
+    return _or_skip("torchvision")
 
 
 @pytest.fixture(scope="session")
 def timm() -> ModuleType:
-    return _or_skip(_timm)
+    return _or_skip("timm")
 
 
 @pytest.fixture(scope="session")
 def transformers() -> ModuleType:
-    return _or_skip(_transformers)
+    return _or_skip("transformers")
 
 
 @pytest.fixture(scope="session")
 def lightning() -> ModuleType:
-    return _or_skip(_lightning)
+    return _or_skip("lightning.pytorch")
 
 
 @pytest.fixture(scope="session")
 def accelerate() -> ModuleType:
-    return _or_skip(_accelerate)
+    return _or_skip("accelerate")

@@ -33,11 +33,10 @@ def run(*command: str, folder: Path) -> str:
 
 def script(page: Path) -> str:
     """Return a page as a program: its Python, and its commands where they stand."""
-    lines = ["import subprocess, sys"]
+    lines = ["from sparsekd.cli import app"]
     for package in ("transformers", "torchvision", "lightning"):
         if f"needs {package}" in page.read_text() and runnable(f"needs {package}"):
-            lines += [f"sys.path.append({str(ROOT / 'tests')!r})", "import conftest"]
-            lines += [f"conftest._{package}()"]  # beside a torchvision for another torch too
+            lines += ["from tools.packages import load_package", f"load_package({package!r})"]
     for language, heading, text in _BLOCK.findall(page.read_text()):
         if not runnable(heading):
             lines.append(f"print('left out: this block {heading.strip()}')")
@@ -47,8 +46,7 @@ def script(page: Path) -> str:
             for command in text.splitlines():
                 program, *arguments = shlex.split(command)
                 assert program == "sparsekd"
-                call = f"[sys.executable, '-m', 'sparsekd', *{arguments!r}]"
-                lines.append(f"subprocess.run({call}, check=True)")
+                lines.append(f"assert not app({arguments!r}, standalone_mode=False)")
     return "\n".join(lines)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import io
 import platform
 import subprocess
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 import sparsekd as skd
 from sparsekd.diagnose.inputs import tensors_in
 from tools.compatibility_models import MODELS, NOT_TRIED
+from tools.packages import load_package
 
 HEAD = """# What works with which models
 
@@ -51,24 +51,6 @@ Callbacks ([frameworks.md](frameworks.md)) train as a plain loop does, RigL's up
 included; what `tests/integrations` compares bit for bit:
 
 """
-
-
-def load_package(name: str) -> None:
-    """Import a package, also where torchvision's compiled ops do not load.
-
-    They do not where it was built for another build of torch. No model uses the two ops that its
-    import then misses; they are declared, without anything that could compute them.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        for op in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{op}", schema)
-        importlib.import_module("torchvision")
-    except ImportError:
-        pass
-    importlib.import_module(name)
 
 
 class Case:

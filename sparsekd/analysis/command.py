@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from matplotlib.figure import Figure
 
 from sparsekd import data, terminal
 from sparsekd.analysis import bases, bootstrap, flow
-from sparsekd.analysis.bases import figure as bases_figure
 from sparsekd.analysis.bases.study import PRESETS as BASIS_PRESETS
-from sparsekd.analysis.bootstrap import figure as bootstrap_figure
 from sparsekd.analysis.bootstrap.study import PRESETS as BOOTSTRAP_PRESETS
-from sparsekd.analysis.flow import figure as flow_figure
 from sparsekd.analysis.flow.study import PRESETS as FLOW_PRESETS
 from sparsekd.analysis.folder import StudyFolder
 from sparsekd.errors import DataError, SparsekdError, UnsupportedError
 from sparsekd.memory import keep_memory_warm
-from sparsekd.plots import parse_formats, save
 from sparsekd.terminal import fail, one_line_errors
-from sparsekd.train import Interrupted, ProgressReporter, Row, StopRequest
+from sparsekd.train import Interrupted, ProgressReporter, StopRequest
 
 app = typer.Typer(
     help="""Study what sparse networks learn: each study resumes, and redraws its figures.
@@ -46,14 +42,13 @@ class Study:
     Args:
         presets: settings by name.
         runner: settings, data set, folder -> what runs it.
-        draw: rows -> figures by name.
-        tabulate: rows -> lines of a table, its head first.
+        figure: name of the module with `figures` and `table`, which take rows. It is loaded when it
+            draws: matplotlib takes half a second, which no other command should wait for.
     """
 
     presets: Mapping[str, Any]
     runner: Callable[..., Any]
-    draw: Callable[[Sequence[Row]], Mapping[str, Figure]]
-    tabulate: Callable[[Sequence[Row]], list[list[str]]]
+    figure: str
 
 
 _Preset = Annotated[str, typer.Option(help="small, in minutes, or full, in hours.")]
@@ -72,10 +67,10 @@ _Formats = Annotated[
 ]
 
 
-_FLOW = Study(FLOW_PRESETS, flow.GradientFlowStudy, flow_figure.figures, flow_figure.table)
-_BASES = Study(BASIS_PRESETS, bases.BasisStudy, bases_figure.figures, bases_figure.table)
+_FLOW = Study(FLOW_PRESETS, flow.GradientFlowStudy, "sparsekd.analysis.flow.figure")
+_BASES = Study(BASIS_PRESETS, bases.BasisStudy, "sparsekd.analysis.bases.figure")
 _BOOTSTRAP = Study(
-    BOOTSTRAP_PRESETS, bootstrap.BootstrapStudy, bootstrap_figure.figures, bootstrap_figure.table
+    BOOTSTRAP_PRESETS, bootstrap.BootstrapStudy, "sparsekd.analysis.bootstrap.figure"
 )
 
 
@@ -191,6 +186,9 @@ def _run(
     formats: str,
     last: Callable[[Any], None] | None = None,
 ) -> None:
+    from sparsekd.plots import parse_formats, save
+
+    figure = importlib.import_module(study.figure)
     console = terminal.console()
     with one_line_errors(ValueError, UnsupportedError):
         forms = parse_formats(formats)
@@ -218,9 +216,9 @@ def _run(
         except FloatingPointError as error:
             fail(error, code=1)
     rows = folder.rows()
-    head, *lines = study.tabulate(rows)
+    head, *lines = figure.table(rows)
     console.print(terminal.Columns(head, lines))
-    for file in [*save(study.draw(rows), path / "figures", forms), path / "rows.jsonl"]:
+    for file in [*save(figure.figures(rows), path / "figures", forms), path / "rows.jsonl"]:
         console.print(str(file), highlight=False, soft_wrap=True)
 
 

@@ -17,7 +17,6 @@ from sparsekd.cli import options
 from sparsekd.memory import keep_memory_warm
 from sparsekd.recipes import Experiment, Recipe, RunFolder, check, get, load_data, override
 from sparsekd.recipes.files import SUFFIXES, read_file
-from sparsekd.recipes.html import write_html
 from sparsekd.recipes.report import bars, figures, read_rows, savings_table, table
 from sparsekd.terminal import fail, one_line_errors
 from sparsekd.train import (
@@ -150,6 +149,7 @@ def report(
     sparsekd report runs/demo --html --log csv
     """
     from sparsekd.plots import parse_formats  # matplotlib: not worth loading to train
+    from sparsekd.recipes.html import write_html
 
     with one_line_errors(ValueError):
         sinks, formats = make_sinks(log or "", run_dir), parse_formats(form)

@@ -37,6 +37,11 @@ def test_every_plan_that_was_measured_is_a_row_and_a_line(command, tmp_path):
         off = f"{row['predicted_ms'] / row['ms'] - 1:+.1%}"
         assert off in result.output
     assert command("--draw", "--rows", rows).output == result.output
+    before = rows.read_bytes()
+    assert command(*options).output == result.output  # what has rows is not measured again
+    assert rows.read_bytes() == before
+    command(*options, "--fresh")
+    assert len(rows.read_text().splitlines()) == 4
 
 
 def test_an_unknown_network_is_told_in_a_line(command, tmp_path):

@@ -60,6 +60,9 @@ METHODS: dict[str, Callable[..., dst.Updater]] = {
         m, o, sparsity=0.9, backward_sparsity=0.7, every=2, until=10**6
     ),
 }
+# What four processes run every day: growth at random, growth by gradients in tiles, another number
+# of nonzeros at each update, and rows that store equally many.
+FOUR = ("set", "rigl-bcsr", "gmp", "srigl")
 LAYOUTS = {"rigl-bcsr": "bcsr:2", "set-fanin": "fanin:2"}
 DENSE_AT_FIRST = ("gmp", "granet", "acdc", "topkast")
 
@@ -105,12 +108,17 @@ def versions(model: nn.Module) -> list[int]:
 
 
 def many_rewires(rank: int, world: int) -> dict[str, Any]:
-    return {name: train(name, 2 * rewires(name, world), rank, world) for name in METHODS}
+    return {name: train(name, 2 * rewires(name, world), rank, world) for name in chosen()}
 
 
 def like_one_process(rank: int, world: int) -> dict[str, Any]:
     """Train a few steps, in which rounding cannot yet decide between two weights."""
-    return {name: train(name, 12, rank, world, passes=2) for name in METHODS}
+    return {name: train(name, 12, rank, world, passes=2) for name in chosen()}
+
+
+def chosen() -> list[str]:
+    """Return the methods that the command line names."""
+    return sys.argv[2].split(",")
 
 
 def dense_gradient(rank: int, world: int) -> dict[str, Tensor]:

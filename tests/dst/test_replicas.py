@@ -19,24 +19,40 @@ from sparsekd.dst import replicas
 WORKER = Path(worker.__file__)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        (2, tuple(worker.METHODS)),
+        pytest.param((4, worker.FOUR), marks=pytest.mark.slow),
+        pytest.param((4, tuple(worker.METHODS)), marks=pytest.mark.thorough),
+    ],
+    ids=["2", "4", "4-all"],
+)
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     """Run every scenario in as many processes, and return what each of them found."""
+    world, methods = request.param
     out = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={request.param}", str(WORKER), str(out)]
+    command += [f"--nproc-per-node={world}", str(WORKER), str(out)]
+    command.append(",".join(methods))
     root = str(Path(sparsekd.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[:3000]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(request.param)]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(params=worker.METHODS)
+def method(request, ranks) -> str:
+    if request.param not in ranks[0]["many_rewires"]:
+        pytest.skip(f"only thorough tests run it in {len(ranks)} processes")
+    return request.param
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", worker.METHODS)
 def test_up_to_a_hundred_rewires_leave_all_ranks_with_the_same_network(ranks, method):
     first = ranks[0]["many_rewires"][method]
     assert first["rewired"] == worker.rewires(method, len(ranks))
@@ -44,7 +60,6 @@ def test_up_to_a_hundred_rewires_leave_all_ranks_with_the_same_network(ranks, me
         assert equal(first["state"], other["many_rewires"][method]["state"])
 
 
-@pytest.mark.parametrize("method", worker.METHODS)
 def test_the_ranks_together_do_what_one_process_does(ranks, method):
     """Sharded batches, accumulated passes: the topologies of one process on whole batches."""
     alone = worker.train(method, 12, 0, 1, passes=2)
@@ -55,7 +70,6 @@ def test_the_ranks_together_do_what_one_process_does(ranks, method):
             torch.testing.assert_close(found["state"][name], tensor, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", worker.METHODS)
 def test_parameters_stay_themselves_in_model_and_optimizer(ranks, method):
     for rank in ranks:
         assert rank["many_rewires"][method]["same parameters"]
