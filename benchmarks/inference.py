@@ -1,14 +1,15 @@
 """Time frozen networks against the fastest dense engines, in turns in one process.
 
-Prints milliseconds of a batch, how much faster than the best dense engine each of ours is, and how
-near the frozen network comes to its floor: its multiplications at this processor's peak. Appends
-its rows to a file, from which `--draw` prints the tables again.
+Prints milliseconds of a batch, how much faster than the best dense engine the frozen network is,
+and how near it comes to two floors: its multiplications at this processor's peak, and that with
+every map through memory once. Appends its rows to a file, from which `--draw` prints the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import statistics
 import tempfile
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import sparsekd as skd
 from sparsekd.bench import machine
 from sparsekd.models import resnet18, resnet50
-from sparsekd.ops.cpu.cpp import peak_flops
+from sparsekd.ops.cpu.cpp import peak_flops, read_bandwidth
 from sparsekd.terminal import Columns
 from sparsekd.timing import interleave
 from sparsekd.train import MetricsLog
@@ -62,8 +63,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, .
 """Name -> what makes it, the shape of an input, and the layers that stay dense."""
 
 
-def calls(name: str, sparsity: float, batch: int) -> tuple[dict[str, Callable[[], object]], int]:
-    """Return what takes turns, each checked against the sparse network, and its products."""
+_ROUNDING = 1e-5  # of the largest result, between a frozen network and its model
+
+
+def calls(
+    name: str, sparsity: float, batch: int, compiled: bool
+) -> tuple[dict[str, Callable[[], object]], int, int]:
+    """Return what takes turns, each checked against the sparse network, its products and bytes."""
     make, shape, skip = NETWORKS[name]
     torch.manual_seed(0)
     sparse = skd.sparsify(make(), sparsity=sparsity, skip=skip, distribution="uniform").eval()
@@ -75,6 +81,8 @@ def calls(name: str, sparsity: float, batch: int) -> tuple[dict[str, Callable[[]
         last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = x.contiguous(memory_format=torch.channels_last)
         found["dense, channels_last"] = lambda: last(images)
+    if compiled:
+        found["dense, compiled"] = functools.partial(torch.compile(copy.deepcopy(dense)), x)
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
         found["onnxruntime"] = _onnxruntime(dense, x)
     found |= {"sparse, eval": lambda: sparse(x), "frozen": lambda: frozen(x)}
@@ -85,7 +93,25 @@ def calls(name: str, sparsity: float, batch: int) -> tuple[dict[str, Callable[[]
             result = torch.as_tensor(call())
         if not torch.allclose(result, right, rtol=1e-3, atol=1e-4):
             raise RuntimeError(f"{what}: other results than the sparse network's")
-    return found, batch * frozen.islands[0].products
+    error = float((frozen(x) - right).abs().max() / right.abs().max())
+    if error > _ROUNDING:
+        raise RuntimeError(f"frozen: results differ by {error:.1e} of the largest")
+    return found, batch * frozen.islands[0].products, _map_bytes(dense, x)
+
+
+def _map_bytes(model: nn.Module, x: Tensor) -> int:
+    kept = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.LayerNorm)  # the others become part of these
+    sizes: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, y: sizes.append(y.nbytes))
+        for module in model.modules()
+        if isinstance(module, kept)
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return sum(sizes)
 
 
 def _onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -101,14 +127,18 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: session.run(None, feed)[0]
 
 
-def measure(name: str, sparsity: float, batch: int, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of each engine, and of the floor."""
-    found, products = calls(name, sparsity, batch)
+def measure(
+    name: str, sparsity: float, batch: int, rounds: int, compiled: bool
+) -> dict[str, float]:
+    """Return the median milliseconds of each engine, and of the floors."""
+    found, products, maps = calls(name, sparsity, batch, compiled)
     with torch.no_grad():
         times = interleave(found, rounds, shuffle=True)
     medians = {what: statistics.median(taken) for what, taken in times.items()}
-    peak = peak_flops(torch.get_num_threads(), 0.2)
-    return medians | {"floor": 2e3 * products / peak}
+    threads = torch.get_num_threads()
+    floor = 2e3 * products / peak_flops(threads, 0.2)
+    memory = 1e3 * maps / read_bandwidth(1 << 29, threads, 0.2)
+    return medians | {"floor": floor, "floor with maps": floor + memory}
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
@@ -124,9 +154,19 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
                 *(f"{name}, {row['sparsity']:.0%}", best, f"{dense[best]:.1f}"),
                 *(f"{ms[what]:.1f}" for what in ("sparse, eval", "frozen")),
                 *(f"{dense[best] / ms['frozen']:.2f}", f"{ms['floor'] / ms['frozen']:.0%}"),
+                f"{ms['floor with maps'] / ms['frozen']:.0%}" if "floor with maps" in ms else "",
             )
         )
-    heads = ("", "best dense", "its ms", "eval ms", "frozen ms", "times faster", "of the floor")
+    heads = (
+        "",
+        "best dense",
+        "its ms",
+        "eval ms",
+        "frozen ms",
+        "times faster",
+        "of the floor",
+        "maps too",
+    )
     console.print(Columns(heads, lines, left=2))
 
 
@@ -139,6 +179,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=Path, default=Path("benchmarks/results/inference.jsonl"))
+    parser.add_argument(
+        "--compiled", action="store_true", help="torch.compile as well: slow to start"
+    )
     parser.add_argument("--draw", action="store_true", help="only print the tables of the rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -148,7 +191,7 @@ def main() -> None:
         for name in options.network.split(","):
             for batch in map(int, options.batch.split(",")):
                 for sparsity in map(float, options.sparsity.split(",")):
-                    ms = measure(name, sparsity, batch, options.rounds)
+                    ms = measure(name, sparsity, batch, options.rounds, options.compiled)
                     row = {"network": name, "batch": batch, "threads": options.threads}
                     log.append(row | {"sparsity": sparsity, "ms": ms, "machine": facts})
                     show([row | {"sparsity": sparsity, "ms": ms}], console)
