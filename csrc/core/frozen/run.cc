@@ -130,21 +130,21 @@ class Run {
     const Phases& phases = step(i).phases;
     float* const copy = memory_.data() + plan_.start(phases.slot);
     const int64_t each = phases.count[0] * phases.count[1];
+    const auto take = engine<FrozenEngine>().take;
     channels(s.channels * each, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
       const int64_t channel = c / each, phase_y = c % each / phases.count[1], phase_x = c % phases.count[1];
+      const int64_t x0 = phase_x - w.padding[1], step = w.stride[1];
+      const Taken taken(x0, step, s.width, to.stride);  // the others are padding
+      float* out = copy + c * to.length;
       for (int64_t n = 0; n < plan_.images(); ++n)
-        for (int64_t row = 0; row < to.rows; ++row) {
-          float* const out = copy + c * to.length + to.image(n) + row * to.stride;
-          const int64_t y = row * w.stride[0] + phase_y - w.padding[0], x0 = phase_x - w.padding[1];
-          const auto [begin, end] = Taken(x0, w.stride[1], s.width, to.stride);  // the others are padding
-          if (y < 0 || y >= s.height) {
-            std::fill_n(out, to.stride, 0.0f);
-            continue;
-          }
+        for (int64_t row = 0; row < to.rows; ++row, out += to.stride) {
+          const int64_t y = row * w.stride[0] + phase_y - w.padding[0];
+          const bool inside = y >= 0 && y < s.height;
+          const int64_t begin = inside ? taken.begin : 0, end = inside ? taken.end : 0;
           const float* const in = at(input, channel) + from.image(n) + y * from.stride + x0;
-          std::fill_n(out, begin, 0.0f);
-          engine<FrozenEngine>().take(in + w.stride[1] * begin, w.stride[1], end - begin, out + begin);
-          std::fill(out + end, out + to.stride, 0.0f);
+          for (int64_t x = 0; x < begin; ++x) out[x] = 0;
+          if (begin < end) take(in + step * begin, step, end - begin, out + begin);
+          for (int64_t x = end; x < to.stride; ++x) out[x] = 0;
         }
     });
   }
@@ -293,6 +293,9 @@ class Run {
     const Shape &s = node(input).shape, &o = node(i).shape;
     const Grid &from = grid(input), &to = grid(i);
     const auto combine = mean ? engine<FrozenEngine>().sum : engine<FrozenEngine>().larger;
+    std::vector<Taken> taken;
+    for (int64_t tap = 0; tap < w.kernel[1]; ++tap)
+      taken.emplace_back(tap * w.dilation[1] - w.padding[1], w.stride[1], s.width, o.width);
     channels(o.channels, plan_.images() * s.channels * s.pixels(), [&](int64_t c) {
       float* const line = static_cast<float*>(scratch(Scratch::kTile, s.width * sizeof(float)));
       for (int64_t n = 0; n < plan_.images(); ++n)
@@ -310,7 +313,7 @@ class Run {
           std::fill_n(out, o.width, start);
           for (int64_t tap = 0; tap < w.kernel[1]; ++tap) {
             const int64_t x0 = tap * w.dilation[1] - w.padding[1], step = w.stride[1];
-            const auto [begin, end] = Taken(x0, step, s.width, o.width);
+            const auto [begin, end] = taken[tap];
             combine(line + begin * step + x0, step, end - begin, out + begin);
           }
           for (int64_t x = 0; mean && x < o.width; ++x) out[x] /= counted(i, rows, x);
