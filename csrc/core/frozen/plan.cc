@@ -285,12 +285,13 @@ void Plan::make_lists() {
     }
 }
 
-// Whether the node after the chain runs with it, `words` of lists included.
+// Whether the node after the chain, whose lists have `words`, runs with it.
 bool Plan::joins(const Chain& chain, int64_t words) const {
   if (chain.last == steps_.size()) return false;
   const Node& node = network_.nodes()[chain.last];
   const Step &step = steps_[chain.last], &first = steps_[chain.first];
-  if (node.kind != Kind::kProduct || !step.phases.direct || words * 4 > cache_sizes().l2 / 4) return false;
+  if (node.kind != Kind::kProduct || !step.phases.direct) return false;
+  if ((words + step.words) * 4 > cache_sizes().l2 / 4) return false;
   if (step.tiles == 1 || step.grid != first.grid || step.tiles != first.tiles) return false;
   const int64_t channels = node.shape.channels + network_.nodes()[node.inputs[0]].shape.channels;
   return channels * grids_[step.grid].length * 4 > cache_sizes().l2 / 2;
@@ -304,7 +305,7 @@ void Plan::make_chains() {
   for (size_t i = 0; i < nodes.size();) {
     Chain chain{i, i, {}};
     int64_t words = 0;
-    for (; joins(chain, words + steps_[chain.last].words); ++chain.last) {
+    for (; joins(chain, words); ++chain.last) {
       const Node& node = nodes[chain.last];
       const Step& step = steps_[chain.last];
       words += step.words;
