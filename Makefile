@@ -134,7 +134,7 @@ $(VENV)/.packaging: $(VENV)/.installed
 	$(PIP) -r $(VENV)/packaging.txt
 	touch $@
 
-$(VENV)/.docs: $(VENV)/.installed | $(VENV)/.built
+$(VENV)/.docs: $(VENV)/.installed
 	$(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 	  print(*p["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)/docs.txt
 	$(PIP) -r $(VENV)/docs.txt

@@ -30,7 +30,8 @@ def test_interpreted_kernels_pass() -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     files = HERE / "test_triton_ops.py", HERE / "test_growth.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *files]
+    # Of the tests of growth those of the backend "triton".
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", "not cuda"]
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=1800, cwd=HERE.parents[1]
     )
