@@ -141,6 +141,11 @@ def measure(
     return medians | {"floor": floor, "floor with maps": floor + memory}
 
 
+def _name(row: dict[str, Any]) -> str:
+    threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+    return f"{row['network']}, batch {row['batch']}, {threads}"
+
+
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Print a line for each network, batch, number of threads and sparsity."""
     lines = []
@@ -148,10 +153,9 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         ms = row["ms"]
         dense = {what: ms[what] for what in ms if what.startswith(("dense", "onnx"))}
         best = min(dense, key=dense.__getitem__)
-        name = f"{row['network']}, batch {row['batch']}, {row['threads']} threads"
         lines.append(
             (
-                *(f"{name}, {row['sparsity']:.0%}", best, f"{dense[best]:.1f}"),
+                *(f"{_name(row)}, {row['sparsity']:.0%}", best, f"{dense[best]:.1f}"),
                 *(f"{ms[what]:.1f}" for what in ("sparse, eval", "frozen")),
                 *(f"{dense[best] / ms['frozen']:.2f}", f"{ms['floor'] / ms['frozen']:.0%}"),
                 f"{ms['floor with maps'] / ms['frozen']:.0%}" if "floor with maps" in ms else "",
@@ -170,6 +174,27 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(Columns(heads, lines, left=2))
 
 
+def draw(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Draw times faster than the best dense engine against sparsity; below 1 dense wins."""
+    from sparsekd import plots  # matplotlib: not needed to measure
+
+    lines: dict[str, dict[float, float]] = {}
+    for row in rows:
+        ms = row["ms"]
+        best = min(ms[what] for what in ms if what.startswith(("dense", "onnx")))
+        lines.setdefault(_name(row), {})[row["sparsity"]] = best / ms["frozen"]
+    figure, axes = plots.single_axes("Frozen networks", "sparsity", "times faster than dense")
+    for number, (name, factors) in enumerate(lines.items()):
+        points = sorted((plots.stretched(sparsity), factor) for sparsity, factor in factors.items())
+        axes.plot(*zip(*points, strict=True), label=name, **plots.line_style(number))
+    axes.axhline(1, color="gray", linewidth=1)
+    axes.set_ylim(0)
+    shown = sorted({sparsity for factors in lines.values() for sparsity in factors})
+    plots.sparsity_axis(axes, shown, "{:.0%}".format)
+    axes.legend(fontsize="small")
+    plots.save({"inference": figure}, folder)
+
+
 def main() -> None:
     """Measure what the options name; --help lists them."""
     parser = argparse.ArgumentParser(prog="benchmarks.inference", description=__doc__)
@@ -183,6 +208,7 @@ def main() -> None:
         "--compiled", action="store_true", help="torch.compile as well: slow to start"
     )
     parser.add_argument("--draw", action="store_true", help="only print the tables of the rows")
+    parser.add_argument("--figures", type=Path, help="draw times faster against sparsity there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     log, console = MetricsLog(options.rows), Console()
@@ -196,6 +222,8 @@ def main() -> None:
                     log.append(row | {"sparsity": sparsity, "ms": ms, "machine": facts})
                     show([row | {"sparsity": sparsity, "ms": ms}], console)
     show(list(log.rows()), console)
+    if options.figures:
+        draw(list(log.rows()), options.figures)
 
 
 if __name__ == "__main__":
