@@ -1,4 +1,4 @@
-"""Time frozen networks against the fastest dense engines, in turns in one process.
+"""Time frozen networks against the fastest dense engines, in turns, and against their floor.
 
 Prints milliseconds of a batch, how much faster than the best dense engine the frozen network is,
 and how near it comes to two floors: its multiplications at this processor's peak, and that with
@@ -18,42 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
 import sparsekd as skd
 from sparsekd.bench import machine
+from sparsekd.bench.inference_cases import encoder
+from sparsekd.bench.onnx_engines import ENGINES
 from sparsekd.models import resnet18, resnet50
 from sparsekd.ops.cpu.cpp import peak_flops, read_bandwidth
 from sparsekd.terminal import Columns
 from sparsekd.timing import interleave
 from sparsekd.train import MetricsLog
-
-
-class EncoderLayer(nn.Module):
-    """A layer of BERT-base: 768 channels, 12 heads, 3072 hidden channels."""
-
-    def __init__(self, width: int = 768, heads: int = 12) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = [
-            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        ]
-        met = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
-        x = self.first(x + self.out(met))
-        return self.second(x + self.down(F.gelu(self.up(x))))
-
-
-def encoder() -> nn.Module:
-    """Return the layers of BERT-base, without its embeddings."""
-    return nn.Sequential(*(EncoderLayer() for _ in range(12)))
-
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
     "resnet50": (lambda: resnet50(1000, stem="imagenet"), (3, 224, 224), ("conv1", "fc")),
@@ -83,8 +59,9 @@ def calls(
         found["dense, channels_last"] = lambda: last(images)
     if compiled:
         found["dense, compiled"] = functools.partial(torch.compile(copy.deepcopy(dense)), x)
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
-        found["onnxruntime"] = _onnxruntime(dense, x)
+    for engine in ("onnxruntime", "openvino"):
+        if importlib.util.find_spec(engine) and importlib.util.find_spec("onnxscript"):
+            found[engine] = _onnx(engine, dense, x)
     found |= {"sparse, eval": lambda: sparse(x), "frozen": lambda: frozen(x)}
     with torch.no_grad():
         right = sparse(x)
@@ -114,17 +91,13 @@ def _map_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(sizes)
 
 
-def _onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    import onnxruntime
-
+def _onnx(engine: str, model: nn.Module, x: Tensor) -> Callable[[], object]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         torch.onnx.export(model, (x,), file, input_names=["x"], external_data=False, verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    feed = {"x": x.numpy()}
-    return lambda: session.run(None, feed)[0]
+        call = ENGINES[engine](str(file), len(x), torch.get_num_threads())
+    images = x.numpy()
+    return lambda: call(images)
 
 
 def measure(
@@ -151,7 +124,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     lines = []
     for row in rows:
         ms = row["ms"]
-        dense = {what: ms[what] for what in ms if what.startswith(("dense", "onnx"))}
+        dense = {what: ms[what] for what in ms if what.startswith(("dense", *ENGINES))}
         best = min(dense, key=dense.__getitem__)
         lines.append(
             (

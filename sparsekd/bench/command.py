@@ -43,6 +43,9 @@ _Competitor = Annotated[
 _Batch = Annotated[int | None, typer.Option(help="Images or rows in a batch.")]
 _Rounds = Annotated[int | None, typer.Option(help="Turns of each competitor.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
+_DeepSparse = Annotated[
+    str | None, typer.Option(help="Python of an environment that has DeepSparse, for inference.")
+]
 _Rows = Annotated[Path, typer.Option(help="JSON-lines file of the measurements.")]
 _Out = Annotated[
     Path | None, typer.Option(help="Folder of report and figures; by default that of the rows.")
@@ -74,6 +77,7 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
         batch: _Batch = None,
         rounds: _Rounds = None,
         threads: _Threads = None,
+        deepsparse: _DeepSparse = None,
         rows: _Rows = Path(folder) / "rows.jsonl",
         out: _Out = None,
         seconds: _Seconds = None,
@@ -102,6 +106,8 @@ def command(suite: Suite, folder: str) -> Callable[..., None]:
                 competitors=_words("--competitor", competitor),
                 batch=batch,
                 rounds=rounds,
+                threads=threads,
+                deepsparse=deepsparse,
             )
             from sparsekd.plots import parse_formats  # matplotlib: only when a command runs
 

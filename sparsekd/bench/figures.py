@@ -25,7 +25,14 @@ from sparsekd.plots import (
 LOSES: dict[str, Any] = {"color": "#d55e00", "alpha": 0.08, "linewidth": 0}
 """How the region where dense wins is shaded."""
 _TIMES = FuncFormatter(lambda value, _: f"{value:g}x")
-_LEVEL = {"dense_compiled": "--", "dense_bf16": ":", "dense_optimized": "-."}
+_LEVEL: dict[str, Any] = {"dense_compiled": "--", "dense_bf16": ":", "dense_optimized": "-."}
+_ENGINES: dict[str, Any] = {
+    "dense_contiguous": ":",
+    "dense_channels_last": (0, (1, 3)),
+    "dense_compiled": "--",
+    "onnxruntime": "-.",
+    "openvino": (0, (5, 1, 1, 1, 1, 1)),
+}
 
 
 def speedup_layers(results: Results, competitors: Field) -> Figure | None:
@@ -58,23 +65,22 @@ def speedup_layers(results: Results, competitors: Field) -> Figure | None:
     return figure
 
 
-def speedup_models(results: Results, competitors: Field) -> Figure | None:
-    """Plot the speed-up of whole steps against sparsity, a panel a network."""
-    cases, sparsities = results.cases("step"), results.sparsities("step")
+def speedup_models(results: Results, competitors: Field, level: str = "step") -> Figure | None:
+    """Plot the speed-up of whole steps, or of inference, against sparsity, a panel a network."""
+    cases, sparsities = results.cases(level), results.sparsities(level)
     if not cases or not sparsities:
         return None
-    figure, panels = panel_grid(len(cases), "sparsity", "times faster than dense,\nbetter layout")
+    over = "dense,\nbetter layout" if level == "step" else "the\nfastest dense engine"
+    figure, panels = panel_grid(len(cases), "sparsity", f"times faster than {over}")
     sparse = [competitor for competitor in competitors.values() if competitor.sparse]
     shown: dict[str, Line2D] = {}
     for axes, case in zip(panels, cases, strict=True):
         for number, competitor in enumerate(sparse):
-            line = _plot_speedups(
-                axes, results, "step", case, competitor.name, **line_style(number)
-            )
+            line = _plot_speedups(axes, results, level, case, competitor.name, **line_style(number))
             if line is not None:
                 shown.setdefault(competitor.label, line)
-        for name, dashes in _LEVEL.items():
-            speedup = results.speedup(results.find("step", case, "step", name))
+        for name, dashes in (_LEVEL if level == "step" else _ENGINES).items():
+            speedup = results.speedup(results.find(level, case, level, name))
             if speedup is not None:
                 line = axes.axhline(speedup, color="#666666", linestyle=dashes)
                 shown.setdefault(competitors[name].label, line)

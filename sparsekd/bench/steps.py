@@ -78,20 +78,25 @@ def _uniform(model: nn.Module, sparsity: float) -> nn.Module:
 
 
 @torch.no_grad()
-def jittered(problem: StepProblem, dtype: torch.dtype) -> StepProblem:
-    """Change every parameter by about 16 rounding units of float32, or one of a shorter `dtype`.
+def jittered_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy a model and change its parameters by about 16 rounding units, or one below float32.
 
     How far the results of a step move tells how much of a difference rounding alone may make:
     where a ReLU or a maximum lies near its kink, rounding flips it, and a single flip can move a
     gradient by 1 %. By a whole step the error of float32 has grown to several units; shifted by
     one, a network in which no kink is that near would be granted no flip at all.
     """
-    model = copy.deepcopy(problem.model)
+    model = copy.deepcopy(model)
     generator = generator_for(0, "jitter")
     size = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
     for parameter in model.parameters():
         parameter.mul_(1 + size * torch.randn(parameter.shape, generator=generator))
-    return replace(problem, model=model)
+    return model
+
+
+def jittered(problem: StepProblem, dtype: torch.dtype) -> StepProblem:
+    """Return a problem with its model's parameters changed by rounding, see `jittered_model`."""
+    return replace(problem, model=jittered_model(problem.model, dtype))
 
 
 class StepRun(NamedTuple):

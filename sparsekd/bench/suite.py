@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,13 @@ from sparsekd.bench.cases import (
     LayerCase,
     ModelCase,
 )
+from sparsekd.bench.inference import (
+    INFERENCE_COMPETITORS,
+    USUAL,
+    InferenceRace,
+    inference_grids,
+)
+from sparsekd.bench.inference_cases import InferenceCase
 from sparsekd.bench.layers import LAYER_COMPETITORS, LayerRace
 from sparsekd.bench.race import Session, is_ours, timed_on
 from sparsekd.bench.results import Results
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 
 BATCH, ROUNDS = 32, 3
 SPARSITIES = (0.8, 0.9, 0.98)
+BATCHES, THREADS, TURNS = (1, 8, 64), (1, 2), 9  # of inference
 LAYERS = (
     LayerCase("conv", 64, 64, size=32, kernel=3, batch=BATCH),
     LayerCase("conv", 256, 64, size=32, batch=BATCH),
@@ -49,6 +58,8 @@ class BenchConfig:
         competitors: their names; the dense reference always runs.
         batch: images or rows.
         rounds: turns of each competitor.
+        threads: of the level "inference", which takes one and two by default.
+        deepsparse: an interpreter that has DeepSparse.
 
     Raises:
         UnsupportedError: a value is out of range or a network unknown.
@@ -61,10 +72,12 @@ class BenchConfig:
     competitors: tuple[str, ...] | None = None
     batch: int | None = None
     rounds: int | None = None
+    threads: int | None = None
+    deepsparse: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.networks or ():
-            factory(name) if ":" in name else check("network", [name], NETWORKS)
+            factory(name) if ":" in name else check("network", [name], (*NETWORKS, "encoder"))
         for sparsity in self.sparsities or ():
             if not 0 <= sparsity < 1:
                 raise UnsupportedError(f"sparsity: expected numbers in [0, 1), got {sparsity}")
@@ -75,6 +88,8 @@ class BenchConfig:
     def models(self, usual: Sequence[str], batch: int) -> Iterator[ModelCase]:
         """Iterate over the networks that were asked for, by default the usual ones."""
         for name in self.networks or usual:
+            if name == "encoder":
+                raise UnsupportedError("network: encoder is of the level inference alone")
             case = ModelCase(name, batch=self.batch or batch)
             yield replace(case, input_shape=self.input_shape or case.input_shape)
 
@@ -221,11 +236,25 @@ def _steps(config: BenchConfig) -> Iterator[StepRace]:
         yield from step_races(StepRace, case, sparsities, chosen, config.rounds or ROUNDS)
 
 
+def _inference(config: BenchConfig) -> Iterator[InferenceRace]:
+    chosen = config.chosen(INFERENCE_COMPETITORS, USUAL)
+    for name, batch, threads in itertools.product(
+        config.networks or (SHOWCASE,),
+        BATCHES if config.batch is None else (config.batch,),
+        THREADS if config.threads is None else (config.threads,),
+    ):
+        shape = () if name == "encoder" else config.input_shape or ()
+        case = InferenceCase(name, batch, threads, shape, config.deepsparse)
+        for sparsity in config.sparsities or SPARSITIES:
+            yield InferenceRace(case, (sparsity,), chosen, config.rounds or TURNS)
+
+
 def _grids(results: Results) -> list[Grid | None]:
     return [
         layer_grid(results, "conv", LAYER_COMPETITORS),
         layer_grid(results, "linear", LAYER_COMPETITORS),
         step_grid(results, "step", STEP_COMPETITORS),
+        *inference_grids(results),
         shortfall_grid(results),
     ]
 
@@ -236,22 +265,24 @@ def _figures(results: Results) -> dict[str, Figure | None]:
     return {
         "speedup_layers": figures.speedup_layers(results, LAYER_COMPETITORS),
         "speedup_models": figures.speedup_models(results, STEP_COMPETITORS),
+        "speedup_inference": figures.speedup_models(results, INFERENCE_COMPETITORS, "inference"),
     }
 
 
 SUITE = Suite(
     title="sparsekd bench",
     command="sparsekd bench",
-    help="""Time layers and training steps of sparsekd against dense torch; show where dense wins.
+    help="""Time layers, training steps and inference against dense engines; show where dense wins.
 
     \b
     sparsekd bench
     sparsekd bench --level step --network resnet18 --sparsity 0.9,0.95 --batch 64
     sparsekd bench --model net.py:make --input 128,3,32,32 --layout csr,bcsr:16
+    sparsekd bench --level inference --network resnet50,encoder --deepsparse ds/bin/python
     sparsekd bench --draw --format pdf
     """,
-    levels={"layer": _layers, "step": _steps},
-    competitors=tuple({**LAYER_COMPETITORS, **STEP_COMPETITORS}),
+    levels={"layer": _layers, "step": _steps, "inference": _inference},
+    competitors=tuple({**LAYER_COMPETITORS, **STEP_COMPETITORS, **INFERENCE_COMPETITORS}),
     grids=_grids,
     figures=_figures,
 )
