@@ -21,6 +21,10 @@ double activated(Activation activation, double x) {
       return x * 0.5 * (1 + std::erf(x * std::sqrt(0.5)));
     case Activation::kHardswish:
       return x * std::min(std::max(x + 3, 0.0), 6.0) / 6;
+    case Activation::kSigmoid:
+      return 1 / (1 + std::exp(-x));
+    case Activation::kHardsigmoid:
+      return std::isnan(x) ? x : std::min(std::max(x + 3, 0.0), 6.0) / 6;
     default:
       return x;
   }
@@ -80,6 +84,11 @@ Image computed(const std::vector<Node>& nodes, size_t i, const std::vector<Image
           double total = 0;
           for (int64_t j = 0; j < s.width; ++j) {
             double score = 0;
+            if (node.inputs.size() == 2) {
+              const Shape& m = nodes[node.inputs[1]].shape;
+              const int64_t head = m.channels == 1 ? 0 : c / width, query = m.height == 1 ? 0 : q;
+              score = maps[node.inputs[1]][(head * m.height + query) * m.width + j];
+            }
             for (int64_t d = first; d < first + width; ++d)
               score += x[d * s.width + q] * x[(o.channels + d) * s.width + j] /
                        std::sqrt(static_cast<double>(width));
@@ -87,17 +96,19 @@ Image computed(const std::vector<Node>& nodes, size_t i, const std::vector<Image
             sum += std::exp(score) * x[(2 * o.channels + c) * s.width + j];
           }
           sum /= total;
+        } else if (node.kind == Kind::kGate) {
+          sum = x[at] * maps[node.inputs[1]][c];
         } else {
           sum = x[c];  // kFlatten
         }
-        if (node.inputs.size() == 2) sum += maps[node.inputs[1]][at];
-        const bool activates = node.kind == Kind::kProduct || node.kind == Kind::kPointwise;
-        y[at] = activates ? activated(node.activation, sum) : sum;
+        const bool adds = node.kind == Kind::kProduct || node.kind == Kind::kPointwise;
+        if (adds && node.inputs.size() == 2) sum += maps[node.inputs[1]][at];
+        y[at] = adds ? activated(node.activation, sum) : sum;
       }
   return y;
 }
 
-Activation any_activation() { return static_cast<Activation>(pick(0, 5)); }
+Activation any_activation() { return static_cast<Activation>(pick(0, 7)); }
 
 // A node that reads earlier ones, or one that Network refuses because a window does not fit.
 Node any_node(const std::vector<Node>& nodes) {
@@ -105,7 +116,7 @@ Node any_node(const std::vector<Node>& nodes) {
   const auto input = static_cast<int32_t>(pick(0, static_cast<int64_t>(nodes.size()) - 1));
   const Shape& s = nodes[input].shape;
   node.inputs = {input};
-  node.kind = static_cast<Kind>(pick(2, 8));
+  node.kind = static_cast<Kind>(pick(2, 9));
   Window& w = node.window;
   const bool windowed =
       node.kind == Kind::kProduct || node.kind == Kind::kMaxPool || node.kind == Kind::kMeanPool;
@@ -150,6 +161,24 @@ Node any_node(const std::vector<Node>& nodes) {
   return node;
 }
 
+// Appends a map that a node of two inputs can have as its second: a mean for a gate, a mask for attention.
+void give_second(std::vector<Node>& nodes, Node& node) {
+  const Shape& s = nodes[node.inputs[0]].shape;
+  Node second;
+  if (node.kind == Kind::kGate) {
+    second.kind = Kind::kMeanPool;
+    second.inputs = node.inputs;
+    second.window.kernel[0] = second.window.kernel[1] = 0;
+    second.shape = {s.channels, 1, 1};
+  } else if (node.kind == Kind::kAttention && pick(0, 1)) {
+    second.shape = {pick(0, 1) ? 1 : node.window.groups, pick(0, 1) ? 1 : s.width, s.width};
+  } else {
+    return;
+  }
+  node.inputs.push_back(static_cast<int32_t>(nodes.size()));
+  nodes.push_back(second);
+}
+
 // Appends what fits; `nodes` is what Network made of the list so far, with all shapes.
 std::vector<Node> any_network(int64_t length) {
   std::vector<Node> nodes;
@@ -161,7 +190,10 @@ std::vector<Node> any_network(int64_t length) {
     nodes.push_back(input);
   }
   while (static_cast<int64_t>(nodes.size()) < length) {
-    nodes.push_back(any_node(nodes));
+    const size_t before = nodes.size();
+    Node next = any_node(nodes);
+    give_second(nodes, next);
+    nodes.push_back(next);
     Node& last = nodes.back();
     const auto index = static_cast<int32_t>(nodes.size()) - 1;
     try {
@@ -175,7 +207,7 @@ std::vector<Node> any_network(int64_t length) {
         break;
       }
     } catch (const ShapeError&) {
-      nodes.pop_back();
+      nodes.resize(before);
     }
   }
   return nodes;
@@ -319,7 +351,21 @@ void test_refusals() {
   refuse([](Node& n) { n.kind = static_cast<Kind>(99); }, "node 1: kind");
   refuse([](Node& n) { n.kind = Kind::kLayerNorm; }, "node 1: scale");
   refuse([](Node& n) { n.kind = Kind::kAttention; }, "node 1: inputs: expected tokens");
+  refuse([](Node& n) { n.kind = Kind::kGate; }, "node 1: inputs: wrong number");
+  refuse([](Node& n) { n.kind = Kind::kGate, n.inputs = {0, 0}; },
+         "node 1: inputs: expected a second map of one");
   refuse([](Node& n) { n.activation = static_cast<Activation>(-1); }, "node 1: activation");
+  Node tokens, mask, attention;
+  tokens.kind = Kind::kTokens;
+  tokens.shape = {6, 1, 5};
+  attention.kind = Kind::kAttention;
+  attention.inputs = {0, 1};
+  attention.window.groups = 2;
+  for (const Shape shape : {Shape{3, 1, 5}, Shape{1, 4, 5}, Shape{1, 5, 4}, Shape{2, 5, 6}}) {
+    mask.shape = shape;
+    check_throws<ShapeError>([&] { Network({tokens, mask, attention}, {2}); },
+                             "node 2: inputs: expected a mask");
+  }
   check_throws<ShapeError>([&] { Network({input}, {1}); }, "outputs");
   check_throws<ShapeError>([&] { Network({input}, {}); }, "network");
   input.shape = {1 << 19, 1 << 19, 1};

@@ -6,6 +6,7 @@ queries, keys and values that are tokens [batch, tokens, channels], the channels
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,16 +19,19 @@ _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten
 _VIEWS = (aten.view.default, aten.reshape.default)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attend to tokens [batch, tokens, channels], all operands and the result alike."""
-    parts = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-    return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """Attend to tokens [batch, tokens, channels], all operands and the result alike.
+
+    The mask is added to the scores: [batch, 1 or heads, 1 or queries, keys], or None.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
-def packed_attention(qkv: Tensor, heads: int) -> Tensor:
+def packed_attention(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     """The same, with queries, keys and values behind each other in the channels of one tensor."""
     q, k, v = qkv.chunk(3, -1)
-    return attention(q, k, v, heads)
+    return attention(q, k, v, heads, mask)
 
 
 def fuse_attention(graph: fx.GraphModule) -> None:
@@ -40,8 +44,15 @@ def fuse_attention(graph: fx.GraphModule) -> None:
 
 
 def _fuse(graph: fx.Graph, node: fx.Node) -> None:
-    settings = [*node.args[3:], *(v for k, v in node.kwargs.items() if k != "enable_gqa")]
-    if any(settings) or node.kwargs.get("enable_gqa"):  # a mask, dropout, causal or scaled
+    names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    settings: dict[str, Any] = {**dict(zip(names, node.args[3:], strict=False)), **node.kwargs}
+    scale, usual = settings.pop("scale", None), _shape(node)[-1]
+    mask = settings.pop("attn_mask", None)
+    if any(settings.values()):  # dropout, causal, fewer keys than queries
+        return
+    if scale is not None and not (
+        isinstance(usual, int) and math.isclose(scale, usual**-0.5, rel_tol=1e-6)
+    ):
         return
     sources = [_source(x) for x in node.args[:3]]
     result = _result(node)
@@ -50,10 +61,12 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
         return
     bases = [source[0] for source in sources if source]
     with graph.inserting_before(result):
+        if mask is not None:
+            mask = _added(graph, mask)
         if all(source and source[1] is None for source in sources):
-            fused = graph.call_function(attention, (*bases, heads))
+            fused = graph.call_function(attention, (*bases, heads, mask))
         elif [source and source[1] for source in sources] == [0, 1, 2] and len(set(bases)) == 1:
-            fused = graph.call_function(packed_attention, (bases[0], heads))
+            fused = graph.call_function(packed_attention, (bases[0], heads, mask))
         else:
             return
     fused.meta = dict(result.meta)
@@ -64,6 +77,23 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
         before = None if dead is node else dead.args[0]
         graph.erase_node(dead)
         dead = before
+
+
+def _added(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """Return a mask as numbers to add, without copies for every query or head."""
+    while mask.target in _COPIES or mask.target is aten.expand.default:
+        before = mask.args[0]
+        if not isinstance(before, fx.Node) or _shape(before)[:1] != _shape(mask)[:1]:
+            break
+        if len(_shape(before)) != 4:
+            break
+        mask = before
+    value = mask.meta["val"]
+    if value.dtype != torch.bool:
+        return mask
+    added = graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))
+    added.meta = {**mask.meta, "val": torch.where(value, 0.0, -math.inf)}
+    return added
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
@@ -139,7 +169,8 @@ def _result(node: fx.Node) -> fx.Node | None:
         if len(users) != 1:
             return None
         user = users[0]
-        if user.target in _COPIES or (_axes(user) == (0, 2, 1, 3)):
+        same = user.target in _VIEWS and _shape(user) == _shape(steps[-1])
+        if same or user.target in _COPIES or _axes(user) == (0, 2, 1, 3):
             steps.append(user)
         elif user.target in _VIEWS and len(_shape(user)) == 3:
             turned = any(_axes(step) for step in steps[1:] if step.target not in _COPIES)

@@ -26,6 +26,8 @@ _ACTIVATIONS = {
     d.SILU: F.silu,
     d.GELU: F.gelu,
     d.HARDSWISH: F.hardswish,
+    d.SIGMOID: F.sigmoid,
+    d.HARDSIGMOID: F.hardsigmoid,
 }
 
 Shape = tuple[int, int, int]
@@ -122,9 +124,11 @@ def _fold_product(node: Node, constants: Tensor, before: Shape, after: Shape) ->
 
 def _constants(node: Node, known: list[Tensor], shapes: list[Shape], shape: Shape) -> Tensor:
     varies = torch.full((shape[0],), math.nan, dtype=torch.float64)
-    if node.kind not in (d.PRODUCT, d.POINTWISE, d.MAX_POOL, d.MEAN_POOL, d.FLATTEN):
+    if not node.inputs or node.kind in (d.LAYER_NORM, d.ATTENTION):
         return varies
     value = known[node.inputs[0]]
+    if node.kind == d.GATE:
+        return value * known[node.inputs[1]]
     if node.kind == d.FLATTEN:
         return value.repeat_interleave(math.prod(shapes[node.inputs[0]][1:]))
     if node.kind == d.MAX_POOL:
@@ -177,7 +181,8 @@ def _mark(
     first = alive[node.inputs[0]]
     together = [i, *node.inputs]
     if node.kind in (d.LAYER_NORM, d.ATTENTION):
-        first[:] = True
+        for x in node.inputs:
+            alive[x][:] = True
         return
     if node.kind == d.FLATTEN:
         pixels = math.prod(shapes[node.inputs[0]][1:])

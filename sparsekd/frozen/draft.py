@@ -15,8 +15,9 @@ from torch import Tensor
 from sparsekd.errors import ShapeError, UnsupportedError
 
 RECORD = 17
-INPUT, TOKENS, PRODUCT, POINTWISE, MAX_POOL, MEAN_POOL, FLATTEN, LAYER_NORM, ATTENTION = range(9)
-NONE, RELU, RELU6, SILU, GELU, HARDSWISH = range(6)
+INPUT, TOKENS, PRODUCT, POINTWISE, MAX_POOL, MEAN_POOL, FLATTEN = range(7)
+LAYER_NORM, ATTENTION, GATE = range(7, 10)
+NONE, RELU, RELU6, SILU, GELU, HARDSWISH, SIGMOID, HARDSIGMOID = range(8)
 
 # Rows that are dense share one list of inputs, which is computed four rows at a time; leaving out
 # a few stray zeros would give each row a list of its own.

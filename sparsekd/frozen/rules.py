@@ -210,6 +210,8 @@ RULES[aten.relu.default] = _activation(d.RELU)
 RULES[aten.relu6.default] = _activation(d.RELU6)
 RULES[aten.silu.default] = _activation(d.SILU)
 RULES[aten.hardswish.default] = _activation(d.HARDSWISH)
+RULES[aten.sigmoid.default] = _activation(d.SIGMOID)
+RULES[aten.hardsigmoid.default] = _activation(d.HARDSIGMOID)
 
 
 @_rule(aten.gelu.default)
@@ -238,6 +240,19 @@ def add(values: Values, node: fx.Node) -> int:
     return values.draft.plus(
         values.map(a), values.map(b), (a is not b and values.alone(a), values.alone(b))
     )
+
+
+@_rule(aten.mul.Tensor)
+def gate(values: Values, node: fx.Node) -> int:
+    x, by = node.args
+    if not isinstance(x, fx.Node) or not isinstance(by, fx.Node):
+        raise Outside
+    shape = values.shape(node)
+    if values.shape(x) != shape:
+        x, by = by, x
+    if values.shape(x) != shape or len(shape) != 3 or values.shape(by) != (shape[0], 1, 1):
+        raise Outside
+    return values.draft.add(Node(d.GATE, (values.map(x), values.map(by))))
 
 
 @_rule(aten.max_pool2d.default, aten.max_pool2d_with_indices.default)
@@ -335,20 +350,21 @@ def layer_norm(values: Values, node: fx.Node) -> int:
 
 @_rule(packed_attention)
 def attention_of_one(values: Values, node: fx.Node) -> int:
-    return _attention(values, values.map(source(node)), node.args[1])
+    return _attention(values, values.map(source(node)), *node.args[1:])
 
 
 @_rule(attention)
 def attention_of_three(values: Values, node: fx.Node) -> int:
-    *parts, heads = node.args
+    *parts, heads, mask = node.args
     if len({values.shape(part) for part in parts if isinstance(part, fx.Node)}) != 1:
         raise Outside
     maps = [values.map(part) for part in parts]
     joined = values.draft.join(maps)
     if joined is None or not all(values.alone(part) for part in parts if isinstance(part, fx.Node)):
         raise Outside
-    return _attention(values, joined, heads)
+    return _attention(values, joined, heads, mask)
 
 
-def _attention(values: Values, qkv: int, heads: Any) -> int:
-    return values.draft.add(Node(d.ATTENTION, (qkv,), window=Window(groups=heads)))
+def _attention(values: Values, qkv: int, heads: Any, mask: Any) -> int:
+    inputs = (qkv,) if mask is None else (qkv, values.map(mask))
+    return values.draft.add(Node(d.ATTENTION, inputs, window=Window(groups=heads)))

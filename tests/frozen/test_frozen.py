@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sparsekd as skd
 from sparsekd.errors import ShapeError, UnsupportedError
+from sparsekd.frozen.draft import ATTENTION
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -87,6 +88,88 @@ class Zoo(nn.Module):
 def test_every_rule(groups: int, batch: int) -> None:
     torch.manual_seed(1)
     assert_frozen_equals(trained(Zoo(groups)), torch.randn(batch, 3, 23, 30))
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excitation as torchvision writes it, or as timm does."""
+
+    def __init__(self, pool: bool, gate: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.down, self.up = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+        self.pool, self.gate = nn.AdaptiveAvgPool2d(1) if pool else None, gate
+        self.last = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm(self.stem(x)))
+        y = self.pool(x) if self.pool else x.mean((2, 3), keepdim=True)
+        y = self.gate(self.up(F.relu(self.down(y))))
+        return self.last(y * x if self.pool else x * y)
+
+
+@pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.Hardsigmoid()])
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_squeeze_and_excitation(pool: bool, gate: nn.Module, batch: int) -> None:
+    torch.manual_seed(5)
+    assert_frozen_equals(trained(Squeeze(pool, gate)), torch.randn(batch, 3, 9, 14))
+
+
+class Masked(nn.Module):
+    """An encoder layer whose keys are masked, with the scale given as BERT gives it."""
+
+    def __init__(self, packed: bool) -> None:
+        super().__init__()
+        self.heads, self.packed = 3, packed
+        self.qkv = nn.Linear(24, 72)
+        self.parts = nn.ModuleList(nn.Linear(24, 24) for _ in range(3))
+        self.out, self.norm = nn.Linear(24, 24), nn.LayerNorm(24)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        if self.packed:
+            packed = self.qkv(x).reshape(batch, tokens, 3, self.heads, 8).permute(2, 0, 3, 1, 4)
+            q, k, v = packed.unbind(0)
+        else:
+            q, k, v = (f(x).view(batch, tokens, self.heads, 8).transpose(1, 2) for f in self.parts)
+        if mask.ndim == 2:  # of keys, as tokenizers give it
+            mask = (mask > 0)[:, None, None].expand(batch, 1, tokens, tokens)
+        met = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=8**-0.5)
+        return self.norm(x + self.out(met.transpose(1, 2).reshape(batch, tokens, 24)))
+
+
+@pytest.mark.parametrize("tokens", [5, 33, 70])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_masks_of_numbers(packed: bool, heads: int, tokens: int) -> None:
+    torch.manual_seed(6)
+    x = torch.randn(2, tokens, 24)
+    model = Masked(packed).eval()
+    for queries in (1, tokens):
+        mask = torch.randn(2, heads, queries, tokens)
+        mask[0, :, :, tokens // 2 :] = torch.finfo(torch.float32).min
+        mask[1, :, :, 1] = -torch.inf
+        frozen = skd.freeze(model, x, mask)
+        with torch.inference_mode():
+            torch.testing.assert_close(frozen(x, mask), model(x, mask), rtol=1e-5, atol=1e-5)
+        assert not frozen.outside
+        assert len(frozen.islands) == 1
+
+
+def test_masks_of_a_tokenizer() -> None:
+    torch.manual_seed(7)
+    x, mask = torch.randn(3, 20, 24), torch.ones(3, 20)
+    mask[0, 12:] = 0
+    mask[1, 1:] = 0
+    mask[2] = 0  # nothing is left to attend to
+    model = Masked(packed=False).eval()
+    frozen = skd.freeze(model, x, mask)
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(x, mask), model(x, mask), rtol=1e-5, atol=1e-5)
+    assert len(frozen.islands) == 1
+    kinds = [node.kind for node in frozen.islands[0].nodes]
+    assert kinds.count(ATTENTION) == 1
+    assert frozen.islands[0].input_shapes[-1] == (1, 1, 20)  # no copy for every query
 
 
 def test_operators_without_a_rule_run_in_torch() -> None:

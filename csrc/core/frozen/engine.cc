@@ -83,6 +83,10 @@ inline Vec apply(Activation activation, Vec x) {
       return x * 0.5f * (1.0f + error_function(x * 0.70710678f));
     case Activation::kHardswish:
       return x * smaller(larger(x + 3.0f, Vec{}), Vec{} + 6.0f) * (1.0f / 6);
+    case Activation::kSigmoid:
+      return 1.0f / (1.0f + exponential(-x));
+    case Activation::kHardsigmoid:
+      return smaller(larger(x + 3.0f, Vec{}), Vec{} + 6.0f) * (1.0f / 6);
     default:
       return x;
   }
@@ -159,7 +163,8 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
       if (curved(call.activation))
         for (int i = 0; i < N; ++i) {
           Vec* const y = reinterpret_cast<Vec*>(out + i * kFloats);
-          *y = apply(call.activation, *y);
+          store(apply(call.activation, *y), inside + i * kFloats,
+                out + i * kFloats);  // a sigmoid of 0 is not 0
         }
     }
   }

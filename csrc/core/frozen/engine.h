@@ -12,7 +12,17 @@
 
 namespace sparsekd::frozen {
 
-enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kGelu, kHardswish, kCount };
+enum class Activation : int32_t {
+  kNone,
+  kRelu,
+  kRelu6,
+  kSilu,
+  kGelu,
+  kHardswish,
+  kSigmoid,
+  kHardsigmoid,
+  kCount
+};
 
 constexpr int64_t kLanes = 16;  // maps are padded to, and aligned at, this many floats
 
@@ -60,10 +70,13 @@ struct LayerNormCall {
   float eps;
 };
 
-// out[d, i] = sum over j of softmax over j of (scale * sum over d of q[d, i] * k[d, j]) times v[d, j]: a head
-// of an image, for i and j in [0, tokens) and d in [0, width).
+// out[d, i] = sum over j of softmax over j of (scale * sum over d of q[d, i] * k[d, j] + mask[i, j]) times
+// v[d, j]: a head of an image, for i and j in [0, tokens) and d in [0, width). Where the mask is minus
+// infinity, keys do not count, and a query without keys gives zeros.
 struct AttentionCall {
   const float *q, *k, *v;
+  const float* mask;    // or null
+  int64_t mask_stride;  // from query to query, 0: all have the same
   float* out;
   float* weights;  // [tokens * kAttentionQueries], aligned to 64 bytes
   int64_t tokens, width, in_stride, out_stride;

@@ -72,6 +72,21 @@ void check_pool(Node& node, const Shape& in) {
             "padding: expected at most half of the kernel");
 }
 
+// Whether the second input of a node fits what it computes from the first, `in`.
+void check_second(const Node& node, const Shape& other, const Shape& in) {
+  const Shape& own = node.shape;
+  if (node.kind == Kind::kAttention)
+    require((other.channels == 1 || other.channels == node.window.groups) &&
+                (other.height == 1 || other.height == in.width) && other.width == in.width,
+            "inputs: expected a mask of 1 or heads times 1 or tokens times tokens");
+  else if (node.kind == Kind::kGate)
+    require(other.channels == own.channels && other.pixels() == 1,
+            "inputs: expected a second map of one number for each channel");
+  else
+    require(other.channels == own.channels && other.same_pixels(own),
+            "inputs: expected a second map of the result's shape");
+}
+
 size_t arity(const Node& node) {
   switch (node.kind) {
     case Kind::kInput:
@@ -79,7 +94,10 @@ size_t arity(const Node& node) {
       return 0;
     case Kind::kProduct:
     case Kind::kPointwise:
+    case Kind::kAttention:
       return node.inputs.size() == 2 ? 2 : 1;
+    case Kind::kGate:
+      return 2;
     default:
       return 1;
   }
@@ -157,17 +175,16 @@ Network::Network(std::vector<Node> nodes, std::vector<int32_t> outputs)
         node.shape = {in->channels / 3, 1, in->width};
         break;
       }
+      case Kind::kGate:
+        node.shape = *in;
+        break;
       default:
         node.shape = {in->channels * in->pixels(), 1, 1};
     }
     check_shape(node.shape);
+    if (node.inputs.size() == 2) check_second(node, nodes_[node.inputs[1]].shape, *in);
     const bool flat = node.kind == Kind::kFlatten || node.shape.height > 1;
     tokens_[index] = node.kind == Kind::kTokens || (of_tokens && !flat);
-    if (node.inputs.size() == 2) {
-      const Shape& other = nodes_[node.inputs[1]].shape;
-      require(other.channels == node.shape.channels && other.same_pixels(node.shape),
-              "inputs: expected a second map of the result's shape");
-    }
   };
   for (size_t i = 0; i < nodes_.size(); ++i) {
     try {

@@ -22,7 +22,9 @@ enum class Kind : int32_t {
   kMeanPool,   // the mean of a window; of all pixels if there is no kernel
   kFlatten,    // [channels * height * width, 1, 1]
   kLayerNorm,  // of tokens, over their channels
-  kAttention,  // of tokens: channels are queries, keys and values in that order, each of window.groups heads
+  kAttention,  // of tokens: channels are queries, keys and values in that order, each of window.groups heads;
+               // second input: a mask to be added to the scores, [1 or heads, 1 or queries, keys]
+  kGate,       // first times second, which is one number for each channel
   kCount
 };
 

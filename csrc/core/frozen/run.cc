@@ -50,6 +50,9 @@ class Run {
         case Kind::kAttention:
           attention(i);
           break;
+        case Kind::kGate:
+          gate(i);
+          break;
         default:
           flatten(i);
       }
@@ -280,10 +283,27 @@ class Run {
         call.k = at(n.inputs[0], n.shape.channels + first) + image;
         call.v = at(n.inputs[0], 2 * n.shape.channels + first) + image;
         call.out = at(i, first) + image;
+        if (n.inputs.size() == 2) {
+          const size_t mask = n.inputs[1];
+          const Shape& m = node(mask).shape;
+          call.mask = at(mask, m.channels == 1 ? 0 : s % heads) + grid(mask).image(s / heads);
+          call.mask_stride = m.height == 1 ? 0 : grid(mask).stride;
+        }
         engine<FrozenEngine>().attention(call);
       }
     };
     parallel(workers, workers, part);
+  }
+
+  void gate(size_t i) {
+    const Node& n = node(i);
+    const size_t first = n.inputs[0], second = n.inputs[1];
+    const int64_t width = n.shape.width;
+    rows(i, [&](float* to, int64_t image, int64_t c, int64_t y) {
+      const float factor = at(second, c)[grid(second).image(image)];
+      const float* const from = at(first, c) + grid(first).image(image) + y * grid(first).stride;
+      for (int64_t x = 0; x < width; ++x) to[x] = from[x] * factor;
+    });
   }
 
   // Over rows first, which is a run of floats, then along the row.

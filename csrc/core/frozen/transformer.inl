@@ -51,6 +51,15 @@ inline void attention_rows(const float* scalars, int64_t row_step, int64_t step,
     for (int i = 0; i < kQueries; ++i) *reinterpret_cast<Vec*>(to + r * to_stride + i * kFloats) = sum[r][i];
 }
 
+// Scales the scores of queries [first, first + queries), and adds the mask.
+void mask_scores(const AttentionCall& call, int64_t first, int64_t queries) {
+  for (int64_t j = 0; j < call.tokens; ++j) {
+    float* const row = call.weights + j * kAttentionQueries;
+    const float* const mask = call.mask + first * call.mask_stride + j;
+    for (int64_t q = 0; q < queries; ++q) row[q] = row[q] * call.scale + mask[q * call.mask_stride];
+  }
+}
+
 void attention(const AttentionCall& call) {
   constexpr int kRows = kBytes == 64 ? 8 : kBytes == 32 ? 2 : 1;
   float* const weights = call.weights;
@@ -63,17 +72,25 @@ void attention(const AttentionCall& call) {
     for (; j < call.tokens; ++j)
       attention_rows<1>(call.k + j, 1, call.in_stride, call.q + i, call.in_stride, call.width,
                         weights + j * kAttentionQueries, kAttentionQueries);
+    const int64_t queries = min64(kAttentionQueries, call.tokens - i);
+    if (call.mask) mask_scores(call, i, queries);
     for (int q = 0; q < kQueries; ++q) {
       Vec* const row = reinterpret_cast<Vec*>(weights + q * kFloats);
       constexpr int64_t next = kQueries;
+      const float scale = call.mask ? 1.0f : call.scale;
       Vec most = row[0], sum = {};
       for (j = 1; j < call.tokens; ++j) most = larger(row[j * next], most);
-      for (j = 0; j < call.tokens; ++j)
-        sum += row[j * next] = exponential((row[j * next] - most) * call.scale);
-      const Vec share = 1.0f / sum;
+      if (call.mask) most = larger(most, Vec{} - __FLT_MAX__);  // all of them may be minus infinity
+      for (j = 0; j < call.tokens; ++j) {
+        const Vec away = (row[j * next] - most) * scale;
+        Vec weight = exponential(away);
+        if (call.mask) weight = away < Vec{} - __FLT_MAX__ ? Vec{} : weight;
+        sum += row[j * next] = weight;
+      }
+      Vec share = 1.0f / sum;
+      if (call.mask) share = sum == Vec{} ? Vec{} : share;
       for (j = 0; j < call.tokens; ++j) row[j * next] *= share;
     }
-    const int64_t queries = min64(kAttentionQueries, call.tokens - i);
     const auto write = [&](int64_t d, int rows) {
       for (int r = 0; r < rows; ++r)
         __builtin_memcpy(call.out + (d + r) * call.out_stride + i, block + r * kAttentionQueries,
