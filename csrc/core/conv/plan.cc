@@ -78,11 +78,11 @@ std::vector<int64_t> place_offsets(const Window& w, const std::vector<Shift>& sh
   return offsets;
 }
 
-// Nonzeros below which a list costs more in loading and storing its accumulators than it saves.
-constexpr int64_t kShortestList = 4;
-// The same for the weight gradient, in multiply-adds, since a list costs as much for a short strip: a full
-// group of sample.inl over 32 positions.
-constexpr int64_t kShortestSum = 10 * 32;
+// Nonzeros below which a list costs more in loading and storing its accumulators than inputs in L1 save.
+constexpr int64_t kShortestList = 16;
+// The same for the weight gradient, in multiply-adds, since a list costs as much for a short strip: two full
+// groups of sample.inl over 32 positions.
+constexpr int64_t kShortestSum = 2 * 10 * 32;
 
 // Input channels to a block: the `pixels` of each channel that a tile of outputs reads should stay in L1, but
 // lists should not average less than `shortest`.
