@@ -178,11 +178,10 @@ void blocked_tiles(const Lists<T>& lists, const char* x, int64_t h, int64_t rows
   }
 }
 
-// A result whose lines have left the caches when somebody reads them need not go through them.
-template <class T>
-bool streams_blocked(const blocked::Result<T>& y) {
-  constexpr int64_t kLeast = int64_t{1} << 20;
-  return y.out.elements() * static_cast<int64_t>(sizeof(T)) > kLeast;
+// About how many lists blocked_tiles goes through for so many rows, by one of `parts`.
+inline int64_t lists_of_rows(const GatherPlan& plan, int64_t rows, int64_t together, int64_t parts) {
+  const int64_t cols = kTilePixels / together, tiles = (plan.out_w + cols - 1) / cols;
+  return max64(1, static_cast<int64_t>(plan.entries.size()) * tiles * rows / (together * parts));
 }
 
 inline void note(bool* finite, bool all) {
@@ -194,7 +193,7 @@ void blocked_forward(const BlockedForward<T>& call) {
   const Schedule& s = call.schedule;
   const Window& window = call.plan->window;
   const int64_t channels = call.y.out.channels, step = window.rows.step;
-  const bool stream = streams_blocked(call.y);
+  const bool stream = leaves_caches(call.y.out);
   auto run = [&](int64_t item) {
     const int64_t part = item % s.parts, place = item / s.parts, group = place / s.chunks;
     const int64_t h0 = place % s.chunks * s.chunk_rows, h1 = min64(s.strip_rows, h0 + s.chunk_rows);
@@ -208,10 +207,15 @@ void blocked_forward(const BlockedForward<T>& call) {
     RollingWindow<T> rows(Scratch::kWindow, window, h1 - h0, (together - 1) * step);
     rows.restart(h0 * step);
     const auto pack = [&](int64_t row, T* to) { pack_blocked(call.x, window, group, row, to); };
+    Ahead ahead;
     for (int64_t h = h0, count; h < h1; h += count) {
       count = min64(together, h1 - h);
-      blocked_tiles<T>({*call.plan, call.values, call.bias}, rows.advance(h * step, pack), h, count, together,
-                       tile, finish);
+      const char* const x = rows.advance(h * step, pack);
+      ahead.restart();
+      fetch_rows(call.x, window, group, rows.packed(), together * step, ahead);
+      fetch_residual(call.y, group, h + count, count, ahead);
+      ahead.share(lists_of_rows(*call.plan, count, together, s.parts));
+      blocked_tiles<T>({*call.plan, call.values, call.bias, &ahead}, x, h, count, together, tile, finish);
     }
     if (stream) finish_streams();
     const bool summed = call.y.sum == blocked::Sum::kNothing ||
@@ -244,12 +248,23 @@ void blocked_backward_item(const BlockedBackward<T>& call, int64_t place, int64_
   inputs.restart(h0 * x_step);
   const auto pack_grad = [&](int64_t row, T* to) { pack_blocked(call.grad, grad, group, row, to); };
   const auto pack_input = [&](int64_t row, T* to) { pack_blocked(call.x, window, group, row, to); };
-  const bool stream = call.dx && streams_blocked(*call.dx);
+  const bool stream = call.dx && leaves_caches(call.dx->out);
+  int64_t lists = (end - begin) * wgrad.blocks * ((width + wgrad.piece_cols - 1) / wgrad.piece_cols) *
+                  ((together + strip_rows - 1) / strip_rows);
+  if (call.dx)
+    for (const GatherPlan& phase : call.plan->dgrad.phases)
+      lists += lists_of_rows(phase, together, tile_rows, s.parts);
+  Ahead ahead;
   for (int64_t h = h0; h < h1; h += together) {
     const int64_t count = min64(together, h1 - h);
     const char* const g = grads.advance(h, pack_grad);
+    ahead.restart();
+    fetch_rows(call.grad, grad, group, grads.packed(), together, ahead);
     if (const int64_t rows = min64(h + count, height) - h; rows > 0) {
       const char* const x = inputs.advance(h * x_step, pack_input);
+      fetch_rows(call.x, window, group, inputs.packed(), together * x_step, ahead);
+      if (call.dx) fetch_residual(*call.dx, group, h + count, count, ahead);
+      ahead.share(lists);
       for (int64_t r = 0; r < rows; r += strip_rows)
         sample_strip(
             wgrad, begin, end,
@@ -257,14 +272,14 @@ void blocked_backward_item(const BlockedBackward<T>& call, int64_t place, int64_
                 g + (r - grad.rows.lo) * grad.row_bytes() + (begin * grad.pitch - grad.cols.lo) * kPixelBytes,
                 x + r * x_step * window.row_bytes(), min64(strip_rows, rows - r), width, grad.row_bytes(),
                 grad.pitch * kPixelBytes, x_step * window.row_bytes(), window.cols.step * kPixelBytes},
-            dvalues);
+            dvalues, &ahead);
     }
     if (!call.dx) continue;
     const T* values = call.values;
     for (const GatherPlan& phase : call.plan->dgrad.phases) {
       const int64_t rows = min64(h + count, phase.out_h) - h;
       if (rows > 0)
-        blocked_tiles<T>({phase, values, nullptr}, g, h, rows, tile_rows, tile,
+        blocked_tiles<T>({phase, values, nullptr, &ahead}, g, h, rows, tile_rows, tile,
                          {*call.dx, phase, group, first, last, stream, sums, seen});
       values += phase.slot.size();
     }

@@ -152,7 +152,7 @@ void summed_rows(const blocked::Result<T>& y, const Schedule& s, const PlaceSums
 
 template <class T>
 void blocked_join(const BlockedJoin<T>& call) {
-  const bool stream = streams_blocked(call.y);
+  const bool stream = leaves_caches(call.y.out);
   summed_rows(call.y, call.schedule, call.sums, call.threads, call.finite,
               [&](int64_t row, LaneSums<T>& own) {
                 stream ? join_row<T, true>(call, row, own) : join_row<T, false>(call, row, own);
@@ -161,7 +161,7 @@ void blocked_join(const BlockedJoin<T>& call) {
 
 template <class T>
 void blocked_gate(const BlockedGate<T>& call) {
-  const bool stream = streams_blocked(call.y);
+  const bool stream = leaves_caches(call.y.out);
   summed_rows(call.y, call.schedule, call.sums, call.threads, call.finite,
               [&](int64_t row, LaneSums<T>& own) {
                 if (call.y.gate == blocked::Gate::kOpen) return gate_row<T, false, false>(call, row, own);

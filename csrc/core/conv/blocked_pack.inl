@@ -6,6 +6,13 @@
 //
 // Tests: blocked_tests.cc.
 
+// Whether a map has left the caches when somebody reads it.
+template <class Map>
+bool leaves_caches(const Map& map) {
+  constexpr int64_t kLeast = int64_t{1} << 20;
+  return map.elements() * static_cast<int64_t>(sizeof(*map.data)) > kLeast;
+}
+
 // NaN passes, as it does in torch.
 template <class V>
 inline V rectified(V gate, V value) {
@@ -66,6 +73,7 @@ void pack_blocked_columns(const blocked::Operand<T>& in, const Window& w, int64_
                           int64_t begin, int64_t count, T* dst) {
   constexpr int64_t L = kLanes<T>, N = kVectorBytes / static_cast<int64_t>(sizeof(T));
   const ColumnRange present(w, in.map.w, begin, count);
+  const bool far = leaves_caches(in.map);
   const int64_t width = in.map.w, near = w.cols.near * L, row = in.map.row(group, y) - in.map.data;
   for (int64_t ch = 0; ch < w.channels; ++ch) {
     T* const line = dst + (ch * w.pitch + begin) * L;
@@ -83,14 +91,21 @@ void pack_blocked_columns(const blocked::Operand<T>& in, const Window& w, int64_
     if constexpr (read == blocked::Read::kJoined) branch = {in.branch, ch};
     for (int64_t c = present.first; c < present.last; ++c)
       for (int64_t v = 0; v < L; v += N) {
-        Vec<T> x = load_vector(in.map.data + at + c * near + v);
+        const int64_t i = at + c * near + v;
+        Vec<T> x = load_vector(in.map.data + i);
+        if (far && v == 0) fetch_after(in.map.data + i);
         if constexpr (read == blocked::Read::kNormalised || read == blocked::Read::kJoined) {
           x = (x - mean) * scale + shift;
-          if constexpr (read == blocked::Read::kJoined) x += branch(at + c * near + v);
+          if constexpr (read == blocked::Read::kJoined) {
+            x += branch(i);
+            if (far && v == 0) fetch_after(in.branch.map + i);
+          }
           if (in.relu) x = rectified(x, x);
         }
-        if constexpr (read == blocked::Read::kGradient)
-          x = x * scale + ((load_vector(in.normed + at + c * near + v) - mean) * slope + shift);
+        if constexpr (read == blocked::Read::kGradient) {
+          x = x * scale + ((load_vector(in.normed + i) - mean) * slope + shift);
+          if (far && v == 0) fetch_after(in.normed + i);
+        }
         *reinterpret_cast<Vec<T>*>(line + c * L + v) = x;
       }
   }
@@ -130,4 +145,28 @@ void pack_blocked(const blocked::Operand<T>& in, const Window& w, int64_t group,
       T* const pixel = dst + (ch * w.pitch + c) * kLanes<T>;
       for (int64_t lane = lanes; lane < kLanes<T>; ++lane) pixel[lane] = T(0);
     }
+}
+
+// Has the rows fetched that a window packs after the first `packed`, if they lie together in memory, from all
+// maps that they are computed from.
+template <class T>
+void fetch_rows(const blocked::Operand<T>& in, const Window& w, int64_t group, int64_t packed, int64_t rows,
+                Ahead& ahead) {
+  const int64_t y = w.rows.at(packed);
+  if (!leaves_caches(in.map) || y < 0 || w.rows.at(packed + rows - 1) != y + rows - 1) return;
+  const int64_t at = in.map.row(group, y) - in.map.data,
+                count = min64(rows * in.map.row_elements(), in.map.elements() - at);
+  if (count <= 0) return;
+  for (const T* const map : {in.map.data, in.read == blocked::Read::kGradient ? in.normed : nullptr,
+                             in.read == blocked::Read::kJoined ? in.branch.map : nullptr})
+    if (map) ahead.add(map + at, count * static_cast<int64_t>(sizeof(T)));
+}
+
+// The same for what is added to results from row h on.
+template <class T>
+void fetch_residual(const blocked::Result<T>& y, int64_t group, int64_t h, int64_t rows, Ahead& ahead) {
+  if (!y.residual || y.residual_every > 1 || !leaves_caches(y.out)) return;
+  const int64_t at = (group * y.out.h + h) * y.out.row_elements(),
+                count = min64(rows * y.out.row_elements(), y.out.elements() - at);
+  if (count > 0) ahead.add(y.residual + at, count * static_cast<int64_t>(sizeof(T)));
 }

@@ -115,7 +115,8 @@ template <class T>
 struct Lists {
   const GatherPlan& plan;
   const T* values;
-  const T* bias;  // one for each output channel, or null
+  const T* bias;           // one for each output channel, or null
+  Ahead* ahead = nullptr;  // fetches between lists
 };
 
 // Output channels [begin, end) of one tile whose first window pixel is x.
@@ -137,6 +138,7 @@ __attribute__((noinline)) void compute_tile(const Lists<T>& lists, const char* x
       last = lower_entry(entries, e, stop, end);
     }
     for (; e < last; ++e) {
+      if (lists.ahead) lists.ahead->fetch_some();
       const int32_t from = entries[e].begin, count = entries[e + 1].begin - from;
       const int64_t channel = entries[e].out_channel;
       const T* start = b > 0 ? nullptr : lists.bias ? lists.bias + channel : zeros;
@@ -217,6 +219,8 @@ class RollingWindow {
       pack(packed_, reinterpret_cast<T*>(data_ + (packed_ - first_) * row_bytes_));
     return data_ + (begin - first_) * row_bytes_;
   }
+  // The first row that is not there yet.
+  int64_t packed() const { return packed_; }
   void restart(int64_t begin) { first_ = packed_ = begin; }
 
   // Only the rows in use must stay in the caches; a longer buffer just moves rows less often.

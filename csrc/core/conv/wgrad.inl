@@ -30,7 +30,8 @@ struct WgradPlace {
 
 // All nonzeros of channels [first, last), block by block, for one strip of rows cut into pieces that fit L1.
 template <class T>
-void sample_strip(const WgradPlan& plan, int64_t first, int64_t last, const Strip& strip, T* out) {
+void sample_strip(const WgradPlan& plan, int64_t first, int64_t last, const Strip& strip, T* out,
+                  Ahead* ahead = nullptr) {
   const int64_t blocks = plan.blocks;
   const int64_t pieces = (strip.cols + plan.piece_cols - 1) / plan.piece_cols;
   for (int64_t i = 0; i < pieces; ++i) {
@@ -41,6 +42,7 @@ void sample_strip(const WgradPlan& plan, int64_t first, int64_t last, const Stri
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t ch = first; ch < last; ch += plan.panel_rows[ch]) {
         const int32_t* begin = plan.list_begin.data() + ch * blocks + b;
+        if (ahead) ahead->fetch_some();
         piece.grad = strip.grad + (ch - first) * strip.grad_channel + w * kPixelBytes;
         const int32_t* const list = plan.offset.data() + begin[0];
         const int32_t count = begin[1] - begin[0];
