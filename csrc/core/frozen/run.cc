@@ -284,10 +284,9 @@ class Run {
         call.v = at(n.inputs[0], 2 * n.shape.channels + first) + image;
         call.out = at(i, first) + image;
         if (n.inputs.size() == 2) {
-          const size_t mask = n.inputs[1];
-          const Shape& m = node(mask).shape;
-          call.mask = at(mask, m.channels == 1 ? 0 : s % heads) + grid(mask).image(s / heads);
-          call.mask_stride = m.height == 1 ? 0 : grid(mask).stride;
+          const size_t m = n.inputs[1];
+          call.mask = at(m, node(m).shape.channels == 1 ? 0 : s % heads) + grid(m).image(s / heads);
+          call.mask_stride = node(m).shape.height == 1 ? 0 : grid(m).stride;
         }
         engine<FrozenEngine>().attention(call);
       }
@@ -296,13 +295,11 @@ class Run {
   }
 
   void gate(size_t i) {
-    const Node& n = node(i);
-    const size_t first = n.inputs[0], second = n.inputs[1];
-    const int64_t width = n.shape.width;
+    const size_t first = node(i).inputs[0], second = node(i).inputs[1];
     rows(i, [&](float* to, int64_t image, int64_t c, int64_t y) {
       const float factor = at(second, c)[grid(second).image(image)];
       const float* const from = at(first, c) + grid(first).image(image) + y * grid(first).stride;
-      for (int64_t x = 0; x < width; ++x) to[x] = from[x] * factor;
+      for (int64_t x = 0; x < node(i).shape.width; ++x) to[x] = from[x] * factor;
     });
   }
 
