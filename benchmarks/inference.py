@@ -12,7 +12,6 @@ import copy
 import functools
 import importlib.util
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,14 @@ from torch import Tensor, nn
 
 import sparsekd as skd
 from sparsekd.bench import machine
-from sparsekd.bench.inference_cases import encoder
+from sparsekd.bench.inference_cases import InferenceCase, InferenceProblem
 from sparsekd.bench.onnx_engines import ENGINES
-from sparsekd.models import resnet18, resnet50
 from sparsekd.ops.cpu.cpp import peak_flops, read_bandwidth
 from sparsekd.terminal import Columns
 from sparsekd.timing import interleave
 from sparsekd.train import MetricsLog
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
-    "resnet50": (lambda: resnet50(1000, stem="imagenet"), (3, 224, 224), ("conv1", "fc")),
-    "resnet18": (lambda: resnet18(10, stem="cifar"), (3, 32, 32), ("conv1", "fc")),
-    "encoder": (encoder, (128, 768), ()),
-}
-"""Name -> what makes it, the shape of an input, and the layers that stay dense."""
-
-
+NETWORKS = ("resnet50", "resnet18", "encoder")
 _ROUNDING = 1e-5  # of the largest result, between a frozen network and its model
 
 
@@ -46,11 +37,9 @@ def calls(
     name: str, sparsity: float, batch: int, compiled: bool
 ) -> tuple[dict[str, Callable[[], object]], int, int]:
     """Return what takes turns, each checked against the sparse network, its products and bytes."""
-    make, shape, skip = NETWORKS[name]
-    torch.manual_seed(0)
-    sparse = skd.sparsify(make(), sparsity=sparsity, skip=skip, distribution="uniform").eval()
-    dense = skd.densify(copy.deepcopy(sparse))
-    x = torch.randn(batch, *shape)
+    threads = torch.get_num_threads()
+    problem = InferenceProblem.of(InferenceCase(name, batch, threads), sparsity)
+    sparse, dense, x = problem.model, problem.dense, problem.x
     frozen = skd.freeze(sparse, x)
     found: dict[str, Callable[[], object]] = {"dense": lambda: dense(x)}
     if x.ndim == 4:
@@ -61,7 +50,8 @@ def calls(
         found["dense, compiled"] = functools.partial(torch.compile(copy.deepcopy(dense)), x)
     for engine in ("onnxruntime", "openvino"):
         if importlib.util.find_spec(engine) and importlib.util.find_spec("onnxscript"):
-            found[engine] = _onnx(engine, dense, x)
+            run = ENGINES[engine](problem.onnx, batch, threads)
+            found[engine] = functools.partial(run, x.numpy())
     found |= {"sparse, eval": lambda: sparse(x), "frozen": lambda: frozen(x)}
     with torch.no_grad():
         right = sparse(x)
@@ -89,15 +79,6 @@ def _map_bytes(model: nn.Module, x: Tensor) -> int:
     for hook in hooks:
         hook.remove()
     return sum(sizes)
-
-
-def _onnx(engine: str, model: nn.Module, x: Tensor) -> Callable[[], object]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        torch.onnx.export(model, (x,), file, input_names=["x"], external_data=False, verbose=False)
-        call = ENGINES[engine](str(file), len(x), torch.get_num_threads())
-    images = x.numpy()
-    return lambda: call(images)
 
 
 def measure(

@@ -28,9 +28,7 @@ constexpr int kAccumulators = 8;
 constexpr int kTilePixels = kAccumulators / kVectors;
 
 #include "core/conv/ahead.inl"
-//
 #include "core/conv/pack.inl"
-//
 #include "core/conv/tile.inl"
 
 // Points the lanes of a group at their images; scale is how many rows of this tensor an output row is.
