@@ -34,6 +34,7 @@ void test_densify();
 void test_empty();
 void test_files();
 void test_frozen();
+void test_frozen_refusals();
 void test_growth();
 void test_linear();
 void test_panels();
@@ -250,6 +251,7 @@ int main() {
   test_empty();
   test_files();
   test_frozen();
+  test_frozen_refusals();
   test_growth();
   test_parallel();
   test_useful_threads();

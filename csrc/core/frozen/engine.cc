@@ -112,7 +112,9 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
     Vec sum[kSets][kSums];
 #pragma GCC unroll 32
     for (int i = 0; i < kSums; ++i) {
-      sum[0][i] = Vec{} + call.bias[row + i / N];
+      sum[0][i] = call.starts ? Vec{} + call.bias[row + i / N]
+                              : *reinterpret_cast<const Vec*>(call.out + (row + i / N) * call.out_stride + p +
+                                                              i % N * kFloats);
 #pragma GCC unroll 4
       for (int s = 1; s < kSets; ++s) sum[s][i] = Vec{};
     }
@@ -151,6 +153,11 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       float* const out = call.out + (row + r) * call.out_stride + p;
+      if (!call.ends) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) *reinterpret_cast<Vec*>(out + i * kFloats) = sum[0][r * N + i];
+        continue;
+      }
       if (call.residual) {
         const float* const residual = call.residual + (row + r) * call.residual_stride + p;
 #pragma GCC unroll 16

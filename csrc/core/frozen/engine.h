@@ -37,7 +37,9 @@ struct Panel {
 };
 
 // out[r, p] = activation(bias[r] + products + residual[r, p]), and zero where inside[p] is zero, for panels
-// [first_panel, last_panel) and vectors [begin, end) of kLanes pixels.
+// [first_panel, last_panel) and vectors [begin, end) of kLanes pixels. The channels of the input may come in
+// blocks, a call for each: the first starts from the bias and the others from out, and the last ends with
+// what follows the products.
 struct ProductCall {
   const Panel* panels;
   const float* list;
@@ -49,6 +51,7 @@ struct ProductCall {
   const int32_t* inside;  // all bits or none, [pixels]
   Activation activation;
   int64_t first_panel, last_panel, begin, end;
+  bool starts, ends;
 };
 
 // out[c, p] = activation(in[c, p] * scale[c] + shift[c] + other[c, p]) inside, for channels [0, channels).

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 #include <new>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -18,8 +19,8 @@ namespace {
 
 constexpr int64_t kLeastTile = 4, kMostTile = 8, kMostPanelTile = 12;  // vectors
 constexpr int64_t kWorthPacking = 8;                                   // loads of a column by single rows
+constexpr int64_t kLeastList = 12;  // nonzeros of a row, on average, in a block of channels
 constexpr int64_t kMostWaste = 12;  // part of a row that may be added to it
-constexpr int64_t kParts = 8;
 constexpr int64_t kLine = 64;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -33,6 +34,32 @@ int64_t largest_map(const Network& network) {
   for (const Node& node : network.nodes())
     most = std::max(most, node.shape.channels * (node.shape.height + 1) * (node.shape.width + 1));
   return most * static_cast<int64_t>(sizeof(float));
+}
+
+// Attention takes the tokens of an image as lanes.
+bool interleaves(const Network& network) {
+  return std::none_of(network.nodes().begin(), network.nodes().end(),
+                      [](const Node& node) { return node.kind == Kind::kAttention; });
+}
+
+// Cache lines of a channel that a tile reads.
+int64_t lines_read(const std::vector<int64_t>& distance, const Step& step) {
+  std::set<int64_t> lines;
+  for (const int64_t d : distance)
+    for (int64_t line = d; line < d + step.width * kLanes; line += kLanes)
+      lines.insert((line + step.map_step) / kLanes);
+  return static_cast<int64_t>(lines.size());
+}
+
+// How many channels of the input, of which a tile reads `bytes` each, make a block: as many as fit L1, or
+// more if lists would get too short for what a row costs besides them.
+int64_t block_of(const Node& node, int64_t channels, int64_t bytes) {
+  if (node.window.groups > 1) return channels;
+  const int64_t nnz = std::max<int64_t>(1, node.crow.back());
+  const int64_t fit = cache_sizes().l1d * 3 / 4 / bytes;
+  const int64_t least = (kLeastList * channels * node.shape.channels + nnz - 1) / nnz;
+  const int64_t blocks = std::max<int64_t>(1, channels / std::max(fit, least));
+  return (channels + blocks - 1) / blocks;
 }
 
 }  // namespace
@@ -53,7 +80,8 @@ Buffer::Buffer(int64_t floats) {
 
 void Buffer::Free::operator()(float* data) const { std::free(data); }
 
-Plan::Plan(const Network& network, int64_t images) : network_(network), images_(images) {
+Plan::Plan(const Network& network, int64_t images)
+    : network_(network), images_(images), unit_(images == kLanes && interleaves(network) ? kLanes : 1) {
   steps_.resize(network.nodes().size());
   choose_grids();
   choose_slots();
@@ -103,23 +131,23 @@ void Plan::choose_grids() {
     Grid grid{};
     grid.height = size.first;
     grid.width = size.second;
-    grid.stride = grid.width + need.right;
+    grid.stride = (grid.width + need.right) * unit_;
     grid.rows = grid.height + need.below;
     // Rows that begin at vectors leave fewer pieces to pack, see Piece.
     const int64_t rounded = round_up(grid.stride, kLanes);
     if (need.above + need.ahead_rows > 0 && (rounded - grid.stride) * kMostWaste <= grid.stride)
       grid.stride = rounded;
-    grid.lead = round_up(need.above * grid.stride + need.left, kLanes);
-    const int64_t pixels = grid.image(images_ - 1) + (grid.height - 1) * grid.stride + grid.width;
+    grid.lead = round_up(need.above * grid.stride + need.left * unit_, kLanes);
+    const int64_t pixels = grid.image(planes() - 1) + (grid.height - 1) * grid.stride + grid.width * unit_;
     grid.vectors = round_up(pixels, kLanes) / kLanes;
-    const int64_t end = grid.lead + std::max(grid.vectors * kLanes, grid.image(images_)) +
-                        need.ahead_rows * grid.stride + need.ahead;
+    const int64_t end = grid.lead + std::max(grid.vectors * kLanes, grid.image(planes())) +
+                        need.ahead_rows * grid.stride + need.ahead * unit_;
     // An odd number of cache lines: channels then spread over all sets of the caches.
     grid.length = (round_up(end, kLanes) / kLanes | 1) * kLanes;
     grid.inside.assign(grid.vectors * kLanes, 0);
-    for (int64_t n = 0; n < images_; ++n)
+    for (int64_t n = 0; n < planes(); ++n)
       for (int64_t y = 0; y < grid.height; ++y)
-        std::fill_n(grid.inside.begin() + grid.image(n) + y * grid.stride, grid.width, -1);
+        std::fill_n(grid.inside.begin() + grid.image(n) + y * grid.stride, grid.width * unit_, -1);
     numbers[size] = static_cast<int32_t>(grids_.size());
     grids_.push_back(std::move(grid));
   }
@@ -177,11 +205,11 @@ std::vector<int64_t> Plan::taps(const Node& node, const Step& step) const {
   for (int64_t y = 0; y < w.kernel[0] * w.dilation[0]; y += w.dilation[0])
     for (int64_t x = 0; x < w.kernel[1] * w.dilation[1]; x += w.dilation[1]) {
       if (step.phases.direct) {
-        taps.push_back((y - w.padding[0]) * grid.stride + x - w.padding[1]);
+        taps.push_back((y - w.padding[0]) * grid.stride + (x - w.padding[1]) * unit_);
         continue;
       }
       const int64_t phase = y % w.stride[0] * step.phases.count[1] + x % w.stride[1];
-      taps.push_back(phase * grid.length + y / w.stride[0] * grid.stride + x / w.stride[1]);
+      taps.push_back(phase * grid.length + y / w.stride[0] * grid.stride + x / w.stride[1] * unit_);
     }
   return taps;
 }
@@ -220,8 +248,10 @@ void Plan::make_panels(const Node& node, Step& step, std::vector<int32_t>& offse
   cut(channels * kLine, shared ? kMostPanelTile : kMostTile);
   if (loads < kWorthPacking * channels * count ||
       channels * count * kLeastTile * kLine > 2 * cache_sizes().l2 ||
-      std::all_of(distance.begin(), distance.end(), [](int64_t d) { return d % kLanes == 0; }))
+      std::all_of(distance.begin(), distance.end(), [](int64_t d) { return d % kLanes == 0; })) {
+    step.block = block_of(node, channels, lines_read(distance, step) * kLine);
     return;
+  }
   cut(channels * count * kLine, kMostTile);
   // Taps at the same place within a vector share a piece, unless a whole tile lies between them.
   std::map<int64_t, std::vector<int64_t>> places;
@@ -244,6 +274,7 @@ void Plan::make_panels(const Node& node, Step& step, std::vector<int32_t>& offse
     close();
   }
   write(packed, step.packed_step);
+  step.block = block_of(node, channels, step.packed_step * static_cast<int64_t>(sizeof(float)));
 }
 
 // One list for all products, in the order in which they run.
@@ -258,31 +289,42 @@ void Plan::make_lists() {
     make_panels(nodes[i], step, offsets[i]);
     std::stable_sort(step.panels.begin(), step.panels.end(),
                      [](const Panel& a, const Panel& b) { return a.rows > b.rows; });
-    const auto count = static_cast<int64_t>(step.panels.size());
-    const auto nnz = static_cast<int64_t>(nodes[i].values.size());
-    int64_t done = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      Panel& panel = step.panels[k];
-      while (done * kParts >= nnz * static_cast<int64_t>(step.cuts.size()) &&
-             static_cast<int64_t>(step.cuts.size()) < kParts)
-        step.cuts.push_back(k);
-      panel.first = words;
-      words += panel.count * (1 + panel.rows);
-      step.words += panel.count * (1 + panel.rows);
-      done += panel.count * panel.rows;
-    }
-    step.cuts.resize(kParts + 1, count);
+    for (const Panel& panel : step.panels) step.words += panel.count * (1 + panel.rows);
+    words += step.words;
   }
   list_ = Buffer(words);
+  float* word = list_.data();
   for (size_t i = 0; i < nodes.size(); ++i)
-    for (const Panel& panel : steps_[i].panels) {
-      const int32_t first = nodes[i].crow[panel.row];
-      float* word = list_.data() + panel.first;
-      for (int64_t k = 0; k < panel.count; ++k) {
-        std::memcpy(word++, &offsets[i][first + k], sizeof(float));
-        for (int32_t r = 0; r < panel.rows; ++r) *word++ = nodes[i].values[first + r * panel.count + k];
+    if (nodes[i].kind == Kind::kProduct) cut_blocks(nodes[i], steps_[i], offsets[i], word);
+}
+
+// Cuts the panels of a step into blocks of channels, and writes their lists from `word` on.
+void Plan::cut_blocks(const Node& node, Step& step, const std::vector<int32_t>& offsets, float*& word) const {
+  const Shape& in = network_.nodes()[node.inputs[0]].shape;
+  const int64_t taps = node.window.kernel[0] * node.window.kernel[1];
+  const std::vector<Panel> whole = std::exchange(step.panels, {});
+  for (int64_t first = 0; first < in.channels; first += step.block) {
+    const bool ends = first + step.block >= in.channels;
+    auto& cuts = step.cuts.emplace_back();
+    int64_t done = 0;  // of all nonzeros, so that the parts of all blocks have the same rows
+    for (const Panel& panel : whole) {
+      while (done * kParts >= static_cast<int64_t>(node.values.size()) * static_cast<int64_t>(cuts.size()) &&
+             static_cast<int64_t>(cuts.size()) < kParts)
+        cuts.push_back(static_cast<int64_t>(step.panels.size()));
+      done += panel.count * panel.rows;
+      const int32_t* const row = node.col.data() + node.crow[panel.row];
+      const int64_t from = first == 0 ? 0 : std::lower_bound(row, row + panel.count, first * taps) - row;
+      const int64_t to =
+          ends ? panel.count : std::lower_bound(row, row + panel.count, (first + step.block) * taps) - row;
+      if (from == to && first > 0 && !ends) continue;
+      step.panels.push_back({panel.row, panel.rows, word - list_.data(), to - from});
+      for (int64_t k = node.crow[panel.row] + from; k < node.crow[panel.row] + to; ++k) {
+        std::memcpy(word++, &offsets[k], sizeof(float));
+        for (int32_t r = 0; r < panel.rows; ++r) *word++ = node.values[k + r * panel.count];
       }
     }
+    cuts.resize(kParts + 1, static_cast<int64_t>(step.panels.size()));
+  }
 }
 
 // Whether the node after the chain, whose lists have `words`, runs with it.
@@ -345,6 +387,7 @@ std::shared_ptr<Workspace> Plan::workspace() const {
 }
 
 int64_t best_group(const Network& network, int64_t batch, int threads) {
+  if (interleaves(network) && batch >= kLanes * threads) return kLanes;
   const int64_t fit = cache_sizes().l2 / (2 * largest_map(network));
   return std::clamp<int64_t>(std::min<int64_t>(fit, 16), 1, std::max<int64_t>(1, batch / threads));
 }

@@ -11,7 +11,7 @@ namespace sparsekd::frozen {
 
 // How maps of one height and width lie in memory. A channel has `lead` zeros, then for each image `rows` rows
 // of `stride` floats, of which the first height x width are pixels and the rest zeros, then zeros up to
-// `length`.
+// `length`. Where images are interleaved, kLanes of them lie as one, whose pixels have kLanes floats.
 struct Grid {
   int64_t height, width;
   int64_t rows, stride, lead, length;
@@ -38,6 +38,8 @@ class Buffer {
 // from one call to the next.
 using Workspace = Buffer;
 
+constexpr int64_t kParts = 8;  // of the panels of a product, for threads
+
 // How a product or pool takes its input: as it lies, or through a copy that has the pixels of every phase of
 // the stride in channels of their own, padding included.
 struct Phases {
@@ -57,14 +59,15 @@ struct Step {
   int32_t grid, slot;  // of the result
   // Of a product:
   Phases phases;
-  int64_t before = 0, after = 0;          // how far taps reach from a pixel, if it reads the map as it lies
-  std::vector<Piece> pieces;              // if tiles are packed
-  int64_t map_step = 0, packed_step = 0;  // from channel to channel of the input, and of a packed tile
-  std::vector<Panel> panels;              // those of equally many rows side by side
-  std::vector<float> bias;                // zeros where the node has none
-  int64_t tiles = 1, width = 1;           // of pixels: how many, and vectors of the widest
-  int64_t words = 0;                      // of the lists
-  std::vector<int64_t> cuts;              // parts of the panels with equally many nonzeros
+  int64_t before = 0, after = 0;           // how far taps reach from a pixel, if it reads the map as it lies
+  std::vector<Piece> pieces;               // if tiles are packed
+  int64_t map_step = 0, packed_step = 0;   // from channel to channel of the input, and of a packed tile
+  std::vector<Panel> panels;               // of every block, those of equally many rows side by side
+  std::vector<float> bias;                 // zeros where the node has none
+  int64_t tiles = 1, width = 1;            // of pixels: how many, and vectors of the widest
+  int64_t words = 0;                       // of the lists
+  int64_t block = 0;                       // channels of the input whose products are added up at once
+  std::vector<std::vector<int64_t>> cuts;  // of every block, parts of the panels with equally many nonzeros
 };
 
 // Nodes [first, last), products on one grid whose maps would leave the caches between one and the next, run
@@ -80,6 +83,10 @@ class Plan {
   Plan(const Network&, int64_t images);
 
   int64_t images() const { return images_; }
+  // Floats of a pixel: 1, or kLanes where images are interleaved. And how many images, or groups of them,
+  // follow each other in a channel.
+  int64_t unit() const { return unit_; }
+  int64_t planes() const { return images_ / unit_; }
   const Network& network() const { return network_; }
   const std::vector<Grid>& grids() const { return grids_; }
   const std::vector<Step>& steps() const { return steps_; }
@@ -102,11 +109,12 @@ class Plan {
   std::vector<int64_t> taps(const Node&, const Step&) const;
   void make_panels(const Node&, Step&, std::vector<int32_t>& offsets) const;
   void make_lists();
+  void cut_blocks(const Node&, Step&, const std::vector<int32_t>& offsets, float*& word) const;
   void make_chains();
   bool joins(const Chain&, int64_t words) const;
 
   const Network& network_;
-  const int64_t images_;
+  const int64_t images_, unit_;
   std::vector<Grid> grids_;
   std::vector<Slot> slots_;
   std::vector<Step> steps_;
