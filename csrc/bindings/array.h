@@ -16,7 +16,7 @@ namespace sparsekd {
 
 namespace py = pybind11;
 
-enum class Type { kFloat32, kFloat64, kInt32, kBfloat16, kFloat16, kOther };
+enum class Type { kFloat32, kFloat64, kInt32, kInt8, kBfloat16, kFloat16, kOther };
 
 // What reading a tensor needs of Python, looked up once.
 struct TorchNames {
@@ -85,7 +85,8 @@ class Array {
     else
       read_attributes(names);
     // A lazily negated tensor holds other numbers than it stands for.
-    if (type_ != Type::kInt32 && checked(PyObject_CallMethodNoArgs(tensor, names.is_neg)).ptr() != Py_False)
+    if (type_ != Type::kInt32 && type_ != Type::kInt8 &&
+        checked(PyObject_CallMethodNoArgs(tensor, names.is_neg)).ptr() != Py_False)
       throw UnsupportedError("expected a tensor without negative bit; call resolve_neg() first");
     check_memory();
   }
@@ -126,6 +127,7 @@ class Array {
     if (dtype.code == dlpack::kFloat && dtype.bits == 16) return Type::kFloat16;
     if (dtype.code == dlpack::kBfloat && dtype.bits == 16) return Type::kBfloat16;
     if (dtype.code == dlpack::kInt && dtype.bits == 32) return Type::kInt32;
+    if (dtype.code == dlpack::kInt && dtype.bits == 8) return Type::kInt8;
     return Type::kOther;
   }
 

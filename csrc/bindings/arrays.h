@@ -38,6 +38,7 @@ template <class T>
 constexpr const char* type_text() {
   if constexpr (std::is_same_v<T, int16_t>) return "bfloat16 or float16";
   if constexpr (std::is_same_v<T, int32_t>) return "int32";
+  if constexpr (std::is_same_v<T, int8_t>) return "int8";
   return std::is_same_v<T, double> ? "float64" : "float32";
 }
 
@@ -45,6 +46,7 @@ template <class T>
 bool holds(const Array& a) {
   if constexpr (std::is_same_v<T, int16_t>) return a.type() == Type::kBfloat16 || a.type() == Type::kFloat16;
   if constexpr (std::is_same_v<T, int32_t>) return a.type() == Type::kInt32;
+  if constexpr (std::is_same_v<T, int8_t>) return a.type() == Type::kInt8;
   return a.type() == (std::is_same_v<T, double> ? Type::kFloat64 : Type::kFloat32);
 }
 

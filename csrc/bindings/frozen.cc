@@ -30,7 +30,10 @@ std::unique_ptr<Network> make(const Array& records, const std::vector<py::dict>&
     record += frozen::kRecord;
     node.crow = copy_of<int32_t>("crow", of);
     node.col = copy_of<int32_t>("col", of);
-    node.values = copy_of<float>("values", of);
+    if (of.contains("values") && of["values"].cast<Array>().type() == Type::kInt8)
+      node.codes = copy_of<int8_t>("values", of);
+    else
+      node.values = copy_of<float>("values", of);
     node.scale = copy_of<float>("scale", of);
     node.bias = copy_of<float>("bias", of);
     nodes.push_back(std::move(node));

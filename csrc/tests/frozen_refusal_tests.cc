@@ -25,6 +25,10 @@ void test_frozen_refusals() {
   refuse([](Node& n) { n.crow = {}; }, "node 1: crow");
   refuse([](Node& n) { n.values = {}; }, "node 1: col");
   refuse([](Node& n) { n.bias = {1, 2}; }, "node 1: bias");
+  refuse([](Node& n) { n.codes = {1}; }, "node 1: values: expected them, or codes");
+  refuse([](Node& n) { n.scale = {1}; }, "node 1: values: expected them, or codes");
+  refuse([](Node& n) { n.values = {}, n.codes = {1}, n.scale = {1, 2}; }, "node 1: scale");
+  refuse([](Node& n) { n.values = {}, n.codes = {1, 2}, n.scale = {1}; }, "node 1: col");
   refuse([](Node& n) { n.inputs = {1}; }, "node 1: inputs: expected earlier nodes");
   refuse([](Node& n) { n.inputs = {-1}; }, "node 1: inputs: expected earlier nodes");
   refuse([](Node& n) { n.inputs = {0, 0}; }, "node 1: inputs: expected a second map");

@@ -136,7 +136,12 @@ Node any_node(const std::vector<Node>& nodes) {
     const Csr csr = any_csr(rows, s.channels / w.groups, taps, densities[pick(0, 3)]);
     node.crow = csr.crow;
     node.col = csr.col;
-    for (size_t k = 0; k < csr.col.size(); ++k) node.values.push_back(static_cast<float>(uniform()));
+    if (pick(0, 2) == 0) {
+      for (int64_t r = 0; r < rows; ++r) node.scale.push_back(static_cast<float>(uniform()) / 128);
+      for (size_t k = 0; k < csr.col.size(); ++k) node.codes.push_back(static_cast<int8_t>(pick(-128, 127)));
+    } else {
+      for (size_t k = 0; k < csr.col.size(); ++k) node.values.push_back(static_cast<float>(uniform()));
+    }
     if (pick(0, 1))
       for (int64_t r = 0; r < rows; ++r) node.bias.push_back(static_cast<float>(uniform()));
   } else if (node.kind == Kind::kPointwise) {
@@ -199,6 +204,7 @@ std::vector<Node> any_network(int64_t length) {
     try {
       const Network so_far(nodes, {index});
       last = so_far.nodes().back();
+      if (!last.codes.empty()) last.values.clear();
       if (last.kind != Kind::kProduct && last.kind != Kind::kPointwise) continue;
       for (int32_t other = index - 1; other >= 0; --other) {
         const Shape& s = nodes[other].shape;
@@ -318,7 +324,15 @@ void check_blocks(const char* isa) {
   add(pick(90, 110), 3, 1, pick(0, 1) ? 0.1 : 1.0);
   add(input.shape.channels, 3, 1, 0.2).inputs.push_back(0);
   add(pick(30, 90), 3, pick(0, 2), 0.3).window.stride[pick(0, 1)] = 2;
-  add(pick(1, 9), 1, 0, 0.9);
+  Node mean;
+  mean.kind = Kind::kMeanPool;
+  mean.inputs = {static_cast<int32_t>(nodes.size()) - 1};
+  mean.window.kernel[0] = mean.window.kernel[1] = 0;
+  nodes.push_back(mean);
+  Node& last = add(pick(50, 90), 1, 0, 0.4);  // few pixels: its list has codes
+  last.scale.assign(last.crow.size() - 1, 0.01f);
+  for (const float value : std::exchange(last.values, {}))
+    last.codes.push_back(static_cast<int8_t>(127 * value));
   const int64_t together = pick(0, 1) ? kLanes : pick(1, 3);
   check_network(isa, nodes, together + pick(0, 1), together, static_cast<int>(pick(1, 3)));
 }

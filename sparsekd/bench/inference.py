@@ -22,13 +22,16 @@ from sparsekd.bench.results import Results
 from sparsekd.bench.steps import jittered_model
 from sparsekd.bench.tables import Grid, cell, percent
 from sparsekd.diagnose import flops
-from sparsekd.frozen import freeze
+from sparsekd.frozen import FrozenModule, freeze
 from sparsekd.nn import densify
+from sparsekd.ops.dispatch.backends import load
 from sparsekd.train import Row, to_channels_last
 
 Run = Callable[[], Any]
 InferenceCompetitor = Competitor[InferenceProblem, Run]
 _LAST = torch.channels_last
+_SECONDS = 0.2  # for each of what floors are made of
+_FROM_MEMORY = 1 << 29  # bytes, more than caches hold
 
 
 def _dense(
@@ -165,7 +168,9 @@ class InferenceRace(Race):
                 return run()
 
         error = gate.relative_error(torch.as_tensor(call()), right)
-        return Ready(call, {"output": error}, {"output": 4 * noise})
+        frozen = getattr(run, "func", None)
+        facts = floors(problem, frozen) if isinstance(frozen, FrozenModule) else {}
+        return Ready(call, {"output": error}, {"output": 4 * noise}, facts)
 
 
 def _noise(problem: InferenceProblem, right: Tensor) -> float:
@@ -174,6 +179,38 @@ def _noise(problem: InferenceProblem, right: Tensor) -> float:
     with torch.inference_mode():
         error = gate.relative_error(moved(problem.x), right)
     return max(error, torch.finfo(torch.float32).eps)
+
+
+def floors(problem: InferenceProblem, frozen: FrozenModule) -> Row:
+    """Measure what a batch takes at the least, in milliseconds.
+
+    Returns:
+        `floor_ms`: the multiplications with nonzeros at this processor's peak; `floor_maps_ms`:
+        that, and the result of every layer once from memory.
+    """
+    cpp, _ = load("cpp")
+    if cpp is None:
+        return {}
+    case = problem.case
+    products = case.batch * sum(island.products for island in frozen.islands)
+    floor = 2e3 * products / cpp.peak_flops(case.threads, _SECONDS)
+    read = cpp.read_bandwidth(_FROM_MEMORY, case.threads, _SECONDS)
+    return {"floor_ms": floor, "floor_maps_ms": floor + 1e3 * _map_bytes(problem) / read}
+
+
+def _map_bytes(problem: InferenceProblem) -> int:
+    kept = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.LayerNorm)  # the others become part of these
+    sizes: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, y: sizes.append(y.nbytes))
+        for module in problem.dense.modules()
+        if isinstance(module, kept)
+    ]
+    with torch.inference_mode():
+        problem.dense(problem.x)
+    for hook in hooks:
+        hook.remove()
+    return sum(sizes)
 
 
 def inference_grids(results: Results) -> list[Grid | None]:
@@ -188,6 +225,7 @@ def inference_grids(results: Results) -> list[Grid | None]:
             "runs in a process of its own, and a message there and back counts.",
         ),
         _grid(results, "Throughput", _throughput, "Images a second."),
+        _floor_grid(results),
     ]  # fmt: skip
 
 
@@ -204,6 +242,30 @@ def _grid(results: Results, title: str, text: Callable[[Results, Row], str], not
                 ]
                 grid.lines.append([case, competitor.label, *cells])
     return grid
+
+
+def _floor_grid(results: Results) -> Grid | None:
+    sparsities = results.sparsities("inference")
+    grid = Grid(
+        "How near frozen networks come to their floors",
+        ["network", *map(percent, sparsities)],
+        note="The multiplications with nonzeros at this processor's peak, and that with every map "
+        "read from memory once, over the time of the frozen network.",
+    )
+    for case in results.cases("inference"):
+        rows = {
+            row["sparsity"]: row
+            for row in results.rows("inference", name="sparsekd_frozen", case=case)
+            if row["ms"] and "floor_ms" in row
+        }
+        if rows:
+            cells = [_floors(rows[s]) if s in rows else "-" for s in sparsities]
+            grid.lines.append([case, *cells])
+    return grid if grid.lines else None
+
+
+def _floors(row: Row) -> str:
+    return ", ".join(f"{row[key] / row['ms']:.0%}" for key in ("floor_ms", "floor_maps_ms"))
 
 
 def _latency(results: Results, row: Row) -> str:

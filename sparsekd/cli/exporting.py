@@ -15,7 +15,7 @@ from sparsekd.terminal import one_line_errors
 
 def command(
     run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo/seed0/kd-0.9.")],
-    to: Annotated[str, typer.Option(help="dense, onnx, torch-export or frozen.")],
+    to: Annotated[str, typer.Option(help="dense, onnx, torch-export, frozen or frozen-int8.")],
     out: Annotated[
         Path | None, typer.Option(help="The file; by default in the folder of the run.")
     ] = None,
@@ -24,7 +24,8 @@ def command(
     """Write the network of a run as a file, checked against the run's accuracy.
 
     dense is a state dict of the plain torch module, onnx the dense network for any ONNX runtime,
-    torch-export a program that computes with the nonzeros, frozen the fastest for inference.
+    torch-export a program that computes with the nonzeros, frozen the fastest for inference, and
+    frozen-int8 the same with smaller weights.
 
     \b
     sparsekd export runs/demo/seed0/kd-0.9 --to onnx

@@ -37,7 +37,10 @@ class Window:
 
 @dataclass
 class Node:
-    """A node as the compiled network takes it; `lists` are crow, col, values, bias and scale."""
+    """A node as the compiled network takes it; `lists` are crow, col, values, bias and scale.
+
+    Values of int8 are times the scale of their row.
+    """
 
     kind: int
     inputs: tuple[int, ...] = ()
@@ -79,6 +82,21 @@ def csr(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     crow = torch.zeros(len(matrix) + 1, dtype=torch.int32)
     crow[1:] = kept.sum(1).cumsum(0)
     return crow, kept.nonzero()[:, 1].to(torch.int32), matrix[kept].clone()
+
+
+def rounded(node: Node) -> Node:
+    """Return a product with values of int8, each within half a step of what it was.
+
+    A row's step is its largest magnitude over 127.
+    """
+    if node.kind != PRODUCT:
+        return node
+    crow, values = node.lists["crow"], node.lists["values"]
+    row = torch.repeat_interleave((crow[1:] - crow[:-1]).long())
+    largest = torch.zeros(len(crow) - 1).scatter_reduce(0, row, values.abs(), "amax")
+    step = torch.where(largest > 0, largest / 127, 1.0)
+    codes = (values / step[row]).round().clamp(-127, 127).to(torch.int8)
+    return replace(node, lists={**node.lists, "values": codes, "scale": step})
 
 
 class Draft:

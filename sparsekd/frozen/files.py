@@ -19,11 +19,11 @@ from sparsekd.train.checkpoint import state_hash, write_atomic
 
 _FORMAT = "sparsekd frozen 1"
 _LISTS = {
-    "crow": torch.int32,
-    "col": torch.int32,
-    "values": torch.float32,
-    "bias": torch.float32,
-    "scale": torch.float32,
+    "crow": (torch.int32,),
+    "col": (torch.int32,),
+    "values": (torch.float32, torch.int8),
+    "bias": (torch.float32,),
+    "scale": (torch.float32,),
 }
 
 
@@ -120,8 +120,9 @@ def _nodes(tensors: dict[str, Tensor]) -> tuple[list[Node], list[int]]:
         number, _, name = key.partition(".")
         if name not in _LISTS or number not in numbers:
             raise ShapeError(f"{key}: not a tensor of a frozen network")
-        if value.dtype != _LISTS[name] or value.ndim != 1:
-            raise TopologyError(f"{key}: expected one axis of {_LISTS[name]}")
+        if value.dtype not in _LISTS[name] or value.ndim != 1:
+            expected = " or ".join(map(str, _LISTS[name]))
+            raise TopologyError(f"{key}: expected one axis of {expected}, got {value.dtype}")
         nodes[numbers[number]].lists[name] = value
     return nodes, outputs.tolist()
 

@@ -14,7 +14,7 @@ from sparsekd import ops
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.frozen.attention import fuse_attention
 from sparsekd.frozen.dead import remove_dead
-from sparsekd.frozen.draft import ATTENTION, PRODUCT, Draft, Node
+from sparsekd.frozen.draft import ATTENTION, PRODUCT, Draft, Node, rounded
 from sparsekd.frozen.rules import RULES, Outside, Values
 
 
@@ -109,7 +109,7 @@ def capture(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
         raise UnsupportedError(f"freeze: torch.export cannot trace the model: {first}") from error
 
 
-def cut(graph: fx.GraphModule, batch: Any) -> fx.GraphModule:
+def cut(graph: fx.GraphModule, batch: Any, int8: bool = False) -> fx.GraphModule:
     """Replace all that the compiled network can do by islands, in as few pieces as possible."""
     fuse_attention(graph)
     constants = _constants(graph)
@@ -133,7 +133,7 @@ def cut(graph: fx.GraphModule, batch: Any) -> fx.GraphModule:
     for name, part in list(parts.named_children()):
         if name.startswith("fused_") and isinstance(part, fx.GraphModule):
             users = [n for n in parts.graph.nodes if n.op == "call_module" and n.target == name]
-            setattr(parts, name, _compile(part, users[0], names, batch))
+            setattr(parts, name, _compile(part, users[0], names, batch, int8))
     for node in parts.graph.nodes:  # results of islands are contiguous, whatever the model's were
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
@@ -171,7 +171,7 @@ def _try(values: Values, node: fx.Node) -> bool:
 
 
 def _compile(
-    part: fx.GraphModule, call: fx.Node, constants: dict[str, Tensor], batch: Any
+    part: fx.GraphModule, call: fx.Node, constants: dict[str, Tensor], batch: Any, int8: bool
 ) -> Island:
     """Make the island of one part; constants of the model come in as arguments."""
     placeholders = [node for node in part.graph.nodes if node.op == "placeholder"]
@@ -199,4 +199,6 @@ def _compile(
     positions = [placeholders.index(node) for node in inputs]
     shapes = [values.shape(node) for node in inputs], [values.shape(node) for node in outputs]
     nodes, removed = remove_dead(nodes, numbers)
+    if int8:
+        nodes = [rounded(node) for node in nodes]
     return Island(nodes, numbers, *shapes, positions, removed)

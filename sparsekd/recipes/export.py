@@ -27,10 +27,12 @@ FILES = {
     "onnx": "model.onnx",
     "torch-export": "model.pt2",
     "frozen": "network.frozen",
+    "frozen-int8": "network.int8.frozen",
 }
 """Format -> name of its file in the folder of a run."""
 
-_TOLERATED = 1000  # one image of so many may fall to another class: sums differ in their order
+# One image of so many may fall to another class: sums differ in their order, int8 rounds weights.
+_TOLERATED, _TOLERATED_INT8 = 1000, 100
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,15 @@ def export(run: FinishedRun, to: str, path: Path) -> Exported:
     """Write the network of a run as a file, and check it against the run's accuracy.
 
     The file is read back and predicts the classes of the test images. It appears under its name
-    only if it does as well as the run did, except for one image in a thousand.
+    only if it does as well as the run did, except for one image in a thousand, or with int8 in a
+    hundred.
 
     Args:
         run: as `load_run` gives it; densified by "dense" and "onnx".
         to: "dense", a safetensors file of the plain torch module's state dict, zeros included;
             "onnx", the dense network for any ONNX runtime; "torch-export", a program for
             `torch.export.load` that computes with the nonzeros, after `import sparsekd`; "frozen",
-            a file for `skd.load_frozen`.
+            a file for `skd.load_frozen`, and "frozen-int8" the same with weights of int8.
         path: of the file; its folder is created.
 
     Returns:
@@ -79,6 +82,7 @@ def export(run: FinishedRun, to: str, path: Path) -> Exported:
         "onnx": (_write_onnx, _read_onnx),
         "torch-export": (_write_program, _read_program),
         "frozen": (_write_frozen, _read_frozen),
+        "frozen-int8": (_write_int8, _read_frozen),
     }[to]
     test, expected = run.dataset.test, run.result["test_accuracy"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,8 @@ def export(run: FinishedRun, to: str, path: Path) -> Exported:
         file = Path(folder) / path.name
         write(run, file)
         correct = _correct(read(run, file), test)
-        allowed = -(-len(test) // _TOLERATED)
+        tolerated = _TOLERATED_INT8 if to == "frozen-int8" else _TOLERATED
+        allowed = -(-len(test) // tolerated)
         if abs(correct - round(expected * len(test))) > allowed:
             raise CheckpointError(
                 f"{path}: not written: its accuracy would be {correct / len(test):.2%}, "
@@ -109,6 +114,11 @@ def _example(run: FinishedRun) -> tuple[Tensor, dict[str, object]]:
 def _write_frozen(run: FinishedRun, file: Path) -> None:
     images, _ = _example(run)
     save_frozen(freeze(run.model, images), file)
+
+
+def _write_int8(run: FinishedRun, file: Path) -> None:
+    images, _ = _example(run)
+    save_frozen(freeze(run.model, images, weights="int8"), file)
 
 
 def _read_frozen(run: FinishedRun, file: Path) -> Predict:

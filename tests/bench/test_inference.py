@@ -92,14 +92,16 @@ def test_tables_show_spread_throughput_and_losses():
     rows = [
         {"arm": "dense_contiguous", "sparsity": None, "ms": 8.0, "times": [7, 8, 9, 8]},
         {"arm": "onnxruntime", "sparsity": None, "ms": 4.0, "times": [4.0]},
-        {"arm": "sparsekd_frozen", "sparsity": 0.9, "ms": 2.0, "times": [2.0, 2.5, 1.5]},
+        {"arm": "sparsekd_frozen", "sparsity": 0.9, "ms": 2.0, "times": [2.0, 2.5, 1.5]}
+        | {"floor_ms": 0.5, "floor_maps_ms": 1.0},
         {"arm": "sparsekd_frozen", "sparsity": 0.5, "ms": 5.0, "times": [5.0]},
         {"arm": "deepsparse", "sparsity": 0.9, "ms": None, "skipped": "not here"},
     ]
     rows = [common | row | {"baseline": row["sparsity"] is None} for row in rows]
-    latency, throughput = inference_grids(Results(rows))
+    latency, throughput, floors = inference_grids(Results(rows))
     assert latency is not None
     assert throughput is not None
+    assert floors is not None
     assert latency.header == ["network", "engine", "dense", "50 %", "90 %"]
     assert [line[1:] for line in latency.lines] == [
         ["dense, contiguous", "8.00 ±0.25 (0.50x)", "-", "-"],
@@ -107,6 +109,7 @@ def test_tables_show_spread_throughput_and_losses():
         ["sparsekd, frozen", "-", "5.00 ±0.00 (0.80x)", "2.00 ±0.25 (2.00x)"],
     ]
     assert throughput.lines[-1][-1] == "4,000"
+    assert floors.lines == [["net b8, 1 thread", "-", "25%, 50%"]]
 
 
 def test_the_command(tmp_path):
@@ -124,6 +127,7 @@ def test_the_command(tmp_path):
         torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     assert "Latency of a batch" in result.output
+    assert "come to their floors" in result.output
     assert "resnet20 32x32 b2, 1 thread" in result.output
     assert "named by --deepsparse" in result.output
     assert (tmp_path / "speedup_inference.png").exists()

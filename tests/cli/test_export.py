@@ -88,6 +88,16 @@ def test_a_frozen_network_needs_no_model(out):
         )
 
 
+def test_int8_weights_keep_the_accuracy_in_a_smaller_file(out):
+    folder = out / "seed0/kd-0.9"
+    for format in ("frozen", "frozen-int8"):
+        result = call("export", str(folder), "--to", format)
+        assert result.exit_code == 0, result.output
+    sizes = [(folder / name).stat().st_size for name in ("network.frozen", "network.int8.frozen")]
+    assert sizes[1] < 0.75 * sizes[0]
+    assert "int8" in str(skd.load_frozen(folder / "network.int8.frozen"))
+
+
 def test_an_onnx_file_runs_in_onnxruntime(out):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"torch's exporter needs {package}")

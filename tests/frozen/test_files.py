@@ -20,22 +20,24 @@ from sparsekd.frozen import load_frozen, save_frozen
 from sparsekd.train.checkpoint import state_hash
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
+@pytest.fixture(params=["float32", "int8"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(6, 5, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
     )
     skd.sparsify(model, sparsity=0.5)
-    save_frozen(skd.freeze(model, torch.zeros(1, 3, 12, 12)), tmp_path / "net.frozen")
+    frozen = skd.freeze(model, torch.zeros(1, 3, 12, 12), weights=request.param)
+    save_frozen(frozen, tmp_path / "net.frozen")
     return tmp_path / "net.frozen"
 
 
-def test_round_trip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_round_trip(tmp_path: Path, weights: str) -> None:
     model = skd.sparsify(skd.models.resnet20(num_classes=10), sparsity=0.9).eval()
     x = torch.randn(3, 3, 32, 32)
-    frozen = skd.freeze(model, x)
+    frozen = skd.freeze(model, x, weights=weights)
     save_frozen(frozen, tmp_path / "net.frozen")
     loaded = load_frozen(tmp_path / "net.frozen")
     with torch.inference_mode():

@@ -99,10 +99,10 @@ inline void store(Vec value, const int32_t* inside, float* to) {
 
 // Panels [panel, end) of Rows rows each, over N machine vectors from pixel p on. Few sums alone would wait
 // for the latency of one another: then several nonzeros at once have a set each.
-template <int Rows, int N>
+template <int Rows, int N, bool Coded>
 __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel, const Panel* end,
                                     int64_t p) {
-  constexpr int kSums = Rows * N, kSets = kSums <= 2 ? 4 : kSums <= 6 ? 2 : 1, kWords = 1 + Rows;
+  constexpr int kSums = Rows * N, kSets = kSums <= 2 ? 4 : kSums <= 6 ? 2 : 1, kWords = Coded ? 1 : 1 + Rows;
   const float* const in = call.in + p;
   const int32_t* const inside = call.inside + p;
   const Vec low = Vec{} + lowest(call.activation), high = Vec{} + highest(call.activation);
@@ -112,7 +112,7 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
     Vec sum[kSets][kSums];
 #pragma GCC unroll 32
     for (int i = 0; i < kSums; ++i) {
-      sum[0][i] = call.starts ? Vec{} + call.bias[row + i / N]
+      sum[0][i] = call.starts ? Vec{} + (Coded ? 0.0f : call.bias[row + i / N])
                               : *reinterpret_cast<const Vec*>(call.out + (row + i / N) * call.out_stride + p +
                                                               i % N * kFloats);
 #pragma GCC unroll 4
@@ -121,12 +121,13 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
     const auto add = [&](const float* word, Vec* into) __attribute__((always_inline)) {
       int32_t offset;
       __builtin_memcpy(&offset, word, sizeof offset);
-      const float* const from = in + offset;
+      const float* const from = in + (Coded ? int64_t{offset & (kMostCoded - 1)} * kLanes : offset);
+      const float code = static_cast<float>(offset >> 24);
 #pragma GCC unroll 16
       for (int i = 0; i < N; ++i) {
         const Vec x = load(from + i * kFloats);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) into[r * N + i] += word[1 + r] * x;
+        for (int r = 0; r < Rows; ++r) into[r * N + i] += (Coded ? code : word[1 + r]) * x;
       }
     };
     if (panel + 1 != end) {
@@ -158,6 +159,8 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
         for (int i = 0; i < N; ++i) *reinterpret_cast<Vec*>(out + i * kFloats) = sum[0][r * N + i];
         continue;
       }
+      if (Coded)
+        for (int i = 0; i < N; ++i) sum[0][i] = sum[0][i] * call.scale[row] + call.bias[row];
       if (call.residual) {
         const float* const residual = call.residual + (row + r) * call.residual_stride + p;
 #pragma GCC unroll 16
@@ -180,18 +183,19 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
 // Most machine vectors of a tile: sums, one input and one weight fit the registers.
 constexpr int kWidest = kBytes == 64 ? 16 : 8;
 constexpr int kPanelWidest = kBytes == 64 ? 6 : 2;
+constexpr int kCodedWidest = 2 * kParts;  // wider tiles wait for multiply-adds, not for lists
 
 using Tile = void (*)(const ProductCall&, const Panel*, const Panel*, int64_t);
-template <int Rows, int... N>
+template <int Rows, bool Coded, int... N>
 constexpr std::array<Tile, sizeof...(N)> tiles(std::integer_sequence<int, N...>) {
-  return {tile<Rows, N + 1>...};
+  return {tile<Rows, N + 1, Coded>...};
 }
 
 // Panels of Rows rows over vectors [begin, end) of kLanes pixels, in as few tiles as there can be, equally
 // wide.
-template <int Rows, int Most>
+template <int Rows, int Most, bool Coded = false>
 inline void across(const ProductCall& call, const Panel* panel, const Panel* last) {
-  static constexpr auto widths = tiles<Rows>(std::make_integer_sequence<int, Most>{});
+  static constexpr auto widths = tiles<Rows, Coded>(std::make_integer_sequence<int, Most>{});
   const int64_t vectors = (call.end - call.begin) * kParts, count = (vectors + Most - 1) / Most;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = vectors * i / count, to = vectors * (i + 1) / count;
@@ -204,7 +208,9 @@ void product(const ProductCall& call) {
   for (const Panel* panel = call.panels + call.first_panel; panel < end;) {
     const Panel* last = panel + 1;
     while (last < end && last->rows == panel->rows) ++last;
-    if (panel->rows == 4)
+    if (call.scale)
+      across<1, kCodedWidest, true>(call, panel, last);
+    else if (panel->rows == 4)
       across<4, kPanelWidest>(call, panel, last);
     else if (panel->rows == 2)
       across<2, kPanelWidest * 2>(call, panel, last);

@@ -12,6 +12,8 @@
 
 namespace sparsekd::frozen {
 
+constexpr int32_t kMostCoded = 1 << 24;  // vectors of an offset beside a code
+
 enum class Activation : int32_t {
   kNone,
   kRelu,
@@ -28,7 +30,8 @@ constexpr int64_t kLanes = 16;  // maps are padded to, and aligned at, this many
 
 // Rows of a weight whose nonzeros have the same offsets. Their list is `count` times an offset, where the
 // first output reads, as the bits of an int32_t, and a value for each row: kernels read a weight from its
-// first word to its last.
+// first word to its last. Where weights are codes, a panel is one row, and a word has the code in its upper 8
+// bits and the offset, in vectors of kLanes, in the others.
 struct Panel {
   int32_t row;    // the first
   int32_t rows;   // 1, 2 or 4
@@ -43,8 +46,9 @@ struct Panel {
 struct ProductCall {
   const Panel* panels;
   const float* list;
-  const float* bias;  // [rows]
-  const float* in;    // what offsets count from
+  const float* bias;   // [rows]
+  const float* scale;  // [rows] of codes, or null
+  const float* in;     // what offsets count from
   float* out;
   const float* residual;  // or null
   int64_t out_stride, residual_stride;

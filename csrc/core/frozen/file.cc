@@ -46,8 +46,16 @@ int64_t product(const std::vector<int64_t>& sizes) {
   return all;
 }
 
+struct Dtype {
+  std::string_view name, torch_name;
+  int64_t bytes;
+};
+constexpr Dtype kDtypes[] = {{"F32", "torch.float32", sizeof(float)},
+                             {"I32", "torch.int32", sizeof(int32_t)},
+                             {"I8", "torch.int8", 1}};
+
 struct Tensor {
-  bool whole;  // int32, else float32
+  const Dtype* dtype;
   std::vector<int64_t> shape;
   std::string_view bytes;
 };
@@ -61,17 +69,19 @@ Tensors tensors_of(const Json& header, std::string_view data) {
   std::map<int64_t, int64_t> places;
   for (const auto& [name, about] : header.members) {
     if (name == "__metadata__") continue;
-    const std::string& dtype = get(about, "dtype", Json::Kind::kString).text;
-    require(dtype == "F32" || dtype == "I32", name + ": expected F32 or I32");
+    const std::string& text = get(about, "dtype", Json::Kind::kString).text;
+    const Dtype* const dtype =
+        std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const Dtype& d) { return d.name == text; });
+    require(dtype != std::end(kDtypes), name + ": expected F32, I32 or I8");
     std::vector<int64_t> shape = numbers(get(about, "shape", Json::Kind::kArray), "shape");
     const std::vector<int64_t> place =
         numbers(get(about, "data_offsets", Json::Kind::kArray), "data_offsets");
     const int64_t count = product(shape);
     require(place.size() == 2 && place[0] <= place[1] && place[1] <= static_cast<int64_t>(data.size()) &&
-                count >= 0 && place[1] - place[0] == 4 * count,
+                count >= 0 && place[1] - place[0] == dtype->bytes * count,
             name + ": its offsets do not fit the file");
     if (count) require(places.emplace(place[0], place[1]).second, name + ": overlaps another tensor");
-    found[name] = {dtype == "I32", std::move(shape), data.substr(place[0], place[1] - place[0])};
+    found[name] = {dtype, std::move(shape), data.substr(place[0], place[1] - place[0])};
   }
   int64_t end = 0;
   for (const auto& [from, to] : places) {
@@ -86,7 +96,7 @@ Tensors tensors_of(const Json& header, std::string_view data) {
 std::string hash(const Tensors& tensors) {
   Sha256 digest;
   for (const auto& [name, tensor] : tensors) {
-    std::string text = name + (tensor.whole ? "|torch.int32|(" : "|torch.float32|(");
+    std::string text = name + "|" + std::string(tensor.dtype->torch_name) + "|(";
     for (size_t i = 0; i < tensor.shape.size(); ++i)
       text += (i ? ", " : "") + std::to_string(tensor.shape[i]);
     text += tensor.shape.size() == 1 ? ",)|" : ")|";
@@ -98,7 +108,8 @@ std::string hash(const Tensors& tensors) {
 
 template <class T>
 std::vector<T> copy_of(const std::string& name, const Tensor& tensor, size_t axes) {
-  require(tensor.whole == std::is_same_v<T, int32_t> && tensor.shape.size() == axes,
+  constexpr int kDtype = std::is_same_v<T, float> ? 0 : std::is_same_v<T, int32_t> ? 1 : 2;
+  require(tensor.dtype == &kDtypes[kDtype] && tensor.shape.size() == axes,
           name + ": expected another type or number of axes");
   std::vector<T> list(tensor.bytes.size() / sizeof(T));
   if (!list.empty()) std::memcpy(list.data(), tensor.bytes.data(), tensor.bytes.size());
@@ -122,6 +133,8 @@ std::unique_ptr<const Network> network_of(const Tensors& tensors) {
     Node& node = nodes[number->second];
     if (list == ".crow" || list == ".col")
       (list == ".crow" ? node.crow : node.col) = copy_of<int32_t>(name, tensor, 1);
+    else if (list == ".values" && tensor.dtype->name == "I8")
+      node.codes = copy_of<int8_t>(name, tensor, 1);
     else if (list == ".values" || list == ".bias" || list == ".scale")
       (list == ".values" ? node.values
        : list == ".bias" ? node.bias

@@ -56,11 +56,20 @@ void check_product(Node& node, const Shape& in) {
   node.shape = through(w, in, rows);
   const int64_t columns = in.channels / w.groups * w.kernel[0] * w.kernel[1];
   require(columns < kMost, "weight: too many columns");
-  const int64_t nnz = static_cast<int64_t>(node.values.size());
-  require(node.col.size() == node.values.size(), "col: expected one for each of " + std::to_string(nnz) +
-                                                     " values, got " + std::to_string(node.col.size()));
+  const bool coded = !node.scale.empty();
+  require(coded ? node.values.empty() : node.codes.empty(), "values: expected them, or codes with a scale");
+  check_finite_length(node.scale, rows, "scale");
+  const auto nnz = static_cast<int64_t>(coded ? node.codes.size() : node.values.size());
+  require(static_cast<int64_t>(node.col.size()) == nnz, "col: expected one for each of " +
+                                                            std::to_string(nnz) + " values, got " +
+                                                            std::to_string(node.col.size()));
   validate_csr(node.crow.data(), rows + 1, node.col.data(), nnz, rows, columns);
   check_finite_length(node.bias, rows, "bias");
+  if (!coded) return;
+  node.values.reserve(nnz);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int32_t k = node.crow[r]; k < node.crow[r + 1]; ++k)
+      node.values.push_back(static_cast<float>(node.codes[k]) * node.scale[r]);
 }
 
 void check_pool(Node& node, const Shape& in) {

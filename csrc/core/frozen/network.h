@@ -49,7 +49,8 @@ struct Node {
   bool count_padding = true;       // kMeanPool: divides by the whole kernel at borders
   std::vector<int32_t> crow, col;  // kProduct: weight [rows, channels / groups * kernel] in compressed rows
   std::vector<float> values;       // kProduct; kLayerNorm: eps
-  std::vector<float> scale;        // kPointwise: one for each channel, or none; kLayerNorm: one for each
+  std::vector<int8_t> codes;       // kProduct: instead of values, which are these times the row's scale
+  std::vector<float> scale;        // one for each channel; kPointwise, kProduct without codes: or none
   std::vector<float> bias;         // kProduct and, as a shift, the other two: one for each row, or none
 };
 

@@ -65,6 +65,7 @@ struct Step {
   std::vector<Panel> panels;               // of every block, those of equally many rows side by side
   std::vector<float> bias;                 // zeros where the node has none
   int64_t tiles = 1, width = 1;            // of pixels: how many, and vectors of the widest
+  bool coded = false;                      // lists have codes, see engine.h
   int64_t words = 0;                       // of the lists
   int64_t block = 0;                       // channels of the input whose products are added up at once
   std::vector<std::vector<int64_t>> cuts;  // of every block, parts of the panels with equally many nonzeros

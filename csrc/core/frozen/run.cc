@@ -82,6 +82,7 @@ class Run : Maps {
     call.panels = s.panels.data();
     call.list = plan_.list();
     call.bias = s.bias.data();
+    if (s.coded) call.scale = n.scale.data();
     call.in = s.phases.direct ? at(n.inputs[0]) : memory_.data() + plan_.start(s.phases.slot);
     call.out = at(i);
     if (n.inputs.size() == 2) call.residual = at(n.inputs[1]);
