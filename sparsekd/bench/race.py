@@ -19,7 +19,6 @@ Problem = TypeVar("Problem")
 Run = TypeVar("Run")
 Key = tuple[str, float | None]  # competitor and sparsity
 _PAUSE = 0.005  # seconds for another package's idle threads to stop spinning
-_LEAST = 0.02  # seconds of a turn
 
 
 def runs_anywhere(case: Any) -> str | None:
@@ -130,7 +129,12 @@ Entry = tuple[Row, Callable[[], Ready]]
 
 
 def take_turns(
-    entries: Iterable[Entry], *, rounds: int, slow: float, device: torch.device | None = None
+    entries: Iterable[Entry],
+    *,
+    rounds: int,
+    slow: float,
+    least: float = 0.02,
+    device: torch.device | None = None,
 ) -> list[Row]:
     """Compare every competitor's results with the reference, then time those that are right.
 
@@ -138,6 +142,7 @@ def take_turns(
         entries: one for each competitor and sparsity.
         rounds: turns of each.
         slow: those that take more seconds than this have three turns at most.
+        least: seconds of a turn; a shorter call is repeated within it.
         device: where they compute; None is the CPU.
 
     Returns:
@@ -159,7 +164,7 @@ def take_turns(
         if call is not None:
             calls[number] = call
     times = interleave(
-        calls, rounds, settle=True, least=_LEAST, pause=_PAUSE, slow=slow, device=device
+        calls, rounds, settle=True, least=least, pause=_PAUSE, slow=slow, device=device
     )
     for number, turns in times.items():
         rows[number] |= {
@@ -198,6 +203,7 @@ class Race:
     rounds: int
 
     slow = 1.5  # seconds; a slower competitor takes fewer turns
+    least = 0.02  # seconds of a turn
 
     def keys(self) -> list[Key]:
         """List the rows it gives."""
@@ -205,7 +211,7 @@ class Race:
 
     def measure(self) -> list[Row]:
         """Measure them."""
-        return take_turns(self._entries(), rounds=self.rounds, slow=self.slow)
+        return take_turns(self._entries(), rounds=self.rounds, slow=self.slow, least=self.least)
 
     def _problems(self) -> Iterator[Any]:
         """Build for each sparsity what competitors are given, and its right results."""

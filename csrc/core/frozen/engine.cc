@@ -99,10 +99,10 @@ inline void store(Vec value, const int32_t* inside, float* to) {
 
 // Panels [panel, end) of Rows rows each, over N machine vectors from pixel p on. Few sums alone would wait
 // for the latency of one another: then several nonzeros at once have a set each.
-template <int Rows, int N, bool Coded>
+template <int Rows, int N>
 __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel, const Panel* end,
                                     int64_t p) {
-  constexpr int kSums = Rows * N, kSets = kSums <= 2 ? 4 : kSums <= 6 ? 2 : 1, kWords = Coded ? 1 : 1 + Rows;
+  constexpr int kSums = Rows * N, kSets = kSums <= 2 ? 4 : kSums <= 6 ? 2 : 1, kWords = 1 + Rows;
   const float* const in = call.in + p;
   const int32_t* const inside = call.inside + p;
   const Vec low = Vec{} + lowest(call.activation), high = Vec{} + highest(call.activation);
@@ -112,7 +112,7 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
     Vec sum[kSets][kSums];
 #pragma GCC unroll 32
     for (int i = 0; i < kSums; ++i) {
-      sum[0][i] = call.starts ? Vec{} + (Coded ? 0.0f : call.bias[row + i / N])
+      sum[0][i] = call.starts ? Vec{} + call.bias[row + i / N]
                               : *reinterpret_cast<const Vec*>(call.out + (row + i / N) * call.out_stride + p +
                                                               i % N * kFloats);
 #pragma GCC unroll 4
@@ -121,13 +121,12 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
     const auto add = [&](const float* word, Vec* into) __attribute__((always_inline)) {
       int32_t offset;
       __builtin_memcpy(&offset, word, sizeof offset);
-      const float* const from = in + (Coded ? int64_t{offset & (kMostCoded - 1)} * kLanes : offset);
-      const float code = static_cast<float>(offset >> 24);
+      const float* const from = in + offset;
 #pragma GCC unroll 16
       for (int i = 0; i < N; ++i) {
         const Vec x = load(from + i * kFloats);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) into[r * N + i] += (Coded ? code : word[1 + r]) * x;
+        for (int r = 0; r < Rows; ++r) into[r * N + i] += word[1 + r] * x;
       }
     };
     if (panel + 1 != end) {
@@ -159,8 +158,6 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
         for (int i = 0; i < N; ++i) *reinterpret_cast<Vec*>(out + i * kFloats) = sum[0][r * N + i];
         continue;
       }
-      if (Coded)
-        for (int i = 0; i < N; ++i) sum[0][i] = sum[0][i] * call.scale[row] + call.bias[row];
       if (call.residual) {
         const float* const residual = call.residual + (row + r) * call.residual_stride + p;
 #pragma GCC unroll 16
@@ -183,19 +180,18 @@ __attribute__((noinline)) void tile(const ProductCall& call, const Panel* panel,
 // Most machine vectors of a tile: sums, one input and one weight fit the registers.
 constexpr int kWidest = kBytes == 64 ? 16 : 8;
 constexpr int kPanelWidest = kBytes == 64 ? 6 : 2;
-constexpr int kCodedWidest = 2 * kParts;  // wider tiles wait for multiply-adds, not for lists
 
 using Tile = void (*)(const ProductCall&, const Panel*, const Panel*, int64_t);
-template <int Rows, bool Coded, int... N>
+template <int Rows, int... N>
 constexpr std::array<Tile, sizeof...(N)> tiles(std::integer_sequence<int, N...>) {
-  return {tile<Rows, N + 1, Coded>...};
+  return {tile<Rows, N + 1>...};
 }
 
 // Panels of Rows rows over vectors [begin, end) of kLanes pixels, in as few tiles as there can be, equally
 // wide.
-template <int Rows, int Most, bool Coded = false>
+template <int Rows, int Most>
 inline void across(const ProductCall& call, const Panel* panel, const Panel* last) {
-  static constexpr auto widths = tiles<Rows, Coded>(std::make_integer_sequence<int, Most>{});
+  static constexpr auto widths = tiles<Rows>(std::make_integer_sequence<int, Most>{});
   const int64_t vectors = (call.end - call.begin) * kParts, count = (vectors + Most - 1) / Most;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = vectors * i / count, to = vectors * (i + 1) / count;
@@ -208,15 +204,41 @@ void product(const ProductCall& call) {
   for (const Panel* panel = call.panels + call.first_panel; panel < end;) {
     const Panel* last = panel + 1;
     while (last < end && last->rows == panel->rows) ++last;
-    if (call.scale)
-      across<1, kCodedWidest, true>(call, panel, last);
-    else if (panel->rows == 4)
+    if (panel->rows == 4)
       across<4, kPanelWidest>(call, panel, last);
     else if (panel->rows == 2)
       across<2, kPanelWidest * 2>(call, panel, last);
     else
       across<1, kWidest>(call, panel, last);
     panel = last;
+  }
+}
+
+// A map of one pixel, whose weights are codes: lanes are nonzeros of a row.
+void dots(const ProductCall& call) {
+  for (int64_t k = call.first_panel; k < call.last_panel; ++k) {
+    const Panel& panel = call.panels[k];
+    const float* word = call.list + panel.first;
+    Vec sum{};
+    int64_t left = panel.count;
+    for (; left >= kFloats; left -= kFloats, word += kFloats) {
+      __builtin_prefetch(word + kAhead);
+      Int words;
+      __builtin_memcpy(&words, word, sizeof words);
+      Vec x;
+      for (int i = 0; i < kFloats; ++i) x[i] = call.in[words[i] & (kMostCoded - 1)];
+      sum += __builtin_convertvector(words >> 24, Vec) * x;
+    }
+    float y = 0;
+    for (int i = 0; i < kFloats; ++i) y += sum[i];
+    for (; left > 0; --left, ++word) {
+      int32_t one;
+      __builtin_memcpy(&one, word, sizeof one);
+      y += static_cast<float>(one >> 24) * call.in[one & (kMostCoded - 1)];
+    }
+    y = y * call.scale[panel.row] + call.bias[panel.row];
+    if (call.residual) y += call.residual[panel.row * call.residual_stride];
+    call.out[panel.row * call.out_stride] = apply(call.activation, Vec{} + y)[0];
   }
 }
 
@@ -267,9 +289,9 @@ void pointwise(const PointwiseCall& call) {
 }  // namespace
 
 template <Isa>
-const FrozenEngine FrozenEngine::compiled{frozen::product,    frozen::copy,     frozen::take,
-                                          frozen::larger_of,  frozen::sum_of,   frozen::pointwise,
-                                          frozen::layer_norm, frozen::attention};
+const FrozenEngine FrozenEngine::compiled{frozen::product,   frozen::dots,       frozen::copy,
+                                          frozen::take,      frozen::larger_of,  frozen::sum_of,
+                                          frozen::pointwise, frozen::layer_norm, frozen::attention};
 template const FrozenEngine FrozenEngine::compiled<kIsa>;
 
 }  // namespace sparsekd::frozen

@@ -12,7 +12,7 @@
 
 namespace sparsekd::frozen {
 
-constexpr int32_t kMostCoded = 1 << 24;  // vectors of an offset beside a code
+constexpr int32_t kMostCoded = 1 << 24;  // channels of a map that codes are beside
 
 enum class Activation : int32_t {
   kNone,
@@ -30,8 +30,7 @@ constexpr int64_t kLanes = 16;  // maps are padded to, and aligned at, this many
 
 // Rows of a weight whose nonzeros have the same offsets. Their list is `count` times an offset, where the
 // first output reads, as the bits of an int32_t, and a value for each row: kernels read a weight from its
-// first word to its last. Where weights are codes, a panel is one row, and a word has the code in its upper 8
-// bits and the offset, in vectors of kLanes, in the others.
+// first word to its last.
 struct Panel {
   int32_t row;    // the first
   int32_t rows;   // 1, 2 or 4
@@ -47,7 +46,7 @@ struct ProductCall {
   const Panel* panels;
   const float* list;
   const float* bias;   // [rows]
-  const float* scale;  // [rows] of codes, or null
+  const float* scale;  // [rows] of codes
   const float* in;     // what offsets count from
   float* out;
   const float* residual;  // or null
@@ -93,6 +92,9 @@ constexpr int64_t kAttentionQueries = 2 * kLanes;  // computed at once
 
 struct FrozenEngine {
   void (*product)(const ProductCall&);
+  // The same on one pixel, of which `in` has the channels side by side: a word of a list is a code, in its
+  // upper 8 bits, and a channel. Panels are single rows; there are no blocks.
+  void (*dots)(const ProductCall&);
   void (*copy)(const float* in, int64_t vectors, float* out);  // vectors of kLanes; out is aligned
   // out[x] = in[x * step], and the larger, or the sum, of out[x] and in[x * step], for x in [0, count).
   void (*take)(const float* in, int64_t step, int64_t count, float* out);

@@ -14,8 +14,7 @@ namespace {
 
 constexpr int64_t kLeastTile = 4, kMostTile = 8, kMostPanelTile = 12;  // vectors
 constexpr int64_t kWorthPacking = 8;                                   // loads of a column by single rows
-constexpr int64_t kLeastList = 12;        // nonzeros of a row, on average, in a block of channels
-constexpr int64_t kMostCodedVectors = 2;  // of a map
+constexpr int64_t kLeastList = 12;  // nonzeros of a row, on average, in a block of channels
 constexpr int64_t kLine = 64;
 
 // Cache lines of a channel that a tile reads.
@@ -38,13 +37,12 @@ int64_t block_of(const Node& node, int64_t channels, int64_t bytes) {
   return (channels + blocks - 1) / blocks;
 }
 
-// Whether lists of codes pay: where each is read for a vector or two, fetching lists is what takes the time.
-bool takes_codes(const Node& node, const Step& step, int64_t vectors, const std::vector<int32_t>& offsets) {
-  return !node.codes.empty() && vectors <= kMostCodedVectors && step.pieces.empty() &&
-         std::all_of(step.panels.begin(), step.panels.end(), [](const Panel& p) { return p.rows == 1; }) &&
-         std::all_of(offsets.begin(), offsets.end(), [](int32_t offset) {
-           return offset >= 0 && offset % kLanes == 0 && offset / kLanes < kMostCoded;
-         });
+// Whether an image of one pixel is computed from codes, see FrozenEngine::dots: fetching lists is most of it.
+bool takes_codes(const Node& node, const Shape& in, const Step& step) {
+  const Window& w = node.window;
+  return !node.codes.empty() && in.pixels() == 1 && w.kernel[0] * w.kernel[1] == 1 && w.groups == 1 &&
+         node.shape.pixels() == 1 && in.channels <= kMostCoded &&
+         std::all_of(step.panels.begin(), step.panels.end(), [](const Panel& p) { return p.rows == 1; });
 }
 
 }  // namespace
@@ -141,7 +139,8 @@ void Plan::make_lists() {
     make_panels(nodes[i], step, offsets[i]);
     std::stable_sort(step.panels.begin(), step.panels.end(),
                      [](const Panel& a, const Panel& b) { return a.rows > b.rows; });
-    step.coded = takes_codes(nodes[i], step, grids_[step.grid].vectors, offsets[i]);
+    step.coded = images_ == 1 && takes_codes(nodes[i], nodes[nodes[i].inputs[0]].shape, step);
+    if (step.coded) step.block = nodes[nodes[i].inputs[0]].shape.channels;
     for (const Panel& panel : step.panels) step.words += panel.count * (step.coded ? 1 : 1 + panel.rows);
     words += step.words;
   }
@@ -172,8 +171,8 @@ void Plan::cut_blocks(const Node& node, Step& step, const std::vector<int32_t>& 
       if (from == to && first > 0 && !ends) continue;
       step.panels.push_back({panel.row, panel.rows, word - list_.data(), to - from});
       for (int64_t k = node.crow[panel.row] + from; k < node.crow[panel.row] + to; ++k) {
-        const int32_t first = step.coded ? node.codes[k] * kMostCoded + offsets[k] / kLanes : offsets[k];
-        std::memcpy(word++, &first, sizeof first);
+        const int32_t head = step.coded ? node.codes[k] * kMostCoded + node.col[k] : offsets[k];
+        std::memcpy(word++, &head, sizeof head);
         if (step.coded) continue;
         for (int32_t r = 0; r < panel.rows; ++r) *word++ = node.values[k + r * panel.count];
       }

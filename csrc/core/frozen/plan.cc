@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kMostWaste = 12;  // part of a row that may be added to it
 constexpr int64_t kLine = 64;
+constexpr int64_t kMostMap = int64_t{64} << 20;  // bytes, of interleaved images
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -234,7 +235,8 @@ std::shared_ptr<Workspace> Plan::workspace() const {
 }
 
 int64_t best_group(const Network& network, int64_t batch, int threads) {
-  if (interleaves(network) && batch >= kLanes * threads) return kLanes;
+  if (interleaves(network) && batch >= kLanes * threads && kLanes * largest_map(network) <= kMostMap)
+    return kLanes;
   const int64_t fit = cache_sizes().l2 / (2 * largest_map(network));
   return std::clamp<int64_t>(std::min<int64_t>(fit, 16), 1, std::max<int64_t>(1, batch / threads));
 }

@@ -82,7 +82,6 @@ class Run : Maps {
     call.panels = s.panels.data();
     call.list = plan_.list();
     call.bias = s.bias.data();
-    if (s.coded) call.scale = n.scale.data();
     call.in = s.phases.direct ? at(n.inputs[0]) : memory_.data() + plan_.start(s.phases.slot);
     call.out = at(i);
     if (n.inputs.size() == 2) call.residual = at(n.inputs[1]);
@@ -92,9 +91,23 @@ class Run : Maps {
     return call;
   }
 
+  // Parts [from, to) of the panels, on a map of one pixel.
+  void dots(size_t i, ProductCall call, int64_t from, int64_t to) const {
+    const Step& s = step(i);
+    const int64_t channels = node(node(i).inputs[0]).shape.channels;
+    float* const x = static_cast<float*>(scratch(Scratch::kTile, channels * sizeof(float)));
+    for (int64_t c = 0; c < channels; ++c) x[c] = call.in[c * s.map_step];
+    call.in = x;
+    call.scale = node(i).scale.data();
+    call.first_panel = s.cuts[0][from];
+    call.last_panel = s.cuts[0][to];
+    engine<FrozenEngine>().dots(call);
+  }
+
   // Parts [from, to) of the panels.
   void tile(size_t i, ProductCall call, int64_t t, int64_t from = 0, int64_t to = kParts) const {
     const Step& s = step(i);
+    if (s.coded) return dots(i, call, from, to);
     call.begin = grid(i).vectors * t / s.tiles;
     call.end = grid(i).vectors * (t + 1) / s.tiles;
     const float* const in = call.in;
