@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
-import fcntl
-import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cuda_emulation
 import pytest
-import torch
-from ptx_machine import Module
+from cuda_emulation import ROOT, SOURCES, Emulated, OnPtx, bound, module_of, on_the_cpu
 
-import sparsekd as skd
-from sparsekd import cuda_library
-from sparsekd.errors import BackendError
-from sparsekd.ops.dispatch import backends
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-SOURCES = ROOT / "csrc" / "cuda"
-ORDERS = ("forward", "backward", "shuffled")
-FLAGS = (
-    "-std=c++17", "-x", "c++", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
-    "-Wno-unknown-pragmas", "-DSPARSEKD_HOST_EMULATION", f"-I{HERE}",
-)  # fmt: skip
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # Set in a process that runs under sanitizers, see test_sanitizers.py and test_races.py.
 SANITIZED = {"1": SANITIZERS, "thread": ("-fsanitize=thread",)}.get(
@@ -51,58 +34,18 @@ def compiler() -> str:
     return found
 
 
-def build(command: list[str], source: Path, headers: Path) -> Path:
-    """Compile a source, once as long as nothing changes."""
-    inputs = [source, *sorted(HERE.glob("*.h")), *sorted(headers.glob("*.*h")), Path(command[0])]
-    # What the headers say counts, not where they are: copies with a mistake are in new folders.
-    digest = hashlib.sha256(repr(command).replace(str(headers), "").encode())
-    for path in inputs:
-        digest.update(path.read_bytes())
-    built = ROOT / "build" / "emulation" / f"{source.stem}-{digest.hexdigest()[:16]}"
-    built.parent.mkdir(parents=True, exist_ok=True)
-    with open(built.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes that need it one compiles
-        if not built.exists():
-            fresh = built.with_suffix(f".{os.getpid()}")
-            subprocess.run([*command, str(source), "-o", str(fresh)], check=True)
-            fresh.replace(built)
-    return built
-
-
 @pytest.fixture(scope="session")
 def compile_for_the_cpu(compiler: str) -> Compile:
     """Return a function that compiles a .cu file with g++."""
-
-    def compile_(source: Path, *flags: str, headers: Path = SOURCES) -> Path:
-        return build([compiler, *FLAGS, f"-I{headers}", *flags], source, headers)
-
-    return compile_
+    return cuda_emulation.compile_for_the_cpu
 
 
 @pytest.fixture(scope="session")
 def compile_to_ptx() -> Compile:
     """Return a function that compiles a .cu file with nvcc, for the machine that executes PTX."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-arch=compute_80", "-ptx"]
-
-    def compile_(source: Path, headers: Path = SOURCES) -> Path:
-        return build([nvcc, *flags, f"-I{headers}"], source, headers)
-
-    return compile_
-
-
-class Emulated(cuda_library.Library):
-    """Call the emulated library, which has neither devices nor streams."""
-
-    def _queue(self, function: Any, device: torch.device, args: tuple[Any, ...]) -> int:
-        return self._call(function, (*args, 0))
-
-    def set_order(self, order: str, seed: int = 1) -> None:
-        """Choose in which order the threads of a block take their turns."""
-        number, seed_ = ctypes.c_int64(ORDERS.index(order)), ctypes.c_int64(seed)
-        self._functions.emulation_order(number, seed_)
+    return cuda_emulation.compile_to_ptx
 
 
 @pytest.fixture(scope="session")
@@ -126,50 +69,25 @@ def emulated(compile_for_the_cpu: Compile) -> Emulated:
 def emulated_module(emulated: Emulated) -> ModuleType:
     """Return a second copy of sparsekd.ops.cuda.ops, bound to the emulated library."""
     pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-    path = Path(backends.__file__).parents[1] / "cuda" / "ops.py"
-    spec = importlib.util.spec_from_file_location("emulated_cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_library, "load", lambda: emulated)
-        spec.loader.exec_module(module)
-    sys.modules[module.__name__] = module
-    return module
+    return module_of(emulated)
 
 
 @pytest.fixture
-def bind(
-    emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Emulated], None]:
+def bind(emulated_module: ModuleType) -> Iterator[Callable[[Emulated], None]]:
     """Return a function that lets the backend "cuda" and topologies call a library."""
-
-    def bind_(library: Emulated) -> None:
-        monkeypatch.setattr(emulated_module, "_library", library)
-        monkeypatch.setattr(cuda_library, "library_for", lambda device: library)
-
-    return bind_
+    with ExitStack() as stack:
+        yield lambda library: stack.enter_context(bound(emulated_module, library))
 
 
 @pytest.fixture
 def on_cuda(
-    emulated: Emulated,
-    emulated_module: ModuleType,
-    bind: Callable[[Emulated], None],
-    monkeypatch: pytest.MonkeyPatch,
+    emulated: Emulated, emulated_module: ModuleType, bind: Callable[[Emulated], None]
 ) -> Iterator[Emulated]:
     """Run the test on the backend "cuda", topologies too, on CPU tensors."""
-    entry = dataclasses.replace(
-        backends.BACKENDS["cuda"], module=emulated_module.__name__, device="cpu"
-    )
-    monkeypatch.setitem(backends.BACKENDS, "cuda", entry)
-    backends.load.cache_clear()
     bind(emulated)
     emulated.set_order("forward")
-    with skd.backend("cuda"):
+    with on_the_cpu("cuda", module=emulated_module.__name__):
         yield emulated
-    monkeypatch.undo()
-    backends.load.cache_clear()
 
 
 @pytest.fixture
@@ -203,18 +121,14 @@ def on_triton(
         request.getfixturevalue("ptx")
     from sparsekd.ops.triton import launch as triton_launch
 
-    entry = dataclasses.replace(backends.BACKENDS["triton"], device="cpu")
-    monkeypatch.setitem(backends.BACKENDS, "triton", entry)
-    backends.load.cache_clear()
     launches: Counter[str] = Counter()
     for name in LAUNCHES:
         launch = getattr(triton_launch, name)
         monkeypatch.setattr(triton_launch, name, counting(launches, name, launch))
-    with skd.backend("triton"), float32_products("ieee"):
+    with on_the_cpu("triton"), float32_products("ieee"):
         yield launches
     monkeypatch.undo()
     del sys.modules["sparsekd.ops.triton.ops"]  # it was importable only here
-    backends.load.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -229,53 +143,9 @@ def bounds_of_interpreted_kernels() -> Iterator[None]:
         yield
 
 
-class OnPtx(Emulated):
-    """Call the emulated library, whose kernels run as what nvcc has made of them.
-
-    Args:
-        path: of the emulated library.
-        ptx: of the same kernels.
-    """
-
-    def __init__(self, path: Path, ptx: Path) -> None:
-        super().__init__(path)
-        self.module = Module(ptx.read_text())
-        self.kernels: set[str] = set()  # that have run
-        self._memory: list[tuple[int, int]] = []
-        self._fault: Exception | None = None
-        parameters = [ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.c_void_p, ctypes.c_size_t]
-        self._executor = ctypes.CFUNCTYPE(ctypes.c_int, *parameters)(self._execute)
-
-    def run(self, name: str, device: torch.device, *args: Any) -> None:
-        storages = [a.untyped_storage() for a in args if isinstance(a, torch.Tensor)]
-        self._memory = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
-        self._functions.emulation_executor(self._executor)
-        try:
-            super().run(name, device, *args)
-        except BackendError:
-            raise self._fault or AssertionError("the library refuses") from None
-        finally:
-            self._functions.emulation_executor(None)
-            self._fault = None
-
-    def _execute(
-        self, name: bytes, blocks: int, x: int, y: int, z: int, data: int, size: int
-    ) -> int:
-        try:
-            kernel = self.module[name.decode()]
-            arguments = ctypes.string_at(data, size)
-            kernel.launch((blocks,), (x, y, z), arguments, self._memory)
-        except Exception as fault:  # must not pass through C
-            self._fault = fault
-            return 719
-        self.kernels.add(name.decode())
-        return 0
-
-
 @pytest.fixture(scope="session")
 def on_ptx_library(compile_for_the_cpu: Compile, compile_to_ptx: Compile) -> OnPtx:
-    source = SOURCES / "kernels.cu"
-    return OnPtx(compile_for_the_cpu(source, "-O1", "-shared"), compile_to_ptx(source))
+    return OnPtx.of_kernels()
 
 
 @pytest.fixture

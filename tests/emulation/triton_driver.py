@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from ptx_machine import Executable, Module
+from ptx_machine import Counts, Executable, Module
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, ...]
     warps: int
-    steps: int  # instructions that were executed
+    counts: Counts
 
 
 class Utils:
@@ -78,14 +78,14 @@ class PtxDriver(DriverBase):
             data = [_bytes(value, type_) for value, type_ in given]
             # Triton adds pointers to memory of its own, which our kernels do not use.
             data += [bytes(8)] * (len(function.kernel.parameters) - len(data))
-            steps = function.launch(
+            counts = function.launch(
                 (x, y, z),
                 (32 * metadata.num_warps,),
                 function.arguments(*data),
                 buffers(tensors),
                 metadata.shared,
             )
-            self.launches.append(Launch(metadata.name, (x, y, z), metadata.num_warps, steps))
+            self.launches.append(Launch(metadata.name, (x, y, z), metadata.num_warps, counts))
 
         return launch
 

@@ -15,6 +15,7 @@ import numpy as np
 from . import transfers  # noqa: F401  (registers its instructions)
 from .arithmetic import BUILDERS
 from .collectives import CONTROLS
+from .counts import Counts
 from .errors import (
     AbsentLane,
     Deadlock,
@@ -34,6 +35,7 @@ from .wave import LANES, Program, Wave
 
 __all__ = [
     "AbsentLane",
+    "Counts",
     "Deadlock",
     "DivergentBarrier",
     "Executable",
@@ -106,7 +108,7 @@ class Executable:
         arguments: bytes,
         buffers: Iterable[tuple[int, int]],
         dynamic_shared: int = 0,
-    ) -> int:
+    ) -> Counts:
         """Run all threads.
 
         Args:
@@ -116,7 +118,7 @@ class Executable:
             dynamic_shared: bytes of shared memory beyond what the kernel declares.
 
         Returns:
-            How many instructions waves have executed.
+            What was executed and moved.
 
         Raises:
             PtxError: the kernel does what is undefined, or is not known; see errors.
@@ -128,15 +130,17 @@ class Executable:
         warps = -(-threads // LANES)
         memory = Global(buffers, self.granule, warps)
         at_once = max(1, LANES_AT_ONCE // (warps * LANES))
-        done = 0
+        counts = Counts()
         with np.errstate(all="ignore"):
             for first in range(0, blocks, at_once):
                 numbers = range(first, min(first + at_once, blocks))
                 wave = Wave(self.program, self.kernel, grid, block, numbers, arguments, memory,
                             dynamic_shared, self.granule)  # fmt: skip
                 wave.run()
-                done += wave.steps
-        return done
+                wave.executed.into(counts)
+        for traffic in memory.traffic.values():
+            traffic.into(counts)
+        return counts
 
 
 def _predicated(step: Step, o: Operands) -> Step:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy import ndarray as Array
 
+from .counts import Traffic
 from .errors import Misaligned, OutOfBounds, Race, Uninitialised
 from .races import Shadow
 from .values import UNSIGNED
@@ -106,11 +107,13 @@ class Global:
 
     def __init__(self, buffers: Iterable[tuple[int, int]], granule: int, warps: int) -> None:
         self.parts: list[tuple[int, int, Bytes]] = []
+        self.traffic: dict[int, Traffic] = {}  # by where a buffer starts
         for start, size in sorted({b for b in buffers if b[1]}):
             if start % ALIGNMENT:
                 raise ValueError(f"a buffer must start at a multiple of {ALIGNMENT}: {start:#x}")
             data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(start))
             self.parts.append((start, start + size, Bytes(data, granule, warps, lenient=False)))
+            self.traffic[start] = Traffic(size)
 
     def _split(self, addresses: Array, total: int, lanes: Array):
         """Yield the buffers that are accessed and which of the lanes do."""
@@ -140,20 +143,27 @@ class Global:
     def load(self, wave: Wave, lanes: Array, addresses: Array, size: int, count: int) -> Array:
         found = np.empty((len(lanes), count), UNSIGNED[size])
         for start, data, here in self._split(addresses, size * count, lanes):
-            found[here] = data.load(wave, lanes[here], addresses[here] - start, size, count)
+            offsets = addresses[here] - start
+            self.traffic[start].add("read", lanes[here], offsets, size * count)
+            found[here] = data.load(wave, lanes[here], offsets, size, count)
         return found
 
     def store(self, wave: Wave, lanes: Array, addresses: Array, values: Array) -> None:
         total = values.dtype.itemsize * values.shape[1]
         for start, data, here in self._split(addresses, total, lanes):
-            data.store(wave, lanes[here], addresses[here] - start, values[here])
+            offsets = addresses[here] - start
+            self.traffic[start].add("written", lanes[here], offsets, total)
+            data.store(wave, lanes[here], offsets, values[here])
 
     def exchange(self, wave: Wave, lanes: Array, addresses: Array, size: int, update) -> Array:
         before = np.empty(len(lanes), UNSIGNED[size])
         for start, data, here in self._split(addresses, size, lanes):
             chosen = np.flatnonzero(here)
+            offsets = addresses[here] - start
+            for what in ("read", "written"):
+                self.traffic[start].add(what, lanes[here], offsets, size)
             before[here] = data.exchange(
-                wave, lanes[here], addresses[here] - start, size,
+                wave, lanes[here], offsets, size,
                 lambda old, i, chosen=chosen: update(old, chosen[i]),
             )  # fmt: skip
         return before

@@ -12,6 +12,7 @@ import numpy as np
 from numpy import ndarray as Array
 
 from . import races
+from .counts import Executed
 from .errors import AbsentLane, Deadlock, DivergentBarrier, PtxError
 from .memory import Global, Shared
 
@@ -75,6 +76,7 @@ class Wave:
         self.parked: dict[int, Array] = {}  # at collectives
         self.barrier = np.full(self.size, -1)  # at which barrier a lane waits
         self.steps = 0
+        self.executed = Executed(kernel.code)
 
     def run(self) -> None:
         while self.ready:
@@ -87,6 +89,7 @@ class Wave:
         program = self.program
         end = program.end_from[pc]
         self.steps += end - pc + 1
+        self.executed.add(pc, end if end in program.controls else end - 1, mask)
         if self.steps > MOST_STEPS:
             raise self.explained(Deadlock("it runs for ever"), pc, mask)
         steps = program.steps
