@@ -224,8 +224,8 @@ def inference_grids(results: Results) -> list[Grid | None]:
             results, "Latency of a batch", _latency,
             "Milliseconds, half of the range between the quartiles, and in brackets times faster "
             "than the fastest dense engine measured in turns with it; below 1 it loses. A turn is "
-            "calls for a quarter of a second, one at least. DeepSparse runs in a process of its own, "
-            "and a message there and back counts.",
+            "calls for a quarter of a second, one at least. DeepSparse has a process of its own; a "
+            "message there and back counts.",
         ),
         _grid(results, "Throughput", _throughput, "Images a second."),
         _floor_grid(results),
