@@ -20,7 +20,7 @@ from sparsekd.train.checkpoint import state_hash, write_atomic
 _FORMAT = "sparsekd frozen 1"
 _LISTS = {
     "crow": (torch.int32,),
-    "col": (torch.int32,),
+    "col": (torch.int32, torch.int16),  # narrow where all columns fit
     "values": (torch.float32, torch.int8),
     "bias": (torch.float32,),
     "scale": (torch.float32,),
@@ -63,7 +63,8 @@ def save_frozen(module: FrozenModule, path: str | os.PathLike[str]) -> None:
     }
     for number, node in enumerate(island.nodes):
         for name, values in node.lists.items():
-            tensors[f"{number}.{name}"] = values.contiguous()
+            narrow = name == "col" and (values < 1 << 15).all()
+            tensors[f"{number}.{name}"] = (values.short() if narrow else values).contiguous()
     # One entry only: safetensors writes several in an order that differs between processes.
     about = {
         "format": _FORMAT,
@@ -123,7 +124,7 @@ def _nodes(tensors: dict[str, Tensor]) -> tuple[list[Node], list[int]]:
         if value.dtype not in _LISTS[name] or value.ndim != 1:
             expected = " or ".join(map(str, _LISTS[name]))
             raise TopologyError(f"{key}: expected one axis of {expected}, got {value.dtype}")
-        nodes[numbers[number]].lists[name] = value
+        nodes[numbers[number]].lists[name] = value.int() if name == "col" else value
     return nodes, outputs.tolist()
 
 

@@ -155,7 +155,7 @@ def freeze(model: nn.Module, *inputs: Any, weights: str = "float32") -> FrozenMo
             does every call with images of another size.
         weights: "float32", or "int8", which rounds every weight to a whole number of steps. A step
             is 1/127 of the largest magnitude in its output channel, BatchNorm included, so no
-            weight moves by more than 1/254 of that. Maps stay float32. Files get 1.6 times smaller,
+            weight moves by more than 1/254 of that. Maps stay float32. Files get 1.8 times smaller,
             and layers of few pixels read half as much.
 
     Returns:

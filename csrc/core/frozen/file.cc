@@ -52,7 +52,17 @@ struct Dtype {
 };
 constexpr Dtype kDtypes[] = {{"F32", "torch.float32", sizeof(float)},
                              {"I32", "torch.int32", sizeof(int32_t)},
-                             {"I8", "torch.int8", 1}};
+                             {"I8", "torch.int8", 1},
+                             {"I16", "torch.int16", sizeof(int16_t)}};
+
+template <class T>
+constexpr std::string_view kNameOf = "F32";
+template <>
+constexpr std::string_view kNameOf<int32_t> = "I32";
+template <>
+constexpr std::string_view kNameOf<int16_t> = "I16";
+template <>
+constexpr std::string_view kNameOf<int8_t> = "I8";
 
 struct Tensor {
   const Dtype* dtype;
@@ -72,7 +82,7 @@ Tensors tensors_of(const Json& header, std::string_view data) {
     const std::string& text = get(about, "dtype", Json::Kind::kString).text;
     const Dtype* const dtype =
         std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const Dtype& d) { return d.name == text; });
-    require(dtype != std::end(kDtypes), name + ": expected F32, I32 or I8");
+    require(dtype != std::end(kDtypes), name + ": expected F32, I32, I16 or I8");
     std::vector<int64_t> shape = numbers(get(about, "shape", Json::Kind::kArray), "shape");
     const std::vector<int64_t> place =
         numbers(get(about, "data_offsets", Json::Kind::kArray), "data_offsets");
@@ -108,8 +118,7 @@ std::string hash(const Tensors& tensors) {
 
 template <class T>
 std::vector<T> copy_of(const std::string& name, const Tensor& tensor, size_t axes) {
-  constexpr int kDtype = std::is_same_v<T, float> ? 0 : std::is_same_v<T, int32_t> ? 1 : 2;
-  require(tensor.dtype == &kDtypes[kDtype] && tensor.shape.size() == axes,
+  require(tensor.dtype->name == kNameOf<T> && tensor.shape.size() == axes,
           name + ": expected another type or number of axes");
   std::vector<T> list(tensor.bytes.size() / sizeof(T));
   if (!list.empty()) std::memcpy(list.data(), tensor.bytes.data(), tensor.bytes.size());
@@ -131,16 +140,24 @@ std::unique_ptr<const Network> network_of(const Tensors& tensors) {
     const std::string list = name.substr(std::min(name.find('.'), name.size()));
     require(number != numbers.end(), name + ": not a tensor of a frozen network");
     Node& node = nodes[number->second];
-    if (list == ".crow" || list == ".col")
-      (list == ".crow" ? node.crow : node.col) = copy_of<int32_t>(name, tensor, 1);
-    else if (list == ".values" && tensor.dtype->name == "I8")
+    if (list == ".crow") {
+      node.crow = copy_of<int32_t>(name, tensor, 1);
+    } else if (list == ".col" && tensor.dtype->name == "I16") {
+      const std::vector<int16_t> narrow = copy_of<int16_t>(name, tensor, 1);
+      node.col.assign(narrow.begin(), narrow.end());
+    } else if (list == ".col") {
+      node.col = copy_of<int32_t>(name, tensor, 1);
+    } else if (list == ".values" && tensor.dtype->name == "I8") {
       node.codes = copy_of<int8_t>(name, tensor, 1);
-    else if (list == ".values" || list == ".bias" || list == ".scale")
-      (list == ".values" ? node.values
-       : list == ".bias" ? node.bias
-                         : node.scale) = copy_of<float>(name, tensor, 1);
-    else
+    } else if (list == ".values") {
+      node.values = copy_of<float>(name, tensor, 1);
+    } else if (list == ".bias") {
+      node.bias = copy_of<float>(name, tensor, 1);
+    } else if (list == ".scale") {
+      node.scale = copy_of<float>(name, tensor, 1);
+    } else {
       require(false, name + ": not a tensor of a frozen network");
+    }
   }
   return std::make_unique<const Network>(std::move(nodes), copy_of<int32_t>("outputs", outputs->second, 1));
 }
