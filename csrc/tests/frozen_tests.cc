@@ -1,5 +1,7 @@
 // Frozen networks against an interpreter of plain loops in double precision: random lists of nodes of every
 // kind, every instruction set, groups of images and threads.
+#include <utility>
+
 #include "core/cpu.h"
 #include "core/frozen/network.h"
 #include "tests/harness.h"
