@@ -88,10 +88,15 @@ def rounded(node: Node) -> Node:
     """Return a product with values of int8, each within half a step of what it was.
 
     A row's step is its largest magnitude over 127.
+
+    Raises:
+        UnsupportedError: a value is infinite or not a number, which int8 cannot hold.
     """
     if node.kind != PRODUCT:
         return node
     crow, values = node.lists["crow"], node.lists["values"]
+    if not values.isfinite().all():
+        raise UnsupportedError("weights: int8 cannot hold infinity or NaN, which a layer has")
     row = torch.repeat_interleave((crow[1:] - crow[:-1]).long())
     largest = torch.zeros(len(crow) - 1).scatter_reduce(0, row, values.abs(), "amax")
     step = torch.where(largest > 0, largest / 127, 1.0)

@@ -164,7 +164,8 @@ def freeze(model: nn.Module, *inputs: Any, weights: str = "float32") -> FrozenMo
 
     Raises:
         ValueError: `weights` is neither.
-        UnsupportedError: torch.export cannot trace the model, or it is not float32 on the CPU.
+        UnsupportedError: torch.export cannot trace the model, it is not float32 on the CPU, or int8
+            cannot hold a weight: infinity or NaN.
 
     Example:
         >>> import sparsekd as skd

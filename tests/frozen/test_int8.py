@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd as skd
+from sparsekd.errors import UnsupportedError
 from sparsekd.frozen.draft import PRODUCT
 
 
@@ -63,6 +64,15 @@ def test_a_row_of_zeros_stays_zero() -> None:
     with torch.inference_mode():
         result = skd.freeze(layer, x, weights="int8")(x)
         torch.testing.assert_close(result[:, 1], layer(x)[:, 1])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_int8_cannot_hold(value: float) -> None:
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight[1, 1] = value
+    with pytest.raises(UnsupportedError, match="weights: int8 cannot hold infinity or NaN"):
+        skd.freeze(layer, torch.zeros(1, 3), weights="int8")
 
 
 def test_other_names() -> None:
