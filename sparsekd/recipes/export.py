@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def export(run: FinishedRun, to: str, path: Path) -> Exported:
         "onnx": (_write_onnx, _read_onnx),
         "torch-export": (_write_program, _read_program),
         "frozen": (_write_frozen, _read_frozen),
-        "frozen-int8": (_write_int8, _read_frozen),
+        "frozen-int8": (partial(_write_frozen, weights="int8"), _read_frozen),
     }[to]
     test, expected = run.dataset.test, run.result["test_accuracy"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,14 +112,9 @@ def _example(run: FinishedRun) -> tuple[Tensor, dict[str, object]]:
     return images, {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
 
-def _write_frozen(run: FinishedRun, file: Path) -> None:
+def _write_frozen(run: FinishedRun, file: Path, weights: str = "float32") -> None:
     images, _ = _example(run)
-    save_frozen(freeze(run.model, images), file)
-
-
-def _write_int8(run: FinishedRun, file: Path) -> None:
-    images, _ = _example(run)
-    save_frozen(freeze(run.model, images, weights="int8"), file)
+    save_frozen(freeze(run.model, images, weights=weights), file)
 
 
 def _read_frozen(run: FinishedRun, file: Path) -> Predict:

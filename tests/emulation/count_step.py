@@ -236,23 +236,22 @@ def count(model: str, backend: str, sparsity: float, channels: int, batch: int) 
 
 
 def table(ops: list[Op]) -> Columns:
-    """Return a line for each kind of op, and one for all."""
+    """Return a line for each kind of op: averages of its calls."""
     lines = []
-    kinds = [*dict.fromkeys(op.name for op in ops), "all"]
-    for kind in kinds:
-        chosen = [op for op in ops if kind in (op.name, "all")]
-        total = sum(chosen[1:], chosen[0])
-        c, n = total.counts, len(chosen)
-        warps = sum(c.instructions.values())
+    for kind in dict.fromkeys(op.name for op in ops):
+        chosen = [op for op in ops if op.name == kind]
+        total, n = sum(chosen[1:], chosen[0]), len(chosen)
+        c = total.counts
         lines.append(
             (
                 *(kind, str(n), f"{total.launches / n:.1f}", f"{total.torch_launches / n:.1f}"),
-                *(f"{total.calls / n:.1f}", f"{(c.read + c.written) / 2**20:.1f}"),
-                *(f"{total.memory / 2**20:.2f}", f"{total.memory / total.least:.2f}"),
-                *(f"{c.coalesced:.2f}", f"{warps / 1e3:,.0f}", f"{_share(c, 'float'):.0%}"),
-                f"{_share(c, 'tensor'):.1%}",
-                f"{1e6 * total.host:.0f}",
-                *(f"{1e6 * sum(op.kernels(gpu) for op in chosen):.0f}" for gpu in GPUS),
+                *(f"{total.calls / n:.1f}", f"{(c.read + c.written) / n / 2**20:.1f}"),
+                *(f"{total.memory / n / 2**20:.2f}", f"{total.memory / total.least:.2f}"),
+                f"{c.coalesced:.2f}",
+                f"{sum(c.instructions.values()) / n / 1e3:,.0f}",
+                *(f"{_share(c, 'float'):.0%}", f"{_share(c, 'tensor'):.1%}"),
+                f"{1e6 * total.host / n:.0f}",
+                *(f"{1e6 * sum(op.kernels(gpu) for op in chosen) / n:.0f}" for gpu in GPUS),
             )
         )
     heads = (
@@ -284,7 +283,7 @@ def main() -> None:
             ops = count(model, backend, options.sparsity, options.channels, options.batch)
             console.print(
                 f"\n{model}, backend {backend}, {options.sparsity:.0%} sparse, {options.channels} "
-                f"channels, batch {options.batch}: averages of a call of an op, sums over a step"
+                f"channels, batch {options.batch}: averages of a call"
             )
             console.print(table(ops))
     console.print(

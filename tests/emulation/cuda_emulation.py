@@ -95,7 +95,7 @@ class Launch(NamedTuple):
 
     kernel: str
     grid: tuple[int, ...]
-    threads: int
+    warps: int  # of a block
     counts: Counts
 
 
@@ -152,7 +152,7 @@ class OnPtx(Emulated):
         except Exception as fault:  # must not pass through C
             self._fault = fault
             return 719
-        self.launches.append(Launch(name.decode(), (blocks,), x * y * z, counts))
+        self.launches.append(Launch(name.decode(), (blocks,), x * y * z // 32, counts))
         return 0
 
 

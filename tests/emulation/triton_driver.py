@@ -9,26 +9,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from ptx_machine import Counts, Executable, Module
+from cuda_emulation import Launch
+from ptx_machine import Executable, Module
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 # Bytes of shared memory that a block may have.
 SHARED_LIMITS = {80: 166912, 90: 232448, 100: 232448}
 FLOATS = {"fp16": "<e", "fp32": "<f", "fp64": "<d"}
-
-
-class Launch(NamedTuple):
-    """A kernel that was launched, and how."""
-
-    kernel: str
-    grid: tuple[int, ...]
-    warps: int
-    counts: Counts
 
 
 class Utils:

@@ -5,7 +5,7 @@
 // the limit: two in a cycle from L1, one in one and a half from L2, and half as many where they lie across
 // cache lines, for which the caller copies taps to the left and right. Rows with equal lists, as dense layers
 // and blocks have, are computed four at a time, and an input is loaded once for all of them. The caller
-// chooses tiles so that the inputs of one come from L2 at worst.
+// chooses tiles, and blocks of channels, so that the inputs of one come from L1, or L2 at worst.
 #include "core/engine.inl"
 
 #include <array>

@@ -4,7 +4,8 @@
 // other. A row of pixels ends in as many zeros as the widest padding needs, and so does an image, which makes
 // every tap of a kernel a constant distance: output pixel p of a convolution is the sum over the nonzeros k
 // of values[k] * in[p + offset[k]], whatever the kernel, its dilation or its groups, and a linear layer on
-// tokens is the same. Lanes are pixels, so one image fills them as well as many do.
+// tokens is the same. Lanes are pixels, so one image fills them as well as many do. Sixteen images may also
+// lie side by side, a vector for each pixel: every tap is then a whole vector away.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +13,7 @@
 
 namespace sparsekd::frozen {
 
-constexpr int32_t kMostCoded = 1 << 24;  // channels of a map that codes are beside
+constexpr int32_t kMostCoded = 1 << 24;  // channels that fit a word beside a code
 
 enum class Activation : int32_t {
   kNone,
@@ -28,9 +29,9 @@ enum class Activation : int32_t {
 
 constexpr int64_t kLanes = 16;  // maps are padded to, and aligned at, this many floats
 
-// Rows of a weight whose nonzeros have the same offsets. Their list is `count` times an offset, where the
-// first output reads, as the bits of an int32_t, and a value for each row: kernels read a weight from its
-// first word to its last.
+// Rows of a weight, or of a block of its channels, whose nonzeros have the same offsets. Their list is
+// `count` times an offset, where the first output reads, as the bits of an int32_t, and a value for each row:
+// kernels read a weight from its first word to its last.
 struct Panel {
   int32_t row;    // the first
   int32_t rows;   // 1, 2 or 4

