@@ -22,6 +22,8 @@ from sparsekd.train.evaluation import correct_predictions
 from sparsekd.train.optional import need
 
 Predict = Callable[[Tensor], Tensor]
+Write = Callable[[FinishedRun, Path], None]
+Read = Callable[[FinishedRun, Path], Predict]
 
 FILES = {
     "dense": "dense.safetensors",
@@ -78,13 +80,14 @@ def export(run: FinishedRun, to: str, path: Path) -> Exported:
     """
     if to not in FILES:
         raise ValueError(f"--to: expected one of {', '.join(FILES)}, got {to!r}")
-    write, read = {
+    formats: dict[str, tuple[Write, Read]] = {
         "dense": (_write_dense, _read_dense),
         "onnx": (_write_onnx, _read_onnx),
         "torch-export": (_write_program, _read_program),
         "frozen": (_write_frozen, _read_frozen),
         "frozen-int8": (partial(_write_frozen, weights="int8"), _read_frozen),
-    }[to]
+    }
+    write, read = formats[to]
     test, expected = run.dataset.test, run.result["test_accuracy"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder, torch.no_grad():
