@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.arena import rivals
+from benchmarks.arena import blocked, rivals
 from sparsekd.bench.layers import DENSE_LAYERS, OUR_LAYERS, RIVALS_FROM, LayerCompetitor, foreign
 from sparsekd.bench.race import by_name
 from sparsekd.bench.steps import DENSE_STEPS, OUR_STEPS, SHOWCASE, StepCompetitor
@@ -20,6 +20,12 @@ LAYERS = {
         ),
     ),
     **OUR_LAYERS,
+    **by_name(
+        LayerCompetitor(
+            "sparsekd_blocked", "sparsekd, blocked layout", blocked.layer, blocked.missing,
+            sparse=True,
+        )
+    ),
 }  # fmt: skip
 
 STEPS = {

@@ -90,7 +90,8 @@ def waterfall(results: Results) -> Figure | None:
     colors = [*COLORS, "#999999", "#bbbbbb"]
     for part, color in zip(PARTS, colors, strict=True):
         widths = [row["parts"][part] for row in rows]
-        axes.barh(range(len(rows)), widths, left=left, label=part, color=color, height=0.7)
+        label = "blocks of optimize(), rest" if part == "rest" else part
+        axes.barh(range(len(rows)), widths, left=left, label=label, color=color, height=0.7)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(rows)), [waterfall_label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()

@@ -150,7 +150,12 @@ def waterfall_grid(results: Results) -> Grid | None:
     if not rows:
         return None
     header = [part.removeprefix("conv ") for part in PARTS]
-    grid = Grid("Where a training step's time goes, ms", ["network: competitor", *header, "sum"])
+    grid = Grid(
+        "Where a training step's time goes, ms",
+        ["network: competitor", *header, "sum"],
+        note="By torch's profiler, which sees nothing inside of the compiled blocks that "
+        "optimize() makes: they are the rest.",
+    )
     for row in rows:
         grid.lines.append(
             [waterfall_label(row)]

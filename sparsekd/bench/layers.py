@@ -94,15 +94,20 @@ class LayerRun(NamedTuple):
         call: what is timed; returns one tensor a name.
         names: of the results.
         nonzeros: takes the entries of a weight gradient at the mask, in row-major order.
+        plain: returns a named result as torch has it, where the call has another layout.
     """
 
     call: Callable[[], tuple[Tensor, ...]]
     names: tuple[str, ...]
     nonzeros: Function
+    plain: Callable[[str, Tensor], Tensor] = lambda _, result: result
 
     def results(self) -> dict[str, Tensor]:
         """Run once and name the results."""
-        found = dict(zip(self.names, self.call(), strict=True))
+        found = {
+            name: self.plain(name, result)
+            for name, result in zip(self.names, self.call(), strict=True)
+        }
         if WEIGHT_GRADIENT in found:
             found[WEIGHT_GRADIENT] = self.nonzeros(found[WEIGHT_GRADIENT])
         return found
