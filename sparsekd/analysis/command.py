@@ -92,6 +92,7 @@ def gradient_flow(
     \b
     sparsekd analyze gradient-flow
     sparsekd analyze gradient-flow --preset full --network lenet300_100 --seeds 3
+    sparsekd analyze gradient-flow --preset published --sparsity 0.95
     """
     changes = {"networks": networks, "sparsities": sparsity, "seeds": seeds, "epochs": epochs}
     _run(_FLOW, preset, changes, out, data_dir, fresh, threads, formats)

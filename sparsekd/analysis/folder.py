@@ -107,8 +107,7 @@ class StudyFolder:
         return self.path / "runs" / job / "final.safetensors"
 
     def _settings(self) -> dict[str, Any]:
-        fields = json.loads(json.dumps(asdict(self._config)))
-        return {"study": type(self._config).__name__, **fields}
+        return {"study": type(self._config).__name__, **_as_json(self._config)}
 
     def _check_same(self) -> None:
         path = self.path / "config.json"
@@ -118,6 +117,7 @@ class StudyFolder:
             stored = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged: {error!r}; --fresh starts over") from error
+        stored = {**_as_json(type(self._config)()), **stored}  # for settings that came later
         for name, value in self._settings().items():
             if name not in self._config.grid and stored.get(name) != value:
                 raise CheckpointError(
@@ -132,6 +132,11 @@ class StudyFolder:
             (self.path / name).unlink(missing_ok=True)
         for folder in ("figures", "runs"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return fields
 
 
 def _rounded(value: Any) -> Any:

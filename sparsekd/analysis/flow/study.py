@@ -51,6 +51,18 @@ MOVES: Mapping[str, type[SET]] = {"rigl": RigL, "rigl+": RigL, "set": SET}
 
 METHODS = ("pruned", "lt", "scratch", "scratch+", "set", "rigl", "rigl+")
 
+
+def _glorot(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+INITS: Mapping[str, Callable[[nn.Module], object]] = {"torch": lambda _: None, "glorot": _glorot}
+"""Initialisations of dense networks."""
+
 ALPHAS = tuple(round(-0.2 + 0.05 * number, 2) for number in range(29))
 
 
@@ -74,6 +86,8 @@ class GradientFlow:
         probe_every: steps between two measurements of the gradient.
         probe_images: training images that it is measured on.
         hessian_images: training images that the spectrum is measured on.
+        init: of dense networks: "torch", torch's own, or "glorot", as the paper's code has it,
+            without biases.
 
     Source: Evci et al., Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win
         (arXiv 2010.03533), whose LeNet-5 runs take 25 epochs of MNIST at 95 %.
@@ -94,8 +108,13 @@ class GradientFlow:
     probe_every: int = 200
     probe_images: int = 1000
     hessian_images: int = 1000
+    init: str = "torch"
 
     grid: ClassVar[tuple[str, ...]] = ("networks", "sparsities", "seeds")
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise ValueError(f"init: expected one of {', '.join(INITS)}, got {self.init!r}")
 
     def training(self) -> Training:
         """Return the schedule of every run."""
@@ -119,6 +138,7 @@ PRESETS: Mapping[str, GradientFlow] = {
         hessian_images=500,
     ),
     "full": GradientFlow(),
+    "published": GradientFlow(networks=("lenet5",), init="glorot"),
 }
 
 
@@ -165,7 +185,9 @@ class GradientFlowStudy(Study[GradientFlow, Dataset]):
             torch.manual_seed(derive_seed(seed, purpose))
             shape = self.data.input_shape
             options: dict[str, Any] = {"in_channels": shape[0], "input_size": shape[1]}
-            return models.build(place.network, num_classes=self.data.num_classes, **options)
+            model = models.build(place.network, num_classes=self.data.num_classes, **options)
+            INITS[self.config.init](model)
+            return model
 
     def start(self, place: Place, method: str, seed: int) -> nn.Module:
         """Build a network as a method starts it.
