@@ -31,7 +31,8 @@ import triton.language as tl
 from .config import PLAIN
 
 
-@triton.jit(do_not_specialize=PLAIN)
+# Vectors go along channels, so that the last, smaller batch needs no variant of its own.
+@triton.jit(do_not_specialize=(*PLAIN, "positions"))
 def tile_product(
     lists, outputs, chunks, weight, bias, x, y,
     count, positions, high, wide,

@@ -1,13 +1,15 @@
 """The library of CUDA kernels: load it, call it on torch's current stream.
 
 Its header, csrc/cuda/api.h, comes with the package and says what each function takes. Calls are
-checked against it, since C itself would take any arguments for others.
+checked against it, since C itself would take any arguments for others. What each costs counts: a
+small kernel is done before Python has called the next one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,17 @@ class _Address:
     def __init__(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
 
-    def from_param(self, value: Tensor | None) -> ctypes.c_void_p | None:
+    def address(self, value: Tensor | None) -> int | None:
         if value is None:
             return None
         if not isinstance(value, Tensor):
             raise TypeError(f"expected a tensor or None, got {value!r}")
         if self._dtype not in (None, value.dtype):
             raise TypeError(f"expected a tensor of {self._dtype}, got {value.dtype}")
-        return ctypes.c_void_p(value.data_ptr())
+        return value.data_ptr()
+
+    def from_param(self, value: Tensor | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.address(value))
 
 
 class _Dtype:
@@ -49,7 +54,38 @@ class _Dtype:
         return ctypes.c_int64(DTYPES[value])
 
 
-_PARAMETERS = {
+class _Structs:
+    """Parameter that takes a sequence of structs, each a sequence of its fields, as an array.
+
+    Args:
+        name: of the struct.
+        fields: name and type, one of `_PARAMETERS`, of each.
+    """
+
+    def __init__(self, name: str, fields: Sequence[tuple[str, Any]]) -> None:
+        of_c = [(word, ctypes.c_void_p if _is_address(kind) else kind) for word, kind in fields]
+        self._struct: Any = type(name, (ctypes.Structure,), {"_fields_": of_c})
+        self._fields = tuple(kind.address if _is_address(kind) else None for _, kind in fields)
+
+    def from_param(self, values: Sequence[Sequence[Any]]) -> ctypes.Array[Any]:
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"expected a list of {self._struct.__name__}, got {values!r}")
+        return (self._struct * len(values))(*map(self._filled, values))
+
+    def _filled(self, values: Sequence[Any]) -> ctypes.Structure:
+        if len(values) != len(self._fields):
+            raise TypeError(
+                f"{self._struct.__name__}: expected {len(self._fields)} fields, got {len(values)}"
+            )
+        pairs = zip(self._fields, values, strict=True)
+        return self._struct(*(value if of is None else of(value) for of, value in pairs))
+
+
+def _is_address(kind: Any) -> bool:
+    return isinstance(kind, _Address)
+
+
+_PARAMETERS: dict[str, Any] = {
     "int": ctypes.c_int,
     "int64_t": ctypes.c_int64,
     "void*": _Address(None),
@@ -60,6 +96,20 @@ _PARAMETERS = {
 # Parameters that are what their name says. torch has the address of a stream as an integer.
 _NAMED = {"dtype": _Dtype(), "stream": ctypes.c_size_t}
 _RESULTS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "char*": ctypes.c_char_p}
+
+
+def _structs(code: str) -> dict[str, _Structs]:
+    """Return the parameters of arrays of the structs that a header defines, by their types."""
+    found = {}
+    for inside, name in re.findall(r"typedef struct \{([^}]*)\} (\w+);", code):
+        declarations = re.findall(r"(\w+\*?) ([^;]+);", inside)
+        fields = [
+            (word.strip(), _PARAMETERS[kind])
+            for kind, words in declarations
+            for word in words.split(",")
+        ]
+        found[f"{name}*"] = _Structs(name, fields)
+    return found
 
 
 def signatures(header: str) -> dict[str, tuple[Any, list[Any]]]:
@@ -76,12 +126,13 @@ def signatures(header: str) -> dict[str, tuple[Any, list[Any]]]:
         {'sparsekd_cuda_half': (<class 'ctypes.c_int'>, [<class 'ctypes.c_long'>])}
     """
     code = re.sub(r"//.*|#.*|\bconst\b", "", header)
+    parameters = _PARAMETERS | _structs(code)
     found = {}
     for declaration in code.split("SPARSEKD_API")[1:]:
         try:
             result, name, inside = re.findall(r"^([^(]+?)(\w+)\(([^)]*)\);", declaration)[0]
             words = [part.rsplit(maxsplit=1) for part in inside.split(",") if part.strip()]
-            types = [_NAMED.get(word) or _PARAMETERS[kind.strip()] for kind, word in words]
+            types = [_NAMED.get(word) or parameters[kind.strip()] for kind, word in words]
             found[name] = _RESULTS[result.strip()], types
         except (IndexError, KeyError, ValueError) as error:
             raise ValueError(f"header: cannot read{declaration}") from error
@@ -91,8 +142,9 @@ def signatures(header: str) -> dict[str, tuple[Any, list[Any]]]:
 class Library:
     """The library's functions by name, without the prefix that they have in common.
 
-    Tensors become their addresses, dtypes their codes, None the null pointer. Arguments that are
-    too few, too many or not what the header says raise TypeError or ctypes.ArgumentError.
+    Tensors become their addresses, dtypes their codes, None the null pointer, and a list of
+    structs, each a sequence of its fields, an array. Arguments that are too few, too many or not
+    what the header says raise TypeError or ctypes.ArgumentError.
 
     Args:
         path: of the shared library.

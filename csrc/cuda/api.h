@@ -1,17 +1,16 @@
 // The C functions of the library of CUDA kernels. They know nothing of torch or Python: device addresses,
 // sizes and a stream come in, work is queued on the stream, CUDA's error code comes out (0 is success).
 //
-// Maps are computed on in packed form, [channel][y][x][lane]: the lanes of a pixel are the images of the
-// batch, padded with zeros to `lanes` of them. A linear layer is a convolution of maps of one pixel. Every
-// product then is one of two:
+// A function does all of an op, so that a layer costs one call from Python. Maps are computed on in packed
+// form, [channel][y][x][lane]: the lanes of a pixel are the images of the batch, padded with zeros to `lanes`
+// of them. Packed maps are in a workspace that the caller provides, aligned as torch's allocator aligns. A
+// linear layer is a convolution of maps of one pixel. Every product then is one of two:
 //   gather: y[row][position] = bias[row] + sum over the nonzeros k of the row of
 //           values[k] * x[pixel(k, position)]
 //   sample: dvalues[k] = sum over positions of grad[row(k)][position] * x[pixel(k, position)]
 // where pixel(k, position) = offset[k] + y * in_row + x * in_col counts the pixels of all channels of x. The
-// caller guarantees that there is such a pixel; padding has made sure of it for every tap. Of the
-// packed_height * packed_width pixels of a channel of x, the map itself are map_height rows from `top` on and
-// map_width columns from `left` on. Infinity and NaN reach the results that have them among their terms
-// inside the map, and no other.
+// caller guarantees that there is such a pixel; padding has made sure of it for every tap. Infinity and NaN
+// reach the results that have them among their terms inside the map, and no other.
 //
 // Results are the same bit for bit for the same inputs and kind of GPU: no floating-point atomics, and work
 // is cut by sizes alone. Sums are in float32 and rounded once. Sizes are int64_t; numbers of pixels,
@@ -28,45 +27,53 @@ SPARSEKD_API const char* sparsekd_cuda_error(int code);
 // Fails where there is no driver, or one too old for the CUDA that this library was built with.
 SPARSEKD_API int sparsekd_cuda_driver();
 
+// Maps [batch, channels, height, width] of any strides, in elements.
+typedef struct {
+  void* data;
+  int64_t batch, channels, height, width;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+} sparsekd_cuda_maps;
+
+// A product of packed maps: crow [rows + 1], offset [nnz], order [rows] (the rows, the longest first), slots
+// [nnz] (which value belongs to each nonzero) or null where they are in order. It computes height * width
+// positions; those of every row of the result are out_origin + y * out_row + x * out_col.
+typedef struct {
+  int64_t rows;
+  const int32_t* crow;
+  const int32_t* offset;
+  const int32_t* order;
+  const int32_t* slots;
+  int64_t height, width, in_row, in_col, out_origin, out_row, out_col;
+} sparsekd_cuda_product;
+
 // How many lanes a batch gets: whole vectors of 16 bytes, except that a batch smaller than one has no
 // padding.
 SPARSEKD_API int64_t sparsekd_cuda_lanes(int64_t dtype, int64_t batch);
 
-// maps [batch, channels, height, width] of any strides -> packed [channels][top + height + bottom]
-// [left + width + right][lanes], zero outside the maps.
-SPARSEKD_API int sparsekd_cuda_pack(int64_t dtype, const void* maps, int64_t batch, int64_t channels,
-                                    int64_t height, int64_t width, int64_t stride_n, int64_t stride_c,
-                                    int64_t stride_h, int64_t stride_w, int64_t top, int64_t bottom,
-                                    int64_t left, int64_t right, void* packed, int64_t lanes, void* stream);
+// How many bytes `gather` works in. The data of the maps may be null.
+SPARSEKD_API int64_t sparsekd_cuda_gather_bytes(int64_t dtype, const sparsekd_cuda_maps* x, int64_t top,
+                                                int64_t bottom, int64_t left, int64_t right,
+                                                const sparsekd_cuda_maps* y);
 
-// packed [channels][height][width][lanes] -> maps [batch, channels, height, width] of any strides.
-SPARSEKD_API int sparsekd_cuda_unpack(int64_t dtype, void* maps, int64_t batch, int64_t channels,
-                                      int64_t height, int64_t width, int64_t stride_n, int64_t stride_c,
-                                      int64_t stride_h, int64_t stride_w, const void* packed, int64_t lanes,
-                                      void* stream);
+// Packs x with its padding, computes `count` products of it, and unpacks the result into y: values [nnz],
+// bias [rows] or null. Unless `whole`, positions that no product writes become 0.
+SPARSEKD_API int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t top, int64_t bottom,
+                                      int64_t left, int64_t right, int64_t count,
+                                      const sparsekd_cuda_product* products, const void* values,
+                                      const void* bias, const sparsekd_cuda_maps* y, int64_t whole,
+                                      void* workspace, void* stream);
 
-// crow [rows + 1], offset [nnz], order [rows] (the rows, the longest first), values [nnz], bias [rows] or
-// null, x packed -> y [rows][out_pixels][lanes], of which the height * width positions
-// out_origin + y * out_row + x * out_col of every row are written.
-SPARSEKD_API int sparsekd_cuda_gather(int64_t dtype, int64_t rows, const int32_t* crow, const int32_t* offset,
-                                      const int32_t* order, const void* values, const void* bias,
-                                      const void* x, int64_t lanes, int64_t packed_height,
-                                      int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
-                                      int64_t map_width, int64_t height, int64_t width, int64_t in_row,
-                                      int64_t in_col, void* y, int64_t out_pixels, int64_t out_origin,
-                                      int64_t out_row, int64_t out_col, void* stream);
+// How many bytes `sample` works in.
+SPARSEKD_API int64_t sparsekd_cuda_sample_bytes(int64_t dtype, const sparsekd_cuda_maps* grad,
+                                                const sparsekd_cuda_maps* x, int64_t top, int64_t bottom,
+                                                int64_t left, int64_t right, int64_t nnz);
 
-// Into how many parts the sums of `sample` are cut, so that few nonzeros still fill a device.
-SPARSEKD_API int64_t sparsekd_cuda_parts(int64_t dtype, int64_t nnz, int64_t positions, int64_t lanes);
-
-// row [nnz], offset [nnz], grad packed [rows][height][width][lanes], x packed, partial [parts][nnz] to work
-// in -> dvalues [nnz].
-SPARSEKD_API int sparsekd_cuda_sample(int64_t dtype, int64_t nnz, const int32_t* row, const int32_t* offset,
-                                      const void* grad, const void* x, int64_t lanes, int64_t packed_height,
-                                      int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
-                                      int64_t map_width, int64_t height, int64_t width, int64_t in_row,
-                                      int64_t in_col, float* partial, int64_t parts, void* dvalues,
-                                      void* stream);
+// Packs grad, and x with its padding, and computes dvalues [nnz] of a product's nonzeros, whose rows are
+// row [nnz].
+SPARSEKD_API int sparsekd_cuda_sample(int64_t dtype, const sparsekd_cuda_maps* grad,
+                                      const sparsekd_cuda_maps* x, int64_t top, int64_t bottom, int64_t left,
+                                      int64_t right, const sparsekd_cuda_product* product, int64_t nnz,
+                                      const int32_t* row, void* dvalues, void* workspace, void* stream);
 
 // Growth ranks by keys: the larger key is the better score or, of equal scores, the lower position, whose
 // complement is the lower half of the key; 0 is a position that cannot grow.

@@ -64,8 +64,10 @@ struct Inside {
 template <class T>
 struct Matrix {
   int32_t rows;
-  const int32_t *crow, *offset, *order;
+  const int32_t *crow, *offset, *order, *slots;
   const T *values, *bias;
+
+  __device__ float value(int32_t k) const { return to_float(values[slots ? slots[k] : k]); }
 };
 
 struct alignas(8) Nonzero {
@@ -108,8 +110,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   const int32_t end = matrix.crow[row + 1];
   for (int32_t first = matrix.crow[row]; first < end; first += kWarp) {
     const int count = end - first < kWarp ? end - first : kWarp;
-    if (lane < count)
-      stage[warp][lane] = {matrix.offset[first + lane], to_float(matrix.values[first + lane])};
+    if (lane < count) stage[warp][lane] = {matrix.offset[first + lane], matrix.value(first + lane)};
     __syncwarp();
     if (live) {
 #pragma unroll 4
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     for (int32_t k = matrix.crow[row]; k < matrix.crow[row + 1]; ++k) {
       const int64_t pixel = window.pixel(u) + matrix.offset[k];
       if (inside.has(pixel))
-        multiply_add(sum, to_float(matrix.values[k]), x[pixel * window.vectors + u % window.vectors]);
+        multiply_add(sum, matrix.value(k), x[pixel * window.vectors + u % window.vectors]);
     }
   }
   Vector<T, kVec> result;

@@ -14,8 +14,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kAlignment = 256;     // of the pieces of a workspace
 constexpr int64_t kEnoughWarps = 8192;  // fill the largest devices several times over
 constexpr int64_t kLeastUnits = 512;    // of a part; fewer are not worth a sum of their own
+
+dim3 tile_threads() { return dim3(kTile, kTileRows); }
 
 // Calls run(T{}) for the type of the code.
 template <class F>
@@ -50,34 +53,103 @@ bool fit(std::initializer_list<double> sizes) {
 }
 
 bool valid(const Maps& m) {
-  return fit({double(m.batch), double(m.channels) * m.packed_height * m.packed_width, double(m.lanes)}) &&
-         m.height >= 0 && m.width >= 0 && m.top >= 0 && m.left >= 0 && m.lanes >= m.batch;
+  return fit({double(m.batch), double(m.channels) * m.packed_height * m.packed_width,
+              double(m.packed_height) * m.packed_width, double(m.lanes)}) &&
+         fit({double(m.height), double(m.width), double(m.top), double(m.left), double(m.channels),
+              double(m.packed_height) - m.top - m.height, double(m.packed_width) - m.left - m.width});
+}
+
+// Maps in their packed form, `edges` of zeros around them.
+struct Edges {
+  int64_t top, bottom, left, right;
+};
+
+Maps packed_maps(int64_t dtype, const sparsekd_cuda_maps& m, Edges edges = {}) {
+  return {m.batch,
+          m.channels,
+          m.height,
+          m.width,
+          m.stride_n,
+          m.stride_c,
+          m.stride_h,
+          m.stride_w,
+          edges.top,
+          edges.left,
+          edges.top + m.height + edges.bottom,
+          edges.left + m.width + edges.right,
+          sparsekd_cuda_lanes(dtype, m.batch),
+          m.stride_c < m.stride_w};
 }
 
 int64_t tiles(const Maps& m) { return ceil_div(m.pixels(), kTile) * lane_tiles(m); }
 
-Window window_of(int64_t dtype, int64_t lanes, int64_t height, int64_t width, int64_t in_row,
-                 int64_t in_col) {
-  return {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(in_row),
-          static_cast<int32_t>(in_col), static_cast<int32_t>(vectors_of(dtype, lanes))};
+// Pieces of a workspace, one behind the other, each aligned as a whole workspace is.
+struct Workspace {
+  int64_t used = 0;
+
+  int64_t take(int64_t count, int64_t size) {
+    const int64_t at = used;
+    used += ceil_div(count * size, kAlignment) * kAlignment;
+    return at;
+  }
+};
+
+int64_t element_size(int64_t dtype) { return dtype == SPARSEKD_FLOAT32 ? 4 : 2; }
+
+int64_t parts_of(int64_t nnz, int64_t units) {
+  const int64_t wanted = ceil_div(kEnoughWarps, ceil_div(nnz, kTogether) + 1);
+  const int64_t most = units / kLeastUnits;
+  return most < 1 ? 1 : wanted < most ? wanted : most;
 }
 
-Inside inside_of(int64_t packed_height, int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
-                 int64_t map_width) {
-  return {static_cast<int32_t>(packed_height), static_cast<int32_t>(packed_width),
-          static_cast<int32_t>(top),           static_cast<int32_t>(left),
-          static_cast<int32_t>(map_height),    static_cast<int32_t>(map_width)};
+// Where in its workspace `gather` has packed maps.
+struct GatherWork {
+  int64_t x, y, bytes;
+
+  GatherWork(int64_t dtype, const Maps& of_x, const Maps& of_y) {
+    Workspace cut;
+    x = cut.take(of_x.pixels() * of_x.lanes, element_size(dtype));
+    y = cut.take(of_y.pixels() * of_y.lanes, element_size(dtype));
+    bytes = cut.used;
+  }
+};
+
+// The same for `sample`, which sums up in parts.
+struct SampleWork {
+  int64_t grad, x, partial, parts, bytes;
+
+  SampleWork(int64_t dtype, const Maps& of_grad, const Maps& of_x, int64_t nnz) {
+    parts = parts_of(nnz, of_grad.packed_height * of_grad.packed_width * vectors_of(dtype, of_grad.lanes));
+    Workspace cut;
+    grad = cut.take(of_grad.pixels() * of_grad.lanes, element_size(dtype));
+    x = cut.take(of_x.pixels() * of_x.lanes, element_size(dtype));
+    partial = cut.take(parts * nnz, sizeof(float));
+    bytes = cut.used;
+  }
+};
+
+bool valid(const sparsekd_cuda_product& p, int64_t lanes, int64_t out_pixels) {
+  return fit({double(p.rows), double(p.rows) * out_pixels, double(p.height), double(p.width),
+              double(lanes) * p.height * p.width, double(p.in_row), double(p.in_col),
+              double(p.height) * p.in_row + double(p.width) * p.in_col, double(p.out_origin),
+              double(p.out_row), double(p.out_col)});
 }
 
-bool valid_inside(int64_t packed_height, int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
-                  int64_t map_width) {
-  return fit({double(packed_height) - 1, double(packed_width) - 1, double(top), double(left),
-              double(map_height), double(map_width), double(packed_height) * packed_width});
+Window window_of(const sparsekd_cuda_product& p, int64_t vectors) {
+  return {static_cast<int32_t>(p.height), static_cast<int32_t>(p.width), static_cast<int32_t>(p.in_row),
+          static_cast<int32_t>(p.in_col), static_cast<int32_t>(vectors)};
 }
 
-bool valid_window(int64_t lanes, int64_t height, int64_t width, int64_t in_row, int64_t in_col) {
-  return fit({double(lanes) * height * width, double(height), double(width), double(lanes),
-              double(height) * in_row + double(width) * in_col, double(in_row), double(in_col)});
+Inside inside_of(const Maps& m) {
+  return {static_cast<int32_t>(m.packed_height), static_cast<int32_t>(m.packed_width),
+          static_cast<int32_t>(m.top),           static_cast<int32_t>(m.left),
+          static_cast<int32_t>(m.height),        static_cast<int32_t>(m.width)};
+}
+
+template <class T>
+int pack(const Maps& m, const void* maps, void* packed, void* stream) {
+  return launch(pack_kernel<T>, tiles(m), tile_threads(), stream, m, static_cast<const T*>(maps),
+                static_cast<T*>(packed));
 }
 
 bool valid_matrix(int64_t rows, int64_t cols) {
@@ -97,8 +169,6 @@ int64_t row_blocks(int64_t rows) { return ceil_div(rows, kRowWarps); }
 
 dim3 row_threads() { return dim3(kRowWarps * kWarp); }
 
-dim3 tile_threads() { return dim3(kTile, kTileRows); }
-
 }  // namespace
 }  // namespace sparsekd_cuda
 
@@ -116,103 +186,83 @@ int64_t sparsekd_cuda_lanes(int64_t dtype, int64_t batch) {
   return batch < size ? batch : ceil_div(batch, size) * size;
 }
 
-int sparsekd_cuda_pack(int64_t dtype, const void* maps, int64_t batch, int64_t channels, int64_t height,
-                       int64_t width, int64_t stride_n, int64_t stride_c, int64_t stride_h, int64_t stride_w,
-                       int64_t top, int64_t bottom, int64_t left, int64_t right, void* packed, int64_t lanes,
-                       void* stream) {
-  const Maps m{batch,
-               channels,
-               height,
-               width,
-               stride_n,
-               stride_c,
-               stride_h,
-               stride_w,
-               top,
-               left,
-               top + height + bottom,
-               left + width + right,
-               lanes,
-               stride_c < stride_w};
-  if (!valid(m) || bottom < 0 || right < 0) return cudaErrorInvalidValue;
-  return by_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    return launch(pack_kernel<T>, tiles(m), tile_threads(), stream, m, static_cast<const T*>(maps),
-                  static_cast<T*>(packed));
-  });
+int64_t sparsekd_cuda_gather_bytes(int64_t dtype, const sparsekd_cuda_maps* x, int64_t top, int64_t bottom,
+                                   int64_t left, int64_t right, const sparsekd_cuda_maps* y) {
+  return GatherWork(dtype, packed_maps(dtype, *x, {top, bottom, left, right}), packed_maps(dtype, *y)).bytes;
 }
 
-int sparsekd_cuda_unpack(int64_t dtype, void* maps, int64_t batch, int64_t channels, int64_t height,
-                         int64_t width, int64_t stride_n, int64_t stride_c, int64_t stride_h,
-                         int64_t stride_w, const void* packed, int64_t lanes, void* stream) {
-  const Maps m{batch,    channels, height, width,  stride_n, stride_c, stride_h,
-               stride_w, 0,        0,      height, width,    lanes,    stride_c < stride_w};
-  if (!valid(m)) return cudaErrorInvalidValue;
-  return by_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    return launch(unpack_kernel<T>, tiles(m), tile_threads(), stream, m, static_cast<T*>(maps),
-                  static_cast<const T*>(packed));
-  });
-}
-
-int sparsekd_cuda_gather(int64_t dtype, int64_t rows, const int32_t* crow, const int32_t* offset,
-                         const int32_t* order, const void* values, const void* bias, const void* x,
-                         int64_t lanes, int64_t packed_height, int64_t packed_width, int64_t top,
-                         int64_t left, int64_t map_height, int64_t map_width, int64_t height, int64_t width,
-                         int64_t in_row, int64_t in_col, void* y, int64_t out_pixels, int64_t out_origin,
-                         int64_t out_row, int64_t out_col, void* stream) {
-  if (!valid_window(lanes, height, width, in_row, in_col) ||
-      !valid_inside(packed_height, packed_width, top, left, map_height, map_width) ||
-      !fit({double(rows), double(rows) * out_pixels, double(out_origin), double(out_row), double(out_col)}))
-    return cudaErrorInvalidValue;
-  const Window window = window_of(dtype, lanes, height, width, in_row, in_col);
-  const Inside inside = inside_of(packed_height, packed_width, top, left, map_height, map_width);
-  const Target target{out_pixels, static_cast<int32_t>(out_origin), static_cast<int32_t>(out_row),
-                      static_cast<int32_t>(out_col)};
-  const int64_t blocks = ceil_div(window.units(), kWarp) * ceil_div(rows, kWarps);
-  return by_vector(dtype, lanes, [&](auto vector) {
+int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t top, int64_t bottom,
+                         int64_t left, int64_t right, int64_t count, const sparsekd_cuda_product* products,
+                         const void* values, const void* bias, const sparsekd_cuda_maps* y, int64_t whole,
+                         void* workspace, void* stream) {
+  const Maps from = packed_maps(dtype, *x, {top, bottom, left, right}), to = packed_maps(dtype, *y);
+  if (!valid(from) || !valid(to) || from.batch != to.batch) return cudaErrorInvalidValue;
+  for (int64_t i = 0; i < count; ++i)
+    if (!valid(products[i], from.lanes, to.height * to.width)) return cudaErrorInvalidValue;
+  const GatherWork work(dtype, from, to);
+  char* const packed_x = static_cast<char*>(workspace) + work.x;
+  char* const packed_y = static_cast<char*>(workspace) + work.y;
+  return by_vector(dtype, from.lanes, [&](auto vector) -> int {
     using V = decltype(vector);
     using T = std::remove_reference_t<decltype(vector.v[0])>;
     constexpr int kVec = sizeof(V) / sizeof(T);
-    const Matrix<T> matrix{static_cast<int32_t>(rows), crow, offset, order, static_cast<const T*>(values),
-                           static_cast<const T*>(bias)};
-    return launch(gather_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, matrix, window, inside,
-                  target, static_cast<const V*>(x), static_cast<V*>(y));
+    int code = pack<T>(from, x->data, packed_x, stream);
+    if (code == cudaSuccess && !whole)
+      code =
+          cudaMemsetAsync(packed_y, 0, to.pixels() * to.lanes * sizeof(T), static_cast<cudaStream_t>(stream));
+    for (int64_t i = 0; i < count && code == cudaSuccess; ++i) {
+      const sparsekd_cuda_product& p = products[i];
+      const Window window = window_of(p, from.lanes / kVec);
+      const Target target{to.height * to.width, static_cast<int32_t>(p.out_origin),
+                          static_cast<int32_t>(p.out_row), static_cast<int32_t>(p.out_col)};
+      const Matrix<T> matrix{
+          static_cast<int32_t>(p.rows), p.crow, p.offset, p.order, p.slots, static_cast<const T*>(values),
+          static_cast<const T*>(bias)};
+      const int64_t blocks = ceil_div(window.units(), kWarp) * ceil_div(p.rows, kWarps);
+      code = launch(gather_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, matrix, window,
+                    inside_of(from), target, reinterpret_cast<const V*>(packed_x),
+                    reinterpret_cast<V*>(packed_y));
+    }
+    if (code != cudaSuccess) return code;
+    return launch(unpack_kernel<T>, tiles(to), tile_threads(), stream, to, static_cast<T*>(y->data),
+                  reinterpret_cast<const T*>(packed_y));
   });
 }
 
-int64_t sparsekd_cuda_parts(int64_t dtype, int64_t nnz, int64_t positions, int64_t lanes) {
-  const int64_t wanted = ceil_div(kEnoughWarps, ceil_div(nnz, kTogether) + 1);
-  const int64_t most = positions * vectors_of(dtype, lanes) / kLeastUnits;
-  return most < 1 ? 1 : wanted < most ? wanted : most;
+int64_t sparsekd_cuda_sample_bytes(int64_t dtype, const sparsekd_cuda_maps* grad, const sparsekd_cuda_maps* x,
+                                   int64_t top, int64_t bottom, int64_t left, int64_t right, int64_t nnz) {
+  const Maps of_x = packed_maps(dtype, *x, {top, bottom, left, right});
+  return SampleWork(dtype, packed_maps(dtype, *grad), of_x, nnz).bytes;
 }
 
-int sparsekd_cuda_sample(int64_t dtype, int64_t nnz, const int32_t* row, const int32_t* offset,
-                         const void* grad, const void* x, int64_t lanes, int64_t packed_height,
-                         int64_t packed_width, int64_t top, int64_t left, int64_t map_height,
-                         int64_t map_width, int64_t height, int64_t width, int64_t in_row, int64_t in_col,
-                         float* partial, int64_t parts, void* dvalues, void* stream) {
-  if (!valid_window(lanes, height, width, in_row, in_col) ||
-      !valid_inside(packed_height, packed_width, top, left, map_height, map_width) || parts < 1 ||
-      !fit({double(nnz), double(parts)}))
+int sparsekd_cuda_sample(int64_t dtype, const sparsekd_cuda_maps* grad, const sparsekd_cuda_maps* x,
+                         int64_t top, int64_t bottom, int64_t left, int64_t right,
+                         const sparsekd_cuda_product* product, int64_t nnz, const int32_t* row, void* dvalues,
+                         void* workspace, void* stream) {
+  const Maps of_grad = packed_maps(dtype, *grad), of_x = packed_maps(dtype, *x, {top, bottom, left, right});
+  if (!valid(of_grad) || !valid(of_x) || of_grad.batch != of_x.batch || !fit({double(nnz)}) ||
+      !valid(*product, of_x.lanes, of_grad.height * of_grad.width))
     return cudaErrorInvalidValue;
-  const Window window = window_of(dtype, lanes, height, width, in_row, in_col);
-  const Inside inside = inside_of(packed_height, packed_width, top, left, map_height, map_width);
-  const Samples samples{static_cast<int32_t>(nnz), row, offset};
-  const int64_t blocks = ceil_div(nnz, int64_t{kWarps} * kTogether) * parts;
-  const int code = by_vector(dtype, lanes, [&](auto vector) {
+  const SampleWork work(dtype, of_grad, of_x, nnz);
+  char* const packed_grad = static_cast<char*>(workspace) + work.grad;
+  char* const packed_x = static_cast<char*>(workspace) + work.x;
+  float* const partial = reinterpret_cast<float*>(static_cast<char*>(workspace) + work.partial);
+  const Samples samples{static_cast<int32_t>(nnz), row, product->offset};
+  const int32_t parts = static_cast<int32_t>(work.parts);
+  return by_vector(dtype, of_x.lanes, [&](auto vector) -> int {
     using V = decltype(vector);
     using T = std::remove_reference_t<decltype(vector.v[0])>;
     constexpr int kVec = sizeof(V) / sizeof(T);
-    return launch(sample_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, samples, window, inside,
-                  static_cast<int32_t>(parts), static_cast<const V*>(grad), static_cast<const V*>(x),
-                  partial);
-  });
-  if (code != cudaSuccess) return code;
-  return by_type(dtype, [&](auto type) {
-    using T = decltype(type);
+    int code = pack<T>(of_grad, grad->data, packed_grad, stream);
+    if (code == cudaSuccess) code = pack<T>(of_x, x->data, packed_x, stream);
+    const int64_t blocks = ceil_div(nnz, int64_t{kWarps} * kTogether) * parts;
+    if (code == cudaSuccess)
+      code = launch(sample_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, samples,
+                    window_of(*product, of_x.lanes / kVec), inside_of(of_x), parts,
+                    reinterpret_cast<const V*>(packed_grad), reinterpret_cast<const V*>(packed_x), partial);
+    if (code != cudaSuccess) return code;
     return launch(add_parts_kernel<T>, ceil_div(nnz, kThreads), dim3(kThreads), stream,
-                  static_cast<int32_t>(nnz), static_cast<int32_t>(parts), partial, static_cast<T*>(dvalues));
+                  static_cast<int32_t>(nnz), parts, partial, static_cast<T*>(dvalues));
   });
 }
 

@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from unittest import mock
 
 import torch
 from ptx_machine import Counts, Module
+from torch.utils._pytree import tree_leaves
 
 import sparsekd as skd
 from sparsekd import cuda_library
@@ -34,6 +36,7 @@ FLAGS = (
     "-std=c++17", "-x", "c++", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas", "-DSPARSEKD_HOST_EMULATION", f"-I{HERE}",
 )  # fmt: skip
+_numbers = itertools.count()
 TO_PTX = ("-std=c++17", "-O3", "-lineinfo", "-arch=compute_80", "-ptx")
 
 
@@ -131,7 +134,8 @@ class OnPtx(Emulated):
         return {launch.kernel for launch in self.launches}
 
     def run(self, name: str, device: torch.device, *args: Any) -> None:
-        storages = [a.untyped_storage() for a in args if isinstance(a, torch.Tensor)]
+        found = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        storages = [tensor.untyped_storage() for tensor in found]
         self._memory = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
         self._functions.emulation_executor(self._executor)
         try:
@@ -157,9 +161,9 @@ class OnPtx(Emulated):
 
 
 def module_of(library: Emulated) -> ModuleType:
-    """Return a second copy of sparsekd.ops.cuda.ops, bound to a library."""
+    """Return a copy of sparsekd.ops.cuda.ops of its own, bound to a library."""
     path = Path(backends.__file__).parents[1] / "cuda" / "ops.py"
-    spec = importlib.util.spec_from_file_location("emulated_cuda", path)
+    spec = importlib.util.spec_from_file_location(f"emulated_cuda_{next(_numbers)}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -34,6 +34,13 @@ inline const char* cudaGetErrorString(cudaError_t code) {
   return code == cudaErrorInvalidValue ? "invalid argument" : emulation::machine().error.c_str();
 }
 
+using cudaStream_t = void*;
+
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+  std::memset(address, value, bytes);
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaGetDeviceCount(int* devices) {
   *devices = 1;
   return cudaSuccess;

@@ -92,6 +92,9 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[], None], type[Exception]]] = 
     "one nonzero too few": (
         "gather.cuh", "i < count; ++i", "i + 1 < count; ++i", products, WRONG,
     ),
+    "values in the order of the weight": (
+        "gather.cuh", "slots ? slots[k] : k", "k", products, WRONG,
+    ),
     "a barrier for half of the warp": (
         "gather.cuh", "__syncwarp();\n    if (live)", "__syncwarp(0xffffu);\n    if (live)",
         products, FAULT,

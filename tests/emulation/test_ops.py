@@ -266,7 +266,10 @@ def test_other_dtypes_are_refused(on_cuda) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused(on_cuda) -> None:
+    one = (None, 1, 1, 1, 1, 1, 1, 1, 1)
     for height in (-1, 1 << 31):
-        maps = torch.float32, None, 1, 1, height, 1, 1, 1, 1, 1
-        with pytest.raises(BackendError, match="pack: CUDA error 1, invalid argument"):
-            on_cuda.run("pack", torch.device("cpu"), *maps, 0, 0, 0, 0, None, 1)
+        tall = (None, 1, 1, height, 1, 1, 1, 1, 1)
+        for x, y in ((tall, one), (one, tall)):
+            args = [x], 0, 0, 0, 0, 0, [], None, None, [y], 1, None
+            with pytest.raises(BackendError, match="gather: CUDA error 1, invalid argument"):
+                on_cuda.run("gather", torch.device("cpu"), torch.float32, *args)

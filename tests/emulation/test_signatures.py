@@ -17,8 +17,8 @@ MASK_CROW = (1, 1, torch.zeros(1, 1, dtype=torch.bool), INDICES)
 
 
 def harmless(parameter: Any) -> Any:
-    """Return an argument of the right kind: null, or zero, or a dtype."""
-    for value in (0, None, torch.float32):
+    """Return an argument of the right kind: null, or zero, or a dtype, or no structs."""
+    for value in (0, None, torch.float32, ()):
         try:
             parameter.from_param(value)
         except TypeError:

@@ -1,10 +1,15 @@
-"""The CUDA backend: pack the maps, queue the kernels of csrc/cuda, unpack the result.
+"""The CUDA backend: one call of csrc/cuda an op, which packs maps, multiplies and unpacks.
 
 Kernels accumulate in float32 and round once. Everything is queued on torch's current stream and
 nothing waits for the device, except where a structure is seen for the first time, and growth.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,61 +19,91 @@ from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.gpu import gather_plans
-from sparsekd.ops.gpu.convolution import conv_of, new_input_gradient
+from sparsekd.ops.gpu.convolution import Conv, conv_of, covers
 from sparsekd.ops.gpu.gather_plans import GatherPlan
 from sparsekd.ops.gpu.growth import FreePositions
 from sparsekd.ops.gpu.structure import structure_of
-from sparsekd.ops.memory_format import memory_format_of, pixels
+from sparsekd.ops.memory_format import memory_format_of
 
 _library = cuda_library.load()
-_NO_PADDING = (0, 0, 0, 0)
-_POINTWISE = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
+_PIXEL = (1, 1)
 
 
-def _pack(maps: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Return `[channels, height, width, lanes]`, padding included; see api.h."""
-    batch, channels, high, wide = maps.shape
-    top, bottom, left, right = padding
-    lanes = _library.size("lanes", maps.dtype, batch)
-    packed = maps.new_empty((channels, high + top + bottom, wide + left + right, lanes))
-    _library.run(
-        "pack", maps.device, maps.dtype, maps, *maps.shape, *maps.stride(), *padding, packed, lanes
-    )
-    return packed
+class _Maps(NamedTuple):
+    """A tensor as api.h sees maps."""
+
+    data: Tensor | None
+    batch: int
+    channels: int
+    height: int
+    width: int
+    stride_n: int
+    stride_c: int
+    stride_h: int
+    stride_w: int
 
 
-def _unpack(packed: Tensor, batch: int, layout: torch.memory_format) -> Tensor:
-    shape = (batch, *packed.shape[:3])
-    maps = torch.empty(shape, dtype=packed.dtype, device=packed.device, memory_format=layout)
-    _library.run(
-        "unpack", maps.device, maps.dtype, maps, *shape, *maps.stride(), packed, packed.shape[3]
-    )
-    return maps
+def _maps(x: Tensor) -> _Maps:
+    return _Maps(x, *x.shape, *x.stride())
 
 
-def _inside(packed: Tensor, padding: tuple[int, ...]) -> tuple[int, ...]:
-    """Return where in packed maps the maps themselves are; see api.h."""
-    (high, wide), (top, bottom, left, right) = packed.shape[1:3], padding
-    return high, wide, top, left, high - top - bottom, wide - left - right
+def _pixels(x: Tensor) -> _Maps:
+    """Return what a linear layer reads or writes: maps of one pixel."""
+    features = x.shape[-1]
+    if x.ndim == 2:
+        return _Maps(x, x.shape[0], features, *_PIXEL, x.stride(0), x.stride(1), *_PIXEL)
+    return _Maps(x.contiguous(), math.prod(x.shape[:-1]), features, *_PIXEL, features, 1, *_PIXEL)
+
+
+def _pointwise(weight_shape: Sequence[int]) -> Conv:
+    return conv_of([*weight_shape, *_PIXEL], _PIXEL, (0, 0, 0, 0), _PIXEL, 1)
+
+
+@lru_cache(maxsize=4096)
+def _size(name: str, dtype: torch.dtype, *args: Any) -> int:
+    """Return what a function of the library says of sizes alone, which tuples of four stand for."""
+    filled = ([(None, *arg, 0, 0, 0, 0)] if isinstance(arg, tuple) else arg for arg in args)
+    return _library.size(name, dtype, *filled)
+
+
+def _workspace(like: Tensor, name: str, *args: Any) -> Tensor:
+    return like.new_empty(_size(name, like.dtype, *args), dtype=torch.uint8)
+
+
+def _product(plan: GatherPlan) -> tuple[Any, ...]:
+    return plan.order.shape[0], plan.crow, plan.offset, plan.order, plan.slots, *plan.window
 
 
 def _gather(
-    plan: GatherPlan,
+    x: _Maps,
+    padding: Sequence[int],
+    plans: Sequence[GatherPlan],
     values: Tensor,
     bias: Tensor | None,
-    x: Tensor,
-    padding: tuple[int, ...],
-    y: Tensor,
+    y: _Maps,
+    whole: bool = True,
 ) -> None:
-    """Write the outputs that a plan names, of packed maps, into packed maps."""
-    values = values.contiguous() if plan.slots is None else values.index_select(0, plan.slots)
+    """Write what plans name of y; zeros elsewhere, unless they are the `whole` of it."""
+    assert x.data is not None, "only sizes are asked for without data"
+    work = _workspace(x.data, "gather_bytes", x[1:5], *padding, y[1:5])
     bias = None if bias is None else bias.contiguous()
-    rows, high, wide, lanes = y.shape
-    window = plan.window
     _library.run(
-        "gather", x.device, x.dtype, rows, plan.crow, plan.offset, plan.order, values, bias, x,
-        lanes, *_inside(x, padding), *window[:4], y, high * wide, *window[4:],
+        "gather", work.device, x.data.dtype, [x], *padding, len(plans),
+        [_product(plan) for plan in plans], values.contiguous(), bias, [y], int(whole), work,
     )  # fmt: skip
+
+
+def _sample(grad: _Maps, x: _Maps, padding: Sequence[int], plan: GatherPlan, row: Tensor) -> Tensor:
+    """Return the gradients of the values."""
+    assert x.data is not None, "only sizes are asked for without data"
+    nnz = row.shape[0]
+    work = _workspace(x.data, "sample_bytes", grad[1:5], x[1:5], *padding, nnz)
+    dvalues = x.data.new_empty(nnz)
+    _library.run(
+        "sample", work.device, x.data.dtype, [grad], [x], *padding, [_product(plan)], nnz, row,
+        dvalues, work,
+    )  # fmt: skip
+    return dvalues
 
 
 def conv2d(
@@ -84,17 +119,21 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
-    batch, channels, *size = conv2d_shape(x.shape, *conv)
-    if reaches_far(Geometry(x.shape[2:], size, *conv)):
+    shape = conv2d_shape(x.shape, *conv)
+    if reaches_far(Geometry(x.shape[2:], shape[2:], *conv)):
         return reference.conv2d(
             x, values, crow, col, bias, weight_shape, stride, padding, dilation, groups
         )
     structure = structure_of(x, crow, col, weight_shape)
-    plan = gather_plans.forward(structure, conv, x.shape[2:], size)
-    packed = _pack(x, conv.padding)
-    y = packed.new_empty((channels, *size, packed.shape[3]))
-    _gather(plan, values, bias, packed, conv.padding, y)
-    return _unpack(y, batch, memory_format_of(x))
+    plan = gather_plans.forward(structure, conv, x.shape[2:], shape[2:])
+    y = _empty(x, shape)
+    _gather(_maps(x), conv.padding, [plan], values, bias, _maps(y))
+    return y
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    layout = memory_format_of(like)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def conv2d_dgrad(
@@ -110,19 +149,17 @@ def conv2d_dgrad(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
-    batch, channels, *size = input_shape
+    size = input_shape[2:]
     if reaches_far(Geometry(size, grad.shape[2:], *conv)):
         return reference.conv2d_dgrad(
             grad, values, crow, col, input_shape, weight_shape, stride, padding, dilation, groups
         )
     structure = structure_of(grad, crow, col, weight_shape)
     plan = gather_plans.input_gradient(structure, conv, size, grad.shape[2:])
-    packed = _pack(grad, plan.padding)
-    shape = channels, *size, packed.shape[3]
-    dx = new_input_gradient(packed, shape, len(plan.phases), conv, size)
-    for phase in plan.phases:
-        _gather(phase, values, None, packed, plan.padding, dx)
-    return _unpack(dx, batch, memory_format_of(grad))
+    dx = _empty(grad, input_shape)
+    whole = covers(len(plan.phases), conv, size)
+    _gather(_maps(grad), plan.padding, plan.phases, values, None, _maps(dx), whole)
+    return dx
 
 
 def conv2d_wgrad(
@@ -143,16 +180,7 @@ def conv2d_wgrad(
         )
     structure = structure_of(x, crow, col, weight_shape)
     plan = gather_plans.forward(structure, conv, x.shape[2:], grad.shape[2:])
-    upper, packed = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
-    nnz, (high, wide, lanes) = col.shape[0], upper.shape[1:]
-    parts = _library.size("parts", x.dtype, nnz, high * wide, lanes)
-    partial = x.new_empty((parts, nnz), dtype=torch.float32)
-    dvalues = x.new_empty(nnz)
-    _library.run(
-        "sample", x.device, x.dtype, nnz, structure.rows(), plan.offset, upper, packed, lanes,
-        *_inside(packed, conv.padding), *plan.window[:4], partial, parts, dvalues,
-    )  # fmt: skip
-    return dvalues
+    return _sample(_maps(grad), _maps(x), conv.padding, plan, structure.rows())
 
 
 def linear(
@@ -163,24 +191,29 @@ def linear(
     bias: Tensor | None,
     weight_shape: list[int],
 ) -> Tensor:
-    shape = [*weight_shape, 1, 1]
-    y = conv2d(pixels(x), values, crow, col, bias, shape, *_POINTWISE)
-    return y.view(*x.shape[:-1], weight_shape[0])
+    conv, structure = _pointwise(weight_shape), structure_of(x, crow, col, weight_shape)
+    plan = gather_plans.forward(structure, conv, _PIXEL, _PIXEL)
+    y = x.new_empty((*x.shape[:-1], weight_shape[0]))
+    _gather(_pixels(x), conv.padding, [plan], values, bias, _pixels(y))
+    return y
 
 
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    images, shape = pixels(grad), [*weight_shape, 1, 1]
-    input_shape = [images.shape[0], weight_shape[1], 1, 1]
-    dx = conv2d_dgrad(images, values, crow, col, input_shape, shape, *_POINTWISE)
-    return dx.view(*grad.shape[:-1], weight_shape[1])
+    conv, structure = _pointwise(weight_shape), structure_of(grad, crow, col, weight_shape)
+    plan = gather_plans.input_gradient(structure, conv, _PIXEL, _PIXEL)
+    dx = grad.new_empty((*grad.shape[:-1], weight_shape[1]))
+    _gather(_pixels(grad), plan.padding, plan.phases, values, None, _pixels(dx))
+    return dx
 
 
 def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    return conv2d_wgrad(pixels(grad), pixels(x), crow, col, [*weight_shape, 1, 1], *_POINTWISE)
+    conv, structure = _pointwise(weight_shape), structure_of(x, crow, col, weight_shape)
+    plan = gather_plans.forward(structure, conv, _PIXEL, _PIXEL)
+    return _sample(_pixels(grad), _pixels(x), conv.padding, plan, structure.rows())
 
 
 class LargestK(FreePositions):

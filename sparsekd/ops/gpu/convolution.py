@@ -55,9 +55,13 @@ def axis_phases(size: int, before: int, kernel: int, stride: int, dilation: int)
     return found
 
 
+def covers(phases: int, conv: Conv, size: Sequence[int]) -> bool:
+    """Return whether some phases together write all of an input gradient of a size."""
+    return phases == min(conv.stride[0], size[0]) * min(conv.stride[1], size[1])
+
+
 def new_input_gradient(
     like: Tensor, shape: Sequence[int], phases: int, conv: Conv, size: Sequence[int]
 ) -> Tensor:
     """Allocate an input gradient that some phases write: zeros unless they cover all of it."""
-    every = min(conv.stride[0], size[0]) * min(conv.stride[1], size[1])
-    return like.new_empty(shape) if phases == every else like.new_zeros(shape)
+    return like.new_empty(shape) if covers(phases, conv, size) else like.new_zeros(shape)

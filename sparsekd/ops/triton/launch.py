@@ -32,6 +32,52 @@ class Access(NamedTuple):
     stride: tuple[int, ...]
 
 
+class Pixels(NamedTuple):
+    """Maps whose channels lie side by side, as kernels see them.
+
+    Args:
+        data: where they begin.
+        images, high, wide, channels: their sizes.
+        strides: from image to image, row to row and pixel to pixel, in elements.
+    """
+
+    data: Tensor
+    images: int
+    high: int
+    wide: int
+    channels: int
+    strides: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, maps: Tensor) -> Pixels:
+        """Return maps `[N, C, H, W]` in channels_last as they are."""
+        images, channels, high, wide = maps.shape
+        strides = high * wide * channels, wide * channels, channels
+        return cls(maps, images, high, wide, channels, strides)
+
+    @classmethod
+    def of_rows(cls, features: Tensor) -> Pixels:
+        """Return rows of features `[..., C]`, contiguous, as images of one pixel."""
+        channels = features.shape[-1]
+        images = math.prod(features.shape[:-1])
+        return cls(features, images, 1, 1, channels, (channels, channels, channels))
+
+    def flat(self) -> Pixels:
+        """Return all pixels as images of their own; they must lie one behind the other."""
+        images = self.images * self.high * self.wide
+        return self._replace(images=images, high=1, wide=1, strides=(self.channels,) * 3)
+
+    def grid(self, first: Sequence[int], size: Sequence[int], steps: Sequence[int]) -> Pixels:
+        """Return `size` rows and columns of pixels from `first` on, `steps` apart."""
+        if tuple(size) == (self.high, self.wide):
+            return self
+        image, row, pixel = self.strides
+        start = self.data.storage_offset() + first[0] * row + first[1] * pixel
+        data = self.data.as_strided((1,), (1,), start)
+        strides = image, row * steps[0], pixel * steps[1]
+        return self._replace(data=data, high=size[0], wide=size[1], strides=strides)
+
+
 def pack_values(of: Tensor, lists: Lists) -> Tensor:
     """Return values in the order of the kernel, zeros between them."""
     packed = of.new_empty(lists.slots.shape)
@@ -58,8 +104,8 @@ def tile_product(
     lists: Lists,
     weight: Tensor,
     bias: Tensor | None,
-    x: Tensor,
-    y: Tensor,
+    x: Pixels,
+    y: Pixels,
     access: Access,
     precision: str,
 ) -> None:
@@ -69,62 +115,58 @@ def tile_product(
         lists: its chunks.
         weight: packed values.
         bias: one per output channel, or None.
-        x: maps, channels innermost and dense.
-        y: maps for the result, or a view of every so many pixels of them.
+        x: the input.
+        y: maps for the result, or every so many pixels of them.
         access: how the two meet.
         precision: of products in float32, "ieee" or "tf32".
-
-    Shape:
-        - x: `[N, H, W, channels]`
-        - y: `[N, H_out, W_out, rows]`
     """
-    positions = y.shape[0] * y.shape[1] * y.shape[2]
+    positions = y.images * y.high * y.wide
     count = lists.outputs.shape[0]
 
     def launch(how: config.Config) -> None:
         gemm.tile_product[count * _blocks(positions, how.positions),](
             lists.lists, lists.outputs, lists.columns,
-            weight, weight if bias is None else bias, x, y,
-            count, positions, y.shape[1], y.shape[2],
-            *_strides(x), x.shape[1], x.shape[2], *access.stride, *_strides(y),
+            weight, weight if bias is None else bias, x.data, y.data,
+            count, positions, y.high, y.wide,
+            *x.strides, x.high, x.wide, *access.stride, *y.strides,
             SPATIAL=access.spatial, BIAS=bias is not None, EVEN_N=lists.even[0],
             EVEN_K=lists.even[1], ALIGN=lists.align, PRECISION=precision,
             BP=how.positions, BN=lists.n, BK=lists.k,
             num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
 
-    how = _choose("product", lists, x, precision, positions)
-    _launch_tuned("tile_product", lists, x, precision, positions, how, launch)
+    how = _choose("product", lists, x.data, x.channels, precision, positions)
+    _launch_tuned("tile_product", lists, x.data, precision, positions, how, launch)
 
 
-def tile_sample(lists: Lists, grad: Tensor, x: Tensor, access: Access, precision: str) -> Tensor:
+def tile_sample(lists: Lists, grad: Pixels, x: Pixels, access: Access, precision: str) -> Tensor:
     """Return the gradient of packed values in parts, float32 `[parts, E, n, k]`.
 
     Args:
         lists: the chunks.
-        grad: of the output, channels innermost and dense.
-        x: the input, likewise.
+        grad: of the output.
+        x: the input.
         access: how the two meet.
         precision: of products in float32, "ieee" or "tf32".
     """
-    images, high, wide = grad.shape[:3]
-    how = _choose("sample", lists, x, precision, images * high * wide)
-    pixels = min(how.positions, _ceil(high * wide))
-    parts = _Parts.of(lists.owners.shape[0], images, how.positions // pixels, high * wide, pixels)
-    partial = x.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
+    images, outputs = grad.images, grad.high * grad.wide
+    how = _choose("sample", lists, x.data, x.channels, precision, images * outputs)
+    pixels = min(how.positions, _ceil(outputs))
+    parts = _Parts.of(lists.owners.shape[0], images, how.positions // pixels, outputs, pixels)
+    partial = x.data.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
 
     def launch(how: config.Config) -> None:
         gemm.tile_sample[lists.owners.shape[0], parts.number](
-            lists.owners, lists.outputs, lists.columns, grad, x, partial,
-            lists.owners.shape[0], images, high * wide, wide, *parts.sizes,
-            *_strides(grad), *_strides(x), x.shape[1], x.shape[2], *access.stride,
+            lists.owners, lists.outputs, lists.columns, grad.data, x.data, partial,
+            lists.owners.shape[0], images, outputs, grad.wide, *parts.sizes,
+            *grad.strides, *x.strides, x.high, x.wide, *access.stride,
             SPATIAL=access.spatial, EVEN_N=lists.even[0], EVEN_K=lists.even[1], ALIGN=lists.align,
             PRECISION=precision,
             PIXELS=pixels, IMAGES=how.positions // pixels, BN=lists.n, BK=lists.k,
             num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
 
-    _launch_tuned("tile_sample", lists, x, precision, images * high * wide, how, launch)
+    _launch_tuned("tile_sample", lists, x.data, precision, images * outputs, how, launch)
     return partial
 
 
@@ -152,14 +194,14 @@ def shared_product(
             num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
 
-    how = _choose("product", lists, x, precision, positions)
+    how = _choose("product", lists, x, lanes, precision, positions)
     _launch_tuned("shared_product", lists, x, precision, positions, how, launch)
 
 
 def shared_sample(lists: Lists, starts: Tensor, grad: Tensor, x: Tensor, precision: str) -> Tensor:
     """Return the gradient of packed values in parts, float32 `[parts, E, n, k]`."""
     lanes, outputs = x.shape[-1], starts.shape[0]
-    how = _choose("sample", lists, x, precision, lanes * outputs)
+    how = _choose("sample", lists, x, lanes, precision, lanes * outputs)
     images = min(how.positions, _ceil(lanes))
     chunks = lists.owners.shape[0]
     parts = _Parts.of(chunks, lanes, images, outputs, how.positions // images)
@@ -233,10 +275,15 @@ class _Parts(NamedTuple):
         return cls(number, (images_each, blocks_each, image_parts))
 
 
-def _choose(kind: str, lists: Lists, x: Tensor, precision: str, positions: int) -> config.Config:
-    """Return sizes for tiles, or for columns that lie anywhere: their lists have no ALIGN."""
+def _choose(
+    kind: str, lists: Lists, x: Tensor, neighbours: int, precision: str, positions: int
+) -> config.Config:
+    """Return sizes for tiles, or for columns that lie anywhere: their lists have no ALIGN.
+
+    `neighbours` is how many elements of the maps lie side by side.
+    """
     single = lists.align > 0 and not (lists.even[1] and lists.align * x.element_size() >= 16)
-    vectors = not single and x.shape[-1] % 16 == 0  # what Triton asks of strides
+    vectors = not single and neighbours % 16 == 0  # what Triton asks of strides
     dtype, target = _DTYPES[x.dtype], architecture(x.device)
     return config.choose(kind, lists.n, dtype, precision, positions, target, vectors=vectors)
 
@@ -263,10 +310,6 @@ def architecture(device: torch.device) -> str:
         return ""
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
-
-
-def _strides(maps: Tensor) -> Sequence[int]:
-    return maps.stride()[:3]
 
 
 def _warps(positions: int, x: Tensor) -> int:

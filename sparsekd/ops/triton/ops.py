@@ -9,6 +9,7 @@ waits for the device, except where a structure is seen for the first time, and g
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,12 @@ from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape, geometry
 from sparsekd.ops.gpu import gather_plans
-from sparsekd.ops.gpu.convolution import Conv, conv_of, new_input_gradient
-from sparsekd.ops.gpu.gather_plans import GatherPlan, Window
+from sparsekd.ops.gpu.convolution import Conv, conv_of, covers, new_input_gradient
 from sparsekd.ops.gpu.structure import Structure, structure_of
 from sparsekd.ops.memory_format import memory_format_of, pixels
-from sparsekd.ops.triton import launch, shared_plans, tile_plans
+from sparsekd.ops.triton import launch, packed_maps, shared_plans, tile_plans
 from sparsekd.ops.triton.growth import LargestK
-from sparsekd.ops.triton.shared_plans import SharedPlan
+from sparsekd.ops.triton.launch import Pixels
 from sparsekd.ops.triton.tile_size import SMALLEST, Runs, find_runs
 from sparsekd.ops.triton.tuning import info
 
@@ -134,19 +134,17 @@ def linear(
     conv = _pointwise(weight_shape)
     with _device(x):
         structure = structure_of(x, crow, col, weight_shape)
-        y = _product(pixels(x), values, structure, bias, conv, _linear_precision(x))
-    return y.reshape(*x.shape[:-1], weight_shape[0])
+        return _product(x, values, structure, bias, conv, _linear_precision(x), features=True)
 
 
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    conv, images = _pointwise(weight_shape), pixels(grad)
+    conv = _pointwise(weight_shape)
     with _device(grad):
         structure = structure_of(grad, crow, col, weight_shape)
-        shape = [len(images), weight_shape[1], 1, 1]
-        dx = _input_gradient(images, values, structure, shape, conv, _linear_precision(grad))
-    return dx.reshape(*grad.shape[:-1], weight_shape[1])
+        shape, precision = [*grad.shape[:-1], weight_shape[1]], _linear_precision(grad)
+        return _input_gradient(grad, values, structure, shape, conv, precision, features=True)
 
 
 def linear_wgrad(
@@ -155,7 +153,7 @@ def linear_wgrad(
     conv = _pointwise(weight_shape)
     with _device(x):
         structure = structure_of(x, crow, col, weight_shape)
-        return _sample(pixels(grad), pixels(x), structure, conv, _linear_precision(x))
+        return _sample(grad, x, structure, conv, _linear_precision(x), features=True)
 
 
 class Traits(NamedTuple):
@@ -231,157 +229,126 @@ def _product(
     bias: Tensor | None,
     conv: Conv,
     precision: str,
+    features: bool = False,
 ) -> Tensor:
-    shape, most = conv2d_shape(x.shape, *conv), _most_k(x.dtype)
+    """Return the product with maps `[N, C, H, W]`, or with rows of features `[..., C]`."""
+    most = _most_k(x.dtype)
     bias = None if bias is None else bias.contiguous()
     lists = tile_plans.forward(structure, conv, most)
     if lists is None:
-        sizes = x.shape[2:], shape[2:]
+        maps = pixels(x) if features else x
+        found = conv2d_shape(maps.shape, *conv)
+        sizes = maps.shape[2:], found[2:]
         grouped = shared_plans.forward(structure, conv, *sizes)
         lists = None if grouped else tile_plans.forward(structure, conv, most, padded=True)
         if lists is None:
-            packed = _pack(x, conv.padding)
-            y = packed.new_empty((*shape[1:], x.shape[0]))
+            packed = packed_maps.pack(maps, conv.padding)
+            y = packed.new_empty((*found[1:], maps.shape[0]))
             plan = grouped or gather_plans.forward(structure, conv, *sizes)
-            _gather(plan, values, bias, packed, y, precision)
-            return _unpack(y, memory_format_of(x))
-    batch, rows, high, wide = shape
-    inner, y = _channels_inner(x), x.new_empty((batch, high, wide, rows))
+            packed_maps.gather(plan, values, bias, packed, y, precision)
+            y = packed_maps.unpack(y, memory_format_of(maps))
+            return y.reshape(*x.shape[:-1], structure.size[0]) if features else y
+    shape = [*x.shape[:-1], structure.size[0]] if features else conv2d_shape(x.shape, *conv)
+    y = _empty(x, shape, features)
     access = launch.Access(not _is_flat(conv), conv.stride)
     if y.numel():
         weight = launch.pack_values(values, lists)
-        maps = _flat(inner, access), _flat(y, access)
-        launch.tile_product(lists, weight, bias, *maps, access, precision)
-    return _channels_outer(y, memory_format_of(x))
+        inner = _inner(x, features, access), _inner(y, features, access)
+        launch.tile_product(lists, weight, bias, *inner, access, precision)
+    return _as_given(y, x, features)
 
 
 def _input_gradient(
     grad: Tensor,
     values: Tensor,
     structure: Structure,
-    input_shape: list[int],
+    shape: list[int],
     conv: Conv,
     precision: str,
+    features: bool = False,
 ) -> Tensor:
-    batch, channels, *size = input_shape
+    """Return the gradient of an input of a shape, maps or rows of features as for `_product`."""
+    size = [1, 1] if features else shape[2:]
     key, most = (size[0], size[1]), _most_k(grad.dtype)
     phases = tile_plans.input_gradient(structure, conv, key, most)
     if phases is None:
-        grouped = shared_plans.input_gradient(structure, conv, size, grad.shape[2:])
+        maps = pixels(grad) if features else grad
+        grouped = shared_plans.input_gradient(structure, conv, size, maps.shape[2:])
         if grouped is None:
             phases = tile_plans.input_gradient(structure, conv, key, most, padded=True)
         if phases is None:
-            rows = gather_plans.input_gradient(structure, conv, size, grad.shape[2:])
-            packed = _pack(grad, rows.padding)
+            rows = gather_plans.input_gradient(structure, conv, size, maps.shape[2:])
+            packed = packed_maps.pack(maps, rows.padding)
             plans = grouped or rows.phases
-            dx = new_input_gradient(packed, (channels, *size, batch), len(plans), conv, size)
+            inside = (shape[-1] if features else shape[1], *size, maps.shape[0])
+            dx = new_input_gradient(packed, inside, len(plans), conv, size)
             for plan in plans:
-                _gather(plan, values, None, packed, dx, precision)
-            return _unpack(dx, memory_format_of(grad))
-    inner, shape = _channels_inner(grad), (batch, *size, channels)
-    dx = new_input_gradient(grad, shape, len(phases), conv, size)
+                packed_maps.gather(plan, values, None, packed, dx, precision)
+            dx = packed_maps.unpack(dx, memory_format_of(maps))
+            return dx.reshape(shape) if features else dx
+    dx = _empty(grad, shape, features)
+    if not covers(len(phases), conv, size):
+        dx.zero_()
     access = launch.Access(not _is_flat(conv), (1, 1))
+    upper, inner = _inner(grad, features, access), _inner(dx, features, access)
     for phase in phases if dx.numel() else ():
-        y, x = (
-            slice(first, None, step) for first, step in zip(phase.first, conv.stride, strict=True)
-        )
         weight = launch.pack_values(values, phase.lists)
-        maps = _flat(inner, access), _flat(dx[:, y, x], access)
-        launch.tile_product(phase.lists, weight, None, *maps, access, precision)
-    return _channels_outer(dx, memory_format_of(grad))
+        y = inner.grid(phase.first, phase.pixels, conv.stride) if access.spatial else inner
+        launch.tile_product(phase.lists, weight, None, upper, y, access, precision)
+    return _as_given(dx, grad, features)
 
 
-def _sample(grad: Tensor, x: Tensor, structure: Structure, conv: Conv, precision: str) -> Tensor:
+def _sample(
+    grad: Tensor,
+    x: Tensor,
+    structure: Structure,
+    conv: Conv,
+    precision: str,
+    features: bool = False,
+) -> Tensor:
+    """Return the gradients of values; `grad` and `x` are maps or rows of features."""
     nnz, most = structure.col.shape[0], _most_k(x.dtype)
     if nnz == 0:
         return x.new_empty(0)
     lists = tile_plans.forward(structure, conv, most)
     if lists is None:
-        sizes = x.shape[2:], grad.shape[2:]
+        upper, maps = (pixels(grad), pixels(x)) if features else (grad, x)
+        sizes = maps.shape[2:], upper.shape[2:]
         grouped = shared_plans.forward(structure, conv, *sizes)
         lists = None if grouped else tile_plans.forward(structure, conv, most, padded=True)
         if lists is None:
-            maps = _pack(grad, _NO_PADDING), _pack(x, conv.padding)
+            packed = packed_maps.pack(upper, _NO_PADDING), packed_maps.pack(maps, conv.padding)
             plan = grouped or gather_plans.forward(structure, conv, *sizes)
-            return _gather_sample(structure, plan, *maps, precision)
+            return packed_maps.gather_sample(structure, plan, *packed, precision)
     access = launch.Access(not _is_flat(conv), conv.stride)
-    maps = _flat(_channels_inner(grad), access), _flat(_channels_inner(x), access)
-    partial = launch.tile_sample(lists, *maps, access, precision)
+    inner = _inner(grad, features, access), _inner(x, features, access)
+    partial = launch.tile_sample(lists, *inner, access, precision)
     return launch.add_parts(partial, lists.places, x, nnz)
 
 
 # -- tiles: channels innermost --------------------------------------------------------------------
 
 
-def _channels_inner(maps: Tensor) -> Tensor:
-    """Return `[N, H, W, C]`, a view of channels_last maps and a copy of others."""
-    inner = maps.permute(0, 2, 3, 1).contiguous()
-    return inner.view(-1).view(inner.shape)  # with strides that follow from the shape
+def _inner(x: Tensor, features: bool, access: launch.Access) -> Pixels:
+    """Return what kernels read or write: channels_last maps as they are, a copy of others."""
+    if features:
+        return Pixels.of_rows(x.contiguous())
+    found = Pixels.of(x.contiguous(memory_format=torch.channels_last))
+    return found if access.spatial else found.flat()
 
 
-def _channels_outer(maps: Tensor, layout: torch.memory_format) -> Tensor:
-    return maps.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+def _empty(like: Tensor, shape: Sequence[int], features: bool) -> Tensor:
+    """Allocate a result in which channels lie side by side."""
+    if features:
+        return like.new_empty(shape)
+    layout = torch.channels_last
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _as_given(result: Tensor, x: Tensor, features: bool) -> Tensor:
+    return result if features else result.contiguous(memory_format=memory_format_of(x))
 
 
 def _is_flat(conv: Conv) -> bool:
     """Return whether each output reads the input pixel of its own number and no other."""
     return conv.weight_shape[2:] == (1, 1) and conv.stride == (1, 1) and conv.padding == _NO_PADDING
-
-
-def _flat(maps: Tensor, access: launch.Access) -> Tensor:
-    """Return maps as rows of features where nothing depends on where a pixel is."""
-    return maps if access.spatial else maps.reshape(-1, 1, 1, maps.shape[-1])
-
-
-# -- columns that lie anywhere: packed maps -------------------------------------------------------
-
-
-def _pack(maps: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Return `[channels, height, width, images]`, padding included."""
-    maps = maps.permute(1, 2, 3, 0)
-    top, bottom, left, right = padding
-    if not any(padding):
-        return maps.contiguous()
-    channels, high, wide, images = maps.shape
-    packed = maps.new_zeros((channels, high + top + bottom, wide + left + right, images))
-    packed[:, top : top + high, left : left + wide] = maps
-    return packed
-
-
-def _unpack(packed: Tensor, layout: torch.memory_format) -> Tensor:
-    return packed.permute(3, 0, 1, 2).contiguous(memory_format=layout)
-
-
-def _gather(
-    plan: GatherPlan | SharedPlan,
-    values: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    precision: str,
-) -> None:
-    if y.numel() == 0:
-        return
-    if isinstance(plan, SharedPlan):
-        weight = launch.pack_values(values, plan.lists)
-        launch.shared_product(plan.lists, plan.window, weight, bias, x, y, precision)
-    else:
-        launch.row_product(plan, values, bias, x, y)
-
-
-def _gather_sample(
-    structure: Structure, plan: GatherPlan | SharedPlan, grad: Tensor, x: Tensor, precision: str
-) -> Tensor:
-    window, nnz = plan.window, structure.col.shape[0]
-    starts = structure.plan(("starts", window), lambda made: made.upload(_starts(window)))
-    if isinstance(plan, SharedPlan):
-        partial = launch.shared_sample(plan.lists, starts, grad, x, precision)
-        return launch.add_parts(partial, plan.lists.places, x, nnz)
-    partial = launch.row_sample(structure.rows(), plan.offset, starts, grad, x)
-    return launch.add_parts(partial, None, x, nnz)
-
-
-def _starts(window: Window) -> Tensor:
-    """Return the packed pixel that each output of a forward pass starts from."""
-    above, left = torch.arange(window.height), torch.arange(window.width)
-    return (above[:, None] * window.in_row + left * window.in_col).flatten()
