@@ -9,7 +9,7 @@ matrices are large, so they are taken at it, which favours dense. Nothing here w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SPARSITY = 0.9
 
@@ -20,7 +20,8 @@ class Gpu:
 
     NVIDIA A100 Tensor Core GPU Architecture (2020), tables 1 and 4; NVIDIA H100 Tensor Core GPU
     Architecture (2022), tables 2 and 3; both SXM, without sparsity. The H100's L2 is not in it; the
-    A100's 5,120 bytes a clock are assumed.
+    A100's 5,120 bytes a clock are assumed. NVIDIA H200 Tensor Core GPU, data sheet (2023): an H100
+    with faster memory.
     """
 
     name: str
@@ -39,6 +40,7 @@ GPUS = (
     Gpu("A100", 19.5e12, 156e12, 312e12, 5120 * 1.41e9, 2.039e12),
     Gpu("H100", 66.9e12, 494.7e12, 989.4e12, 5120 * 1.83e9, 3.35e12),
 )
+H200 = replace(GPUS[-1], name="H200", memory=4.8e12)
 
 
 @dataclass(frozen=True)
