@@ -70,7 +70,7 @@ def pair(ins: int, outs: int, positions: int, sparsity: float) -> dict[str, Call
     for name, (found, right) in results.items():
         assert found is not None
         assert right is not None
-        error = float((found.detach().double() - right).abs().max() / right.abs().max())
+        error = float((found.double() - right).detach().abs().max() / right.detach().abs().max())
         if error > LIMIT:
             raise ValueError(f"{ins} to {outs}: the {name} is off by {error:.2g}")
     return {
