@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,18 @@ def test_lt_starts_from_the_initialisation_of_the_solution(flow, digits):
         assert not (scratch.fc1.dense_weight() == ticket.fc1.dense_weight())[mask].any()
 
 
+def test_dense_networks_start_from_the_initialisation_of_the_preset(digits, tmp_path):
+    assert command.FLOW_PRESETS["published"].init == "glorot"
+    config, place = replace(FLOW, init="glorot"), Place("lenet300_100", 0.9)
+    with StudyFolder(tmp_path, config) as folder:
+        weight = GradientFlowStudy(config, digits, folder).start(place, "pruned", 0).fc1
+    bound = math.sqrt(6 / (64 + 300))  # Glorot and Bengio (2010), equation 16
+    assert 0.99 * bound < weight.dense_weight().abs().max() <= bound
+    assert not weight.bias.any()
+    with pytest.raises(ValueError, match="init: expected one of torch, glorot, got 'he'"):
+        replace(FLOW, init="he")
+
+
 def test_the_figure_of_gradient_flow_needs_nothing_but_rows(flow, tmp_path):
     with StudyFolder(flow, FLOW) as folder:
         rows = folder.rows()
@@ -135,6 +148,19 @@ def test_a_folder_refuses_other_settings_but_not_more_seeds(tmp_path):
         StudyFolder(tmp_path, replace(FLOW, lr=0.1)).__enter__()
     with StudyFolder(tmp_path, replace(FLOW, lr=0.1), fresh=True) as folder:
         assert not folder.done("a")
+
+
+def test_a_folder_that_is_older_than_a_setting_has_its_default(tmp_path):
+    with StudyFolder(tmp_path, FLOW) as folder:
+        folder.finish("a", [])
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["init"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with StudyFolder(tmp_path, FLOW) as folder:
+        assert folder.done("a")
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="init='torch', expected 'glorot'"):
+        StudyFolder(tmp_path, replace(FLOW, init="glorot")).__enter__()
 
 
 BASES = BasisTickets(
