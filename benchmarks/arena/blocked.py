@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsekd.bench.cases import LayerCase
-from sparsekd.bench.layers import RESULTS, LayerProblem, LayerRun
-from sparsekd.nn import SparseConv2d
+from sparsekd.bench.layers import RESULTS, LayerProblem, LayerRun, sparse_layer
 from sparsekd.nn.blocked import spec_of
 from sparsekd.ops.cpu import blocked, preactivation
 from sparsekd.ops.cpu.blocked_map import AVAILABLE, enter
@@ -18,12 +17,9 @@ from sparsekd.ops.cpu.blocked_ordinary import left
 
 def layer(problem: LayerProblem) -> LayerRun:
     """Prepare forward and backward of a layer; ways into the layout and out of it are not timed."""
-    case = problem.case
-    conv = nn.Conv2d(case.channels, case.outs, case.kernel, case.stride, case.padding, bias=False)
-    conv.weight.data = problem.weight
-    sparse = SparseConv2d.from_dense(conv, problem.mask)
+    sparse = sparse_layer(problem)
     kind = partial(preactivation.PreActivationPlan, False)
-    n, c, h, w = case.input_shape
+    n, c, h, w = problem.case.input_shape
     plan = blocked.plan(kind, sparse, [spec_of(sparse, False)], None, False, (n, c, h, w))
     assert plan is not None, "the kernels take any layer of the arena"
     block = preactivation.Block(plan, None, [], sparse.values, None, _differentiated_once)

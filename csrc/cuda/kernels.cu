@@ -39,7 +39,9 @@ int by_vector(int64_t dtype, int64_t lanes, F run) {
   });
 }
 
-int64_t vector_size(int64_t dtype) { return kVectorBytes / (dtype == SPARSEKD_FLOAT32 ? 4 : 2); }
+int64_t element_size(int64_t dtype) { return dtype == SPARSEKD_FLOAT32 ? 4 : 2; }
+
+int64_t vector_size(int64_t dtype) { return kVectorBytes / element_size(dtype); }
 
 int64_t vectors_of(int64_t dtype, int64_t lanes) {
   return lanes % vector_size(dtype) == 0 ? lanes / vector_size(dtype) : lanes;
@@ -93,8 +95,6 @@ struct Workspace {
     return at;
   }
 };
-
-int64_t element_size(int64_t dtype) { return dtype == SPARSEKD_FLOAT32 ? 4 : 2; }
 
 int64_t parts_of(int64_t nnz, int64_t units) {
   const int64_t wanted = ceil_div(kEnoughWarps, ceil_div(nnz, kTogether) + 1);

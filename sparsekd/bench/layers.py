@@ -144,18 +144,22 @@ def _dense(layout: torch.memory_format, dtype: torch.dtype = torch.float32) -> B
     return build
 
 
+def sparse_layer(problem: LayerProblem) -> SparseConv2d | SparseLinear:
+    """Build a layer with the weight of a problem."""
+    case = problem.case
+    if case.kind == "linear":
+        linear = nn.Linear(case.channels, case.outs, bias=False)
+        linear.weight.data = problem.weight
+        return SparseLinear.from_dense(linear, problem.mask)
+    window = (case.kernel, case.stride, case.padding)
+    conv = nn.Conv2d(case.channels, case.outs, *window, bias=False)
+    conv.weight.data = problem.weight
+    return SparseConv2d.from_dense(conv, problem.mask)
+
+
 def _sparsekd(layout: torch.memory_format) -> Build:
     def build(problem: LayerProblem) -> LayerRun:
-        case = problem.case
-        if case.kind == "linear":
-            linear = nn.Linear(case.channels, case.outs, bias=False)
-            linear.weight.data = problem.weight
-            layer: SparseConv2d | SparseLinear = SparseLinear.from_dense(linear, problem.mask)
-        else:
-            window = (case.kernel, case.stride, case.padding)
-            conv = nn.Conv2d(case.channels, case.outs, *window, bias=False)
-            conv.weight.data = problem.weight
-            layer = SparseConv2d.from_dense(conv, problem.mask)
+        layer = sparse_layer(problem)
         x, grad = problem.inputs(layout, torch.float32)
         return _both_passes(layer, x, layer.values, grad, lambda gradient: gradient)
 

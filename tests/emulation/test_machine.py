@@ -109,6 +109,13 @@ def test_sanitizers_find_nothing_in_clean_code(sanitized: Path) -> None:
     assert done.stdout.endswith("\n2016\n")
 
 
+def test_memory_is_set_where_it_is_asked_for(compile_for_the_cpu) -> None:
+    library = ctypes.CDLL(str(compile_for_the_cpu(SOURCE, "-O1", "-shared")))
+    out = (ctypes.c_float * THREADS)(*[7.0] * THREADS)
+    assert library.clear_inside(out) == 0
+    assert list(out) == [7.0, *[0.0] * (THREADS - 2), 7.0]
+
+
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

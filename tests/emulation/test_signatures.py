@@ -60,6 +60,34 @@ def test_a_wrong_argument_is_named(emulated, place: int, wrong: Any, reason: str
         emulated.run("mask_crow", CPU, *args)
 
 
+MAPS = (None, 1, 1, 1, 1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("maps", "reason"),
+    [
+        (MAPS, "expected 9 fields|TypeError"),  # a struct where an array of them belongs
+        ([MAPS[:-1]], "sparsekd_cuda_maps: expected 9 fields, got 8"),
+        ([(4096, *MAPS[1:])], "expected a tensor or None, got 4096"),  # an address
+        ([(None, 1.5, *MAPS[2:])], "TypeError"),
+    ],
+)
+def test_a_wrong_struct_is_refused(emulated, maps: Any, reason: str) -> None:
+    rest = 0, 0, 0, 0, [MAPS]
+    assert emulated.size("gather_bytes", torch.float32, [MAPS], *rest) == 512
+    with pytest.raises(ctypes.ArgumentError, match=f"argument 2.*({reason})"):
+        emulated.size("gather_bytes", torch.float32, maps, *rest)
+
+
+def test_indices_in_a_struct_have_their_dtype(emulated) -> None:
+    product = (1, INDICES.long(), *[None] * 3, *[1] * 7)
+    with pytest.raises(ctypes.ArgumentError, match=r"expected a tensor of torch\.int32"):
+        emulated.run(
+            "gather", CPU, torch.float32, [MAPS], 0, 0, 0, 0, 1, [product], None, None, [MAPS], 1,
+            None,
+        )  # fmt: skip
+
+
 def test_a_dtype_that_the_kernels_lack_is_refused(emulated) -> None:
     with pytest.raises(ctypes.ArgumentError, match=r"expected one of .*got torch.float64"):
         emulated.size("lanes", torch.float64, 3)

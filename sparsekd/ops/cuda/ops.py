@@ -6,7 +6,6 @@ nothing waits for the device, except where a structure is seen for the first tim
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,20 +18,20 @@ from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.gpu import gather_plans
-from sparsekd.ops.gpu.convolution import Conv, conv_of, covers
+from sparsekd.ops.gpu.convolution import conv_of, covers
 from sparsekd.ops.gpu.gather_plans import GatherPlan
 from sparsekd.ops.gpu.growth import FreePositions
 from sparsekd.ops.gpu.structure import structure_of
-from sparsekd.ops.memory_format import memory_format_of
+from sparsekd.ops.memory_format import memory_format_of, pixels
 
 _library = cuda_library.load()
-_PIXEL = (1, 1)
+_POINTWISE = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
 
 
 class _Maps(NamedTuple):
     """A tensor as api.h sees maps."""
 
-    data: Tensor | None
+    data: Tensor
     batch: int
     channels: int
     height: int
@@ -45,18 +44,6 @@ class _Maps(NamedTuple):
 
 def _maps(x: Tensor) -> _Maps:
     return _Maps(x, *x.shape, *x.stride())
-
-
-def _pixels(x: Tensor) -> _Maps:
-    """Return what a linear layer reads or writes: maps of one pixel."""
-    features = x.shape[-1]
-    if x.ndim == 2:
-        return _Maps(x, x.shape[0], features, *_PIXEL, x.stride(0), x.stride(1), *_PIXEL)
-    return _Maps(x.contiguous(), math.prod(x.shape[:-1]), features, *_PIXEL, features, 1, *_PIXEL)
-
-
-def _pointwise(weight_shape: Sequence[int]) -> Conv:
-    return conv_of([*weight_shape, *_PIXEL], _PIXEL, (0, 0, 0, 0), _PIXEL, 1)
 
 
 @lru_cache(maxsize=4096)
@@ -84,7 +71,6 @@ def _gather(
     whole: bool = True,
 ) -> None:
     """Write what plans name of y; zeros elsewhere, unless they are the `whole` of it."""
-    assert x.data is not None, "only sizes are asked for without data"
     work = _workspace(x.data, "gather_bytes", x[1:5], *padding, y[1:5])
     bias = None if bias is None else bias.contiguous()
     _library.run(
@@ -95,7 +81,6 @@ def _gather(
 
 def _sample(grad: _Maps, x: _Maps, padding: Sequence[int], plan: GatherPlan, row: Tensor) -> Tensor:
     """Return the gradients of the values."""
-    assert x.data is not None, "only sizes are asked for without data"
     nnz = row.shape[0]
     work = _workspace(x.data, "sample_bytes", grad[1:5], x[1:5], *padding, nnz)
     dvalues = x.data.new_empty(nnz)
@@ -191,29 +176,24 @@ def linear(
     bias: Tensor | None,
     weight_shape: list[int],
 ) -> Tensor:
-    conv, structure = _pointwise(weight_shape), structure_of(x, crow, col, weight_shape)
-    plan = gather_plans.forward(structure, conv, _PIXEL, _PIXEL)
-    y = x.new_empty((*x.shape[:-1], weight_shape[0]))
-    _gather(_pixels(x), conv.padding, [plan], values, bias, _pixels(y))
-    return y
+    shape = [*weight_shape, 1, 1]
+    y = conv2d(pixels(x), values, crow, col, bias, shape, *_POINTWISE)
+    return y.view(*x.shape[:-1], weight_shape[0])
 
 
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    conv, structure = _pointwise(weight_shape), structure_of(grad, crow, col, weight_shape)
-    plan = gather_plans.input_gradient(structure, conv, _PIXEL, _PIXEL)
-    dx = grad.new_empty((*grad.shape[:-1], weight_shape[1]))
-    _gather(_pixels(grad), plan.padding, plan.phases, values, None, _pixels(dx))
-    return dx
+    images, shape = pixels(grad), [*weight_shape, 1, 1]
+    input_shape = [images.shape[0], weight_shape[1], 1, 1]
+    dx = conv2d_dgrad(images, values, crow, col, input_shape, shape, *_POINTWISE)
+    return dx.view(*grad.shape[:-1], weight_shape[1])
 
 
 def linear_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    conv, structure = _pointwise(weight_shape), structure_of(x, crow, col, weight_shape)
-    plan = gather_plans.forward(structure, conv, _PIXEL, _PIXEL)
-    return _sample(_pixels(grad), _pixels(x), conv.padding, plan, structure.rows())
+    return conv2d_wgrad(pixels(grad), pixels(x), crow, col, [*weight_shape, 1, 1], *_POINTWISE)
 
 
 class LargestK(FreePositions):

@@ -55,13 +55,6 @@ class Pixels(NamedTuple):
         strides = high * wide * channels, wide * channels, channels
         return cls(maps, images, high, wide, channels, strides)
 
-    @classmethod
-    def of_rows(cls, features: Tensor) -> Pixels:
-        """Return rows of features `[..., C]`, contiguous, as images of one pixel."""
-        channels = features.shape[-1]
-        images = math.prod(features.shape[:-1])
-        return cls(features, images, 1, 1, channels, (channels, channels, channels))
-
     def flat(self) -> Pixels:
         """Return all pixels as images of their own; they must lie one behind the other."""
         images = self.images * self.high * self.wide

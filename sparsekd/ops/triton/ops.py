@@ -134,17 +134,19 @@ def linear(
     conv = _pointwise(weight_shape)
     with _device(x):
         structure = structure_of(x, crow, col, weight_shape)
-        return _product(x, values, structure, bias, conv, _linear_precision(x), features=True)
+        y = _product(pixels(x), values, structure, bias, conv, _linear_precision(x))
+    return y.reshape(*x.shape[:-1], weight_shape[0])
 
 
 def linear_dgrad(
     grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
 ) -> Tensor:
-    conv = _pointwise(weight_shape)
+    conv, images = _pointwise(weight_shape), pixels(grad)
     with _device(grad):
         structure = structure_of(grad, crow, col, weight_shape)
-        shape, precision = [*grad.shape[:-1], weight_shape[1]], _linear_precision(grad)
-        return _input_gradient(grad, values, structure, shape, conv, precision, features=True)
+        shape = [len(images), weight_shape[1], 1, 1]
+        dx = _input_gradient(images, values, structure, shape, conv, _linear_precision(grad))
+    return dx.reshape(*grad.shape[:-1], weight_shape[1])
 
 
 def linear_wgrad(
@@ -153,7 +155,7 @@ def linear_wgrad(
     conv = _pointwise(weight_shape)
     with _device(x):
         structure = structure_of(x, crow, col, weight_shape)
-        return _sample(grad, x, structure, conv, _linear_precision(x), features=True)
+        return _sample(pixels(grad), pixels(x), structure, conv, _linear_precision(x))
 
 
 class Traits(NamedTuple):
@@ -229,99 +231,79 @@ def _product(
     bias: Tensor | None,
     conv: Conv,
     precision: str,
-    features: bool = False,
 ) -> Tensor:
-    """Return the product with maps `[N, C, H, W]`, or with rows of features `[..., C]`."""
-    most = _most_k(x.dtype)
+    shape, most = conv2d_shape(x.shape, *conv), _most_k(x.dtype)
     bias = None if bias is None else bias.contiguous()
     lists = tile_plans.forward(structure, conv, most)
     if lists is None:
-        maps = pixels(x) if features else x
-        found = conv2d_shape(maps.shape, *conv)
-        sizes = maps.shape[2:], found[2:]
+        sizes = x.shape[2:], shape[2:]
         grouped = shared_plans.forward(structure, conv, *sizes)
         lists = None if grouped else tile_plans.forward(structure, conv, most, padded=True)
         if lists is None:
-            packed = packed_maps.pack(maps, conv.padding)
-            y = packed.new_empty((*found[1:], maps.shape[0]))
+            packed = packed_maps.pack(x, conv.padding)
+            y = packed.new_empty((*shape[1:], x.shape[0]))
             plan = grouped or gather_plans.forward(structure, conv, *sizes)
             packed_maps.gather(plan, values, bias, packed, y, precision)
-            y = packed_maps.unpack(y, memory_format_of(maps))
-            return y.reshape(*x.shape[:-1], structure.size[0]) if features else y
-    shape = [*x.shape[:-1], structure.size[0]] if features else conv2d_shape(x.shape, *conv)
-    y = _empty(x, shape, features)
+            return packed_maps.unpack(y, memory_format_of(x))
+    y = _channels_inner(x, shape)
     access = launch.Access(not _is_flat(conv), conv.stride)
     if y.numel():
         weight = launch.pack_values(values, lists)
-        inner = _inner(x, features, access), _inner(y, features, access)
+        inner = _inner(x, access), _inner(y, access)
         launch.tile_product(lists, weight, bias, *inner, access, precision)
-    return _as_given(y, x, features)
+    return y.contiguous(memory_format=memory_format_of(x))
 
 
 def _input_gradient(
     grad: Tensor,
     values: Tensor,
     structure: Structure,
-    shape: list[int],
+    input_shape: list[int],
     conv: Conv,
     precision: str,
-    features: bool = False,
 ) -> Tensor:
-    """Return the gradient of an input of a shape, maps or rows of features as for `_product`."""
-    size = [1, 1] if features else shape[2:]
+    batch, channels, *size = input_shape
     key, most = (size[0], size[1]), _most_k(grad.dtype)
     phases = tile_plans.input_gradient(structure, conv, key, most)
     if phases is None:
-        maps = pixels(grad) if features else grad
-        grouped = shared_plans.input_gradient(structure, conv, size, maps.shape[2:])
+        grouped = shared_plans.input_gradient(structure, conv, size, grad.shape[2:])
         if grouped is None:
             phases = tile_plans.input_gradient(structure, conv, key, most, padded=True)
         if phases is None:
-            rows = gather_plans.input_gradient(structure, conv, size, maps.shape[2:])
-            packed = packed_maps.pack(maps, rows.padding)
+            rows = gather_plans.input_gradient(structure, conv, size, grad.shape[2:])
+            packed = packed_maps.pack(grad, rows.padding)
             plans = grouped or rows.phases
-            inside = (shape[-1] if features else shape[1], *size, maps.shape[0])
-            dx = new_input_gradient(packed, inside, len(plans), conv, size)
+            dx = new_input_gradient(packed, (channels, *size, batch), len(plans), conv, size)
             for plan in plans:
                 packed_maps.gather(plan, values, None, packed, dx, precision)
-            dx = packed_maps.unpack(dx, memory_format_of(maps))
-            return dx.reshape(shape) if features else dx
-    dx = _empty(grad, shape, features)
+            return packed_maps.unpack(dx, memory_format_of(grad))
+    dx = _channels_inner(grad, input_shape)
     if not covers(len(phases), conv, size):
         dx.zero_()
     access = launch.Access(not _is_flat(conv), (1, 1))
-    upper, inner = _inner(grad, features, access), _inner(dx, features, access)
+    x, inner = _inner(grad, access), _inner(dx, access)
     for phase in phases if dx.numel() else ():
         weight = launch.pack_values(values, phase.lists)
         y = inner.grid(phase.first, phase.pixels, conv.stride) if access.spatial else inner
-        launch.tile_product(phase.lists, weight, None, upper, y, access, precision)
-    return _as_given(dx, grad, features)
+        launch.tile_product(phase.lists, weight, None, x, y, access, precision)
+    return dx.contiguous(memory_format=memory_format_of(grad))
 
 
-def _sample(
-    grad: Tensor,
-    x: Tensor,
-    structure: Structure,
-    conv: Conv,
-    precision: str,
-    features: bool = False,
-) -> Tensor:
-    """Return the gradients of values; `grad` and `x` are maps or rows of features."""
+def _sample(grad: Tensor, x: Tensor, structure: Structure, conv: Conv, precision: str) -> Tensor:
     nnz, most = structure.col.shape[0], _most_k(x.dtype)
     if nnz == 0:
         return x.new_empty(0)
     lists = tile_plans.forward(structure, conv, most)
     if lists is None:
-        upper, maps = (pixels(grad), pixels(x)) if features else (grad, x)
-        sizes = maps.shape[2:], upper.shape[2:]
+        sizes = x.shape[2:], grad.shape[2:]
         grouped = shared_plans.forward(structure, conv, *sizes)
         lists = None if grouped else tile_plans.forward(structure, conv, most, padded=True)
         if lists is None:
-            packed = packed_maps.pack(upper, _NO_PADDING), packed_maps.pack(maps, conv.padding)
+            maps = packed_maps.pack(grad, _NO_PADDING), packed_maps.pack(x, conv.padding)
             plan = grouped or gather_plans.forward(structure, conv, *sizes)
-            return packed_maps.gather_sample(structure, plan, *packed, precision)
+            return packed_maps.gather_sample(structure, plan, *maps, precision)
     access = launch.Access(not _is_flat(conv), conv.stride)
-    inner = _inner(grad, features, access), _inner(x, features, access)
+    inner = _inner(grad, access), _inner(x, access)
     partial = launch.tile_sample(lists, *inner, access, precision)
     return launch.add_parts(partial, lists.places, x, nnz)
 
@@ -329,24 +311,16 @@ def _sample(
 # -- tiles: channels innermost --------------------------------------------------------------------
 
 
-def _inner(x: Tensor, features: bool, access: launch.Access) -> Pixels:
+def _inner(maps: Tensor, access: launch.Access) -> Pixels:
     """Return what kernels read or write: channels_last maps as they are, a copy of others."""
-    if features:
-        return Pixels.of_rows(x.contiguous())
-    found = Pixels.of(x.contiguous(memory_format=torch.channels_last))
+    found = Pixels.of(maps.contiguous(memory_format=torch.channels_last))
     return found if access.spatial else found.flat()
 
 
-def _empty(like: Tensor, shape: Sequence[int], features: bool) -> Tensor:
-    """Allocate a result in which channels lie side by side."""
-    if features:
-        return like.new_empty(shape)
+def _channels_inner(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Allocate maps in channels_last."""
     layout = torch.channels_last
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _as_given(result: Tensor, x: Tensor, features: bool) -> Tensor:
-    return result if features else result.contiguous(memory_format=memory_format_of(x))
 
 
 def _is_flat(conv: Conv) -> bool:
