@@ -44,6 +44,9 @@ void test_frozen_refusals() {
   refuse([](Node& n) { n.kind = Kind::kGate; }, "node 1: inputs: wrong number");
   refuse([](Node& n) { n.kind = Kind::kGate, n.inputs = {0, 0}; },
          "node 1: inputs: expected a second map of one");
+  refuse([](Node& n) { n.kind = Kind::kSequence; }, "node 1: bias: expected 2 channels of 9 tokens");
+  refuse([](Node& n) { n.kind = Kind::kSequence, n.bias.resize(16); }, "node 1: bias: expected 2 channels");
+  refuse([](Node& n) { n.kind = Kind::kSequence, n.bias.resize(19); }, "node 1: bias: expected 2 channels");
   refuse([](Node& n) { n.activation = static_cast<Activation>(-1); }, "node 1: activation");
   Node tokens, mask, attention;
   tokens.kind = Kind::kTokens;

@@ -100,6 +100,9 @@ Image computed(const std::vector<Node>& nodes, size_t i, const std::vector<Image
           sum /= total;
         } else if (node.kind == Kind::kGate) {
           sum = x[at] * maps[node.inputs[1]][c];
+        } else if (node.kind == Kind::kSequence) {
+          const int64_t pixel = q - (o.width - s.pixels());
+          sum = node.bias[c * o.width + q] + (pixel < 0 ? 0 : x[c * s.pixels() + pixel]);
         } else {
           sum = x[c];  // kFlatten
         }
@@ -118,7 +121,7 @@ Node any_node(const std::vector<Node>& nodes) {
   const auto input = static_cast<int32_t>(pick(0, static_cast<int64_t>(nodes.size()) - 1));
   const Shape& s = nodes[input].shape;
   node.inputs = {input};
-  node.kind = static_cast<Kind>(pick(2, 9));
+  node.kind = static_cast<Kind>(pick(2, 10));
   Window& w = node.window;
   const bool windowed =
       node.kind == Kind::kProduct || node.kind == Kind::kMaxPool || node.kind == Kind::kMeanPool;
@@ -161,6 +164,9 @@ Node any_node(const std::vector<Node>& nodes) {
     }
   } else if (node.kind == Kind::kAttention) {
     w.groups = s.channels % 3 == 0 && pick(0, 1) ? s.channels / 3 : 1;
+  } else if (node.kind == Kind::kSequence) {
+    const int64_t tokens = s.pixels() + pick(0, 2);
+    for (int64_t k = 0; k < s.channels * tokens; ++k) node.bias.push_back(static_cast<float>(uniform()));
   } else if (node.kind == Kind::kMeanPool) {
     if (pick(0, 3) == 0) w = Window(), w.kernel[0] = w.kernel[1] = 0;
     node.count_padding = pick(0, 1);

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-aten = torch.ops.aten
+from sparsekd.frozen.constants import constant
+from sparsekd.frozen.patterns import COPIES, VIEWS, order_of, shape_of, without_copies
 
-_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.dropout.default)
-_VIEWS = (aten.view.default, aten.reshape.default)
+aten = torch.ops.aten
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
@@ -38,16 +38,19 @@ def fuse_attention(graph: fx.GraphModule) -> None:
     """Put `attention` or `packed_attention` where a graph has it written out, in place."""
     for node in list(graph.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
-            _fuse(graph.graph, node)
+            _fuse(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
 
-def _fuse(graph: fx.Graph, node: fx.Node) -> None:
+def _fuse(module: fx.GraphModule, node: fx.Node) -> None:
+    graph = module.graph
     names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     settings: dict[str, Any] = {**dict(zip(names, node.args[3:], strict=False)), **node.kwargs}
-    scale, usual = settings.pop("scale", None), _shape(node)[-1]
+    scale, usual = settings.pop("scale", None), shape_of(node)[-1]
     mask = settings.pop("attn_mask", None)
+    if mask is not None and _blocks_nothing(module, mask):
+        mask = None
     if any(settings.values()):  # dropout, causal, fewer keys than queries
         return
     if scale is not None and not (
@@ -56,7 +59,7 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
         return
     sources = [_source(x) for x in node.args[:3]]
     result = _result(node)
-    heads = _shape(node)[1]
+    heads = shape_of(node)[1]
     if result is None or None in sources or not isinstance(heads, int):
         return
     bases = [source[0] for source in sources if source]
@@ -79,13 +82,22 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
         dead = before
 
 
+def _blocks_nothing(module: fx.GraphModule, mask: fx.Node) -> bool:
+    while mask.target in COPIES or mask.target is aten.expand.default:
+        mask = mask.args[0]  # type: ignore[assignment]
+    value = constant(module, mask)
+    if value is None:
+        return False
+    return bool(value.all()) if value.dtype == torch.bool else not value.any()
+
+
 def _added(graph: fx.Graph, mask: fx.Node) -> fx.Node:
     """Return a mask as numbers to add, without copies for every query or head."""
-    while mask.target in _COPIES or mask.target is aten.expand.default:
+    while mask.target in COPIES or mask.target is aten.expand.default:
         before = mask.args[0]
-        if not isinstance(before, fx.Node) or _shape(before)[:1] != _shape(mask)[:1]:
+        if not isinstance(before, fx.Node) or shape_of(before)[:1] != shape_of(mask)[:1]:
             break
-        if len(_shape(before)) != 4:
+        if len(shape_of(before)) != 4:
             break
         mask = before
     value = mask.meta["val"]
@@ -96,41 +108,14 @@ def _added(graph: fx.Graph, mask: fx.Node) -> fx.Node:
     return added
 
 
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _without_copies(node: Any) -> Any:
-    while isinstance(node, fx.Node) and node.target in _COPIES:
-        node = node.args[0]
-    return node
-
-
-def _order(node: Any) -> tuple[fx.Node, tuple[int, ...]] | None:
-    """Return what a transposition reads, and where its axes come from."""
-    node = _without_copies(node)
-    if not isinstance(node, fx.Node) or not isinstance(node.args[0], fx.Node):
-        return None
-    rank = len(_shape(node))
-    if node.target is aten.transpose.int:
-        axes = list(range(rank))
-        a, b = node.args[1:3]
-        axes[a], axes[b] = axes[b], axes[a]  # type: ignore[index]
-        return node.args[0], tuple(axes)
-    if node.target is aten.permute.default:
-        return node.args[0], tuple(axis % rank for axis in node.args[1])  # type: ignore
-    return None
-
-
 def _axes(node: fx.Node) -> tuple[int, ...]:
-    found = _order(node)
+    found = order_of(node)
     return found[1] if found else ()
 
 
 def _source(node: Any) -> tuple[fx.Node, int | None] | None:
     """Return the tokens that queries, keys or values are, and which third of their channels."""
-    node = _without_copies(node)
+    node = without_copies(node)
     if isinstance(node, fx.Node) and node.target is torch.ops.aten.select.int:
         packed, axis, third = node.args[0], node.args[1], node.args[2]
     elif isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "getitem":
@@ -139,24 +124,24 @@ def _source(node: Any) -> tuple[fx.Node, int | None] | None:
             return None
         packed, axis = unbound.args[0], (*unbound.args[1:], 0)[0]
     else:
-        found = _order(node)
+        found = order_of(node)
         if found is None or found[1] != (0, 2, 1, 3):
             return None
         return _tokens(found[0], 4, None)
-    found = _order(packed)  # [3, batch, heads, tokens, width]
+    found = order_of(packed)  # [3, batch, heads, tokens, width]
     if axis != 0 or found is None or found[1] != (2, 0, 3, 1, 4) or not isinstance(third, int):
         return None
     return _tokens(found[0], 5, third)
 
 
 def _tokens(view: Any, rank: int, third: int | None) -> tuple[fx.Node, int | None] | None:
-    view = _without_copies(view)
-    if not isinstance(view, fx.Node) or view.target not in _VIEWS or len(_shape(view)) != rank:
+    view = without_copies(view)
+    if not isinstance(view, fx.Node) or view.target not in VIEWS or len(shape_of(view)) != rank:
         return None
-    base, split = view.args[0], _shape(view)
+    base, split = view.args[0], shape_of(view)
     if rank == 5 and split[2] != 3:
         return None
-    if not isinstance(base, fx.Node) or len(_shape(base)) != 3 or _shape(base)[:2] != split[:2]:
+    if not isinstance(base, fx.Node) or len(shape_of(base)) != 3 or shape_of(base)[:2] != split[:2]:
         return None
     return base, third
 
@@ -169,11 +154,11 @@ def _result(node: fx.Node) -> fx.Node | None:
         if len(users) != 1:
             return None
         user = users[0]
-        same = user.target in _VIEWS and _shape(user) == _shape(steps[-1])
-        if same or user.target in _COPIES or _axes(user) == (0, 2, 1, 3):
+        same = user.target in VIEWS and shape_of(user) == shape_of(steps[-1])
+        if same or user.target in COPIES or _axes(user) == (0, 2, 1, 3):
             steps.append(user)
-        elif user.target in _VIEWS and len(_shape(user)) == 3:
-            turned = any(_axes(step) for step in steps[1:] if step.target not in _COPIES)
-            return user if turned and _shape(user)[:2] == _shape(steps[-1])[:2] else None
+        elif user.target in VIEWS and len(shape_of(user)) == 3:
+            turned = any(_axes(step) for step in steps[1:] if step.target not in COPIES)
+            return user if turned and shape_of(user)[:2] == shape_of(steps[-1])[:2] else None
         else:
             return None

@@ -30,6 +30,9 @@ _ACTIVATIONS = {
     d.HARDSIGMOID: F.hardsigmoid,
 }
 
+# What computes numbers from several channels, or differs from pixel to pixel by itself.
+_MIXED = (d.LAYER_NORM, d.ATTENTION, d.SEQUENCE)
+
 Shape = tuple[int, int, int]
 
 
@@ -66,6 +69,8 @@ def _shapes(nodes: list[Node]) -> list[Shape]:
             channels = len(node.lists["crow"]) - 1
         elif node.kind == d.ATTENTION:
             channels //= 3
+        elif node.kind == d.SEQUENCE:
+            size = [1, len(node.lists["bias"]) // channels]
         found.append((channels, size[0], size[1]))
     return found
 
@@ -124,7 +129,7 @@ def _fold_product(node: Node, constants: Tensor, before: Shape, after: Shape) ->
 
 def _constants(node: Node, known: list[Tensor], shapes: list[Shape], shape: Shape) -> Tensor:
     varies = torch.full((shape[0],), math.nan, dtype=torch.float64)
-    if not node.inputs or node.kind in (d.LAYER_NORM, d.ATTENTION):
+    if not node.inputs or node.kind in _MIXED:
         return varies
     value = known[node.inputs[0]]
     if node.kind == d.GATE:
@@ -157,7 +162,7 @@ def _alive(nodes: list[Node], outputs: list[int], shapes: list[Shape]) -> list[T
         if node.kind == d.PRODUCT
     }
     for i, node in enumerate(nodes):
-        if i in outputs or not node.inputs or node.kind in (d.LAYER_NORM, d.ATTENTION):
+        if i in outputs or not node.inputs or node.kind in _MIXED:
             alive[i][:] = True
     while True:
         before = sum(int(channels.sum()) for channels in alive)
@@ -180,7 +185,7 @@ def _mark(
         return
     first = alive[node.inputs[0]]
     together = [i, *node.inputs]
-    if node.kind in (d.LAYER_NORM, d.ATTENTION):
+    if node.kind in _MIXED:
         for x in node.inputs:
             alive[x][:] = True
         return

@@ -16,7 +16,7 @@ from sparsekd.errors import ShapeError, UnsupportedError
 
 RECORD = 17
 INPUT, TOKENS, PRODUCT, POINTWISE, MAX_POOL, MEAN_POOL, FLATTEN = range(7)
-LAYER_NORM, ATTENTION, GATE = range(7, 10)
+LAYER_NORM, ATTENTION, GATE, SEQUENCE = range(7, 11)
 NONE, RELU, RELU6, SILU, GELU, HARDSWISH, SIGMOID, HARDSIGMOID = range(8)
 
 # Rows that are dense share one list of inputs, which is computed four rows at a time; leaving out
@@ -168,6 +168,16 @@ class Draft:
             "bias": torch.zeros(channels) if shift is None else shift.detach().float().clone(),
         }
         return self.add(Node(LAYER_NORM, (x,), lists=lists))
+
+    def sequence(self, x: int, constants: Tensor, alone: bool) -> int:
+        """Append tokens: constants [tokens, channels], plus a map's pixels as the last ones."""
+        node = self.nodes[x]
+        bias = constants.detach().float()
+        if alone and node.kind == SEQUENCE:
+            before = node.lists["bias"].view(bias.shape[1], -1).t()
+            bias = torch.cat([bias[: len(bias) - len(before)], bias[-len(before) :] + before])
+            x = node.inputs[0]
+        return self.add(Node(SEQUENCE, (x,), lists={"bias": bias.t().flatten()}))
 
     def join(self, maps: list[int]) -> int | None:
         """Append one linear layer for several of one map; None where they are something else."""

@@ -13,9 +13,12 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from sparsekd import ops
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.frozen.attention import fuse_attention
+from sparsekd.frozen.constants import constant, fold_constants
 from sparsekd.frozen.dead import remove_dead
 from sparsekd.frozen.draft import ATTENTION, PRODUCT, Draft, Node, rounded
-from sparsekd.frozen.rules import RULES, Outside, Values
+from sparsekd.frozen.rules import RULES
+from sparsekd.frozen.sequence import fuse_sequences
+from sparsekd.frozen.values import Outside, Values
 
 
 class Island(nn.Module):
@@ -111,8 +114,11 @@ def capture(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
 
 def cut(graph: fx.GraphModule, batch: Any, int8: bool = False) -> fx.GraphModule:
     """Replace all that the compiled network can do by islands, in as few pieces as possible."""
+    fold_constants(graph)
     fuse_attention(graph)
-    constants = _constants(graph)
+    fuse_sequences(graph)
+    found = {node: constant(graph, node) for node in graph.graph.nodes}
+    constants = {node: value for node, value in found.items() if value is not None}
     values = Values(Draft(), constants, batch)
     supported = {node for node in graph.graph.nodes if _try(values, node)}
     layers = {
@@ -142,18 +148,6 @@ def cut(graph: fx.GraphModule, batch: Any, int8: bool = False) -> fx.GraphModule
 
 
 _VIEWS = ["aten.view.default", "_operator.getitem", "aten.clone.default"]
-
-
-def _constants(graph: fx.GraphModule) -> dict[fx.Node, Tensor]:
-    found = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            value: Any = graph
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            if isinstance(value, Tensor):
-                found[node] = value.detach()
-    return found
 
 
 def _try(values: Values, node: fx.Node) -> bool:

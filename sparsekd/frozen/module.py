@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.frozen.draft import PRODUCT
@@ -38,9 +40,12 @@ class FrozenModule(nn.Module):
 
     def prepare(self, *inputs: Any) -> fx.GraphModule:
         """Return the graph for inputs of these shapes, made when they first come."""
-        key = tuple(
+        key: Any = tuple(
             (tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else repr(x) for x in inputs
         )
+        batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), None)
+        if (batch, key) in self._graphs:
+            key = (batch, key)
         if key not in self._graphs:
             model = self._model[0]
             if model is None:
@@ -48,7 +53,9 @@ class FrozenModule(nn.Module):
                     f"frozen network from a file: expected inputs of {list(self._graphs)}, "
                     f"got {key}"
                 )
-            self.keep(key, _freeze_for(model, inputs, self._int8))
+            graph, any_batch = _freeze_for(model, inputs, self._int8)
+            key = key if any_batch else (batch, key)
+            self.keep(key, graph)
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
@@ -74,11 +81,7 @@ class FrozenModule(nn.Module):
     @property
     def outside(self) -> list[str]:
         """The operators that run in torch, for the inputs that came last, in their order."""
-        return [
-            str(node.target)
-            for node in self._last().graph.nodes
-            if node.op == "call_function" and "sym_size" not in str(node.target)
-        ]
+        return outside(self._last())
 
     @property
     def removed_channels(self) -> int:
@@ -119,14 +122,30 @@ class FrozenModule(nn.Module):
         return next(reversed(self._graphs.values()))
 
 
-def _freeze_for(model: nn.Module, inputs: tuple[Any, ...], int8: bool) -> fx.GraphModule:
-    # Two images at least: torch takes a batch of one for a constant.
+def _freeze_for(
+    model: nn.Module, inputs: tuple[Any, ...], int8: bool
+) -> tuple[fx.GraphModule, bool]:
+    """Return the graph for inputs like these, and whether the batch may be any."""
     first = next((x for x in inputs if isinstance(x, Tensor) and x.ndim), None)
     if first is None:
         raise ShapeError("freeze: expected an input that is a tensor with a batch")
-    batch = len(first)
+    # Two images at least: torch takes a batch of one for a constant.
+    graph, any_batch = _freeze_batch(model, inputs, len(first), 2, int8)
+    if not any_batch and len(first) != 2:
+        graph, _ = _freeze_batch(model, inputs, len(first), len(first), int8)
+    return graph, any_batch
+
+
+def _freeze_batch(
+    model: nn.Module, inputs: tuple[Any, ...], batch: int, traced: int, int8: bool
+) -> tuple[fx.GraphModule, bool]:
+    """Trace a model with so many images in the place of the batch.
+
+    A model that asks for `len(x)` has the number in its graph. What runs compiled goes image by
+    image and needs it nowhere, but operators that run in torch may.
+    """
     examples = tuple(
-        torch.zeros((2, *x.shape[1:]), dtype=x.dtype)
+        torch.zeros((traced, *x.shape[1:]), dtype=x.dtype)
         if isinstance(x, Tensor) and x.ndim and len(x) == batch
         else x
         for x in inputs
@@ -138,7 +157,19 @@ def _freeze_for(model: nn.Module, inputs: tuple[Any, ...], int8: bool) -> fx.Gra
             for node in graph.graph.nodes
             if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
         )
-        return cut(graph, images, int8)
+        found = cut(graph, images, int8)
+    return found, not is_concrete_int(images) or not outside(found)
+
+
+def outside(graph: fx.GraphModule) -> list[str]:
+    """Return the operators of a graph that run in torch."""
+    return [
+        str(node.target)
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+        and "sym_size" not in str(node.target)
+        and not (node.target is operator.getitem and node.args[0].op == "call_module")
+    ]
 
 
 def freeze(model: nn.Module, *inputs: Any, weights: str = "float32") -> FrozenModule:

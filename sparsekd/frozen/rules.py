@@ -17,80 +17,11 @@ from torch import Tensor, fx
 from sparsekd import _torch
 from sparsekd.frozen import draft as d
 from sparsekd.frozen.attention import attention, packed_attention
-from sparsekd.frozen.draft import Draft, Node, Window
+from sparsekd.frozen.draft import Node, Window
+from sparsekd.frozen.sequence import prepend, tokens
+from sparsekd.frozen.values import Outside, Values, arguments, source
 
 aten = torch.ops.aten
-
-
-class Outside(Exception):
-    """An operator, or a use of it, that runs in torch."""
-
-
-class Values:
-    """The maps and constants of a graph that is being frozen.
-
-    Args:
-        draft: takes the nodes.
-        constants: tensors of the model by their nodes in torch's graph.
-        batch: the number of images, as torch's graph has it.
-    """
-
-    def __init__(self, draft: Draft, constants: dict[fx.Node, Tensor], batch: Any) -> None:
-        self.draft = draft
-        self.constants = constants
-        self.batch = batch
-        self.maps: dict[fx.Node, int] = {}
-        self._alone: dict[fx.Node, bool] = {}
-
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Return the shape of a batch without the batch; it must be known and floating point."""
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.ndim < 2:
-            raise Outside
-        rest = value.shape[1:]
-        if value.shape[0] != self.batch or not all(isinstance(size, int) for size in rest):
-            raise Outside
-        return tuple(rest)
-
-    def form(self, node: fx.Node) -> tuple[int, tuple[int, int, int]]:
-        """Return the kind of input that a tensor would be, and its shape as a map."""
-        shape = self.shape(node)
-        if len(shape) == 3:
-            return d.INPUT, (shape[0], shape[1], shape[2])
-        if len(shape) == 2:
-            return d.TOKENS, (shape[1], 1, shape[0])
-        if len(shape) == 1:
-            return d.INPUT, (shape[0], 1, 1)
-        raise Outside
-
-    def map(self, node: Any) -> int:
-        """Return the number of the map of a tensor, an input if nobody here has computed it."""
-        if not isinstance(node, fx.Node) or node in self.constants:
-            raise Outside
-        if node not in self.maps:
-            kind, shape = self.form(node)
-            self.put(node, self.draft.add(Node(kind, shape=shape)))
-        return self.maps[node]
-
-    def put(self, node: fx.Node, number: int, same_as: fx.Node | None = None) -> None:
-        """Keep the map of a tensor; `same_as` is the tensor that it is another view of."""
-        self.maps[node] = number
-        self._alone[node] = len(node.users) == 1 and (same_as is None or self._alone[same_as])
-
-    def alone(self, node: fx.Node) -> bool:
-        return self._alone[node]
-
-    def constant(self, node: Any) -> Tensor:
-        if not isinstance(node, fx.Node) or node not in self.constants:
-            raise Outside
-        return self.constants[node]
-
-    def lists(self, crow: Any, col: Any, weight: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the constants of a sparse weight."""
-        return self.constant(crow), self.constant(col), self.constant(weight)
-
-    def optional(self, node: Any) -> Tensor | None:
-        return None if node is None else self.constant(node)
 
 
 Rule = Callable[[Values, fx.Node], int]
@@ -103,26 +34,6 @@ def _rule(*targets: Any) -> Callable[[Rule], Rule]:
         return rule
 
     return register
-
-
-def arguments(node: fx.Node, *defaults: Any) -> list[Any]:
-    """Return the arguments after the first by position, with the defaults of the rest.
-
-    Raises:
-        Outside: there are keyword arguments, which no rule knows.
-    """
-    if node.kwargs and any(value is not None for value in node.kwargs.values()):
-        raise Outside
-    given = list(node.args[1:])
-    return given + list(defaults[len(given) :])
-
-
-def source(node: fx.Node) -> fx.Node:
-    """Return the tensor that an operator reads first."""
-    first = node.args[0]
-    if not isinstance(first, fx.Node):
-        raise Outside
-    return first
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -232,9 +143,16 @@ def relu6(values: Values, node: fx.Node) -> int:
 
 @_rule(aten.add.Tensor)
 def add(values: Values, node: fx.Node) -> int:
-    a, b = node.args
-    if node.kwargs.get("alpha", 1) != 1 or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+    a, b = _operands(values, node)
+    if node.kwargs.get("alpha", 1) != 1:
         raise Outside
+    if isinstance(b, Tensor):
+        if values.shape(a) != values.shape(node):
+            raise Outside
+        shift = _per_channel(values, a, b)
+        if shift is None:
+            return _add_positions(values, a, b)
+        return values.draft.affine(values.map(a), torch.ones_like(shift), shift, values.alone(a))
     if values.shape(a) != values.shape(b):
         raise Outside
     return values.draft.plus(
@@ -242,12 +160,75 @@ def add(values: Values, node: fx.Node) -> int:
     )
 
 
-@_rule(aten.mul.Tensor)
-def gate(values: Values, node: fx.Node) -> int:
-    x, by = node.args
-    if not isinstance(x, fx.Node) or not isinstance(by, fx.Node):
+def _operands(values: Values, node: fx.Node) -> tuple[fx.Node, fx.Node | Tensor]:
+    """Return a map, and another or a constant that is added to it or that it is multiplied by."""
+    a, b = node.args
+    found = [
+        torch.tensor(float(x)) if isinstance(x, int | float) else values.constants.get(x, x)  # type: ignore[arg-type]
+        for x in (a, b)
+    ]
+    if isinstance(found[0], Tensor):
+        found.reverse()
+    if not isinstance(found[0], fx.Node) or not isinstance(found[1], fx.Node | Tensor):
         raise Outside
+    return found[0], found[1]
+
+
+def _per_channel(values: Values, x: fx.Node, constant: Tensor) -> Tensor | None:
+    """Return the number that a constant has for each channel, if that is all it has."""
+    shape = values.shape(x)
+    channels, after = (shape[0], 2) if len(shape) == 3 else (shape[-1], 0)
+    if constant.numel() == 1:
+        return constant.double().reshape(1).expand(channels)
+    axis = constant.ndim - 1 - after
+    if axis < 0 or constant.shape[axis] != channels or constant.numel() != channels:
+        return None
+    return constant.double().flatten()
+
+
+def _add_positions(values: Values, x: fx.Node, constant: Tensor) -> int:
+    shape = values.shape(x)
+    if len(shape) != 2 or tuple(constant.shape) not in (shape, (1, *shape)):
+        raise Outside
+    return values.draft.sequence(values.map(x), constant.view(shape), values.alone(x))
+
+
+@_rule(tokens)
+def pixels_as_tokens(values: Values, node: fx.Node) -> int:
+    x = source(node)
+    return values.draft.sequence(values.map(x), torch.zeros(values.shape(node)), values.alone(x))
+
+
+@_rule(prepend)
+def class_tokens(values: Values, node: fx.Node) -> int:
+    x = source(node)
+    first = torch.cat([values.constant(part)[0] for part in node.args[1:]])
+    constants = torch.cat([first, torch.zeros(values.shape(x))])
+    if constants.shape != values.shape(node):
+        raise Outside
+    return values.draft.sequence(values.map(x), constants, values.alone(x))
+
+
+@_rule(aten.select.int)
+def first_token(values: Values, node: fx.Node) -> int:
+    x = source(node)
+    shape = values.shape(x)
+    if len(shape) != 2 or arguments(node) != [1, 0]:
+        raise Outside
+    # A pool whose windows are one token wide, and one row of tokens apart.
+    window = Window(stride=(1, shape[0]))
+    return values.draft.add(Node(d.MAX_POOL, (values.map(x),), window=window))
+
+
+@_rule(aten.mul.Tensor)
+def multiply(values: Values, node: fx.Node) -> int:
+    x, by = _operands(values, node)
     shape = values.shape(node)
+    if isinstance(by, Tensor):
+        scale = _per_channel(values, x, by)
+        if scale is None or values.shape(x) != shape:
+            raise Outside
+        return values.draft.affine(values.map(x), scale, torch.zeros_like(scale), values.alone(x))
     if values.shape(x) != shape:
         x, by = by, x
     if values.shape(x) != shape or len(shape) != 3 or values.shape(by) != (shape[0], 1, 1):
@@ -328,6 +309,14 @@ def reshape(values: Values, node: fx.Node) -> int:
     if len(before) == 3 and len(after) == 1:
         return values.draft.add(Node(d.FLATTEN, (values.map(x),)))
     raise Outside
+
+
+@_rule(aten.slice.Tensor)
+def all_of_it(values: Values, node: fx.Node) -> int:
+    x = source(node)
+    if values.shape(x) != values.shape(node) or arguments(node, 0, None, None, 1)[3] != 1:
+        raise Outside
+    return values.map(x)
 
 
 @_rule(aten.clone.default, aten.contiguous.default, aten.dropout.default, aten.alias.default)

@@ -42,6 +42,10 @@ CASES: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
     "resnet20": (lambda: skd.models.resnet20(num_classes=10), ((3, 32, 32),)),
     "tokens": (Tokens, ((5, 12),)),
     "vector": (lambda: nn.Sequential(nn.Linear(9, 4), nn.SiLU(), nn.Linear(4, 3)), ((9,),)),
+    "vit": (
+        lambda: skd.models.vit_tiny(num_classes=10, in_channels=3, input_size=32),
+        ((3, 32, 32),),
+    ),
     "two inputs": (Two, ((2, 9, 8), (3, 9, 8))),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,3 +74,56 @@ def test_bert_with_a_mask(transformers: Any) -> None:
         other = frozen(ids, torch.ones_like(mask))
         assert (other - right).abs().max() > 1e-3 * right.abs().max()  # the mask counts
     assert len(frozen.islands) == 1
+
+
+def _torchvision_vit(request: pytest.FixtureRequest) -> nn.Module:
+    return request.getfixturevalue("torchvision").models.VisionTransformer(32, 8, 2, 4, 64, 128)
+
+
+def _timm_vit(name: str, request: pytest.FixtureRequest) -> nn.Module:
+    size = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 32}
+    return request.getfixturevalue("timm").create_model(name, **size)
+
+
+def _transformers_vit(name: str, request: pytest.FixtureRequest) -> nn.Module:
+    transformers = request.getfixturevalue("transformers")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 128, "image_size": 32, "patch_size": 8}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = getattr(transformers, f"{name}ForImageClassification")(config)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(pixel_values=x).logits
+
+    return Logits()
+
+
+VITS = {
+    "torchvision": _torchvision_vit,
+    "timm ViT": partial(_timm_vit, "vit_tiny_patch16_224"),
+    "timm DeiT III": partial(_timm_vit, "deit3_small_patch16_224"),  # scales of layers
+    "transformers ViT": partial(_transformers_vit, "ViT"),
+    "transformers DeiT": partial(_transformers_vit, "DeiT"),  # two class tokens
+}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_vits(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VITS[name](request).eval()
+    for module in model.modules():  # torchvision's head starts at zero
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight)
+    skd.sparsify(model, sparsity=0.5)
+    x = torch.randn(2, 3, 32, 32)
+    frozen = skd.freeze(model, x)
+    skd.save_frozen(frozen, tmp_path / "vit.frozen")
+    with torch.inference_mode():
+        right = model.double()(x.double())
+        assert right.any()
+        assert (frozen(x) - right).abs().max() <= 1e-5 * right.abs().max()
+        assert torch.equal(skd.load_frozen(tmp_path / "vit.frozen")(x), frozen(x))

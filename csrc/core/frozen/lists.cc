@@ -68,7 +68,7 @@ std::vector<int64_t> Plan::taps(const Node& node, const Step& step) const {
 void Plan::make_panels(const Node& node, Step& step, std::vector<int32_t>& offsets) const {
   const int64_t channels = network_.nodes()[node.inputs[0]].shape.channels;
   const int64_t rows = node.shape.channels, group_rows = rows / node.window.groups;
-  const int64_t vectors = grids_[step.grid].vectors, room = cache_sizes().l2 / 3;
+  const int64_t vectors = grids_[step.grid].vectors;
   const std::vector<int64_t> distance = taps(node, step);
   const auto count = static_cast<int64_t>(distance.size());
   step.before = std::max<int64_t>(0, -*std::min_element(distance.begin(), distance.end()));
@@ -83,8 +83,10 @@ void Plan::make_panels(const Node& node, Step& step, std::vector<int32_t>& offse
             static_cast<int32_t>((first + node.col[k] / count) * channel_step + tap[node.col[k] % count]));
     }
   };
-  const auto cut = [&](int64_t bytes, int64_t most) {
-    step.tiles = (vectors - 1) / std::clamp<int64_t>(room / bytes, kLeastTile, most) + 1;
+  // Tiles whose inputs fit L2, where their channels do not come in blocks; `taps` are copied of each.
+  const auto cut = [&](int64_t taps, int64_t most) {
+    const int64_t fit = node.window.groups > 1 ? cache_sizes().l2 / 3 / (channels * taps * kLine) : most;
+    step.tiles = (vectors - 1) / std::clamp(fit, kLeastTile, most) + 1;
     step.width = (vectors - 1) / step.tiles + 1;
   };
   write(distance, step.map_step);
@@ -95,14 +97,14 @@ void Plan::make_panels(const Node& node, Step& step, std::vector<int32_t>& offse
     if (panel_rows[r] == 1) loads += step.panels.back().count;
   }
   const bool shared = loads * 2 < static_cast<int64_t>(node.values.size());  // few inputs for many sums
-  cut(channels * kLine, shared ? kMostPanelTile : kMostTile);
+  cut(1, shared ? kMostPanelTile : kMostTile);
   if (loads < kWorthPacking * channels * count ||
-      channels * count * kLeastTile * kLine > 2 * cache_sizes().l2 ||
+      (node.window.groups > 1 && channels * count * kLeastTile * kLine > 2 * cache_sizes().l2) ||
       std::all_of(distance.begin(), distance.end(), [](int64_t d) { return d % kLanes == 0; })) {
     step.block = block_of(node, channels, lines_read(distance, step) * kLine);
     return;
   }
-  cut(channels * count * kLine, kMostTile);
+  cut(count, kMostTile);
   // Taps at the same place within a vector share a piece, unless a whole tile lies between them.
   std::map<int64_t, std::vector<int64_t>> places;
   for (int64_t t = 0; t < count; ++t) places[(distance[t] % kLanes + kLanes) % kLanes].push_back(t);
@@ -155,29 +157,55 @@ void Plan::cut_blocks(const Node& node, Step& step, const std::vector<int32_t>& 
   const Shape& in = network_.nodes()[node.inputs[0]].shape;
   const int64_t taps = node.window.kernel[0] * node.window.kernel[1];
   const std::vector<Panel> whole = std::exchange(step.panels, {});
+  // The parts of all blocks have the same rows, with equally many nonzeros of the whole.
+  std::vector<const Panel*> parts{whole.data()};
+  int64_t done = 0;
+  for (const Panel& panel : whole) {
+    while (done * kParts >= static_cast<int64_t>(node.values.size() * parts.size()) && parts.size() < kParts)
+      parts.push_back(&panel);
+    done += panel.count * panel.rows;
+  }
+  parts.resize(kParts + 1, whole.data() + whole.size());
+  // Lists of one length after the other, so that the ends of loops are foreseen. Where results go to memory
+  // it matters more that they do so in order.
+  const int64_t result = node.shape.channels * grids_[step.grid].length * static_cast<int64_t>(sizeof(float));
+  const bool by_length = result <= cache_sizes().l2 * 3 / 4;
+  struct List {
+    const Panel* panel;
+    int64_t from, to;
+  };
+  std::vector<List> lists;
   for (int64_t first = 0; first < in.channels; first += step.block) {
     const bool ends = first + step.block >= in.channels;
     auto& cuts = step.cuts.emplace_back();
-    int64_t done = 0;  // of all nonzeros, so that the parts of all blocks have the same rows
-    for (const Panel& panel : whole) {
-      while (done * kParts >= static_cast<int64_t>(node.values.size()) * static_cast<int64_t>(cuts.size()) &&
-             static_cast<int64_t>(cuts.size()) < kParts)
-        cuts.push_back(static_cast<int64_t>(step.panels.size()));
-      done += panel.count * panel.rows;
-      const int32_t* const row = node.col.data() + node.crow[panel.row];
-      const int64_t from = first == 0 ? 0 : std::lower_bound(row, row + panel.count, first * taps) - row;
-      const int64_t to =
-          ends ? panel.count : std::lower_bound(row, row + panel.count, (first + step.block) * taps) - row;
-      if (from == to && first > 0 && !ends) continue;
-      step.panels.push_back({panel.row, panel.rows, word - list_.data(), to - from});
-      for (int64_t k = node.crow[panel.row] + from; k < node.crow[panel.row] + to; ++k) {
-        const int32_t head = step.coded ? node.codes[k] * kMostCoded + node.col[k] : offsets[k];
-        std::memcpy(word++, &head, sizeof head);
-        if (step.coded) continue;
-        for (int32_t r = 0; r < panel.rows; ++r) *word++ = node.values[k + r * panel.count];
+    for (int64_t part = 0; part < kParts; ++part) {
+      cuts.push_back(static_cast<int64_t>(step.panels.size()));
+      lists.clear();
+      for (const Panel* panel = parts[part]; panel != parts[part + 1]; ++panel) {
+        const int32_t* const row = node.col.data() + node.crow[panel->row];
+        const auto before = [&](int64_t column) {
+          return std::lower_bound(row, row + panel->count, column) - row;
+        };
+        const int64_t from = first == 0 ? 0 : before(first * taps);
+        const int64_t to = ends ? panel->count : before((first + step.block) * taps);
+        if (from < to || first == 0 || ends) lists.push_back({panel, from, to});
+      }
+      if (by_length)
+        std::stable_sort(lists.begin(), lists.end(), [](const List& a, const List& b) {
+          return a.panel->rows != b.panel->rows ? a.panel->rows > b.panel->rows
+                                                : a.to - a.from < b.to - b.from;
+        });
+      for (const auto& [panel, from, to] : lists) {
+        step.panels.push_back({panel->row, panel->rows, word - list_.data(), to - from});
+        for (int64_t k = node.crow[panel->row] + from; k < node.crow[panel->row] + to; ++k) {
+          const int32_t head = step.coded ? node.codes[k] * kMostCoded + node.col[k] : offsets[k];
+          std::memcpy(word++, &head, sizeof head);
+          if (step.coded) continue;
+          for (int32_t r = 0; r < panel->rows; ++r) *word++ = node.values[k + r * panel->count];
+        }
       }
     }
-    cuts.resize(kParts + 1, static_cast<int64_t>(step.panels.size()));
+    cuts.push_back(static_cast<int64_t>(step.panels.size()));
   }
 }
 

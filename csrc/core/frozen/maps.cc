@@ -94,6 +94,23 @@ void Maps::gate(size_t i) const {
   });
 }
 
+void Maps::sequence(size_t i) const {
+  const size_t input = node(i).inputs[0];
+  const Shape &s = node(input).shape, &o = node(i).shape;
+  const Grid &from = grid(input), &to = grid(i);
+  channels(o.channels, plan_.images() * o.channels * o.width, [&](int64_t c) {
+    const float* const constant = node(i).bias.data() + c * o.width;
+    for (int64_t n = 0; n < plan_.planes(); ++n) {
+      float* out = at(i, c) + to.image(n);
+      for (int64_t t = 0; t < o.width; ++t) std::fill_n(out + t * unit_, unit_, constant[t]);
+      out += (o.width - s.pixels()) * unit_;
+      const float* in = at(input, c) + from.image(n);
+      for (int64_t y = 0; y < s.height; ++y, in += from.stride)
+        for (int64_t x = 0; x < s.width * unit_; ++x) *out++ += in[x];
+    }
+  });
+}
+
 // Over rows first, which is a run of floats, then along the row.
 void Maps::windows(size_t i, float start, bool mean) const {
   const Window& w = node(i).window;

@@ -48,6 +48,7 @@ class Maps {
   // Copies every phase of the stride into channels of its own, padding included.
   void split(size_t i) const;
   void gate(size_t i) const;
+  void sequence(size_t i) const;
   void pool(size_t i) const;
   void flatten(size_t i) const;
 

@@ -187,13 +187,23 @@ Network::Network(std::vector<Node> nodes, std::vector<int32_t> outputs)
       case Kind::kGate:
         node.shape = *in;
         break;
+      case Kind::kSequence: {
+        const auto length = static_cast<int64_t>(node.bias.size());
+        require(length % in->channels == 0 && length / in->channels >= in->pixels(),
+                "bias: expected " + std::to_string(in->channels) + " channels of " +
+                    std::to_string(in->pixels()) + " tokens or more, got " + std::to_string(length) +
+                    " numbers");
+        node.shape = {in->channels, 1, length / in->channels};
+        break;
+      }
       default:
         node.shape = {in->channels * in->pixels(), 1, 1};
     }
     check_shape(node.shape);
     if (node.inputs.size() == 2) check_second(node, nodes_[node.inputs[1]].shape, *in);
     const bool flat = node.kind == Kind::kFlatten || node.shape.height > 1;
-    tokens_[index] = node.kind == Kind::kTokens || (of_tokens && !flat);
+    const bool makes_tokens = node.kind == Kind::kTokens || node.kind == Kind::kSequence;
+    tokens_[index] = makes_tokens || (of_tokens && !flat);
   };
   for (size_t i = 0; i < nodes_.size(); ++i) {
     try {

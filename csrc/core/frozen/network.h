@@ -25,6 +25,7 @@ enum class Kind : int32_t {
   kAttention,  // of tokens: channels are queries, keys and values in that order, each of window.groups heads;
                // second input: a mask to be added to the scores, [1 or heads, 1 or queries, keys]
   kGate,       // first times second, which is one number for each channel
+  kSequence,   // tokens: bias[c][t], plus the pixels of the input row by row as the last tokens
   kCount
 };
 
@@ -51,7 +52,8 @@ struct Node {
   std::vector<float> values;       // kProduct; kLayerNorm: eps
   std::vector<int8_t> codes;       // kProduct: instead of values, which are these times the row's scale
   std::vector<float> scale;        // one for each channel; kPointwise, kProduct without codes: or none
-  std::vector<float> bias;         // kProduct and, as a shift, the other two: one for each row, or none
+  std::vector<float> bias;         // kProduct and, as a shift, the other two: one for each row, or none;
+                                   // kSequence: [channels][tokens]
 };
 
 // A node as a row of numbers, for files: kind, activation, count_padding, first input, second input (-1:

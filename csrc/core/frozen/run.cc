@@ -52,6 +52,9 @@ class Run : Maps {
         case Kind::kGate:
           gate(i);
           break;
+        case Kind::kSequence:
+          sequence(i);
+          break;
         default:
           flatten(i);
       }
