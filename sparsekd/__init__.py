@@ -16,7 +16,7 @@ from sparsekd.ops.cpu.processor import select_isa
 from sparsekd.topology import Topology, TopologyDelta
 
 if TYPE_CHECKING:
-    from sparsekd import data, dst, flops, models, tickets
+    from sparsekd import cuda, data, dst, flops, models, tickets
     from sparsekd.diagnose.coverage import coverage
     from sparsekd.diagnose.explain import explain
     from sparsekd.frozen import freeze, load_frozen, save_frozen
@@ -38,6 +38,7 @@ __all__ = [
     "__version__",
     "backend",
     "coverage",
+    "cuda",
     "data",
     "densify",
     "dst",
@@ -64,7 +65,7 @@ __all__ = [
 
 # What a program that uses sparse layers may not need is imported when it is first asked for.
 _LATER = {
-    **dict.fromkeys(("data", "diagnose", "dst", "flops", "models", "tickets", "train"), ""),
+    **dict.fromkeys(("cuda", "data", "diagnose", "dst", "flops", "models", "tickets", "train"), ""),
     "coverage": "diagnose",
     "explain": "diagnose",
     **dict.fromkeys(("freeze", "load_frozen", "save_frozen"), "frozen"),

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # noqa: F401
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode  # noqa: F401
+from torch.utils._pytree import tree_map_only as map_only  # noqa: F401
 
 # -- transforms of torch.func, forward-mode differentiation ----------------------------------------
 

@@ -223,6 +223,14 @@ def test_plain_tensors_and_wrapper_tensor() -> None:
         assert (type(made), made.shape, made.dtype) == (Shouting, (2, 3), torch.float16)
 
 
+def test_map_only() -> None:
+    x = torch.ones(2)
+    found = _torch.map_only(Tensor, Tensor.neg, {"a": (x, 3), "b": [None, x]})
+    assert torch.equal(found["a"][0], -x)
+    assert torch.equal(found["b"][1], -x)
+    assert (found["a"][1], found["b"][0]) == (3, None)
+
+
 def test_DispatchMode_sees_ops() -> None:
     class Names(_torch.DispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

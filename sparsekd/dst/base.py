@@ -389,9 +389,9 @@ class Updater:
         self._prepare_next()
 
     def _prepare_next(self) -> None:
-        self._gradients.switch(on=self._collects(self.iteration + 1))
+        self._gradients.switch(on=self.collects(self.iteration + 1))
 
-    def _collects(self, iteration: int) -> bool:
+    def collects(self, iteration: int) -> bool:
         """Return whether the method reads `gradient(name)` in this iteration."""
         return self.needs_gradient and self.schedule(iteration) is not None
 

@@ -108,7 +108,7 @@ class SNFS(SET):
         mean = self.mean[name]
         return self.grid(name).pool_magnitude([(0, 0, mean)], mean)
 
-    def _collects(self, iteration: int) -> bool:
+    def collects(self, iteration: int) -> bool:
         return iteration < self.until
 
     @torch.no_grad()

@@ -19,6 +19,8 @@ INPUT, TOKENS, PRODUCT, POINTWISE, MAX_POOL, MEAN_POOL, FLATTEN = range(7)
 LAYER_NORM, ATTENTION, GATE, SEQUENCE = range(7, 11)
 NONE, RELU, RELU6, SILU, GELU, HARDSWISH, SIGMOID, HARDSIGMOID = range(8)
 
+MOST_TAP = 1024  # kernel, stride, padding, dilation
+
 # Rows that are dense share one list of inputs, which is computed four rows at a time; leaving out
 # a few stray zeros would give each row a list of its own.
 _DENSE_FROM = 0.6

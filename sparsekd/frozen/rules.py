@@ -40,6 +40,8 @@ def _pair(value: Any) -> tuple[int, int]:
     numbers = [value] if isinstance(value, int) else list(value)
     if not all(isinstance(number, int) for number in numbers) or len(numbers) not in (1, 2):
         raise Outside
+    if max(numbers) > d.MOST_TAP:
+        raise Outside
     return numbers[0], numbers[-1]
 
 
@@ -216,7 +218,7 @@ def first_token(values: Values, node: fx.Node) -> int:
     if len(shape) != 2 or arguments(node) != [1, 0]:
         raise Outside
     # A pool whose windows are one token wide, and one row of tokens apart.
-    window = Window(stride=(1, shape[0]))
+    window = Window(stride=_pair([1, shape[0]]))
     return values.draft.add(Node(d.MAX_POOL, (values.map(x),), window=window))
 
 

@@ -184,7 +184,7 @@ class SparseModule(StoredWeight):
         check_own(self, "rewire()")
         _, delta = self.topology.rewire(mask)
         self.layout.check(mask)
-        in_place = prepare_in_place(self, delta) if self.capturable else None
+        in_place = prepare_in_place(self, delta)
 
         @torch.no_grad()
         def rewire() -> TopologyDelta:

@@ -13,8 +13,12 @@ from sparsekd.nn.stored import StoredWeight
 from sparsekd.topology import TopologyDelta
 
 
-def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
+def make_capturable(
+    model: nn.Module, capturable: bool = True, *, may_move: bool = False
+) -> nn.Module:
     """Make rewires of a model write into its tensors instead of replacing them.
+
+    `sparsekd.cuda.graphed` does this, records and replays; this is for graphs of your own.
 
     A training step that was recorded as a CUDA graph can then be replayed after a rewire: values,
     indices, gradients, optimizer state and the plans of the GPU kernels stay where they are, and
@@ -31,6 +35,8 @@ def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
     Args:
         model: any module with sparse modules.
         capturable: False takes it back.
+        may_move: replace the tensors of a module that cannot keep them instead of raising. Graphs
+            recorded before such a rewire must not be replayed after it.
 
     Returns:
         The model.
@@ -50,20 +56,34 @@ def make_capturable(model: nn.Module, capturable: bool = True) -> nn.Module:
     if not found:
         raise ValueError(f"model: expected sparse modules, got a {type(model).__name__} without")
     for module in found:
-        module.capturable = capturable
+        module.capturable, module.may_move = capturable, may_move
     return model
 
 
-def prepare_in_place(module: StoredWeight, delta: TopologyDelta) -> Callable[[], None]:
+def prepare_in_place(module: StoredWeight, delta: TopologyDelta) -> Callable[[], None] | None:
     """Return a function that writes a new topology, and the survivors, into a module's tensors.
 
     Args:
         module: whose topology is `delta.old`.
         delta: the way to the new topology.
 
+    Returns:
+        The function; None if the module replaces its tensors.
+
     Raises:
-        UnsupportedError: a tensor would not keep its place.
+        UnsupportedError: a tensor would not keep its place, and may not move.
     """
+    if not module.capturable:
+        return None
+    try:
+        return _prepare(module, delta)
+    except UnsupportedError:
+        if module.may_move:
+            return None
+        raise
+
+
+def _prepare(module: StoredWeight, delta: TopologyDelta) -> Callable[[], None]:
     new = delta.new
     if new.nnz != delta.old.nnz:
         raise _refusal(module, f"it keeps its {delta.old.nnz} nonzeros, got {new.nnz}")

@@ -48,6 +48,9 @@ class StoredWeight(nn.Module):
     """Whether a rewire writes into the tensors at hand, as a recorded CUDA graph needs it; see
     `sparsekd.make_capturable`."""
 
+    may_move = False
+    """Whether a capturable module replaces its tensors where it cannot keep them."""
+
     # See `sparsekd.nn.copies`.
     _copies: weakref.WeakSet[StoredWeight] | None = None
     _is_copy = False

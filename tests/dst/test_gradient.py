@@ -199,7 +199,7 @@ def test_operands_are_kept_on_update_iterations_only(make_network):
     assert collected == [0, 0, 3, 0, 0, 3, 0, 0, 0, 0]
 
 
-def test_set_never_collects(make_network):
+def test_set_nevercollects(make_network):
     model = make_network()
     dst = SET(model, torch.optim.SGD(model.parameters(), lr=0.1), every=1, until=100)
     assert dst._gradients not in observe.listeners

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from ptx_machine import Executable
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,26 +25,31 @@ def plan_tensors() -> list[Tensor]:
 class Tape(TorchDispatchMode):
     """Record, while it is entered, what runs: ``with Tape(monkeypatch) as tape: ...``.
 
+    Launches go through `owner.name`, that of the PTX machine by default.
+
     A launch is kept as the bytes of its arguments, addresses among them, and torch's calls write
     to where they wrote. Tensors that were made meanwhile are held, as a graph's memory is its own.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, patch: pytest.MonkeyPatch, owner: Any = Executable, name: str = "launch"
+    ) -> None:
         super().__init__()
+        self._owner, self._name = owner, name
         self.launches = 0
         self._calls: list[Callable[[], Any]] = []
         self._held: list[Any] = []
         self._patch = patch
 
     def __enter__(self) -> Tape:
-        launch = Executable.launch
+        launch = getattr(self._owner, self._name)
 
         def record(*args: Any) -> int:
             self.launches += 1
             self._calls.append(lambda: launch(*args))
             return launch(*args)
 
-        self._patch.setattr(Executable, "launch", record)
+        self._patch.setattr(self._owner, self._name, record)
         super().__enter__()
         return self
 
@@ -57,10 +63,17 @@ class Tape(TorchDispatchMode):
         self._held.append((args, kwargs, out))
         if func._schema.is_mutable:
             self._calls.append(lambda: func(*args, **kwargs))
-        elif isinstance(out, Tensor) and not (func.is_view or "empty" in func.name()):
-            self._calls.append(lambda: out.copy_(func(*args, **kwargs)))
+        elif not (func.is_view or "empty" in func.name()):
+            self._calls.append(lambda: self._write(func(*args, **kwargs), out))
         return out
 
+    @staticmethod
+    def _write(found: Any, out: Any) -> None:
+        for new, old in zip(tree_leaves(found), tree_leaves(out), strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)
+
     def replay(self) -> None:
-        for call in self._calls:
-            call()
+        with torch._C._AutoDispatchBelowAutograd():  # where the calls were recorded
+            for call in self._calls:
+                call()

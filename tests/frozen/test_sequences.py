@@ -125,6 +125,20 @@ def test_forms_that_run_in_torch(form: str) -> None:
     assert_frozen(Patches(make), torch.randn(3, 3, 12, 16), outside=outside)
 
 
+def test_long_sequences() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[:, 0]
+
+    torch.manual_seed(0)
+    assert_frozen(First(), torch.randn(2, 1024, 4))
+    assert_frozen(First(), torch.randn(2, 1025, 4), outside=("aten.select.int",))
+
+
 class Attends(nn.Module):
     """Attention with a mask that is computed from nothing, the same for every image."""
 

@@ -215,6 +215,35 @@ def test_a_recorded_step_goes_on_after_a_rewire(on_gpu: str, layout: str) -> Non
     assert_rewired_twice(model)
 
 
+@pytest.mark.parametrize("layout", ["csr", "bcsr"])
+@pytest.mark.parametrize("method", ["RigL", "GMP"])
+def test_graphed_trains_as_a_plain_loop_does(on_gpu: str, layout: str, method: str) -> None:
+    models, losses = [network(layout), network(layout)], []
+    for number, model in enumerate(models):
+        opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        if method == "RigL":
+            dst = skd.dst.RigL(model, opt, drop_fraction=0.3, every=6, until=100)
+        else:
+            dst = skd.dst.GMP(model, opt, sparsity=0.95, every=6, until=100)
+
+        def step(x: Tensor, y: Tensor, model: nn.Module = model) -> Tensor:
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        run = skd.cuda.graphed(step, model, dst) if number else step
+        losses.append([])
+        for x, y in batches(16):
+            opt.zero_grad()
+            losses[-1].append(run(x, y).item())
+            if not dst.step():
+                opt.step()
+        if number:
+            assert run.recorded == 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert_rewired_twice(models[1])
+
+
 def test_a_step_that_never_ran_is_not_recorded(on_gpu: str) -> None:
     conv = skd.nn.SparseConv2d(16, 16, 3, sparsity=0.5).to(DEVICE)
     x, graph = torch.ones(8, 16, 9, 9, device=DEVICE), torch.cuda.CUDAGraph()
