@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,18 @@ def transformed(tensor: Tensor) -> bool:
     return in_transform() or in_forward_ad() or (not _is_compiling() and _is_legacy_batched(tensor))
 
 
-def apply_at_this_level(node: type[torch.autograd.Function], *args: Any) -> Any:
+class OneLevelFunction(torch.autograd.function._SingleLevelFunction):
+    """An autograd.Function whose `apply` does not look for transforms of torch.func.
+
+    Looking, and looking for tensors left over from them, takes as long as a small layer. Outside of
+    transforms it is applied as any; for inside see `apply_at_this_level`.
+    """
+
+    apply: ClassVar[Callable[..., Any]]
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def apply_at_this_level(node: type[OneLevelFunction], *args: Any) -> Any:
     """Apply an autograd.Function inside an Autograd kernel, for the transform at hand alone.
 
     That is how torch's own kernels differentiate: the call that the forward makes of its op goes to
@@ -66,18 +77,9 @@ def apply_at_this_level(node: type[torch.autograd.Function], *args: Any) -> Any:
     before = _get_single_level()
     _set_single_level(True)
     try:
-        return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+        return node.apply(*args)
     finally:
         _set_single_level(before)
-
-
-def direct_apply(node: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return the `apply` of an autograd.Function for use outside of transforms of torch.func.
-
-    `Function.apply` first looks for transforms, and for tensors left over from them, which takes as
-    long as a small layer; the caller has to know that there are none.
-    """
-    return super(torch.autograd.Function, node).apply  # type: ignore[misc]
 
 
 @contextmanager

@@ -62,8 +62,8 @@ def test_transformed_knows_both_kinds_of_batches() -> None:
     assert seen == [True, True]
 
 
-class Double(torch.autograd.Function):
-    """Twice a tensor; without setup_context, so Function.apply refuses it inside a transform."""
+class Double(_torch.OneLevelFunction):
+    """Twice a tensor; without setup_context, so `apply` refuses it inside a transform."""
 
     running: list[object] = []  # noqa: RUF012
 
@@ -89,7 +89,7 @@ def test_apply_at_this_level_and_derivatives_of_outer_levels() -> None:
     assert not torch._C._functorch.get_single_level_autograd_function_allowed()
 
 
-class Triple(torch.autograd.Function):
+class Triple(_torch.OneLevelFunction):
     """Three times a tensor."""
 
     @staticmethod
@@ -101,10 +101,11 @@ class Triple(torch.autograd.Function):
         return grad * 3, None
 
 
-def test_direct_apply_is_apply_without_transforms() -> None:
+def test_OneLevelFunction_is_a_Function() -> None:
     x = torch.ones(3, requires_grad=True)
-    y = _torch.direct_apply(Triple)(x, None)
-    y.sum().backward()
+    y = Triple.apply(x, None)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full((3,), 3.0))
     assert type(y.grad_fn).__name__ == "TripleBackward"

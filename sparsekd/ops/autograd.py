@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sparsekd._torch import (
     KeySet,
+    OneLevelFunction,
     after_autograd,
     apply_at_this_level,
     below_autograd,
     derivatives_of_outer_levels,
-    direct_apply,
     in_forward_ad,
     in_transform,
     intercepted,
@@ -62,7 +62,7 @@ def register_autograd(
         with below_autograd():
             return op.redispatch(keyset & after_autograd, *args)
 
-    class Node(torch.autograd.Function):
+    class Node(OneLevelFunction):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             *inputs, keyset = args  # last, so that needs_input_grad counts as the op does
@@ -124,7 +124,7 @@ def direct_call(
 
     without = [None] * (count + 1)
 
-    class Node(torch.autograd.Function):
+    class Node(OneLevelFunction):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             inputs = *args[:count], *args[count]
@@ -139,7 +139,7 @@ def direct_call(
             return *found, *without[len(found) :]
 
     Node.__name__ = Node.__qualname__ = f"Sparsekd_{name}"
-    apply = direct_apply(Node)
+    apply = Node.apply
 
     def call(*args: Any) -> Any:
         if torch.is_grad_enabled():

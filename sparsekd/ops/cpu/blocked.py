@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd._torch import direct_apply, version_of
+from sparsekd._torch import OneLevelFunction, version_of
 from sparsekd.errors import ShapeError
 from sparsekd.ops import observe
 from sparsekd.ops.cpu.blocked_map import Behind, Blocked, Parts, compiled, empty, joined
@@ -201,7 +201,7 @@ def run(
     read = Parts((), False, False) if x.parts is None else x.parts
     kept = tensor, *maps, *x.normed, *read.tensors
     known = plan, units, count, relu, x.parts and x.parts._replace(tensors=()), plain, x.shape
-    tensor = _apply((known, kept, x.behind, behind), *inputs)
+    tensor = _Node.apply((known, kept, x.behind, behind), *inputs)
     return Blocked(tensor, out_shape, behind, normed, parts=parts)
 
 
@@ -255,7 +255,7 @@ def norm_memory(unit: ConvNorm, state: Tensor, needs: Sequence[bool]) -> list[Te
     ]
 
 
-class _Node(torch.autograd.Function):
+class _Node(OneLevelFunction):
     @staticmethod
     def forward(ctx: Any, made: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
         ctx.made, maps, ctx.before, ctx.behind = made
@@ -280,9 +280,6 @@ class _Node(torch.autograd.Function):
                 stored = joined(parts._replace(tensors=as_made(saved[-4:])), shape)
             results = by_ordinary_ops(plain, shape, inputs, needs, grad, stored)
         return None, *results
-
-
-_apply = direct_apply(_Node)
 
 
 def _gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekd._torch import direct_apply
+from sparsekd._torch import OneLevelFunction
 from sparsekd.ops.cpu.blocked import ConvNorm, Plan, count_batches, norm_memory, operands_of
 from sparsekd.ops.cpu.blocked_map import Blocked, compiled, empty
 from sparsekd.ops.cpu.blocked_ordinary import as_made, by_ordinary_ops, direct
@@ -89,11 +89,11 @@ def run(block: Block, x: Blocked, *, moments: bool) -> Blocked | None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         kept = [stored, *maps] if state is None else [stored, *maps, state]
         known = block, x.shape, shapes, x.parts is None
-        out = _apply((known, out, kept), *inputs)
+        out = _Node.apply((known, out, kept), *inputs)
     return Blocked(out, out_shape, moments=found)
 
 
-class _Node(torch.autograd.Function):
+class _Node(OneLevelFunction):
     @staticmethod
     def forward(ctx: Any, made: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
         (ctx.block, ctx.shape, ctx.shapes, ctx.whole), out, kept = made
@@ -115,9 +115,6 @@ class _Node(torch.autograd.Function):
             stored = None if ctx.whole else saved[ctx.inputs].detach()
             results = by_ordinary_ops(ctx.block.plain, ctx.shape, inputs, needs, grad, stored)
         return None, *results
-
-
-_apply = direct_apply(_Node)
 
 
 def _gradients(
