@@ -313,6 +313,12 @@ FROZEN_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 """BatchNorm in eval mode, as torch.export writes it."""
 
 
+def writes(target: Any) -> bool:
+    """Return whether what a node of a graph calls is an op that writes to an operand."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 # -- and one of Python -----------------------------------------------------------------------------
 
 environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)

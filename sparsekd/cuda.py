@@ -108,7 +108,7 @@ class Graphed:
         if self.dst is not None and (self.dst.due or self.dst.collects(self.dst.iteration + 1)):
             return self._recorder.run(device, lambda: self._run(*inputs))
         self._drop_moved()
-        key = tuple((x.shape, x.dtype, x.stride()) for x in inputs)
+        key = tuple((x.device, x.dtype, x.shape, x.stride()) for x in inputs)
         found = self._recorded.get(key)
         if found is None and self._ran.get(key, 0) >= self.warmup and self.recorded < self.most:
             found = self._recorded[key] = self._record(inputs)

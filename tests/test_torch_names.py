@@ -361,3 +361,9 @@ def test_FROZEN_BATCH_NORM() -> None:
     program = torch.export.export(nn.BatchNorm2d(2).eval(), (torch.ones(1, 2, 3, 3),))
     nodes = program.run_decompositions({}).graph.nodes
     assert _torch.FROZEN_BATCH_NORM in {node.target for node in nodes}
+
+
+def test_writes() -> None:
+    aten = torch.ops.aten
+    assert _torch.writes(aten.copy_.default)
+    assert not any(map(_torch.writes, (aten.add.Tensor, torch.cat, "a name of a placeholder")))

@@ -7,13 +7,14 @@ queries, keys and values that are tokens [batch, tokens, channels], the channels
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsekd.frozen.constants import constant
+from sparsekd.frozen.constants import constants
 from sparsekd.frozen.patterns import COPIES, VIEWS, order_of, shape_of, without_copies
 
 aten = torch.ops.aten
@@ -36,20 +37,20 @@ def packed_attention(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
 
 def fuse_attention(graph: fx.GraphModule) -> None:
     """Put `attention` or `packed_attention` where a graph has it written out, in place."""
+    known = constants(graph)
     for node in list(graph.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
-            _fuse(graph, node)
+            _fuse(graph.graph, node, known)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
 
-def _fuse(module: fx.GraphModule, node: fx.Node) -> None:
-    graph = module.graph
+def _fuse(graph: fx.Graph, node: fx.Node, known: Mapping[fx.Node, Tensor]) -> None:
     names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     settings: dict[str, Any] = {**dict(zip(names, node.args[3:], strict=False)), **node.kwargs}
     scale, usual = settings.pop("scale", None), shape_of(node)[-1]
     mask = settings.pop("attn_mask", None)
-    if mask is not None and _blocks_nothing(module, mask):
+    if mask is not None and _blocks_nothing(mask, known):
         mask = None
     if any(settings.values()):  # dropout, causal, fewer keys than queries
         return
@@ -82,10 +83,10 @@ def _fuse(module: fx.GraphModule, node: fx.Node) -> None:
         dead = before
 
 
-def _blocks_nothing(module: fx.GraphModule, mask: fx.Node) -> bool:
+def _blocks_nothing(mask: fx.Node, known: Mapping[fx.Node, Tensor]) -> bool:
     while mask.target in COPIES or mask.target is aten.expand.default:
         mask = mask.args[0]  # type: ignore[assignment]
-    value = constant(module, mask)
+    value = known.get(mask)
     if value is None:
         return False
     return bool(value.all()) if value.dtype == torch.bool else not value.any()

@@ -13,7 +13,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from sparsekd import ops
 from sparsekd.errors import ShapeError, UnsupportedError
 from sparsekd.frozen.attention import fuse_attention
-from sparsekd.frozen.constants import constant, fold_constants
+from sparsekd.frozen.constants import constants, fold_constants
 from sparsekd.frozen.dead import remove_dead
 from sparsekd.frozen.draft import ATTENTION, PRODUCT, Draft, Node, rounded
 from sparsekd.frozen.rules import RULES
@@ -117,9 +117,8 @@ def cut(graph: fx.GraphModule, batch: Any, int8: bool = False) -> fx.GraphModule
     fold_constants(graph)
     fuse_attention(graph)
     fuse_sequences(graph)
-    found = {node: constant(graph, node) for node in graph.graph.nodes}
-    constants = {node: value for node, value in found.items() if value is not None}
-    values = Values(Draft(), constants, batch)
+    known = constants(graph)
+    values = Values(Draft(), known, batch)
     supported = {node for node in graph.graph.nodes if _try(values, node)}
     layers = {
         n for n in supported if values.draft.nodes[values.maps[n]].kind in (PRODUCT, ATTENTION)
@@ -132,7 +131,7 @@ def cut(graph: fx.GraphModule, batch: Any, int8: bool = False) -> fx.GraphModule
     partitioner = CapabilityBasedPartitioner(
         graph, Support(), allows_single_node_partition=True, non_compute_ops=_VIEWS
     )
-    names = {node.name: value for node, value in constants.items()}
+    names = {node.name: value for node, value in known.items()}
     # Without a layer in it an island would only copy maps into its layout and back.
     worthwhile = [p for p in partitioner.propose_partitions() if any(n in layers for n in p.nodes)]
     parts = partitioner.fuse_partitions(worthwhile)

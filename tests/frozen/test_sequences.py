@@ -193,6 +193,25 @@ def test_weights_that_are_computed_are_folded() -> None:
     assert_frozen(model, torch.randn(2, 3, 8, 8))
 
 
+def test_buffers_that_the_model_writes_to_are_no_constants() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.layer(x) * (self.calls + 1)
+
+    torch.manual_seed(0)
+    model, x = Counts().eval(), torch.randn(3, 4)
+    frozen = skd.freeze(model, x)
+    with torch.inference_mode():
+        for _ in range(3):
+            torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_random_numbers_stay_random() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
