@@ -76,9 +76,10 @@ def _fuse_cat(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _repeated(node: Any) -> fx.Node | None:
-    """Return the parameter [1, n, channels] that every image gets."""
-    node = without_copies(node)
+    """Return the parameter [1, n, channels] that every image gets once."""
+    node = every = without_copies(node)
     if isinstance(node, fx.Node) and node.target in (aten.expand.default, aten.repeat.default):
         node = node.args[0]
-    known = isinstance(node, fx.Node) and node.op == "get_attr"
-    return node if known and len(shape_of(node)) == 3 and shape_of(node)[0] == 1 else None
+    if not isinstance(node, fx.Node) or node.op != "get_attr" or len(shape_of(node)) != 3:
+        return None
+    return node if shape_of(node) == (1, *shape_of(every)[1:]) else None

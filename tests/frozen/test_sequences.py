@@ -104,6 +104,14 @@ OUTSIDE: dict[str, tuple[Callable[[Patches, Tensor], Tensor], tuple[str, ...]]] 
         lambda m, x: torch.cat([flat(x), repeated(x, m.one)], 1),
         ("aten.cat.default", "aten.expand.default"),
     ),
+    "a class token three times": (
+        lambda m, x: torch.cat([m.one.expand(x.shape[0], 3, -1), flat(x)], 1),
+        ("aten.cat.default", "aten.expand.default"),
+    ),
+    "a number for all channels of a token": (
+        lambda m, x: torch.cat([m.one[:, :, :1].repeat(x.shape[0], 1, 8), flat(x)], 1),
+        ("aten.cat.default", "aten.repeat.default"),
+    ),
     "another token than the first": (lambda m, x: flat(x)[:, 1], ("aten.select.int",)),
     "some tokens": (lambda m, x: flat(x)[:, 1:], ("aten.slice.Tensor",)),
     "every second token": (lambda m, x: flat(x)[:, ::2], ("aten.slice.Tensor",)),
