@@ -76,10 +76,9 @@ class Graphed:
         self,
         step: Callable[..., Any],
         model: nn.Module,
-        dst: Updater | None = None,
-        *,
-        warmup: int = 3,
-        most: int = 4,
+        dst: Updater | None,
+        warmup: int,
+        most: int,
     ) -> None:
         for name, value in (("warmup", warmup), ("most", most)):
             if value < 1:
@@ -213,4 +212,4 @@ def graphed(
         >>> model.topology.version, step.recorded
         (2, 0)
     """
-    return Graphed(step, model, dst, warmup=warmup, most=most)
+    return Graphed(step, model, dst, warmup, most)

@@ -149,8 +149,6 @@ def add(values: Values, node: fx.Node) -> int:
     if node.kwargs.get("alpha", 1) != 1:
         raise Outside
     if isinstance(b, Tensor):
-        if values.shape(a) != values.shape(node):
-            raise Outside
         shift = _per_channel(values, a, b)
         if shift is None:
             return _add_positions(values, a, b)
@@ -163,7 +161,10 @@ def add(values: Values, node: fx.Node) -> int:
 
 
 def _operands(values: Values, node: fx.Node) -> tuple[fx.Node, fx.Node | Tensor]:
-    """Return a map, and another or a constant that is added to it or that it is multiplied by."""
+    """Return a map, and another or a constant that is added to it or that it is multiplied by.
+
+    With a constant, the result has the shape of the map.
+    """
     a, b = node.args
     found = [
         torch.tensor(float(x)) if isinstance(x, int | float) else values.constants.get(x, x)  # type: ignore[arg-type]
@@ -171,9 +172,12 @@ def _operands(values: Values, node: fx.Node) -> tuple[fx.Node, fx.Node | Tensor]
     ]
     if isinstance(found[0], Tensor):
         found.reverse()
-    if not isinstance(found[0], fx.Node) or not isinstance(found[1], fx.Node | Tensor):
+    x, other = found
+    if not isinstance(x, fx.Node) or not isinstance(other, fx.Node | Tensor):
         raise Outside
-    return found[0], found[1]
+    if isinstance(other, Tensor) and values.shape(x) != values.shape(node):
+        raise Outside
+    return x, other
 
 
 def _per_channel(values: Values, x: fx.Node, constant: Tensor) -> Tensor | None:
@@ -228,7 +232,7 @@ def multiply(values: Values, node: fx.Node) -> int:
     shape = values.shape(node)
     if isinstance(by, Tensor):
         scale = _per_channel(values, x, by)
-        if scale is None or values.shape(x) != shape:
+        if scale is None:
             raise Outside
         return values.draft.affine(values.map(x), scale, torch.zeros_like(scale), values.alone(x))
     if values.shape(x) != shape:

@@ -45,6 +45,19 @@ bool takes_codes(const Node& node, const Shape& in, const Step& step) {
          std::all_of(step.panels.begin(), step.panels.end(), [](const Panel& p) { return p.rows == 1; });
 }
 
+// Where kParts parts of panels begin, and the last ends, that have equally many of `nnz` nonzeros.
+std::vector<const Panel*> equal_parts(const std::vector<Panel>& panels, int64_t nnz) {
+  std::vector<const Panel*> parts{panels.data()};
+  int64_t done = 0;
+  for (const Panel& panel : panels) {
+    while (done * kParts >= nnz * static_cast<int64_t>(parts.size()) && parts.size() < kParts)
+      parts.push_back(&panel);
+    done += panel.count * panel.rows;
+  }
+  parts.resize(kParts + 1, panels.data() + panels.size());
+  return parts;
+}
+
 }  // namespace
 
 // Of every tap how far from the first pixel of a channel the first output reads.
@@ -157,15 +170,8 @@ void Plan::cut_blocks(const Node& node, Step& step, const std::vector<int32_t>& 
   const Shape& in = network_.nodes()[node.inputs[0]].shape;
   const int64_t taps = node.window.kernel[0] * node.window.kernel[1];
   const std::vector<Panel> whole = std::exchange(step.panels, {});
-  // The parts of all blocks have the same rows, with equally many nonzeros of the whole.
-  std::vector<const Panel*> parts{whole.data()};
-  int64_t done = 0;
-  for (const Panel& panel : whole) {
-    while (done * kParts >= static_cast<int64_t>(node.values.size() * parts.size()) && parts.size() < kParts)
-      parts.push_back(&panel);
-    done += panel.count * panel.rows;
-  }
-  parts.resize(kParts + 1, whole.data() + whole.size());
+  // Those of all blocks have the same rows.
+  const std::vector<const Panel*> parts = equal_parts(whole, static_cast<int64_t>(node.values.size()));
   // Lists of one length after the other, so that the ends of loops are foreseen. Where results go to memory
   // it matters more that they do so in order.
   const int64_t result = node.shape.channels * grids_[step.grid].length * static_cast<int64_t>(sizeof(float));
@@ -173,6 +179,20 @@ void Plan::cut_blocks(const Node& node, Step& step, const std::vector<int32_t>& 
   struct List {
     const Panel* panel;
     int64_t from, to;
+  };
+  const auto shorter = [](const List& a, const List& b) {
+    if (a.panel->rows != b.panel->rows) return a.panel->rows > b.panel->rows;
+    return a.to - a.from < b.to - b.from;
+  };
+  const auto write = [&](const List& list) {
+    const Panel& panel = *list.panel;
+    step.panels.push_back({panel.row, panel.rows, word - list_.data(), list.to - list.from});
+    for (int64_t k = node.crow[panel.row] + list.from; k < node.crow[panel.row] + list.to; ++k) {
+      const int32_t head = step.coded ? node.codes[k] * kMostCoded + node.col[k] : offsets[k];
+      std::memcpy(word++, &head, sizeof head);
+      if (step.coded) continue;
+      for (int32_t r = 0; r < panel.rows; ++r) *word++ = node.values[k + r * panel.count];
+    }
   };
   std::vector<List> lists;
   for (int64_t first = 0; first < in.channels; first += step.block) {
@@ -190,20 +210,8 @@ void Plan::cut_blocks(const Node& node, Step& step, const std::vector<int32_t>& 
         const int64_t to = ends ? panel->count : before((first + step.block) * taps);
         if (from < to || first == 0 || ends) lists.push_back({panel, from, to});
       }
-      if (by_length)
-        std::stable_sort(lists.begin(), lists.end(), [](const List& a, const List& b) {
-          return a.panel->rows != b.panel->rows ? a.panel->rows > b.panel->rows
-                                                : a.to - a.from < b.to - b.from;
-        });
-      for (const auto& [panel, from, to] : lists) {
-        step.panels.push_back({panel->row, panel->rows, word - list_.data(), to - from});
-        for (int64_t k = node.crow[panel->row] + from; k < node.crow[panel->row] + to; ++k) {
-          const int32_t head = step.coded ? node.codes[k] * kMostCoded + node.col[k] : offsets[k];
-          std::memcpy(word++, &head, sizeof head);
-          if (step.coded) continue;
-          for (int32_t r = 0; r < panel->rows; ++r) *word++ = node.values[k + r * panel->count];
-        }
-      }
+      if (by_length) std::stable_sort(lists.begin(), lists.end(), shorter);
+      for (const List& list : lists) write(list);
     }
     cuts.push_back(static_cast<int64_t>(step.panels.size()));
   }
