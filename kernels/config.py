@@ -49,7 +49,7 @@ _DIFFERENT: dict[str, _Table] = {
 PLAIN = (
     "count", "entries", "nnz", "parts", "images", "pixels", "images_each", "blocks_each",
     "image_parts", "high", "wide", "in_high", "in_wide", "stride_y", "stride_x", "in_row", "in_col",
-    "out_origin", "out_row", "out_col", "row", "rows", "col", "cols", "width",
+    "out_origin", "out_row", "out_col", "row", "rows", "col", "cols", "width", "top", "left",
 )  # fmt: skip
 SINGLE = 32  # positions of a block where every element has an address of its own
 SMALLEST = 16  # side of the smallest matrix product on tensor cores

@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from . import config, gather, gemm, grow, values
+from . import config, gather, gemm, grow, pack, values
 
 HALVES = ("fp16", "bf16")
 FLOATS = ("fp32", *HALVES)
 _INDICES = {"lists", "outputs", "chunks", "owners", "slots", "places", "offsets", "starts"} | {
     "crow", "offset", "order", "nonzero_row", "taken_row", "taken_col",
 }  # fmt: skip
-_POINTERS = {"weight", "bias", "x", "y", "grad", "values", "packed", "result", "scores"}
+_POINTERS = {"weight", "bias", "x", "y", "grad", "values", "maps", "packed", "result", "scores"}
 
 _OTHERS = {"partial": "*fp32", "keys": "*i64"}
-_STRIDES = {f"{maps}_{axis}" for maps in "xyg" for axis in ("image", "row", "pixel")} | {
-    "lanes", "out_plane", "positions",
+_STRIDES = {f"{maps}_{axis}" for maps in "xygm" for axis in ("image", "row", "pixel")} | {
+    "lanes", "out_plane", "positions", "m_channel", "slow", "fast",
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ class Kernel:
         return tuple(
             name
             for name, kind in self.signature(self.dtypes[0]).items()
-            if kind.startswith("*") or name in _STRIDES
+            if kind.startswith("*") or (name in _STRIDES and kind != "constexpr")
         )
 
     def _type(self, name: str, dtype: str) -> str:
@@ -115,6 +115,20 @@ def _tiles(architecture: str) -> Iterator[Kernel]:
             yield replace(kernel, name=kernel.name + "_linear", constexprs=linear)
 
 
+def _moves() -> Iterator[Kernel]:
+    """Yield packing and unpacking, of the blocks that large maps have."""
+    for suffix, dtypes, side in ("", ("fp32",), 32), ("_half", HALVES, 64):
+        block = {"BS": side, "BF": side}
+        inner = {"CHANNELS_INNER": True, "m_channel": 1, **block}
+        rows = {"CHANNELS_INNER": False, "m_pixel": 1, **block}
+        for name, known in {
+            "pack_channels": {"UNPACK": False, **inner},
+            "pack_rows": {"UNPACK": False, **rows},
+            "unpack_channels": {"UNPACK": True, **inner},
+        }.items():
+            yield Kernel(name + suffix, pack.move_maps, known, 4, 1, dtypes)
+
+
 _ROW_PRODUCT = {"BIAS": True, "BP": 512}
 _ROW_SAMPLE = {"PIXELS": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}
 
@@ -132,6 +146,7 @@ def instances(architecture: str) -> dict[str, Kernel]:
     kernels = (
         *_tiles(architecture),
         *_products(shared, "shared", architecture),
+        *_moves(),
         Kernel("row_product", gather.row_product, _ROW_PRODUCT, 4, 3, ("fp32",)),
         Kernel("row_product_half", gather.row_product, _ROW_PRODUCT, 2, 3, ("fp16", "bf16")),
         Kernel("row_sample", gather.row_sample, _ROW_SAMPLE, 4, 2),

@@ -14,11 +14,12 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from ptx_machine import OutOfBounds, PtxError, Race
 
-from sparsekd.kernels import gather, gemm
+from sparsekd.kernels import gather, gemm, pack
 from sparsekd.testing import LayerCase, assert_layer_matches_dense
 
 HEAD = """import triton
 import triton.language as tl
+from sparsekd.kernels.config import PLAIN
 from sparsekd.kernels.gather import _pixels
 
 
@@ -35,6 +36,9 @@ TILES = LayerCase(
     tile=(16, 16),
 )
 ROWS = dataclasses.replace(TILES, out_features=7, tile=(1, 1))
+PADDED = dataclasses.replace(
+    ROWS, in_features=5, kernel_size=(3, 3), map_size=(3, 4), options={"padding": 1}
+)
 WRONG = AssertionError
 # The kernel, what is changed in it, the layer that runs, and how it must fail.
 MUTANTS = {
@@ -61,6 +65,11 @@ MUTANTS = {
         gather.row_product, "element_ty), mask=live)", "element_ty))", ROWS, PtxError,
     ),
     "no mask of nonzeros": (gather.row_sample, "axis=1), mask=kept)", "axis=1))", ROWS, PtxError),
+    "no mask of packed maps": (
+        pack.move_maps, "other=0.0), mask=bounds)", "other=0.0))", ROWS, Race,
+    ),
+    "padding that is read": (pack.move_maps, "(y >= 0) & ", "", PADDED, OutOfBounds),
+    "another pixel": (pack.move_maps, "s % (high * wide)", "s % wide", PADDED, WRONG),
 }  # fmt: skip
 
 
@@ -78,7 +87,7 @@ def test_a_planted_mistake_is_found(name: str, on_triton, tmp_path: Path, monkey
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     assert_layer_matches_dense(case)
-    home = gemm if kernel.fn.__module__ == gemm.__name__ else gather
+    home = next(home for home in (gather, gemm, pack) if home.__name__ == kernel.fn.__module__)
     monkeypatch.setattr(home, function, getattr(mutant, function))
     with pytest.raises(failure):
         assert_layer_matches_dense(case)
