@@ -115,6 +115,15 @@ def _tiles(architecture: str) -> Iterator[Kernel]:
             yield replace(kernel, name=kernel.name + "_linear", constexprs=linear)
 
 
+def _shared(architecture: str) -> Iterator[Kernel]:
+    kernels = {"product": gather.shared_product, "sample": gather.shared_sample}
+    for kernel in _products(kernels, "shared", architecture):
+        yield kernel
+        if kernel.dtypes == HALVES:
+            wide = {**kernel.constexprs, "BK": 32}
+            yield replace(kernel, name=kernel.name + "_wide", constexprs=wide)
+
+
 def _moves() -> Iterator[Kernel]:
     """Yield packing and unpacking, of the blocks that large maps have."""
     for suffix, dtypes, side in ("", ("fp32",), 32), ("_half", HALVES, 64):
@@ -142,10 +151,9 @@ def instances(architecture: str) -> dict[str, Kernel]:
     Args:
         architecture: of the GPU, "sm_90" or "gfx942" for example.
     """
-    shared = {"product": gather.shared_product, "sample": gather.shared_sample}
     kernels = (
         *_tiles(architecture),
-        *_products(shared, "shared", architecture),
+        *_shared(architecture),
         *_moves(),
         Kernel("row_product", gather.row_product, _ROW_PRODUCT, 4, 3, ("fp32",)),
         Kernel("row_product_half", gather.row_product, _ROW_PRODUCT, 2, 3, ("fp16", "bf16")),

@@ -77,10 +77,9 @@ def make_plans(structure: Structure, conv: Conv, size: tuple[int, int] = (5, 4))
     structure.rows(), structure.cols()
     gather_plans.forward(structure, conv, size, out)
     gather_plans.input_gradient(structure, conv, size, out)
-    (
-        shared_plans.forward(structure, conv, size, out),
-        shared_plans.input_gradient(structure, conv, size, out),
-    )
+    for most in (16, 32):
+        shared_plans.forward(structure, conv, size, out, most)
+        shared_plans.input_gradient(structure, conv, size, out, most)
     for padded in (False, True):
         tile_plans.forward(structure, conv, 32, padded=padded)
         tile_plans.input_gradient(structure, conv, size, 32, padded=padded)
@@ -252,6 +251,36 @@ def test_structures_of_equal_nnz_have_plans_of_equal_shapes(drawn) -> None:
             assert (lists.columns[used:] == (0 if lists.align else -1)).all()
 
 
+# -- wide chunks ----------------------------------------------------------------------------------
+
+
+def convolution_of(mask: Tensor, stride: int = 1) -> tuple[Structure, Conv]:
+    made = Topology.from_mask(mask)
+    structure = Structure(made.crow_indices, made.col_indices, made.rows, made.cols)
+    return structure, Conv(tuple(mask.shape), (stride, stride), (1, 1, 1, 1), (1, 1), 1)
+
+
+@pytest.mark.parametrize("kept", [16, 64, 112, 113, 129, 145, 300, 576])
+def test_wide_chunks_add_an_eighth_of_padding_at_most(kept: int) -> None:
+    """Products multiply the chunks in use, samples all that there is room for."""
+    mask = tiled(random_grid(4, 576, kept), 16, 1).view(64, 64, 3, 3)
+    plans = [
+        shared_plans.forward(*convolution_of(mask), (8, 8), (8, 8), most).lists for most in (16, 32)
+    ]
+    assert [lists.k for lists in plans] == [16, 32 if kept > 112 else 16]
+    for chunks in (lambda lists: len(lists.owners), lambda lists: int(lists.lists[-1])):
+        narrow, wide = (chunks(lists) * lists.k for lists in plans)
+        assert wide <= 1.125 * narrow
+
+
+@pytest.mark.parametrize("stride, columns", [(1, 32), (2, 16)])
+def test_phases_of_an_input_gradient_have_shorter_lists(stride: int, columns: int) -> None:
+    mask = tiled(random_grid(32 * 9, 4, 2), 1, 16).view(32, 9, 64).transpose(1, 2)
+    made = convolution_of(mask.reshape(32, 64, 3, 3), stride)
+    plans = shared_plans.input_gradient(*made, (8, 8), (8 // stride, 8 // stride), 32)
+    assert [plan.lists.k for plan in plans] == stride**2 * [columns]
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 
@@ -272,13 +301,13 @@ REFUSED = {
     "smaller groups of rows": (
         tiled(random_grid(2, 64, 32), 32, 1),
         tiled(random_grid(4, 64, 32), 16, 1),
-        lambda structure, conv: shared_plans.forward(structure, conv, *POINT),
+        lambda structure, conv: shared_plans.forward(structure, conv, *POINT, 16),
         "shared columns, of which the new structure has others in size or number",
     ),
     "no groups of channels": (
         tiled(random_grid(64, 4, 1), 1, 16),
         random_grid(64, 64, 16).bool(),
-        lambda structure, conv: shared_plans.input_gradient(structure, conv, *POINT),
+        lambda structure, conv: shared_plans.input_gradient(structure, conv, *POINT, 16),
         "shared columns of the input gradient, of which the new structure has none",
     ),
 }

@@ -129,6 +129,10 @@ KINDS = {
         dataclasses.replace(CONV, in_features=10, tile=(32, 1), layout="contiguous"),
         {"shared_product", "shared_sample", "tile_product"},
     ),
+    "shared columns, many": (
+        dataclasses.replace(CONV, in_features=24, tile=(32, 1), density=0.6, layout="contiguous"),
+        {"shared_product", "shared_sample", "tile_product"},
+    ),
     "shared columns, linear": (
         dataclasses.replace(LINEAR, tile=(16, 2), density=0.2),
         {"shared_product", "shared_sample", "tile_product"},

@@ -224,6 +224,11 @@ def _most_k(dtype: torch.dtype) -> int:
     return tile_plans.LARGEST_K * 2 // dtype.itemsize
 
 
+def _most_columns(dtype: torch.dtype) -> int:
+    """Return the most columns of a chunk: 64 bytes of them."""
+    return 64 // dtype.itemsize
+
+
 def _product(
     x: Tensor,
     values: Tensor,
@@ -237,7 +242,7 @@ def _product(
     lists = tile_plans.forward(structure, conv, most)
     if lists is None:
         sizes = x.shape[2:], shape[2:]
-        grouped = shared_plans.forward(structure, conv, *sizes)
+        grouped = shared_plans.forward(structure, conv, *sizes, _most_columns(x.dtype))
         lists = None if grouped else tile_plans.forward(structure, conv, most, padded=True)
         if lists is None:
             packed = packed_maps.pack(x, conv.padding)
@@ -266,7 +271,9 @@ def _input_gradient(
     key, most = (size[0], size[1]), _most_k(grad.dtype)
     phases = tile_plans.input_gradient(structure, conv, key, most)
     if phases is None:
-        grouped = shared_plans.input_gradient(structure, conv, size, grad.shape[2:])
+        grouped = shared_plans.input_gradient(
+            structure, conv, size, grad.shape[2:], _most_columns(grad.dtype)
+        )
         if grouped is None:
             phases = tile_plans.input_gradient(structure, conv, key, most, padded=True)
         if phases is None:
@@ -296,7 +303,7 @@ def _sample(grad: Tensor, x: Tensor, structure: Structure, conv: Conv, precision
     lists = tile_plans.forward(structure, conv, most)
     if lists is None:
         sizes = x.shape[2:], grad.shape[2:]
-        grouped = shared_plans.forward(structure, conv, *sizes)
+        grouped = shared_plans.forward(structure, conv, *sizes, _most_columns(x.dtype))
         lists = None if grouped else tile_plans.forward(structure, conv, most, padded=True)
         if lists is None:
             maps = packed_maps.pack(grad, _NO_PADDING), packed_maps.pack(x, conv.padding)
