@@ -18,7 +18,10 @@ from sparsekd.ops.triton.tile_plans import Lists
 from sparsekd.ops.triton.tuning import Launch, Work, tuner
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_PROGRAMS = 1024  # of a sample; enough to fill a GPU, and fixed so that sums are cut alike anywhere
+# Programs of a sample: one for each multiprocessor, and more while their sums are cheap; fixed, so
+# that sums are cut alike anywhere.
+_LEAST_PROGRAMS, _MOST_PROGRAMS = 128, 1024
+_PARTIAL = 1 / 4  # of what operands take, that sums of parts may take to be written and read
 _ROW_POSITIONS, _ROW_SAMPLE, _ROW_NONZEROS = 512, 128, 8
 
 
@@ -145,7 +148,8 @@ def tile_sample(lists: Lists, grad: Pixels, x: Pixels, access: Access, precision
     images, outputs = grad.images, grad.high * grad.wide
     how = _choose("sample", lists, x.data, x.channels, precision, images * outputs)
     pixels = min(how.positions, _ceil(outputs))
-    parts = _Parts.of(lists.owners.shape[0], images, how.positions // pixels, outputs, pixels)
+    most = _most_parts(lists.slots.numel(), grad.data, x.data)
+    parts = _Parts.of(lists.owners.shape[0], most, images, how.positions // pixels, outputs, pixels)
     partial = x.data.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
 
     def launch(how: config.Config) -> None:
@@ -197,7 +201,8 @@ def shared_sample(lists: Lists, starts: Tensor, grad: Tensor, x: Tensor, precisi
     how = _choose("sample", lists, x, lanes, precision, lanes * outputs)
     images = min(how.positions, _ceil(lanes))
     chunks = lists.owners.shape[0]
-    parts = _Parts.of(chunks, lanes, images, outputs, how.positions // images)
+    most = _most_parts(lists.slots.numel(), grad, x)
+    parts = _Parts.of(chunks, most, lanes, images, outputs, how.positions // images)
     partial = x.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
 
     def launch(how: config.Config) -> None:
@@ -232,7 +237,7 @@ def row_sample(rows: Tensor, offset: Tensor, starts: Tensor, grad: Tensor, x: Te
     images = min(_ROW_SAMPLE, _ceil(lanes))
     together = min(_ROW_SAMPLE // images, _ceil(outputs))
     programs = _blocks(nnz, _ROW_NONZEROS)
-    parts = _Parts.of(programs, lanes, images, outputs, together)
+    parts = _Parts.of(programs, _most_parts(nnz, grad, x), lanes, images, outputs, together)
     partial = x.new_empty((parts.number, nnz), dtype=torch.float32)
     gather.row_sample[programs, parts.number](
         rows, offset, starts, grad, x, partial, nnz, outputs, lanes, *parts.sizes,
@@ -249,23 +254,32 @@ class _Parts(NamedTuple):
     sizes: tuple[int, int, int]  # images_each, blocks_each, image_parts
 
     @classmethod
-    def of(cls, programs: int, images: int, step: int, pixels: int, together: int) -> _Parts:
+    def of(
+        cls, programs: int, most: int, images: int, step: int, pixels: int, together: int
+    ) -> _Parts:
         """Return a cut into about as many parts as it takes to keep a GPU busy.
 
         Args:
             programs: of one part.
+            most: how many parts are cheap to add up.
             images: how many there are.
             step: how many a program computes at once.
             pixels: of an image.
             together: how many a program computes at once.
         """
-        wanted = max(1, _PROGRAMS // max(programs, 1))
+        programs = max(programs, 1)
+        wanted = max(1, _LEAST_PROGRAMS // programs, min(_MOST_PROGRAMS // programs, most))
         steps, blocks = max(_blocks(images, step), 1), _blocks(pixels, together)
         images_each = _blocks(steps, min(steps, wanted)) * step
         image_parts = max(_blocks(images, images_each), 1)
         blocks_each = _blocks(blocks, min(blocks, max(wanted // image_parts, 1)))
         number = image_parts * _blocks(blocks, blocks_each)
         return cls(number, (images_each, blocks_each, image_parts))
+
+
+def _most_parts(sums: int, *operands: Tensor) -> int:
+    """Return how many parts are cheap to add up, of so many sums each."""
+    return int(_PARTIAL * sum(t.nbytes for t in operands) / (2 * 4 * max(sums, 1)))
 
 
 def _choose(
