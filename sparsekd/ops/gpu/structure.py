@@ -199,8 +199,14 @@ def _trim(structure: Structure) -> None:
     """Evict surplus plans after a structure has got a new one."""
     with _lock:
         gone = take_surplus(structure._plans, [known._plans for known in _structures()])
-    if any(entry.bytes for entry in gone) and structure._device.type == "cuda":
-        torch.cuda.synchronize(structure._device)  # streams other than their own may read them
+    if any(entry.bytes for entry in gone):
+        _wait(structure)
+
+
+def _wait(structure: Structure) -> None:
+    """Wait before plans are given up: streams other than those they were made on may read them."""
+    if structure._plans and structure._device.type == "cuda":
+        torch.cuda.synchronize(structure._device)
 
 
 def _structures() -> list[Structure]:
@@ -238,7 +244,7 @@ def find_structure(crow: Tensor, col: Tensor, rows: int, cols: int) -> Structure
             if known is None:
                 gone = [k for k, (_, refs) in _known.items() if any(r.expired() for r in refs)]
                 for expired in gone:
-                    del _known[expired]
+                    _wait(_known.pop(expired)[0])
                 # A weak reference keeps the address of a storage from being used again.
                 refs = [StorageWeakRef(storage) for storage in storages]
                 known = _known[key] = Structure(crow, col, rows, cols), refs
