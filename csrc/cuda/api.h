@@ -1,20 +1,18 @@
 // The C functions of the library of CUDA kernels. They know nothing of torch or Python: device addresses,
 // sizes and a stream come in, work is queued on the stream, CUDA's error code comes out (0 is success).
 //
-// A function does all of an op, so that a layer costs one call from Python. Maps are computed on in packed
-// form, [channel][y][x][lane]: the lanes of a pixel are the images of the batch, padded with zeros to `lanes`
-// of them. Packed maps are in a workspace that the caller provides, aligned as torch's allocator aligns. A
-// linear layer is a convolution of maps of one pixel. Every product then is one of two:
-//   gather: y[row][position] = bias[row] + sum over the nonzeros k of the row of
-//           values[k] * x[pixel(k, position)]
-//   sample: dvalues[k] = sum over positions of grad[row(k)][position] * x[pixel(k, position)]
-// where pixel(k, position) = offset[k] + y * in_row + x * in_col counts the pixels of all channels of x. The
-// caller guarantees that there is such a pixel; padding has made sure of it for every tap. Infinity and NaN
-// reach the results that have them among their terms inside the map, and no other.
+// A function does all of an op, so that a layer costs one call from Python. Maps are read and written as they
+// are, whatever their strides. A linear layer is a convolution of maps of one pixel. Every product is one of
+// two:
+//   gather: y[row][output] = bias[row] + sum over the nonzeros k of the row of
+//           values[slots[k]] * x[pixel(k, output)]
+//   sample: dvalues[slots[k]] = sum over the outputs of grad[row(k)][output] * x[pixel(k, output)]
+// Infinity and NaN reach the results that have them among their terms inside the map, and no other.
 //
 // Results are the same bit for bit for the same inputs and kind of GPU: no floating-point atomics, and work
-// is cut by sizes alone. Sums are in float32 and rounded once. Sizes are int64_t; numbers of pixels,
-// positions times lanes, rows and nonzeros must be below 2^31 - 1024, or the result is cudaErrorInvalidValue.
+// is cut by sizes alone. Sums are in float32 and rounded once. Sizes are int64_t; rows, nonzeros, and the
+// elements that the pixels of one image span must be below 2^31 - 1024, or the result is
+// cudaErrorInvalidValue.
 #pragma once
 #include <stdint.h>
 
@@ -34,46 +32,38 @@ typedef struct {
   int64_t stride_n, stride_c, stride_h, stride_w;
 } sparsekd_cuda_maps;
 
-// A product of packed maps: crow [rows + 1], offset [nnz], order [rows] (the rows, the longest first), slots
-// [nnz] (which value belongs to each nonzero) or null where they are in order. It computes height * width
-// positions; those of every row of the result are out_origin + y * out_row + x * out_col.
+// The outputs of a product along y or x. Output o reads pixels start + o * stride + t * pitch of x, a tap t
+// each, and is pixel out_start + o * out_step of the result. A block has a patch of outputs, `patch` of them
+// `spacing` apart, which together read `window` pixels, `pitch` apart; spacing * stride is a multiple of
+// pitch.
 typedef struct {
-  int64_t rows;
-  const int32_t* crow;
-  const int32_t* offset;
-  const int32_t* order;
+  int64_t outputs, patch, spacing, start, stride, window, pitch, out_start, out_step;
+} sparsekd_cuda_axis;
+
+// A product: a weight of `rows` in groups that read channels of their own, in blocks of 64 rows, whose
+// channels are read in `chunks` of `chunk` at a time. A patch has `images` vectors of them, and at most 32 of
+// outputs. starts [blocks * chunks * 64 + 1]: where the nonzeros of each row in each chunk begin; places
+// [nnz]: in the low half of each the vector of its input in the window, [channel of the chunk][vector of
+// images][y][x] with an odd number of vectors a channel, for an output that is the first of its patch; above
+// it the row of the block; slots [nnz]: which value it has.
+typedef struct {
+  int64_t rows, rows_of_group, channels_of_group, chunk, chunks, images;
+  const int32_t* starts;
+  const int32_t* places;
   const int32_t* slots;
-  int64_t height, width, in_row, in_col, out_origin, out_row, out_col;
 } sparsekd_cuda_product;
 
-// How many lanes a batch gets: whole vectors of 16 bytes, except that a batch smaller than one has no
-// padding.
-SPARSEKD_API int64_t sparsekd_cuda_lanes(int64_t dtype, int64_t batch);
+// Computes `count` products of x, each with its axes y and x: values [nnz], bias [rows] or null.
+SPARSEKD_API int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t count,
+                                      const sparsekd_cuda_product* products, const sparsekd_cuda_axis* axes,
+                                      const void* values, const void* bias, const sparsekd_cuda_maps* y,
+                                      void* stream);
 
-// How many bytes `gather` works in. The data of the maps may be null.
-SPARSEKD_API int64_t sparsekd_cuda_gather_bytes(int64_t dtype, const sparsekd_cuda_maps* x, int64_t top,
-                                                int64_t bottom, int64_t left, int64_t right,
-                                                const sparsekd_cuda_maps* y);
-
-// Packs x with its padding, computes `count` products of it, and unpacks the result into y: values [nnz],
-// bias [rows] or null. Unless `whole`, positions that no product writes become 0.
-SPARSEKD_API int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t top, int64_t bottom,
-                                      int64_t left, int64_t right, int64_t count,
-                                      const sparsekd_cuda_product* products, const void* values,
-                                      const void* bias, const sparsekd_cuda_maps* y, int64_t whole,
-                                      void* workspace, void* stream);
-
-// How many bytes `sample` works in.
-SPARSEKD_API int64_t sparsekd_cuda_sample_bytes(int64_t dtype, const sparsekd_cuda_maps* grad,
-                                                const sparsekd_cuda_maps* x, int64_t top, int64_t bottom,
-                                                int64_t left, int64_t right, int64_t nnz);
-
-// Packs grad, and x with its padding, and computes dvalues [nnz] of a product's nonzeros, whose rows are
-// row [nnz].
+// Computes dvalues [nnz] of a product's nonzeros as sums of `parts`, by way of partial [parts * nnz].
 SPARSEKD_API int sparsekd_cuda_sample(int64_t dtype, const sparsekd_cuda_maps* grad,
-                                      const sparsekd_cuda_maps* x, int64_t top, int64_t bottom, int64_t left,
-                                      int64_t right, const sparsekd_cuda_product* product, int64_t nnz,
-                                      const int32_t* row, void* dvalues, void* workspace, void* stream);
+                                      const sparsekd_cuda_maps* x, const sparsekd_cuda_product* product,
+                                      const sparsekd_cuda_axis* axes, int64_t nnz, int64_t parts,
+                                      float* partial, void* dvalues, void* stream);
 
 // Growth ranks by keys: the larger key is the better score or, of equal scores, the lower position, whose
 // complement is the lower half of the key; 0 is a position that cannot grow.

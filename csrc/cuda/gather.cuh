@@ -1,78 +1,70 @@
-// Products of a weight-sparse matrix with packed maps: forward passes and, on the transpose, input
-// gradients.
+// Products of a weight-sparse matrix with maps: forward passes and, on the transpose, input gradients.
 //
-// A warp computes one row at 32 vectors of lanes, one to a thread: 16 bytes, four sums in float32 or eight
-// in half precision, which stay in registers over all nonzeros of the row. The nonzeros go through shared
-// memory, 32 at a time, and are broadcast from there; each costs a thread one vector load of x and as many
-// multiply-adds as it has sums. So reads of x limit the speed, from L2 or, where they hit, from L1. Warps
-// therefore take all rows of one tile of positions before the next, whose part of x then stays in the cache,
-// and rows in the order of their lengths, so that those of a block end together and the longest start first.
+// A block computes 64 rows at one patch of outputs, chunk by chunk of the channels that these rows read. The
+// window of a chunk lies in shared memory (patch.cuh), loaded once for all 64 rows. A warp has eight of the
+// rows, and a lane one vector of outputs, whose sums stay in registers over all chunks. The nonzeros go
+// through shared memory, four of each row at a time, filled up with zeros, and are broadcast from there; each
+// costs a lane one vector load of the window and as many multiply-adds as a vector has elements. So shared
+// memory limits the speed, at a quarter or half of the peak of float32, whichever GPU. Blocks of all rows at
+// one patch run together, as its window then stays in L2.
 //
-// The zeros of the padding are multiplied like everything else, which of finite numbers adds nothing. A
-// thread whose sums are not finite goes through its row a second time and leaves the padding out.
+// Padding is zeros that are multiplied like everything else, which of finite numbers adds nothing. A lane
+// whose sums are not finite goes through its row a second time and leaves the padding out.
 //
 // Tests (tests/emulation): test_ops.py compares with dense torch, test_mutants.py plants mistakes in this
 // file, test_compiled.py requires vector loads and no spills of what nvcc makes.
 //
 // Source: Gale et al., Sparse GPU Kernels for Deep Learning (SC 2020), section 5.
 #pragma once
-#include "device.cuh"
+#include "patch.cuh"
 
 namespace sparsekd_cuda {
 
-constexpr int kWarps = 4;  // of a block; they share nothing
+constexpr int kRowsOfWarp = kRows / kWarps;
+constexpr int kAtOnce = kWarp / kRowsOfWarp;  // nonzeros of each row, filled up with zeros
 
-// The positions of an output on the pixels of x.
-struct Window {
-  int32_t height, width;
-  int32_t in_row, in_col;  // pixels of x between neighbours
-  int32_t vectors;         // of lanes, at each position
-
-  __host__ __device__ int64_t units() const { return int64_t{1} * height * width * vectors; }
-  // The pixel of x that unit `u` meets with an offset of 0, and its vector there.
-  __device__ int64_t pixel(int32_t u) const {
-    const int32_t position = u / vectors;
-    return position / width * in_row + position % width * in_col;
-  }
-  __device__ int64_t source(int32_t u) const { return pixel(u) * vectors + u % vectors; }
-};
-
-// Where the positions of a row are in y, in pixels.
-struct Target {
-  int64_t pixels;  // of a row
-  int32_t origin, row, col;
-
-  __device__ int64_t vector(const Window& window, int32_t matrix_row, int32_t u) const {
-    const int32_t position = u / window.vectors, vector = u % window.vectors;
-    const int64_t pixel =
-        origin + int64_t{1} * (position / window.width) * row + int64_t{1} * (position % window.width) * col;
-    return (matrix_row * pixels + pixel) * window.vectors + vector;
-  }
-};
-
-// Which pixels of a packed map belong to the map itself: the rest is padding.
-struct Inside {
-  int32_t packed_height, packed_width, top, left, height, width;
-
-  __device__ bool has(int64_t pixel) const {
-    const uint32_t s = static_cast<uint32_t>(pixel), wide = packed_width, high = packed_height;
-    const int32_t y = static_cast<int32_t>(s / wide % high) - top, x = static_cast<int32_t>(s % wide) - left;
-    return y >= 0 && y < height && x >= 0 && x < width;
-  }
-};
-
-template <class T>
-struct Matrix {
-  int32_t rows;
-  const int32_t *crow, *offset, *order, *slots;
-  const T *values, *bias;
-
-  __device__ float value(int32_t k) const { return to_float(values[slots ? slots[k] : k]); }
-};
+// A place: the vector of the window, and above it the row of the block, of which 32 are computed on at once.
+constexpr int kRowShift = 16;
+__device__ inline int32_t vector_of(int32_t place) { return place & ((1 << kRowShift) - 1); }
+__device__ inline int32_t row_of(int32_t place) { return place >> kRowShift & (kRowsAtOnce - 1); }
 
 struct alignas(8) Nonzero {
-  int32_t offset;
+  int32_t bytes;  // from where the window of an output starts
   float value;
+};
+
+// Nonzeros in the order in which blocks take them: by blocks of 64 rows, by chunks of channels, by rows.
+template <class T>
+struct Matrix {
+  int32_t rows, rows_of_group, channels_of_group;
+  int32_t chunk, chunks;  // channels of a chunk, chunks of a block of rows
+  const int32_t* starts;  // [blocks of rows * chunks * 64 + 1], of each row's nonzeros in a chunk
+  const int32_t* places;  // of each nonzero's input in the window of its chunk, and its row; see below
+  const int32_t* slots;   // which value each nonzero has
+  const T *values, *bias;
+
+  __host__ __device__ int64_t blocks() const { return ceil_div(rows, kRows); }
+  __device__ float value(int32_t k) const { return to_float(values[slots[k]]); }
+  // Nonzero k of a row that ends before `end`, for vectors of a size, or one that adds nothing.
+  __device__ Nonzero nonzero(int32_t k, int32_t end, int size) const {
+    return k < end ? Nonzero{vector_of(places[k]) * size, value(k)} : Nonzero{0, 0.0f};
+  }
+  // The first channel that a block of rows reads, and the one behind the last.
+  __device__ int32_t first_channel(int32_t block) const {
+    return block * kRows / rows_of_group * channels_of_group;
+  }
+  __device__ int32_t end_channel(int32_t block) const {
+    const int32_t last = block * kRows + kRows < rows ? block * kRows + kRows - 1 : rows - 1;
+    return (last / rows_of_group + 1) * channels_of_group;
+  }
+  __device__ const int32_t* starts_of(int32_t block, int32_t number) const {
+    return starts + (int64_t{block} * chunks + number) * kRows;
+  }
+  // How many channels a chunk has; the last ones have fewer, or none.
+  __device__ int32_t channels(int32_t block, int32_t number) const {
+    const int32_t left = end_channel(block) - first_channel(block) - number * chunk;
+    return left < 0 ? 0 : left < chunk ? left : chunk;
+  }
 };
 
 template <class T, int kVec>
@@ -91,52 +83,125 @@ __device__ inline bool are_finite(const float (&sum)[kVec]) {
   return finite;
 }
 
+// What the output of a lane reads of `maps` through a place of a chunk, if that is not padding.
 template <class T, int kVec>
-__global__ void __launch_bounds__(kWarps* kWarp)
-    gather_kernel(Matrix<T> matrix, Window window, Inside inside, Target target,
-                  const Vector<T, kVec>* __restrict__ x, Vector<T, kVec>* __restrict__ y) {
+struct Taps {
+  const Maps<T>& maps;
+  const Patches& patches;
+  int64_t image;
+  int32_t top, left;  // where the output's own window starts
+
+  __device__ Taps(const Maps<T>& maps, const Patches& patches, Origin at, Output mine)
+      : maps(maps),
+        patches(patches),
+        image(at.image + mine.vector * kVec),
+        top(patches.y.start + (at.y + mine.y * patches.y.spacing) * patches.y.stride),
+        left(patches.x.start + (at.x + mine.x * patches.x.spacing) * patches.x.stride) {}
+
+  template <class F>
+  __device__ void with(int32_t vector, int32_t first, F act) const {
+    const int32_t plane = patches.plane(), wide = patches.x.window;
+    const int32_t y = top + vector % plane / wide * patches.y.pitch;
+    const int32_t x = left + vector % plane % wide * patches.x.pitch;
+    if (!maps.has(y, x)) return;
+    const int64_t channel = first + vector / plane;
+    act(maps.template load<kVec>(image, channel * maps.stride_c + maps.pixel(y, x)));
+  }
+};
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads, 2)
+    gather_kernel(Matrix<T> matrix, Patches patches, Maps<T> x, Maps<T> y) {
+  using V = Vector<T, kVec>;
+  SPARSEKD_SHARED(V, tile, [kTileVectors]);
+  SPARSEKD_SHARED(int32_t, window, [kTileVectors]);
+  SPARSEKD_SHARED(Target, targets, [kWarp]);
   SPARSEKD_SHARED(Nonzero, stage, [kWarps][kWarp]);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int32_t blocks_of_rows = static_cast<int32_t>(ceil_div(matrix.rows, kWarps));
-  const int32_t place = static_cast<int32_t>(blockIdx.x) % blocks_of_rows * kWarps + warp;
-  if (place >= matrix.rows) return;  // the whole warp
-  const int32_t row = matrix.order[place];
-  const int64_t unit = int64_t{blockIdx.x} / blocks_of_rows * kWarp + lane;
-  const bool live = unit < window.units();  // the others help with the nonzeros
-  const Vector<T, kVec>* source = x + (live ? window.source(static_cast<int32_t>(unit)) : 0);
-  float sum[kVec];
+  const int32_t block = static_cast<int32_t>(blockIdx.x % matrix.blocks());
+  const Origin at(patches, blockIdx.x / matrix.blocks(), kVec);
+  const Output mine(patches, lane);
+  const char* const own = reinterpret_cast<const char*>(tile + mine.source);
+  const int32_t first_row = block * kRows + warp * kRowsOfWarp, first_channel = matrix.first_channel(block);
+  find_window(x, patches, at, window);
+  find_targets(y, patches, at, targets);
+  float sum[kRowsOfWarp][kVec];
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) sum[i] = matrix.bias ? to_float(matrix.bias[row]) : 0.0f;
-  const int32_t end = matrix.crow[row + 1];
-  for (int32_t first = matrix.crow[row]; first < end; first += kWarp) {
-    const int count = end - first < kWarp ? end - first : kWarp;
-    if (lane < count) stage[warp][lane] = {matrix.offset[first + lane], matrix.value(first + lane)};
-    __syncwarp();
-    if (live) {
-#pragma unroll 4
-      for (int i = 0; i < count; ++i) {
-        const Nonzero nonzero = stage[warp][i];
-        multiply_add(sum, nonzero.value, source[int64_t{nonzero.offset} * window.vectors]);
+  for (int r = 0; r < kRowsOfWarp; ++r)
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      sum[r][i] = matrix.bias && first_row + r < matrix.rows ? to_float(matrix.bias[first_row + r]) : 0.0f;
+
+  for (int32_t number = 0; number < matrix.chunks; ++number) {
+    const int32_t* const starts = matrix.starts_of(block, number);
+    if (starts[0] == starts[kRows]) continue;  // nobody reads this chunk
+    __syncthreads();                           // nobody still reads the one before
+    load_window(x, patches, at, first_channel + number * matrix.chunk, matrix.channels(block, number), window,
+                tile);
+    const int32_t row = warp * kRowsOfWarp + lane / kAtOnce, end = starts[row + 1];
+    int32_t k = starts[row] + lane % kAtOnce;
+    Nonzero next = matrix.nonzero(k, end, sizeof(V));
+    __syncthreads();
+    while (const unsigned left = __ballot_sync(kAllLanes, k < end)) {
+      stage[warp][lane] = next;
+      __syncwarp();
+      next = matrix.nonzero(k += kAtOnce, end, sizeof(V));  // on its way meanwhile
+#pragma unroll
+      for (int r = 0; r < kRowsOfWarp; ++r) {
+        if (!(left >> r * kAtOnce & 1)) continue;  // all of the warp
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const Nonzero nonzero = stage[warp][r * kAtOnce + i];
+          multiply_add(sum[r], nonzero.value, *reinterpret_cast<const V*>(own + nonzero.bytes));
+        }
       }
+      __syncwarp();  // nobody still reads what the next ones overwrite
     }
-    __syncwarp();  // nobody still reads what the next 32 overwrite
   }
-  if (!live) return;
-  if (!are_finite(sum)) {
+  const int32_t rows = matrix.rows - first_row;  // that the warp has, if these are not too many
+  unsigned again = 0;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sum[i] = matrix.bias ? to_float(matrix.bias[row]) : 0.0f;
-    const int32_t u = static_cast<int32_t>(unit);
+  for (int r = 0; r < kRowsOfWarp; ++r)
+    if (!are_finite(sum[r]) && r < rows && targets[lane].pixel >= 0) again |= 1u << r;
+  const Taps<T, kVec> taps(x, patches, at, mine);
 #pragma unroll 1
-    for (int32_t k = matrix.crow[row]; k < matrix.crow[row + 1]; ++k) {
-      const int64_t pixel = window.pixel(u) + matrix.offset[k];
-      if (inside.has(pixel))
-        multiply_add(sum, matrix.value(k), x[pixel * window.vectors + u % window.vectors]);
-    }
-  }
-  Vector<T, kVec> result;
+  for (int r = 0; again >> r; ++r) {
+    if (!(again >> r & 1)) continue;
+    float exact[kVec];
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) result.v[i] = from_float<T>(sum[i]);
-  y[target.vector(window, row, static_cast<int32_t>(unit))] = result;
+    for (int i = 0; i < kVec; ++i) exact[i] = matrix.bias ? to_float(matrix.bias[first_row + r]) : 0.0f;
+#pragma unroll 1
+    for (int32_t number = 0; number < matrix.chunks; ++number) {
+      const int32_t* const starts = matrix.starts_of(block, number) + warp * kRowsOfWarp + r;
+#pragma unroll 1
+      for (int32_t k = starts[0]; k < starts[1]; ++k)
+        taps.with(vector_of(matrix.places[k]), first_channel + number * matrix.chunk,
+                  [&](V of_x) { multiply_add(exact, matrix.value(k), of_x); });
+    }
+#pragma unroll
+    for (int s = 0; s < kRowsOfWarp; ++s)
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum[s][i] = s == r ? exact[i] : sum[s][i];
+  }
+  // The outputs take the place of the window, 32 rows at a time.
+#pragma unroll 1
+  for (int first = 0; first < kRows; first += kRowsAtOnce) {
+    __syncthreads();  // nobody still reads what was there
+    const int place = warp * kRowsOfWarp - first;
+    if (place >= 0 && place < kRowsAtOnce)
+#pragma unroll
+      for (int r = 0; r < kRowsOfWarp; ++r) {
+        V result;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) result.v[i] = from_float<T>(sum[r][i]);
+        tile[(place + r) * kRowVectors + lane] = result;
+      }
+    __syncthreads();
+    for_outputs(y, at, kVec, block * kRows + first, targets,
+                [&](int row, int of, int64_t image, int64_t offset) {
+                  if (offset >= 0) y.store(image, offset, tile[row * kRowVectors + of]);
+                });
+  }
 }
 
 }  // namespace sparsekd_cuda

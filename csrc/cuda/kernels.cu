@@ -1,24 +1,19 @@
 // The functions of api.h: check sizes, choose the instance of a kernel, start it.
+#include <cmath>
 #include <initializer_list>
 #include <type_traits>
 
 #include "api.h"
 #include "gather.cuh"
 #include "grow.cuh"
-#include "pack.cuh"
+#include "patch.cuh"
 #include "sample.cuh"
 #include "topology.cuh"
 
 namespace sparsekd_cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int64_t kVectorBytes = 16;
-constexpr int64_t kAlignment = 256;     // of the pieces of a workspace
-constexpr int64_t kEnoughWarps = 8192;  // fill the largest devices several times over
-constexpr int64_t kLeastUnits = 512;    // of a part; fewer are not worth a sum of their own
-
-dim3 tile_threads() { return dim3(kTile, kTileRows); }
 
 // Calls run(T{}) for the type of the code.
 template <class F>
@@ -29,22 +24,20 @@ int by_type(int64_t dtype, F run) {
   return cudaErrorInvalidValue;
 }
 
-// Calls run(Vector<T, n>{}) for the vectors that `lanes` are made of.
+// How many images a vector has: 16 bytes of them, or one where a batch is smaller than that.
+int64_t vector_of_images(int64_t dtype, int64_t batch) {
+  const int64_t size = kVectorBytes / (dtype == SPARSEKD_FLOAT32 ? 4 : 2);
+  return batch < size ? 1 : size;
+}
+
+// Calls run(Vector<T, n>{}) for the vectors that a batch is cut into.
 template <class F>
-int by_vector(int64_t dtype, int64_t lanes, F run) {
+int by_vector(int64_t dtype, int64_t batch, F run) {
   return by_type(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kVec = kVectorBytes / sizeof(T);
-    return lanes % kVec == 0 ? run(Vector<T, kVec>()) : run(Vector<T, 1>());
+    return vector_of_images(dtype, batch) == kVec ? run(Vector<T, kVec>()) : run(Vector<T, 1>());
   });
-}
-
-int64_t element_size(int64_t dtype) { return dtype == SPARSEKD_FLOAT32 ? 4 : 2; }
-
-int64_t vector_size(int64_t dtype) { return kVectorBytes / element_size(dtype); }
-
-int64_t vectors_of(int64_t dtype, int64_t lanes) {
-  return lanes % vector_size(dtype) == 0 ? lanes / vector_size(dtype) : lanes;
 }
 
 // Whether all sizes, whose products do not overflow in double, fit an int32 with room to step past the end.
@@ -54,20 +47,52 @@ bool fit(std::initializer_list<double> sizes) {
   return true;
 }
 
-bool valid(const Maps& m) {
-  return fit({double(m.batch), double(m.channels) * m.packed_height * m.packed_width,
-              double(m.packed_height) * m.packed_width, double(m.lanes)}) &&
-         fit({double(m.height), double(m.width), double(m.top), double(m.left), double(m.channels),
-              double(m.packed_height) - m.top - m.height, double(m.packed_width) - m.left - m.width});
+// The pixels of an image are found with 32 bits, images and channels with 64.
+bool valid(const sparsekd_cuda_maps& m) {
+  return fit({double(m.batch), double(m.channels), double(m.height), double(m.width),
+              double(m.height) * m.stride_h + double(m.width) * m.stride_w}) &&
+         m.stride_n >= 0 && m.stride_c >= 0 && fit({double(m.stride_h), double(m.stride_w)});
 }
 
-// Maps in their packed form, `edges` of zeros around them.
-struct Edges {
-  int64_t top, bottom, left, right;
-};
+// Whether the outputs of an axis lie in maps of a size, and what they read has numbers of 32 bits.
+bool valid(const sparsekd_cuda_axis& a, int64_t result) {
+  return a.pitch > 0 && a.spacing * a.stride % a.pitch == 0 &&
+         fit({double(a.outputs), double(a.patch) - 1, double(a.spacing) - 1, double(a.stride),
+              double(a.window) - 1, double(a.pitch) - 1, double(a.out_start), double(a.out_step),
+              std::abs(double(a.start)) + (double(a.outputs) + double(a.patch) * a.spacing) * a.stride +
+                  double(a.window) * a.pitch,
+              result - 1 - double(a.out_start) - (double(a.outputs) - 1) * a.out_step});
+}
 
-Maps packed_maps(int64_t dtype, const sparsekd_cuda_maps& m, Edges edges = {}) {
-  return {m.batch,
+Axis axis_of(const sparsekd_cuda_axis& a) {
+  const auto n = [](int64_t number) { return static_cast<int32_t>(number); };
+  return {n(a.outputs), n(a.patch), n(a.spacing),   n(a.start),   n(a.stride),
+          n(a.window),  n(a.pitch), n(a.out_start), n(a.out_step)};
+}
+
+// The patches of a product whose axes are y and x.
+Patches patches_of(const sparsekd_cuda_product& p, const sparsekd_cuda_axis* axes) {
+  return {axis_of(axes[0]), axis_of(axes[1]), static_cast<int32_t>(p.images)};
+}
+
+// Whether a product of maps x gives maps y. A block has 32 lanes, and its window fits shared memory.
+bool valid(const sparsekd_cuda_product& p, const sparsekd_cuda_axis* axes, const sparsekd_cuda_maps& x,
+           const sparsekd_cuda_maps& y) {
+  if (!valid(x) || !valid(y) || x.batch != y.batch || p.rows != y.channels || !valid(axes[0], y.height) ||
+      !valid(axes[1], y.width) ||
+      !fit({double(p.rows), double(p.rows_of_group) - 1, double(p.channels_of_group), double(p.chunk) - 1,
+            double(p.chunks), double(p.images) - 1}))
+    return false;
+  const Patches patches = patches_of(p, axes);
+  return double(ceil_div(p.rows, p.rows_of_group)) * p.channels_of_group <= x.channels &&
+         double(p.images) * axes[0].patch * axes[1].patch <= kWarp &&
+         double(p.chunk) * patches.plane() <= kTileVectors;
+}
+
+template <class T>
+Maps<T> maps_of(const sparsekd_cuda_maps& m) {
+  return {static_cast<T*>(m.data),
+          m.batch,
           m.channels,
           m.height,
           m.width,
@@ -75,81 +100,25 @@ Maps packed_maps(int64_t dtype, const sparsekd_cuda_maps& m, Edges edges = {}) {
           m.stride_c,
           m.stride_h,
           m.stride_w,
-          edges.top,
-          edges.left,
-          edges.top + m.height + edges.bottom,
-          edges.left + m.width + edges.right,
-          sparsekd_cuda_lanes(dtype, m.batch),
-          m.stride_c < m.stride_w};
-}
-
-int64_t tiles(const Maps& m) { return ceil_div(m.pixels(), kTile) * lane_tiles(m); }
-
-// Pieces of a workspace, one behind the other, each aligned as a whole workspace is.
-struct Workspace {
-  int64_t used = 0;
-
-  int64_t take(int64_t count, int64_t size) {
-    const int64_t at = used;
-    used += ceil_div(count * size, kAlignment) * kAlignment;
-    return at;
-  }
-};
-
-int64_t parts_of(int64_t nnz, int64_t units) {
-  const int64_t wanted = ceil_div(kEnoughWarps, ceil_div(nnz, kTogether) + 1);
-  const int64_t most = units / kLeastUnits;
-  return most < 1 ? 1 : wanted < most ? wanted : most;
-}
-
-// Where in its workspace `gather` has packed maps.
-struct GatherWork {
-  int64_t x, y, bytes;
-
-  GatherWork(int64_t dtype, const Maps& of_x, const Maps& of_y) {
-    Workspace cut;
-    x = cut.take(of_x.pixels() * of_x.lanes, element_size(dtype));
-    y = cut.take(of_y.pixels() * of_y.lanes, element_size(dtype));
-    bytes = cut.used;
-  }
-};
-
-// The same for `sample`, which sums up in parts.
-struct SampleWork {
-  int64_t grad, x, partial, parts, bytes;
-
-  SampleWork(int64_t dtype, const Maps& of_grad, const Maps& of_x, int64_t nnz) {
-    parts = parts_of(nnz, of_grad.packed_height * of_grad.packed_width * vectors_of(dtype, of_grad.lanes));
-    Workspace cut;
-    grad = cut.take(of_grad.pixels() * of_grad.lanes, element_size(dtype));
-    x = cut.take(of_x.pixels() * of_x.lanes, element_size(dtype));
-    partial = cut.take(parts * nnz, sizeof(float));
-    bytes = cut.used;
-  }
-};
-
-bool valid(const sparsekd_cuda_product& p, int64_t lanes, int64_t out_pixels) {
-  return fit({double(p.rows), double(p.rows) * out_pixels, double(p.height), double(p.width),
-              double(lanes) * p.height * p.width, double(p.in_row), double(p.in_col),
-              double(p.height) * p.in_row + double(p.width) * p.in_col, double(p.out_origin),
-              double(p.out_row), double(p.out_col)});
-}
-
-Window window_of(const sparsekd_cuda_product& p, int64_t vectors) {
-  return {static_cast<int32_t>(p.height), static_cast<int32_t>(p.width), static_cast<int32_t>(p.in_row),
-          static_cast<int32_t>(p.in_col), static_cast<int32_t>(vectors)};
-}
-
-Inside inside_of(const Maps& m) {
-  return {static_cast<int32_t>(m.packed_height), static_cast<int32_t>(m.packed_width),
-          static_cast<int32_t>(m.top),           static_cast<int32_t>(m.left),
-          static_cast<int32_t>(m.height),        static_cast<int32_t>(m.width)};
+          m.stride_c <= m.stride_w};
 }
 
 template <class T>
-int pack(const Maps& m, const void* maps, void* packed, void* stream) {
-  return launch(pack_kernel<T>, tiles(m), tile_threads(), stream, m, static_cast<const T*>(maps),
-                static_cast<T*>(packed));
+Matrix<T> matrix_of(const sparsekd_cuda_product& p, const void* values, const void* bias) {
+  return {static_cast<int32_t>(p.rows),
+          static_cast<int32_t>(p.rows_of_group),
+          static_cast<int32_t>(p.channels_of_group),
+          static_cast<int32_t>(p.chunk),
+          static_cast<int32_t>(p.chunks),
+          p.starts,
+          p.places,
+          p.slots,
+          static_cast<const T*>(values),
+          static_cast<const T*>(bias)};
+}
+
+int64_t cells(const sparsekd_cuda_product& p) {
+  return ceil_div(p.rows, kRows) * kRows / kRowsAtOnce * p.chunks;
 }
 
 bool valid_matrix(int64_t rows, int64_t cols) {
@@ -181,88 +150,41 @@ int sparsekd_cuda_driver() {
   return cudaGetDeviceCount(&devices);
 }
 
-int64_t sparsekd_cuda_lanes(int64_t dtype, int64_t batch) {
-  const int64_t size = vector_size(dtype);
-  return batch < size ? batch : ceil_div(batch, size) * size;
-}
-
-int64_t sparsekd_cuda_gather_bytes(int64_t dtype, const sparsekd_cuda_maps* x, int64_t top, int64_t bottom,
-                                   int64_t left, int64_t right, const sparsekd_cuda_maps* y) {
-  return GatherWork(dtype, packed_maps(dtype, *x, {top, bottom, left, right}), packed_maps(dtype, *y)).bytes;
-}
-
-int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t top, int64_t bottom,
-                         int64_t left, int64_t right, int64_t count, const sparsekd_cuda_product* products,
-                         const void* values, const void* bias, const sparsekd_cuda_maps* y, int64_t whole,
-                         void* workspace, void* stream) {
-  const Maps from = packed_maps(dtype, *x, {top, bottom, left, right}), to = packed_maps(dtype, *y);
-  if (!valid(from) || !valid(to) || from.batch != to.batch) return cudaErrorInvalidValue;
+int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t count,
+                         const sparsekd_cuda_product* products, const sparsekd_cuda_axis* axes,
+                         const void* values, const void* bias, const sparsekd_cuda_maps* y, void* stream) {
   for (int64_t i = 0; i < count; ++i)
-    if (!valid(products[i], from.lanes, to.height * to.width)) return cudaErrorInvalidValue;
-  const GatherWork work(dtype, from, to);
-  char* const packed_x = static_cast<char*>(workspace) + work.x;
-  char* const packed_y = static_cast<char*>(workspace) + work.y;
-  return by_vector(dtype, from.lanes, [&](auto vector) -> int {
-    using V = decltype(vector);
+    if (!valid(products[i], axes + 2 * i, *x, *y)) return cudaErrorInvalidValue;
+  return by_vector(dtype, x->batch, [&](auto vector) -> int {
     using T = std::remove_reference_t<decltype(vector.v[0])>;
-    constexpr int kVec = sizeof(V) / sizeof(T);
-    int code = pack<T>(from, x->data, packed_x, stream);
-    if (code == cudaSuccess && !whole)
-      code =
-          cudaMemsetAsync(packed_y, 0, to.pixels() * to.lanes * sizeof(T), static_cast<cudaStream_t>(stream));
+    constexpr int kVec = sizeof(vector) / sizeof(T);
+    int code = cudaSuccess;
     for (int64_t i = 0; i < count && code == cudaSuccess; ++i) {
-      const sparsekd_cuda_product& p = products[i];
-      const Window window = window_of(p, from.lanes / kVec);
-      const Target target{to.height * to.width, static_cast<int32_t>(p.out_origin),
-                          static_cast<int32_t>(p.out_row), static_cast<int32_t>(p.out_col)};
-      const Matrix<T> matrix{
-          static_cast<int32_t>(p.rows), p.crow, p.offset, p.order, p.slots, static_cast<const T*>(values),
-          static_cast<const T*>(bias)};
-      const int64_t blocks = ceil_div(window.units(), kWarp) * ceil_div(p.rows, kWarps);
-      code = launch(gather_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, matrix, window,
-                    inside_of(from), target, reinterpret_cast<const V*>(packed_x),
-                    reinterpret_cast<V*>(packed_y));
+      const Patches patches = patches_of(products[i], axes + 2 * i);
+      const Matrix<T> matrix = matrix_of<T>(products[i], values, bias);
+      code = launch(gather_kernel<T, kVec>, patches.count(x->batch, kVec) * matrix.blocks(), dim3(kThreads),
+                    stream, matrix, patches, maps_of<T>(*x), maps_of<T>(*y));
     }
-    if (code != cudaSuccess) return code;
-    return launch(unpack_kernel<T>, tiles(to), tile_threads(), stream, to, static_cast<T*>(y->data),
-                  reinterpret_cast<const T*>(packed_y));
+    return code;
   });
 }
 
-int64_t sparsekd_cuda_sample_bytes(int64_t dtype, const sparsekd_cuda_maps* grad, const sparsekd_cuda_maps* x,
-                                   int64_t top, int64_t bottom, int64_t left, int64_t right, int64_t nnz) {
-  const Maps of_x = packed_maps(dtype, *x, {top, bottom, left, right});
-  return SampleWork(dtype, packed_maps(dtype, *grad), of_x, nnz).bytes;
-}
-
 int sparsekd_cuda_sample(int64_t dtype, const sparsekd_cuda_maps* grad, const sparsekd_cuda_maps* x,
-                         int64_t top, int64_t bottom, int64_t left, int64_t right,
-                         const sparsekd_cuda_product* product, int64_t nnz, const int32_t* row, void* dvalues,
-                         void* workspace, void* stream) {
-  const Maps of_grad = packed_maps(dtype, *grad), of_x = packed_maps(dtype, *x, {top, bottom, left, right});
-  if (!valid(of_grad) || !valid(of_x) || of_grad.batch != of_x.batch || !fit({double(nnz)}) ||
-      !valid(*product, of_x.lanes, of_grad.height * of_grad.width))
+                         const sparsekd_cuda_product* product, const sparsekd_cuda_axis* axes, int64_t nnz,
+                         int64_t parts, float* partial, void* dvalues, void* stream) {
+  if (!valid(*product, axes, *x, *grad) || !fit({double(nnz), double(parts) - 1}))
     return cudaErrorInvalidValue;
-  const SampleWork work(dtype, of_grad, of_x, nnz);
-  char* const packed_grad = static_cast<char*>(workspace) + work.grad;
-  char* const packed_x = static_cast<char*>(workspace) + work.x;
-  float* const partial = reinterpret_cast<float*>(static_cast<char*>(workspace) + work.partial);
-  const Samples samples{static_cast<int32_t>(nnz), row, product->offset};
-  const int32_t parts = static_cast<int32_t>(work.parts);
-  return by_vector(dtype, of_x.lanes, [&](auto vector) -> int {
-    using V = decltype(vector);
+  return by_vector(dtype, x->batch, [&](auto vector) -> int {
     using T = std::remove_reference_t<decltype(vector.v[0])>;
-    constexpr int kVec = sizeof(V) / sizeof(T);
-    int code = pack<T>(of_grad, grad->data, packed_grad, stream);
-    if (code == cudaSuccess) code = pack<T>(of_x, x->data, packed_x, stream);
-    const int64_t blocks = ceil_div(nnz, int64_t{kWarps} * kTogether) * parts;
-    if (code == cudaSuccess)
-      code = launch(sample_kernel<T, kVec>, blocks, dim3(kWarps * kWarp), stream, samples,
-                    window_of(*product, of_x.lanes / kVec), inside_of(of_x), parts,
-                    reinterpret_cast<const V*>(packed_grad), reinterpret_cast<const V*>(packed_x), partial);
+    constexpr int kVec = sizeof(vector) / sizeof(T);
+    const int code =
+        launch(sample_kernel<T, kVec>, cells(*product) * parts, dim3(kThreads), stream,
+               matrix_of<T>(*product, nullptr, nullptr), patches_of(*product, axes), maps_of<T>(*x),
+               maps_of<T>(*grad), static_cast<int32_t>(parts), static_cast<int32_t>(nnz), partial);
     if (code != cudaSuccess) return code;
     return launch(add_parts_kernel<T>, ceil_div(nnz, kThreads), dim3(kThreads), stream,
-                  static_cast<int32_t>(nnz), parts, partial, static_cast<T*>(dvalues));
+                  static_cast<int32_t>(nnz), static_cast<int32_t>(parts), partial, product->slots,
+                  static_cast<T*>(dvalues));
   });
 }
 

@@ -15,11 +15,10 @@ from count_step import count
 def test_a_step_of_convolutions() -> None:
     ops = count("resnet", "cuda", sparsity=0.9, channels=16, batch=8)
     launches = {(op.name, op.launches) for op in ops}
-    # Space for the result and to work in, and the library.
-    assert {op.calls for op in ops} == {3}
-    # Packing, product and unpacking; the weight gradient packs twice and adds up parts.
-    assert launches == {("conv2d", 3), ("conv2d_dgrad", 3), ("conv2d_wgrad", 4)}
+    # Space for the result, for a weight gradient to sum up in, and the library.
+    assert {op.calls - (op.name == "conv2d_wgrad") for op in ops} == {2}
+    assert launches == {("conv2d", 1), ("conv2d_dgrad", 1), ("conv2d_wgrad", 2)}
     for op in ops:
         assert op.counts.flops > 0
-        assert op.memory > op.least * 0.9
+        assert 0.7 * op.least < op.memory < 1.3 * op.least
         assert op.counts.read >= op.counts.read_once

@@ -12,6 +12,10 @@ from structures import assert_padding_meets_nothing
 import sparsekd as skd
 from sparsekd import Topology, ops
 from sparsekd.errors import BackendError, TopologyError, UnsupportedError
+from sparsekd.ops.cuda import plans
+from sparsekd.ops.cuda.plans import Axis, Maps, Product
+from sparsekd.ops.gpu.convolution import Conv
+from sparsekd.ops.gpu.structure import find_structure
 from sparsekd.testing import (
     LayerCase,
     assert_layer_matches_dense,
@@ -161,6 +165,49 @@ def test_geometries_that_are_mostly_padding(on_cuda) -> None:
             assert_layer_matches_dense(case)
 
 
+@pytest.mark.parametrize(
+    "kernel, size, options",
+    [
+        ((31, 31), (14, 14), {"padding": 15}),
+        ((33, 35), (36, 40), {}),  # no window of it fits: torch computes
+        ((3, 3), (33, 33), {"padding": 24, "dilation": 24}),
+        ((3, 5), (20, 17), {"padding": (4, 6), "dilation": (4, 3), "stride": (2, 6)}),
+        ((7, 7), (30, 20), {"padding": 3, "stride": 2}),
+    ],
+)
+def test_kernels_that_reach_far(on_cuda, kernel, size, options) -> None:
+    case = dataclasses.replace(
+        CONV, in_features=2, out_features=3, kernel_size=kernel, map_size=size, options=options
+    )
+    for batch in (1, 5):
+        with poisoned_memory():
+            assert_layer_matches_dense(dataclasses.replace(case, batch=(batch,)))
+
+
+@pytest.mark.parametrize("features", [(80, 80), (40, 120), (96, 96)])
+def test_groups_that_blocks_of_rows_cut(on_cuda, features: tuple[int, int]) -> None:
+    """A block of 64 rows has many groups, or parts of two."""
+    for groups in (features[0], 2):
+        options = {"padding": 1, "groups": groups}
+        case = dataclasses.replace(
+            CONV, in_features=features[0], out_features=features[1], density=0.5, options=options
+        )
+        with poisoned_memory():
+            assert_layer_matches_dense(case)
+
+
+def test_patches_have_no_more_images_than_a_batch(on_cuda) -> None:
+    """Else most lanes of a warp would idle where maps are small."""
+    topology = Topology.from_mask(torch.rand(64, 64) < 0.5)
+    structure = find_structure(topology.crow_indices, topology.col_indices, 64, 64)
+    conv = Conv((64, 64, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    for batch, images in ((1, 1), (4, 1), (13, 4), (1000, 32)):
+        product = plans.forward(structure, conv, torch.empty(batch, 64, 7, 7), (7, 7))
+        assert product.images <= images
+        y, x = product.axes
+        assert product.images * y.patch * x.patch >= 16
+
+
 def test_gradients_are_differentiable(on_cuda) -> None:
     topology, values, x, _ = CONV.tensors()
     gradients = []
@@ -266,10 +313,30 @@ def test_other_dtypes_are_refused(on_cuda) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused(on_cuda) -> None:
-    one = (None, 1, 1, 1, 1, 1, 1, 1, 1)
-    for height in (-1, 1 << 31):
-        tall = (None, 1, 1, height, 1, 1, 1, 1, 1)
-        for x, y in ((tall, one), (one, tall)):
-            args = [x], 0, 0, 0, 0, 0, [], None, None, [y], 1, None
-            with pytest.raises(BackendError, match="gather: CUDA error 1, invalid argument"):
-                on_cuda.run("gather", torch.device("cpu"), torch.float32, *args)
+    maps = dict.fromkeys(Maps._fields, 1) | {"data": None}
+    axis = dict.fromkeys(Axis._fields, 1) | {"start": 0, "out_start": 0}
+    product = dict.fromkeys(Product._fields[:-1], 1) | dict.fromkeys(("starts", "places", "slots"))
+
+    def gather(x=maps, y=maps, product=product, axis=axis) -> None:
+        args = [x.values()], 1, [product.values()], [axis.values()] * 2, None, None, [y.values()]
+        lists = [[*map(tuple, arg)] if isinstance(arg, list) else arg for arg in args]
+        on_cuda.run("gather", torch.device("cpu"), torch.float32, *lists)
+
+    wrong = [
+        *({name: maps | change} for name in "xy" for change in (
+            {"height": -1}, {"height": 1 << 31}, {"batch": 2}, {"stride_h": 1 << 31},
+            {"stride_n": -1},
+        )),
+        *({"product": product | change} for change in (
+            {"rows": 2}, {"rows_of_group": 0}, {"channels_of_group": 2}, {"chunk": 0},
+            {"chunk": 1153}, {"images": 33}, {"images": 0}, {"chunks": -1},
+        )),
+        *({"axis": axis | change} for change in (
+            {"outputs": 2}, {"out_start": 1}, {"patch": 0}, {"patch": 6}, {"spacing": 0},
+            {"pitch": 0}, {"window": 34}, {"start": -(1 << 31)}, {"stride": 1 << 31},
+            {"stride": 3, "pitch": 2},
+        )),
+    ]  # fmt: skip
+    for change in wrong:
+        with pytest.raises(BackendError, match="gather: CUDA error 1, invalid argument"):
+            gather(**change)

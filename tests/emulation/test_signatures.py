@@ -29,7 +29,7 @@ def harmless(parameter: Any) -> Any:
 
 def test_right_arguments_are_taken(emulated) -> None:
     emulated.run("mask_crow", CPU, *MASK_CROW)
-    assert emulated.size("lanes", torch.float16, 3) == 3
+    assert emulated.size("transpose_scratch", 1, 3) == 24
 
 
 @pytest.mark.parametrize("name", [name for name, (_, types) in DECLARED.items() if types])
@@ -63,6 +63,11 @@ def test_a_wrong_argument_is_named(emulated, place: int, wrong: Any, reason: str
 MAPS = (None, 1, 1, 1, 1, 1, 1, 1, 1)
 
 
+def gather(emulated, maps: Any = (MAPS,), products: Any = (), dtype: Any = torch.float32) -> None:
+    args = maps, len(products), products, (), None, None, (MAPS,)
+    emulated.run("gather", CPU, dtype, *args)
+
+
 @pytest.mark.parametrize(
     ("maps", "reason"),
     [
@@ -73,24 +78,20 @@ MAPS = (None, 1, 1, 1, 1, 1, 1, 1, 1)
     ],
 )
 def test_a_wrong_struct_is_refused(emulated, maps: Any, reason: str) -> None:
-    rest = 0, 0, 0, 0, [MAPS]
-    assert emulated.size("gather_bytes", torch.float32, [MAPS], *rest) == 512
+    gather(emulated)
     with pytest.raises(ctypes.ArgumentError, match=f"argument 2.*({reason})"):
-        emulated.size("gather_bytes", torch.float32, maps, *rest)
+        gather(emulated, maps)
 
 
 def test_indices_in_a_struct_have_their_dtype(emulated) -> None:
-    product = (1, INDICES.long(), *[None] * 3, *[1] * 7)
+    product = (*[1] * 6, INDICES.long(), None, None)
     with pytest.raises(ctypes.ArgumentError, match=r"expected a tensor of torch\.int32"):
-        emulated.run(
-            "gather", CPU, torch.float32, [MAPS], 0, 0, 0, 0, 1, [product], None, None, [MAPS], 1,
-            None,
-        )  # fmt: skip
+        gather(emulated, products=[product])
 
 
 def test_a_dtype_that_the_kernels_lack_is_refused(emulated) -> None:
     with pytest.raises(ctypes.ArgumentError, match=r"expected one of .*got torch.float64"):
-        emulated.size("lanes", torch.float64, 3)
+        gather(emulated, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The CUDA backend: one call of csrc/cuda an op, which packs maps, multiplies and unpacks.
+"""The CUDA backend: one call of csrc/cuda an op, on maps of any strides.
 
 Kernels accumulate in float32 and round once. Everything is queued on torch's current stream and
 nothing waits for the device, except where a structure is seen for the first time, and growth.
@@ -7,19 +7,16 @@ nothing waits for the device, except where a structure is seen for the first tim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsekd import cuda_library
 from sparsekd.ops import reference
-from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape
-from sparsekd.ops.gpu import gather_plans
+from sparsekd.ops.cuda import plans
+from sparsekd.ops.cuda.plans import Maps, Product
 from sparsekd.ops.gpu.convolution import conv_of, covers
-from sparsekd.ops.gpu.gather_plans import GatherPlan
 from sparsekd.ops.gpu.growth import FreePositions
 from sparsekd.ops.gpu.structure import structure_of
 from sparsekd.ops.memory_format import memory_format_of, pixels
@@ -28,65 +25,35 @@ _library = cuda_library.load()
 _POINTWISE = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
 
 
-class _Maps(NamedTuple):
-    """A tensor as api.h sees maps."""
-
-    data: Tensor
-    batch: int
-    channels: int
-    height: int
-    width: int
-    stride_n: int
-    stride_c: int
-    stride_h: int
-    stride_w: int
+def _maps(x: Tensor) -> Maps:
+    return Maps(x, *x.shape, *x.stride())
 
 
-def _maps(x: Tensor) -> _Maps:
-    return _Maps(x, *x.shape, *x.stride())
-
-
-@lru_cache(maxsize=4096)
-def _size(name: str, dtype: torch.dtype, *args: Any) -> int:
-    """Return what a function of the library says of sizes alone, which tuples of four stand for."""
-    filled = ([(None, *arg, 0, 0, 0, 0)] if isinstance(arg, tuple) else arg for arg in args)
-    return _library.size(name, dtype, *filled)
-
-
-def _workspace(like: Tensor, name: str, *args: Any) -> Tensor:
-    return like.new_empty(_size(name, like.dtype, *args), dtype=torch.uint8)
-
-
-def _product(plan: GatherPlan) -> tuple[Any, ...]:
-    return plan.order.shape[0], plan.crow, plan.offset, plan.order, plan.slots, *plan.window
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    layout = memory_format_of(like)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _gather(
-    x: _Maps,
-    padding: Sequence[int],
-    plans: Sequence[GatherPlan],
-    values: Tensor,
-    bias: Tensor | None,
-    y: _Maps,
-    whole: bool = True,
-) -> None:
-    """Write what plans name of y; zeros elsewhere, unless they are the `whole` of it."""
-    work = _workspace(x.data, "gather_bytes", x[1:5], *padding, y[1:5])
+    x: Tensor, products: Sequence[Product], values: Tensor, bias: Tensor | None, y: Tensor
+) -> Tensor:
+    """Write the outputs that products name into y."""
     bias = None if bias is None else bias.contiguous()
     _library.run(
-        "gather", work.device, x.data.dtype, [x], *padding, len(plans),
-        [_product(plan) for plan in plans], values.contiguous(), bias, [y], int(whole), work,
+        "gather", x.device, x.dtype, [_maps(x)], len(products), [p[:-1] for p in products],
+        [axis for p in products for axis in p.axes], values.contiguous(), bias, [_maps(y)],
     )  # fmt: skip
+    return y
 
 
-def _sample(grad: _Maps, x: _Maps, padding: Sequence[int], plan: GatherPlan, row: Tensor) -> Tensor:
+def _sample(grad: Tensor, x: Tensor, product: Product, nnz: int) -> Tensor:
     """Return the gradients of the values."""
-    nnz = row.shape[0]
-    work = _workspace(x.data, "sample_bytes", grad[1:5], x[1:5], *padding, nnz)
-    dvalues = x.data.new_empty(nnz)
+    parts = product.parts(x)
+    partial = x.new_empty(parts * nnz, dtype=torch.float32)
+    dvalues = x.new_empty(nnz)
     _library.run(
-        "sample", work.device, x.data.dtype, [grad], [x], *padding, [_product(plan)], nnz, row,
-        dvalues, work,
+        "sample", x.device, x.dtype, [_maps(grad)], [_maps(x)], [product[:-1]], product.axes, nnz,
+        parts, partial, dvalues,
     )  # fmt: skip
     return dvalues
 
@@ -104,21 +71,14 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
-    shape = conv2d_shape(x.shape, *conv)
-    if reaches_far(Geometry(x.shape[2:], shape[2:], *conv)):
+    if plans.is_large(conv):
         return reference.conv2d(
             x, values, crow, col, bias, weight_shape, stride, padding, dilation, groups
         )
     structure = structure_of(x, crow, col, weight_shape)
-    plan = gather_plans.forward(structure, conv, x.shape[2:], shape[2:])
-    y = _empty(x, shape)
-    _gather(_maps(x), conv.padding, [plan], values, bias, _maps(y))
-    return y
-
-
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    layout = memory_format_of(like)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    shape = conv2d_shape(x.shape, *conv)
+    product = plans.forward(structure, conv, x, shape[2:])
+    return _gather(x, [product], values, bias, _empty(x, shape))
 
 
 def conv2d_dgrad(
@@ -134,17 +94,16 @@ def conv2d_dgrad(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
-    size = input_shape[2:]
-    if reaches_far(Geometry(size, grad.shape[2:], *conv)):
+    if plans.is_large(conv):
         return reference.conv2d_dgrad(
             grad, values, crow, col, input_shape, weight_shape, stride, padding, dilation, groups
         )
     structure = structure_of(grad, crow, col, weight_shape)
-    plan = gather_plans.input_gradient(structure, conv, size, grad.shape[2:])
+    products = plans.input_gradient(structure, conv, grad, input_shape[2:])
     dx = _empty(grad, input_shape)
-    whole = covers(len(plan.phases), conv, size)
-    _gather(_maps(grad), plan.padding, plan.phases, values, None, _maps(dx), whole)
-    return dx
+    if not covers(len(products), conv, input_shape[2:]):
+        dx.zero_()
+    return _gather(grad, products, values, None, dx)
 
 
 def conv2d_wgrad(
@@ -159,13 +118,13 @@ def conv2d_wgrad(
     groups: int,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
-    if reaches_far(Geometry(x.shape[2:], grad.shape[2:], *conv)):
+    if plans.is_large(conv):
         return reference.conv2d_wgrad(
             grad, x, crow, col, weight_shape, stride, padding, dilation, groups
         )
     structure = structure_of(x, crow, col, weight_shape)
-    plan = gather_plans.forward(structure, conv, x.shape[2:], grad.shape[2:])
-    return _sample(_maps(grad), _maps(x), conv.padding, plan, structure.rows())
+    product = plans.forward(structure, conv, x, grad.shape[2:])
+    return _sample(grad, x, product, structure.col.shape[0])
 
 
 def linear(

@@ -1,4 +1,4 @@
-"""Plans of products that read packed maps nonzero by nonzero, for csrc/cuda and kernels/gather.py.
+"""Plans of products that read packed maps nonzero by nonzero, for kernels/gather.py.
 
 In a map that is stored with its padding, the input of a nonzero lies at a fixed distance from the
 position where its output's window starts. So a plan is one offset for each nonzero, and inner
@@ -84,7 +84,7 @@ def _forward(
 ) -> GatherPlan:
     top, bottom, left, right = conv.padding
     high, wide = input_size[0] + top + bottom, input_size[1] + left + right
-    channel, i, j = _taps(structure, conv)
+    channel, i, j = taps(structure, conv)
     offset = (channel * high + i * conv.dilation[0]) * wide + j * conv.dilation[1]
     in_row, in_col = conv.stride[0] * wide, conv.stride[1]
     window = Window(output_size[0], output_size[1], in_row, in_col, 0, output_size[1], 1)
@@ -104,7 +104,7 @@ def _input_gradient(
         _reach(axis, size) for axis, size in zip(axes, output_size, strict=True)
     )
     high, wide = output_size[0] + top + bottom, output_size[1] + left + right
-    channel, i, j = _taps(structure, conv)
+    channel, i, j = taps(structure, conv)
     phases = []
     for down in axes[0]:
         for across in axes[1]:
@@ -136,7 +136,7 @@ def _plan(
     return GatherPlan(upload(crow), upload(offset), upload(order), which, window)
 
 
-def _taps(structure: Structure, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
+def taps(structure: Structure, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
     """Return the input channel, and the place in the kernel, of each nonzero."""
     rows, channels, high, wide = conv.weight_shape
     tap = structure.col % (high * wide)
