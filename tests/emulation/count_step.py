@@ -33,12 +33,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "emulation"), str(ROOT / "tools"
 from ptx_machine import Counts  # noqa: E402
 
 import sparsekd as skd  # noqa: E402
-from benchmarks.gpu_roofline import GPUS, H200, Gpu  # noqa: E402
+from benchmarks.gpu_roofline import GPUS, Gpu  # noqa: E402
 from sparsekd.ops import reference  # noqa: E402
 from sparsekd.terminal import Columns  # noqa: E402
 
 OPS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad", "linear", "linear_dgrad", "linear_wgrad")
-PREDICTED = (*GPUS, H200)
 LAUNCH, CALL = 2e-6, 5e-6  # seconds a kernel takes at the least, and a call from Python
 
 
@@ -275,13 +274,13 @@ def table(ops: list[Op]) -> Columns:
                 f"{sum(c.instructions.values()) / n / 1e3:,.0f}",
                 *(f"{_share(c, 'float'):.0%}", f"{_share(c, 'tensor'):.1%}"),
                 f"{1e6 * total.host / n:.0f}",
-                *(f"{1e6 * sum(op.kernels(gpu) for op in chosen) / n:.0f}" for gpu in PREDICTED),
+                *(f"{1e6 * sum(op.kernels(gpu) for op in chosen) / n:.0f}" for gpu in GPUS),
             )
         )
     heads = (
         *("op", "calls", "launches", "torch's", "host calls", "L2 MB", "memory MB", "of least"),
         *("coalesced", "1000 warp instructions", "float", "tensor", "host, us"),
-        *(f"{gpu.name}, us" for gpu in PREDICTED),
+        *(f"{gpu.name}, us" for gpu in GPUS),
     )
     return Columns(heads, lines, left=1)
 

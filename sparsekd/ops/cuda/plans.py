@@ -86,6 +86,14 @@ class Product(NamedTuple):
         return max(1, min(_ENOUGH_BLOCKS // (cells + 1), patches // _LEAST_PATCHES))
 
 
+class Cut(NamedTuple):
+    """How maps are cut: patches along y and x, vectors of images in one, channels of a chunk."""
+
+    axes: tuple[Axis, Axis]
+    images: int
+    chunk: int
+
+
 class _Line(NamedTuple):
     """An axis that is not yet cut into patches; its outputs read `taps` pixels, `pitch` apart."""
 
@@ -124,6 +132,24 @@ class _Nonzeros(NamedTuple):
 def is_large(conv: Conv) -> bool:
     """Return whether not even one channel of a window fits: torch's ops compute, tap by tap."""
     return math.prod(conv.weight_shape[2:]) | 1 > _VECTORS
+
+
+def forward_cut(conv: Conv, x: Tensor, output_size: Sequence[int]) -> Cut:
+    """Return how the forward pass cuts maps; the weight gradient reads the same.
+
+    Args:
+        conv: the layer.
+        x: the input, or a tensor of its dtype and batch.
+        output_size: of the maps that are written.
+
+    Example:
+        >>> conv = Conv((256, 256, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+        >>> cut = forward_cut(conv, torch.empty(128), (16, 16))
+        >>> [(axis.patch, axis.window) for axis in cut.axes], cut.images, cut.chunk
+        ([(4, 6), (8, 10)], 1, 16)
+    """
+    _, channels = _channels(*_forward_shape(conv))
+    return _cut(*_forward_lines(conv, output_size), _images(x), channels)
 
 
 def forward(structure: Structure, conv: Conv, x: Tensor, output_size: Sequence[int]) -> Product:
@@ -173,18 +199,28 @@ def _images(x: Tensor) -> int:
 
 
 def _forward(structure: Structure, conv: Conv, output_size: Sequence[int], images: int) -> Product:
-    rows, channels, *kernel = conv.weight_shape
-    lines = []
+    channel, i, j = taps(structure, conv)
+    slot = torch.arange(len(structure.row))
+    nonzeros = _Nonzeros(structure.row, channel, i, j, slot)
+    lines = _forward_lines(conv, output_size)
+    return _product(structure, nonzeros, _forward_shape(conv), lines, images)
+
+
+def _forward_shape(conv: Conv) -> tuple[int, int, int]:
+    """Return rows, and of a group the rows and the channels."""
+    rows, channels = conv.weight_shape[:2]
+    return rows, max(rows // conv.groups, 1), channels
+
+
+def _forward_lines(conv: Conv, output_size: Sequence[int]) -> list[_Line]:
+    """Return y and x."""
+    kernel, lines = conv.weight_shape[2:], []
     for d in (0, 1):
         # A single tap has no pitch of its own, so that a window has the pixels that are read.
         pitch = conv.dilation[d] if kernel[d] > 1 else conv.stride[d]
         start = -conv.padding[2 * d]
         lines.append(_Line(output_size[d], start, conv.stride[d], kernel[d], pitch, 0, 1))
-    channel, i, j = taps(structure, conv)
-    slot = torch.arange(len(structure.row))
-    nonzeros = _Nonzeros(structure.row, channel, i, j, slot)
-    shape = rows, max(rows // conv.groups, 1), channels
-    return _product(structure, nonzeros, shape, lines, images)
+    return lines
 
 
 def _input_gradient(
@@ -233,20 +269,15 @@ def _product(
         lines: y and x.
         most: the most vectors of images that a patch needs.
     """
-    rows, rows_of_group, channels_of_group = shape
-    block = torch.arange(0, rows, _ROWS)
-    first = block // rows_of_group * channels_of_group
-    last = (block + _ROWS - 1).clamp(max=rows - 1) // rows_of_group
-    channels = max(((last + 1) * channels_of_group - first).tolist(), default=0)
-    (high, wide), images, chunk = _patch(*lines, most, channels)
-    y, x = lines[0].cut(high), lines[1].cut(wide)
+    first, channels = _channels(*shape)
+    (y, x), images, chunk = _cut(*lines, most, channels)
     chunks = ceil_div(channels, chunk)
     plane = images * y.window * x.window | 1
     of_block, local = nonzeros.row // _ROWS, nonzeros.row % _ROWS
     channel = nonzeros.channel - first[of_block]
     key = (of_block * chunks + channel // chunk) * _ROWS + local
     order = torch.argsort(key, stable=True)
-    counts = torch.bincount(key, minlength=len(block) * chunks * _ROWS)
+    counts = torch.bincount(key, minlength=len(first) * chunks * _ROWS)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     vector = channel % chunk * plane + nonzeros.y * x.window + nonzeros.x
     # Room for all nonzeros: other taps may be reached after the structure has changed.
@@ -258,9 +289,17 @@ def _product(
     return Product(*shape, chunk, chunks, images, structure.upload(starts), places, slots, (y, x))
 
 
+def _channels(rows: int, rows_of_group: int, channels_of_group: int) -> tuple[Tensor, int]:
+    """Return the first channel that each block of rows reads, and how many one reads at most."""
+    block = torch.arange(0, rows, _ROWS)
+    first = block // rows_of_group * channels_of_group
+    last = (block + _ROWS - 1).clamp(max=rows - 1) // rows_of_group
+    return first, max(((last + 1) * channels_of_group - first).tolist(), default=0)
+
+
 @lru_cache(maxsize=1024)
-def _patch(y: _Line, x: _Line, most: int, channels: int) -> tuple[tuple[int, int], int, int]:
-    """Return the outputs of a patch along y and x, its vectors of images, and channels of a chunk.
+def _cut(y: _Line, x: _Line, most: int, channels: int) -> Cut:
+    """Choose how large patches are, of at most so many vectors of images.
 
     Large patches read the fewest pixels twice, but reach past the borders of small maps, and leave
     less memory for channels.
@@ -278,7 +317,7 @@ def _patch(y: _Line, x: _Line, most: int, channels: int) -> tuple[tuple[int, int
                 cost = _USES * _LANES + plane + _WAIT / chunk
                 cost *= down.patches * across.patches / images
                 if cost <= best:  # of equal ones the last, which is wide
-                    best, chosen = cost, ((high, wide), images, chunk)
+                    best, chosen = cost, Cut((down, across), images, chunk)
     return chosen
 
 
