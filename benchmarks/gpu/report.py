@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from matplotlib.figure import Figure
 
 from benchmarks.gpu.competitors import COMPETITORS, GpuCompetitor
+from benchmarks.gpu.predicted import predicted_ms
+from benchmarks.gpu_roofline import Gpu, sheet_of
+from sparsekd.bench.cases import LayerCase
 from sparsekd.bench.results import Results
 from sparsekd.bench.tables import Grid, percent
 from sparsekd.plots import line_style, log_axis, single_axes, sparsity_axis, stretched
@@ -15,40 +19,68 @@ from sparsekd.train import Row
 
 LEVELS = ("gpu layer", "gpu step")
 
+Cell = Callable[[Row], str | None]
+
 _NOTE = (
     "Milliseconds and, in brackets, times faster than the fastest dense one of any precision, in "
     "turns with it."
 )
+_PREDICTED = (
+    "Milliseconds that the data sheet of the {name} (SXM) allows, by `benchmarks/gpu_roofline.py`: "
+    "csr by `gather` and `sample` of csrc/cuda, bcsr by `tile_product` and `tile_sample`, dense at "
+    "the peak. **Computed, not measured**; in brackets the time measured over it."
+)
 
 
 def grids(results: Results) -> list[Grid | None]:
-    """Build a table for each level and operation that there are rows of."""
-    return [grid for level in LEVELS for grid in _grids(results, level)]
+    """Build a table for each level and operation that there are rows of, then what was predicted.
+
+    Predictions are for GPUs whose data sheet `benchmarks.gpu_roofline` has.
+    """
+    tables: list[Grid | None] = []
+    for level in LEVELS:
+        tables += _grids(results, level, level.partition(" ")[2], _NOTE, partial(_timed, results))
+    sheet = sheet_of(results.machine.get("device", ""))
+    if sheet is not None:
+        note = _PREDICTED.format(name=sheet.name)
+        tables += _grids(results, "gpu layer", "Predicted", note, partial(_predicted, sheet))
+    return tables
 
 
-def _grids(results: Results, level: str) -> list[Grid]:
+def _grids(results: Results, level: str, what: str, note: str, cell: Cell) -> list[Grid]:
     grids = []
     for op in dict.fromkeys(row["op"] for row in results.rows(level)):
-        rows = [row for row in results.rows(level) if row["op"] == op]
+        rows = [row for row in results.rows(level) if row["op"] == op and cell(row) is not None]
         sparsities = _sparsities(rows)
         header = ["case", "competitor", "dense", *map(percent, sparsities)]
-        title = f"{results.machine.get('device', 'device')}: {level.partition(' ')[2]}, {op}"
-        grid = Grid(title, header, note=_NOTE)
+        title = f"{results.machine.get('device', 'device')}: {what}, {op}"
+        grid = Grid(title, header, note=note)
         for case in dict.fromkeys(row["case"] for row in rows):
-            for one in competitors_of(rows):
-                found = [results.find(level, case, op, one.name, s) for s in (None, *sparsities)]
-                if any(row is not None and row["ms"] is not None for row in found):
-                    grid.lines.append([case, one.label, *(_cell(results, row) for row in found)])
+            mine = [row for row in rows if row["case"] == case]
+            for one in competitors_of(mine):
+                cells = {row["sparsity"]: cell(row) for row in mine if row["arm"] == one.name}
+                texts = (cells.get(sparsity) or "-" for sparsity in (None, *sparsities))
+                grid.lines.append([case, one.label, *texts])
         if grid.lines:
             grids.append(grid)
     return grids
 
 
-def _cell(results: Results, row: Row | None) -> str:
-    if row is None or row["ms"] is None:
-        return "-"
+def _timed(results: Results, row: Row) -> str | None:
+    if row["ms"] is None:
+        return None
     speedup = results.speedup(row)
     return f"{row['ms']:.3g}" + ("" if speedup is None else f" ({speedup:.2f}x)")
+
+
+def _predicted(sheet: Gpu, row: Row) -> str | None:
+    one = COMPETITORS.get(row["arm"])
+    if one is None or "layer" not in row or "skipped" in row:
+        return None
+    ms = predicted_ms(one, LayerCase(**row["layer"]), row["op"], row["sparsity"] or 0.0, sheet)
+    if ms is None:
+        return None
+    return f"{ms:.3g}" + ("" if row["ms"] is None else f" ({row['ms'] / ms:.2f}x)")
 
 
 def figures(results: Results) -> dict[str, Figure | None]:
