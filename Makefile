@@ -109,7 +109,7 @@ bench: $(VENV)/.built
 	  --rows benchmarks/results/arena_avx2.jsonl --out docs/results/arena-avx2
 
 # On a machine with a GPU, nvcc and a torch that has CUDA, in the environment of PYTHON, which has
-# `pip install -e '.[dev,gpu]'` behind it. Needs no network then, and less than fifteen minutes.
+# `pip install -e '.[dev,gpu]'` behind it. Needs no network then, and less than twelve minutes.
 gpu-check:
 	"$(PYTHON)" benchmarks/gpu_check.py
 

@@ -1,10 +1,11 @@
 """Check and measure the GPU kernels on a machine with a GPU: `make gpu-check`.
 
-Builds, runs the tests that need a device, runs some of them under compute-sanitizer if that is
-installed, and times the kernels against dense torch. Needs no network, takes less than fifteen
-minutes, goes on after a failure and ends with a summary; logs, rows, tables, figures and what was
-chosen by measurement are in runs/gpu-check/<name of the device>. Exits with 1 if a step failed,
-with 2 if there is no GPU.
+Builds, runs the tests that need a device, times training steps and layers against dense torch, and
+runs some of the tests under compute-sanitizer if that is installed: in the order of their worth.
+Needs no network, takes less than twelve minutes, goes on after a failure and ends with a summary;
+logs, rows, tables, figures and what was chosen by measurement are in runs/gpu-check/<name of the
+device>. Called again, it measures what is missing there. Exits with 1 if a step failed, with 2 if
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -69,28 +70,35 @@ def steps(folder: Path) -> list[Step]:
     tests, untuned = [python, "-m", "pytest", "-v", "tests/gpu"], {"SPARSEKD_TUNE": "off"}
     bench = [python, "-m", "benchmarks.gpu", "--rows", f"{folder}/rows.jsonl"]
     bench += ["--out", str(folder)]
+    choices = {"SPARSEKD_CACHE": f"{folder}/choices"}
     return [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], 140, build),
-        Step("info", [python, "-m", "sparsekd", "info"], 40),
-        # Tests of tuning turn it on.
-        Step("tests", tests, 250, untuned),
+        Step("build", [python, "setup.py", "build_ext", "--inplace"], 110, build),
+        Step("info", [python, "-m", "sparsekd", "info"], 20),
+        # Most of their time Triton compiles, on the CPU. Tests of tuning turn it on.
+        Step("tests", [*tests, "-n", "4"], 150, untuned),
+        # A race that has begun has the rest of the limit to end in.
+        Step("steps", [*bench, "--level", "step", "--seconds", "160"], 230, choices),
+        Step("layers", [*bench, "--level", "layer,small", "--seconds", "55"], 90, choices),
         # A tensor to an allocation: past its end is then past what a kernel may touch. That CUDA
         # refuses what torch or Triton only try is no error.
-        _sanitized("memcheck", tests, {**untuned, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                   "--report-api-errors", "no"),
+        _sanitized(
+            "memcheck",
+            tests,
+            {**untuned, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            "--report-api-errors",
+            "no",
+        ),
         _sanitized("racecheck", tests, untuned),
-        Step("bench", [*bench, "--seconds", "220"], 300,
-             {"SPARSEKD_CACHE": f"{folder}/choices"}),
         # On what there is by then, should time have run out.
-        Step("report", [*bench, "--draw"], 30),
-    ]  # fmt: skip
+        Step("report", [*bench, "--draw"], 20),
+    ]
 
 
 def _sanitized(tool: str, tests: Sequence[str], environment: dict[str, str], *options: str) -> Step:
     found = shutil.which(SANITIZER)
     command = [SANITIZER, "--tool", tool, *options, "--error-exitcode", "1", *tests]
     return Step(
-        tool, [*command, "-k", "equal_bits"], 70, environment,
+        tool, [*command, "-k", "equal_bits"], 45, environment,
         skipped=None if found else f"{SANITIZER} is not installed",
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ layout has masks of its own, so each is compared with dense torch on its own mas
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -29,15 +29,18 @@ from sparsekd.train import CrossEntropy, Row
 from sparsekd.train.step_time import training_step
 
 SPARSITIES = (0.8, 0.9, 0.95)
+STEP_LAYOUTS = ("csr", "bcsr", "fanin")
 _SLOW = 0.5  # seconds
 
 
-def _keys(competitors: Mapping[str, GpuCompetitor]) -> list[Key]:
+def _keys(
+    competitors: Mapping[str, GpuCompetitor], sparsities: Sequence[float] = SPARSITIES
+) -> list[Key]:
     """Pair every competitor with its sparsities: none if it is dense, one if it is 2:4."""
     keys: list[Key] = []
     for name, one in competitors.items():
         fixed = one.layout is not None and one.layout.name == "nm"
-        keys += [(name, s) for s in ((0.5,) if fixed else SPARSITIES if one.sparse else (None,))]
+        keys += [(name, s) for s in ((0.5,) if fixed else sparsities if one.sparse else (None,))]
     return keys
 
 
@@ -166,11 +169,15 @@ class GpuStepRace:
         case: the network.
         device: where.
         rounds: turns of each competitor.
+        layouts: names of those whose competitors run beside the dense ones.
+        sparsities: of these.
     """
 
     case: ModelCase
     device: torch.device
     rounds: int
+    layouts: Collection[str] = STEP_LAYOUTS
+    sparsities: Sequence[float] = SPARSITIES
 
     @property
     def name(self) -> tuple[str, str, str]:
@@ -179,7 +186,12 @@ class GpuStepRace:
 
     def keys(self) -> list[Key]:
         """List the rows it gives."""
-        return _keys({name: one for name, one in COMPETITORS.items() if one.storage == "weight"})
+        chosen = {
+            name: one
+            for name, one in COMPETITORS.items()
+            if one.storage == "weight" and (one.layout is None or one.layout.name in self.layouts)
+        }
+        return _keys(chosen, self.sparsities)
 
     def measure(self) -> list[Row]:
         """Measure them."""

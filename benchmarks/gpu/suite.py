@@ -1,16 +1,21 @@
-"""What is raced on a GPU: every convolution of ResNet-18, linear layers, whole steps."""
+"""What is raced on a GPU: whole steps, every convolution of ResNet-18, linear layers.
+
+Levels and races are in the order of their worth, should time run out.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.cases import LINEAR_LAYERS, conv_layers
+from benchmarks.gpu import networks
 from benchmarks.gpu.competitors import COMPETITORS
 from benchmarks.gpu.device import describe, gpu
-from benchmarks.gpu.races import GpuLayerRace, GpuStepRace
+from benchmarks.gpu.races import STEP_LAYOUTS, GpuLayerRace, GpuStepRace
 from sparsekd.bench.cases import LayerCase, ModelCase
 from sparsekd.bench.results import Results
 from sparsekd.bench.suite import BenchConfig, Suite
@@ -20,6 +25,12 @@ from sparsekd.errors import UnsupportedError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_NETWORKS = "benchmarks.gpu.networks"
+_STEPS = tuple(
+    ModelCase(f"{_NETWORKS}:{name}", networks.IMAGE, batch=64) for name in ("resnet50", "vit_b")
+)
+_SMALL_STEPS = tuple(ModelCase(name) for name in ("resnet18", "resnet50", "wrn22_2"))
+_TINY_STEPS = (ModelCase("resnet20", (3, 8, 8), batch=2),)
 _TINY_LAYERS = (
     LayerCase("conv", 32, 64, size=4, kernel=3, stride=2, batch=2),
     LayerCase("linear", 64, 32, batch=4),
@@ -31,7 +42,7 @@ def suite(device: torch.device | None = None, *, tiny: bool = False) -> Suite:
 
     Args:
         device: by default the current GPU, which is looked for when the suite runs.
-        tiny: a small layer of each kind and one network at a batch of 2, as a test runs.
+        tiny: one network at a batch of 2 and a small layer of each kind, as a test runs.
     """
 
     def layers(config: BenchConfig) -> Iterator[GpuLayerRace]:
@@ -44,18 +55,22 @@ def suite(device: torch.device | None = None, *, tiny: bool = False) -> Suite:
 
     def steps(config: BenchConfig) -> Iterator[GpuStepRace]:
         _refuse_choices(config)
-        names = ("resnet18", "resnet50", "wrn22_2")
-        cases = [ModelCase(name) for name in names]
-        if tiny:
-            cases = [ModelCase("resnet20", (3, 8, 8), batch=2)]
-        for case in cases:
+        # Short races: what one has measured is written at its end, and lost if that is too late.
+        cases, sparsities = (_TINY_STEPS, (0.9,)) if tiny else (_STEPS, (0.9, 0.95, 0.8))
+        for sparsity, layout, case in itertools.product(sparsities, STEP_LAYOUTS, cases):
+            where = device or gpu()
+            yield GpuStepRace(case, where, config.rounds or 5, (layout,), (sparsity,))
+
+    def small(config: BenchConfig) -> Iterator[GpuStepRace]:
+        _refuse_choices(config)
+        for case in () if tiny else _SMALL_STEPS:
             yield GpuStepRace(case, device or gpu(), config.rounds or 5)
 
     return Suite(
         title="The arena on a GPU",
         command="python -m benchmarks.gpu",
         help="Time layers and training steps on a GPU against dense torch in every precision.",
-        levels={"layer": layers, "step": steps},
+        levels={"step": steps, "layer": layers, "small": small},
         competitors=tuple(COMPETITORS),
         grids=_grids,
         figures=_figures,

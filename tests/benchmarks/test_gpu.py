@@ -63,6 +63,22 @@ def test_the_report_has_tables_and_figures(rows: Path, tmp_path: Path) -> None:
     assert "layer, fprop" in page
 
 
+def test_steps_begin_with_large_networks_at_90_percent_and_cover_all() -> None:
+    config = BenchConfig(levels=("step",))
+    sessions = suite(torch.device("cpu")).sessions(config)
+    names = [f"benchmarks.gpu.networks:{name} 224x224 b64" for name in ("resnet50", "vit_b")]
+    assert [session.name[1] for session in sessions[:2]] == names
+    trained = {name: one for name, one in COMPETITORS.items() if one.storage == "weight"}
+    dense = {(name, None) for name, one in trained.items() if not one.sparse}
+    assert set(sessions[0].keys()) == dense | {("csr_fp32", 0.9), ("csr_bf16", 0.9)}
+    for name in names:
+        keys = [set(session.keys()) for session in sessions if session.name[1] == name]
+        assert all(dense < some for some in keys)
+        assert set().union(*keys) == dense | {
+            (name, s) for name, one in trained.items() if one.sparse for s in (0.8, 0.9, 0.95)
+        }
+
+
 def test_predictions_of_a_layer() -> None:
     """A linear layer of 4096 to 2016 features at 4096 rows and 90 %, in milliseconds."""
     case, nnz = LayerCase("linear", 4096, 2016, batch=4096), 0.1 * 2016 * 4096
