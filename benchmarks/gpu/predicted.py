@@ -43,7 +43,7 @@ def predicted_ms(
     if kernels is None:
         return None
     product, gradient = kernels
-    layer = layer_of(case)
+    layer = layer_of(case, one.dtype)
     passes = [(product, layer)]
     if op == "layer":
         passes += [(product, layer.exchanged), (gradient, layer)]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu_roofline import gather, layer_of, sheet_of
 from sparsekd.bench.cases import LayerCase
@@ -33,6 +34,13 @@ def test_strided_layers_read_what_their_taps_meet() -> None:
 def test_patches_that_reach_past_the_borders_are_counted_whole() -> None:
     layer = layer_of(LayerCase("conv", 64, 64, size=7, kernel=3))
     assert layer.halo == pytest.approx(2 * (4 + 2) * (8 + 2) / 7**2)  # two patches of 4x8
+
+
+def test_chunks_are_larger_where_a_batch_has_fewer_vectors() -> None:
+    case = LayerCase("linear", 2048, 1000, batch=128)
+    # 32 vectors of float32, 16 of bfloat16, padded by one, of 1152 that a block has room for
+    assert layer_of(case).chunk == 32
+    assert layer_of(case, torch.bfloat16).chunk == 64
 
 
 def test_an_input_gradient_multiplies_as_often() -> None:
