@@ -2,7 +2,7 @@
 
     python tests/emulation/count_step.py                      # needs nvcc and Triton, no GPU
     python tests/emulation/count_step.py --model transformer --backend triton
-    python tests/emulation/count_step.py --model resnet50 --batch 4       # an hour
+    python tests/emulation/count_step.py --model resnet50 --batch 4       # half an hour
 
 Every kernel runs as PTX for sm_80 on `tools/ptx_machine`, which counts; torch's own calls inside of
 an op are counted by the sizes of their tensors. From the counts a roofline predicts how long the
@@ -231,7 +231,7 @@ def transformer(channels: int, batch: int, tokens: int = 16) -> tuple[nn.Module,
 
 
 def resnet50(channels: int, batch: int) -> tuple[nn.Module, Tensor]:
-    """Return ResNet-50 and images, whose convolutions take an hour."""
+    """Return ResNet-50 and images, whose convolutions take half an hour."""
     x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
     model = skd.models.resnet50(stem="imagenet")
     return model.to(memory_format=torch.channels_last), x  # type: ignore[call-overload]
