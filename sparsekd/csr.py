@@ -23,6 +23,9 @@ except ModuleNotFoundError:  # not built; one that is broken raises its own erro
     _release = None
 
 _INT32_MAX = 2**31 - 1
+MOST_POSITIONS = _INT32_MAX - 1024
+"""Of a weight that the kernels of csrc/cuda take, whose threads step past the end; larger masks are
+cut, and transposed by torch."""
 
 
 class TransposedCSR(NamedTuple):
@@ -58,6 +61,9 @@ def compress(mask: Tensor) -> tuple[Tensor, Tensor]:
         The start of each row, int32 `[rows + 1]`, and the column of each True entry, int32 `[nnz]`.
     """
     rows, cols = mask.shape
+    if rows > 1 and mask.numel() > MOST_POSITIONS:
+        (upper, left), (lower, right) = map(compress, mask.tensor_split(2))
+        return torch.cat([upper, lower[1:] + upper[-1]]), torch.cat([left, right])
     library = cuda_library.library_for(mask.device)
     if library is None:
         positions = mask.reshape(-1).nonzero().squeeze(1)
@@ -86,7 +92,7 @@ def transpose(crow: Tensor, col: Tensor, cols: int) -> TransposedCSR:
     """
     rows, nnz = crow.shape[0] - 1, col.shape[0]
     library = cuda_library.library_for(crow.device)
-    if library is None:
+    if library is None or rows * cols > MOST_POSITIONS:
         order = torch.argsort(col, stable=True)
         starts = crow.new_zeros(cols + 1)
         torch.cumsum(torch.bincount(col, minlength=cols), 0, dtype=torch.int32, out=starts[1:])

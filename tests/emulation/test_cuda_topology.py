@@ -7,7 +7,7 @@ import torch
 from structures import assert_topology_says_what_the_mask_does, random_mask
 from torch import Tensor
 
-from sparsekd import Topology, cuda_library
+from sparsekd import Topology, csr, cuda_library
 from sparsekd.errors import BackendError
 from sparsekd.testing import poisoned_memory
 
@@ -79,3 +79,13 @@ def test_sizes_that_do_not_fit_are_refused(on_cuda, rows: int, cols: int) -> Non
     for name, count in (("mask_crow", 2), ("mask_col", 3), ("transpose", 6)):
         with pytest.raises(BackendError, match=f"{name}: CUDA error 1, invalid argument"):
             on_cuda.run(name, cpu, rows, cols, *no_tensors[:count])
+
+
+def test_masks_larger_than_the_kernels_take(on_cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    run = on_cuda.run
+    monkeypatch.setattr(csr, "MOST_POSITIONS", 300)
+    monkeypatch.setattr(on_cuda, "run", lambda *args: sizes.append(args[2:4]) or run(*args))
+    assert_topology_says_what_the_mask_does(random_mask(33, 40, 0.3))
+    assert sizes
+    assert all(rows * cols <= 300 for rows, cols in sizes)
