@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int r = 0; again >> r; ++r) {
     if (!(again >> r & 1)) continue;
+    SPARSEKD_REPEATS();
     float exact[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) exact[i] = matrix.bias ? to_float(matrix.bias[first_row + r]) : 0.0f;

@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
       for (int j = 0; j < kWarp && again >> j; ++j) {
         if (!(again >> j & 1)) continue;
+        SPARSEKD_REPEATS();
         const int32_t place = places[i + j];
         float sum = 0.0f;
 #pragma unroll 1

@@ -87,6 +87,10 @@ class Emulated(cuda_library.Library):
     def _queue(self, function: Any, device: torch.device, args: tuple[Any, ...]) -> int:
         return self._call(function, (*args, 0))
 
+    def repeats(self) -> int:
+        """Return how often sums were not finite and made a second time, since the last call."""
+        return int(self._functions.emulation_repeats())
+
     def set_order(self, order: str, seed: int = 1) -> None:
         """Choose in which order the threads of a block take their turns."""
         number, seed_ = ctypes.c_int64(ORDERS.index(order)), ctypes.c_int64(seed)

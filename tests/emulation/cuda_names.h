@@ -17,6 +17,8 @@
   type(&name) extents =                      \
       *reinterpret_cast<type(*) extents>(::emulation::machine().shared(__COUNTER__, sizeof(type extents)))
 
+#define SPARSEKD_REPEATS() ++::emulation::machine().repeats
+
 #define threadIdx (::emulation::machine().current->index)
 #define blockIdx (::emulation::machine().block_index)
 #define blockDim (::emulation::machine().block)
@@ -115,6 +117,10 @@ extern "C" __attribute__((visibility("default"), used)) inline void emulation_or
                                                                                     int64_t seed) {
   emulation::machine().order = static_cast<emulation::Order>(order);
   emulation::machine().seed = static_cast<uint64_t>(seed);
+}
+
+extern "C" __attribute__((visibility("default"), used)) inline int64_t emulation_repeats() {
+  return std::exchange(emulation::machine().repeats, 0);
 }
 
 extern "C" __attribute__((visibility("default"), used)) inline void emulation_executor(

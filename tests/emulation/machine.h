@@ -85,6 +85,7 @@ class Machine {
  public:
   Order order = Order::kForward;
   uint64_t seed = 1;
+  int64_t repeats = 0;  // how often threads have made sums a second time
   std::string error;
 
   dim3 grid, block;

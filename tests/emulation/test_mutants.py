@@ -255,6 +255,7 @@ def test_a_planted_mistake_is_found(
 ) -> None:
     file, before, after, check, failure = MUTANTS[name]
     check()
+    on_cuda.repeats()  # where infinity makes them
     headers = plant(file, before, after, tmp_path)
     built = compile_for_the_cpu(headers / "kernels.cu", "-O0", "-g0", "-shared", headers=headers)
     mutant = type(on_cuda)(built)

@@ -144,6 +144,7 @@ def test_one_bad_sample_leaves_the_others_alone(on_cuda, value: float) -> None:
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert torch.equal(y[others], clean[others])
     assert not y[4, mask.any(dim=1)].isfinite().any()
+    assert on_cuda.repeats()
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -153,6 +154,7 @@ def test_padding_meets_no_infinity(on_cuda, batch: int, value: float, dtype: tor
     options = {"padding": (1, 2, 1, 0), "stride": (1, 2), "groups": 2}
     case = dataclasses.replace(CONV, batch=(batch,), dtype=dtype, options=options)
     assert_padding_meets_nothing(case, value, 2 * LIMITS[dtype])
+    assert on_cuda.repeats()
 
 
 def test_geometries_that_are_mostly_padding(on_cuda) -> None:
