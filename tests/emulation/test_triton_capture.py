@@ -21,11 +21,11 @@ from sparsekd.testing import relative_error
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
-from sparsekd.ops.gpu import convolution, gather_plans, plan_cache
+from sparsekd.ops.gpu import convolution, plan_cache
 from sparsekd.ops.gpu import structure as gpu_structure
 from sparsekd.ops.gpu.convolution import Conv
 from sparsekd.ops.gpu.structure import Structure, find_structure
-from sparsekd.ops.triton import shared_plans, tile_plans, tile_size
+from sparsekd.ops.triton import gather_plans, shared_plans, tile_plans, tile_size
 from sparsekd.ops.triton.tile_plans import Lists
 
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {

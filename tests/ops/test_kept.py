@@ -16,10 +16,11 @@ from sparsekd import ops
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
-from sparsekd.ops.gpu import gather_plans, plan_cache
+from sparsekd.ops.gpu import plan_cache
 from sparsekd.ops.gpu import structure as gpu_structure
 from sparsekd.ops.gpu.convolution import Conv
 from sparsekd.ops.gpu.structure import Structure, find_structure
+from sparsekd.ops.triton import gather_plans
 
 MIB = 1 << 20
 

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.ops.gpu.convolution import AxisPhase, Conv, axis_phases
-from sparsekd.ops.gpu.gather_plans import taps
+from sparsekd.ops.gpu.convolution import AxisPhase, Conv, axis_phases, taps
 from sparsekd.ops.gpu.structure import Structure
 
 # Of patch.cuh: lanes of a warp, rows of a block, and vectors of the window that it holds at once.

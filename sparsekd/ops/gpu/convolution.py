@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekd.ops.gpu.structure import Structure
+
 
 class Conv(NamedTuple):
     """Parameters of a convolution that plans depend on."""
@@ -53,6 +55,14 @@ def axis_phases(size: int, before: int, kernel: int, stride: int, dilation: int)
         pixels = len(range(first, size, stride))
         found.append(AxisPhase(first, pixels, distance % stride == 0, output))
     return found
+
+
+def taps(structure: Structure, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the input channel, and the place in the kernel, of each nonzero."""
+    rows, channels, high, wide = conv.weight_shape
+    tap = structure.col % (high * wide)
+    group = structure.row // (rows // conv.groups)
+    return group * channels + structure.col // (high * wide), tap // wide, tap % wide
 
 
 def covers(phases: int, conv: Conv, size: Sequence[int]) -> bool:

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from sparsekd.kernels import config, gather, gemm, values
-from sparsekd.ops.gpu.gather_plans import GatherPlan, Window
+from sparsekd.ops.triton.gather_plans import GatherPlan, Window
 from sparsekd.ops.triton.tile_plans import Lists
 from sparsekd.ops.triton.tuning import Launch, Work, tuner
 

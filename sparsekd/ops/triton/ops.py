@@ -20,11 +20,10 @@ from sparsekd.errors import UnavailableError
 from sparsekd.ops import reference
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape, geometry
-from sparsekd.ops.gpu import gather_plans
 from sparsekd.ops.gpu.convolution import Conv, conv_of, covers, new_input_gradient
 from sparsekd.ops.gpu.structure import Structure, structure_of
 from sparsekd.ops.memory_format import memory_format_of, pixels
-from sparsekd.ops.triton import launch, packed_maps, shared_plans, tile_plans
+from sparsekd.ops.triton import gather_plans, launch, packed_maps, shared_plans, tile_plans
 from sparsekd.ops.triton.growth import LargestK
 from sparsekd.ops.triton.launch import Pixels
 from sparsekd.ops.triton.tile_size import SMALLEST, Runs, find_runs

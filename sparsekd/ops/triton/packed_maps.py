@@ -7,9 +7,9 @@ import triton
 from torch import Tensor
 
 from sparsekd.kernels import pack as packing
-from sparsekd.ops.gpu.gather_plans import GatherPlan, Window
 from sparsekd.ops.gpu.structure import Structure
 from sparsekd.ops.triton import launch
+from sparsekd.ops.triton.gather_plans import GatherPlan, Window
 from sparsekd.ops.triton.shared_plans import SharedPlan
 
 _BLOCK_BYTES = 128  # of a row of a block, and of a column: a cache line

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from sparsekd.ops.gpu import gather_plans
 from sparsekd.ops.gpu.convolution import Conv
-from sparsekd.ops.gpu.gather_plans import GatherPlan, Window
 from sparsekd.ops.gpu.structure import Structure
+from sparsekd.ops.triton import gather_plans
+from sparsekd.ops.triton.gather_plans import GatherPlan, Window
 from sparsekd.ops.triton.tile_plans import LARGEST_N, Lists, affordable, upload_lists, well_filled
 from sparsekd.ops.triton.tile_size import SMALLEST, Axis, power_of_two
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.ops.gpu.convolution import AxisPhase, Conv, axis_phases
+from sparsekd.ops.gpu.convolution import AxisPhase, Conv, axis_phases, taps
 from sparsekd.ops.gpu.structure import Structure
 
 
@@ -134,14 +134,6 @@ def _plan(
         slots, offset = (torch.nn.functional.pad(t, unused) for t in (slots, offset))
     which = None if slots is None else upload(slots)
     return GatherPlan(upload(crow), upload(offset), upload(order), which, window)
-
-
-def taps(structure: Structure, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the input channel, and the place in the kernel, of each nonzero."""
-    rows, channels, high, wide = conv.weight_shape
-    tap = structure.col % (high * wide)
-    group = structure.row // (rows // conv.groups)
-    return group * channels + structure.col // (high * wide), tap // wide, tap % wide
 
 
 def _reach(phases: list[AxisPhase], size: int) -> tuple[int, int]:
