@@ -39,7 +39,7 @@ struct Matrix {
   int32_t rows, rows_of_group, channels_of_group;
   int32_t chunk, chunks;  // channels of a chunk, chunks of a block of rows
   const int32_t* starts;  // [blocks of rows * chunks * 64 + 1], of each row's nonzeros in a chunk
-  const int32_t* places;  // of each nonzero's input in the window of its chunk, and its row; see below
+  const int32_t* places;  // of each nonzero's input in the window of its chunk, and its row; see above
   const int32_t* slots;   // which value each nonzero has
   const T *values, *bias;
 

@@ -56,12 +56,12 @@ bool valid(const sparsekd_cuda_maps& m) {
 
 // Whether the outputs of an axis lie in maps of a size, and what they read has numbers of 32 bits.
 bool valid(const sparsekd_cuda_axis& a, int64_t result) {
-  return a.pitch > 0 && a.spacing * a.stride % a.pitch == 0 &&
-         fit({double(a.outputs), double(a.patch) - 1, double(a.spacing) - 1, double(a.stride),
+  return fit({double(a.outputs), double(a.patch) - 1, double(a.spacing) - 1, double(a.stride),
               double(a.window) - 1, double(a.pitch) - 1, double(a.out_start), double(a.out_step),
               std::abs(double(a.start)) + (double(a.outputs) + double(a.patch) * a.spacing) * a.stride +
                   double(a.window) * a.pitch,
-              result - 1 - double(a.out_start) - (double(a.outputs) - 1) * a.out_step});
+              result - 1 - double(a.out_start) - (double(a.outputs) - 1) * a.out_step}) &&
+         a.spacing * a.stride % a.pitch == 0;  // of numbers that are known to be small
 }
 
 Axis axis_of(const sparsekd_cuda_axis& a) {
@@ -83,10 +83,10 @@ bool valid(const sparsekd_cuda_product& p, const sparsekd_cuda_axis* axes, const
       !fit({double(p.rows), double(p.rows_of_group) - 1, double(p.channels_of_group), double(p.chunk) - 1,
             double(p.chunks), double(p.images) - 1}))
     return false;
-  const Patches patches = patches_of(p, axes);
   return double(ceil_div(p.rows, p.rows_of_group)) * p.channels_of_group <= x.channels &&
          double(p.images) * axes[0].patch * axes[1].patch <= kWarp &&
-         double(p.chunk) * patches.plane() <= kTileVectors;
+         double(p.images) * axes[0].window * axes[1].window <= kTileVectors &&
+         p.chunk * patches_of(p, axes).plane() <= kTileVectors;
 }
 
 template <class T>

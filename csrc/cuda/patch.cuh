@@ -20,9 +20,12 @@ namespace sparsekd_cuda {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kRows = 64;               // of the weight, in a block
-constexpr int kRowsAtOnce = 32;         // whose outputs are in shared memory
-constexpr int kTileVectors = 1152;      // of shared memory that a chunk of a window takes
+// More rows would share a window, but the sums of 64 in half precision take half of a thread's registers.
+constexpr int kRows = 64;        // of the weight, in a block
+constexpr int kRowsAtOnce = 32;  // whose outputs are in shared memory
+// Of shared memory that a chunk of a window takes: what the 48 KiB that every GPU has leave beside the
+// gradients, nonzeros and sums of sample.cuh.
+constexpr int kTileVectors = 1152;
 constexpr int kRowVectors = kWarp + 1;  // of a row of outputs in shared memory, odd too
 
 struct Axis {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsekd.ops.gpu.convolution import AxisPhase, Conv, axis_phases, taps
+from sparsekd.ops.gpu.sizes import ceil_div, next_power_of_two
 from sparsekd.ops.gpu.structure import Structure
 
 # Of patch.cuh: lanes of a warp, rows of a block, and vectors of the window that it holds at once.
@@ -181,11 +182,6 @@ def input_gradient(
     return structure.plan(key, lambda made: _input_gradient(made, conv, size, images))
 
 
-def ceil_div(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
-    return -(-a // b)
-
-
 def _vectors(x: Tensor) -> int:
     """Return how many vectors of 16 bytes, of an element where there are fewer, a batch has."""
     images = 16 // x.element_size()
@@ -194,7 +190,7 @@ def _vectors(x: Tensor) -> int:
 
 def _images(x: Tensor) -> int:
     """Return the most vectors of images that a patch needs, so that batches alike share a plan."""
-    return min(_LANES, 1 << max(_vectors(x) - 1, 0).bit_length())
+    return min(_LANES, next_power_of_two(_vectors(x)))
 
 
 def _forward(structure: Structure, conv: Conv, output_size: Sequence[int], images: int) -> Product:

@@ -23,7 +23,7 @@ class Window(NamedTuple):
     """The outputs of a product: how many, and where in their maps they and their inputs are.
 
     `in_row` and `in_col` are the steps in the packed input from one output to the next, `out_row`
-    and `out_col` those in the output, from `out_origin` on; see api.h.
+    and `out_col` those in the output, from `out_origin` on; see kernels/gather.py.
     """
 
     height: int

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from sparsekd.kernels import config, gather, gemm, values
+from sparsekd.ops.gpu.sizes import ceil_div, next_power_of_two
 from sparsekd.ops.triton.gather_plans import GatherPlan, Window
 from sparsekd.ops.triton.tile_plans import Lists
 from sparsekd.ops.triton.tuning import Launch, Work, tuner
@@ -78,7 +79,7 @@ def pack_values(of: Tensor, lists: Lists) -> Tensor:
     """Return values in the order of the kernel, zeros between them."""
     packed = of.new_empty(lists.slots.shape)
     if packed.numel():
-        grid = (_blocks(packed.numel(), values.BLOCK),)
+        grid = (ceil_div(packed.numel(), values.BLOCK),)
         of = of.contiguous()
         values.take_values[grid](of, lists.slots, packed, packed.numel(), BLOCK=values.BLOCK)
     return packed
@@ -88,7 +89,7 @@ def add_parts(partial: Tensor, places: Tensor | None, like: Tensor, nnz: int) ->
     """Return the gradient of each value, summed over parts, in the dtype of a tensor."""
     result = like.new_empty(nnz)
     size = partial[0].numel()
-    grid = (_blocks(nnz, values.BLOCK),)
+    grid = (ceil_div(nnz, values.BLOCK),)
     values.add_parts[grid](
         partial, result if places is None else places, result, nnz, size, partial.shape[0],
         PLACED=places is not None, BLOCK=values.BLOCK,
@@ -120,7 +121,7 @@ def tile_product(
     count = lists.outputs.shape[0]
 
     def launch(how: config.Config) -> None:
-        gemm.tile_product[count * _blocks(positions, how.positions),](
+        gemm.tile_product[count * ceil_div(positions, how.positions),](
             lists.lists, lists.outputs, lists.columns,
             weight, weight if bias is None else bias, x.data, y.data,
             count, positions, y.high, y.wide,
@@ -147,7 +148,7 @@ def tile_sample(lists: Lists, grad: Pixels, x: Pixels, access: Access, precision
     """
     images, outputs = grad.images, grad.high * grad.wide
     how = _choose("sample", lists, x.data, x.channels, precision, images * outputs)
-    pixels = min(how.positions, _ceil(outputs))
+    pixels = min(how.positions, next_power_of_two(outputs))
     most = _most_parts(lists.slots.numel(), grad.data, x.data)
     parts = _Parts.of(lists.owners.shape[0], most, images, how.positions // pixels, outputs, pixels)
     partial = x.data.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
@@ -182,7 +183,7 @@ def shared_product(
     count = lists.outputs.shape[0]
 
     def launch(how: config.Config) -> None:
-        gather.shared_product[count * _blocks(positions, how.positions),](
+        gather.shared_product[count * ceil_div(positions, how.positions),](
             lists.lists, lists.outputs, lists.columns,
             weight, weight if bias is None else bias, x, y,
             count, positions, lanes, *window[1:], y[0].numel(),
@@ -199,7 +200,7 @@ def shared_sample(lists: Lists, starts: Tensor, grad: Tensor, x: Tensor, precisi
     """Return the gradient of packed values in parts, float32 `[parts, E, n, k]`."""
     lanes, outputs = x.shape[-1], starts.shape[0]
     how = _choose("sample", lists, x, lanes, precision, lanes * outputs)
-    images = min(how.positions, _ceil(lanes))
+    images = min(how.positions, next_power_of_two(lanes))
     chunks = lists.owners.shape[0]
     most = _most_parts(lists.slots.numel(), grad, x)
     parts = _Parts.of(chunks, most, lanes, images, outputs, how.positions // images)
@@ -224,7 +225,7 @@ def row_product(plan: GatherPlan, of: Tensor, bias: Tensor | None, x: Tensor, y:
     positions = plan.window.height * plan.window.width * lanes
     block = min(_ROW_POSITIONS, config.power_of_two(positions))
     of = of.contiguous() if plan.slots is None else of.index_select(0, plan.slots)
-    gather.row_product[rows * _blocks(positions, block),](
+    gather.row_product[rows * ceil_div(positions, block),](
         plan.crow, plan.offset, plan.order, of, of if bias is None else bias, x, y,
         positions, lanes, *plan.window[1:], y[0].numel(),
         BIAS=bias is not None, BP=block, num_warps=_warps(block, x), num_stages=3,
@@ -234,9 +235,9 @@ def row_product(plan: GatherPlan, of: Tensor, bias: Tensor | None, x: Tensor, y:
 def row_sample(rows: Tensor, offset: Tensor, starts: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of each value in parts, float32 `[parts, nnz]`."""
     lanes, outputs, nnz = x.shape[-1], starts.shape[0], rows.shape[0]
-    images = min(_ROW_SAMPLE, _ceil(lanes))
-    together = min(_ROW_SAMPLE // images, _ceil(outputs))
-    programs = _blocks(nnz, _ROW_NONZEROS)
+    images = min(_ROW_SAMPLE, next_power_of_two(lanes))
+    together = min(_ROW_SAMPLE // images, next_power_of_two(outputs))
+    programs = ceil_div(nnz, _ROW_NONZEROS)
     parts = _Parts.of(programs, _most_parts(nnz, grad, x), lanes, images, outputs, together)
     partial = x.new_empty((parts.number, nnz), dtype=torch.float32)
     gather.row_sample[programs, parts.number](
@@ -269,11 +270,11 @@ class _Parts(NamedTuple):
         """
         programs = max(programs, 1)
         wanted = max(1, _LEAST_PROGRAMS // programs, min(_MOST_PROGRAMS // programs, most))
-        steps, blocks = max(_blocks(images, step), 1), _blocks(pixels, together)
-        images_each = _blocks(steps, min(steps, wanted)) * step
-        image_parts = max(_blocks(images, images_each), 1)
-        blocks_each = _blocks(blocks, min(blocks, max(wanted // image_parts, 1)))
-        number = image_parts * _blocks(blocks, blocks_each)
+        steps, blocks = max(ceil_div(images, step), 1), ceil_div(pixels, together)
+        images_each = ceil_div(steps, min(steps, wanted)) * step
+        image_parts = max(ceil_div(images, images_each), 1)
+        blocks_each = ceil_div(blocks, min(blocks, max(wanted // image_parts, 1)))
+        number = image_parts * ceil_div(blocks, blocks_each)
         return cls(number, (images_each, blocks_each, image_parts))
 
 
@@ -322,12 +323,3 @@ def architecture(device: torch.device) -> str:
 def _warps(positions: int, x: Tensor) -> int:
     """Return how many warps it takes for each thread to load 16 bytes."""
     return max(1, positions * x.element_size() // (16 * 32))
-
-
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-def _ceil(count: int) -> int:
-    """Return the smallest power of two that is at least `count`."""
-    return 1 << max(count - 1, 0).bit_length()
