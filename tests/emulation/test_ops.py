@@ -314,6 +314,15 @@ def test_other_dtypes_are_refused(on_cuda) -> None:
         skd.functional.linear(topology, torch.ones(3).double(), torch.ones(2, 4).double())
 
 
+def test_maps_that_span_too_much_are_refused_by_name(on_cuda) -> None:
+    x = torch.ones(1).as_strided((1, 1, 1, 1), (1, 1, 1 << 31, 1))
+    topology = Topology.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    with pytest.raises(
+        UnsupportedError, match=r"x: .* at most 2147482623 elements, got 2147483649"
+    ):
+        skd.functional.conv2d(topology, torch.ones(1), x)
+
+
 def test_sizes_that_do_not_fit_are_refused(on_cuda) -> None:
     maps = dict.fromkeys(Maps._fields, 1) | {"data": None}
     axis = dict.fromkeys(Axis._fields, 1) | {"start": 0, "out_start": 0}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekd import cuda_library
+from sparsekd.errors import UnsupportedError
 from sparsekd.ops import reference
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.cuda import plans
@@ -22,11 +23,19 @@ from sparsekd.ops.gpu.structure import structure_of
 from sparsekd.ops.memory_format import memory_format_of, pixels
 
 _library = cuda_library.load()
+_MOST_SPAN = 2**31 - 1025  # what 32 bits can index, as kernels.cu requires
 _POINTWISE = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
 
 
 def _maps(x: Tensor) -> Maps:
-    return Maps(x, *x.shape, *x.stride())
+    maps = Maps(x, *x.shape, *x.stride())
+    span = maps.height * maps.stride_h + maps.width * maps.stride_w
+    if span > _MOST_SPAN:
+        raise UnsupportedError(
+            "x: backend 'cuda' supports maps and gradients in which the pixels of a channel span "
+            f"at most {_MOST_SPAN} elements, got {span}, of shape {tuple(x.shape)}"
+        )
+    return maps
 
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
