@@ -6,8 +6,14 @@ channels seen at one offset (dy, dx). `lists` says which chunks belong to which 
 
     lists   int32 [L + 1]  first chunk of each list
     outputs int32 [L, 2]   first output channel of a list, and how many there are, at most BN
-    chunks  int32 [E, 4]   first input channel, how many (at most BK; 0 behind the lists), dy, dx
-    weight        [E, BN, BK], zeros where a chunk is ragged
+    chunks  int32 [E, 6]   first input channel, how many (at most BK; 0 behind the lists), dy, dx,
+                           the number of the first value, how many values on the next row starts
+    weight        [nnz], or packed as [E, BN, BK], with zeros where a chunk is ragged
+
+A weight of a single tap whose tiles have no zeros is read where it is. IN_PLACE says which side of
+a chunk lies side by side in its rows: "k" where rows are outputs, "n" in an input gradient, where
+they are inputs. That side is never ragged, and rows start at multiples of ROW. Values of several
+taps alternate, so that vectors could not be read; such weights are packed, and IN_PLACE is "".
 
 The input pixel of output (y, x) at offset (dy, dx) is (y * stride_y + dy, x * stride_x + dx); one
 outside the map counts as zero. Lists and chunks start at channels that are multiples of ALIGN.
@@ -30,6 +36,8 @@ import triton.language as tl
 
 from .config import PLAIN
 
+ROW = tl.constexpr(16)
+
 
 # Vectors go along channels, so that the last, smaller batch needs no variant of its own.
 @triton.jit(do_not_specialize=(*PLAIN, "positions"))
@@ -39,7 +47,7 @@ def tile_product(
     x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
     y_image, y_row, y_pixel,
     SPATIAL: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, IN_PLACE: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of positions for one list of chunks."""
@@ -59,26 +67,36 @@ def tile_product(
     else:
         x_at = x + p.to(tl.int64) * x_pixel
         y_at = y + p.to(tl.int64) * y_pixel
+    first = tl.load(outputs + 2 * which)
+    kept, held = tl.full((BN,), True, tl.int1), tl.full((BK,), True, tl.int1)
+    if not EVEN_N:
+        kept = n < tl.load(outputs + 2 * which + 1)
     acc = tl.zeros((BP, BN), dtype=tl.float32)
     for e in range(tl.load(lists + which), tl.load(lists + which + 1)):
-        channel = tl.multiple_of(tl.load(chunks + 4 * e), ALIGN)
+        channel = tl.multiple_of(tl.load(chunks + 6 * e), ALIGN)
         seen, offset = live, channel
         if SPATIAL:
-            dy, dx = tl.load(chunks + 4 * e + 2), tl.load(chunks + 4 * e + 3)
+            dy, dx = tl.load(chunks + 6 * e + 2), tl.load(chunks + 6 * e + 3)
             row, pixel = in_y + dy, in_x + dx
             seen = live & (row >= 0) & (row < in_high) & (pixel >= 0) & (pixel < in_wide)
             offset = channel + dy * x_row + dx * x_pixel
-        mask = seen[:, None]
         if not EVEN_K:
-            mask = mask & (k < tl.load(chunks + 4 * e + 1))[None, :]
+            held = k < tl.load(chunks + 6 * e + 1)
+        mask = seen[:, None] & held[None, :]
         a = tl.load(x_at[:, None] + (offset + k)[None, :], mask=mask, other=0.0)
-        b = tl.load(weight + e * (BN * BK) + n[None, :] * BK + k[:, None])
+        if IN_PLACE == "":
+            b = tl.load(weight + e * (BN * BK) + n[None, :] * BK + k[:, None])
+        else:
+            value = tl.multiple_of(tl.load(chunks + 6 * e + 4), ROW)
+            step = tl.multiple_of(tl.load(chunks + 6 * e + 5), ROW)
+            if IN_PLACE == "k":
+                b_at = weight + value + n[None, :] * step + k[:, None]
+                b = tl.load(b_at, mask=kept[None, :], other=0.0)
+            else:
+                b_at = weight + value + k[:, None] * step + n[None, :]
+                b = tl.load(b_at, mask=held[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    first = tl.load(outputs + 2 * which)
-    mask = live[:, None]
-    kept = n < tl.load(outputs + 2 * which + 1)
-    if not EVEN_N:
-        mask = mask & kept[None, :]
+    mask = live[:, None] & kept[None, :]
     if BIAS:
         acc += tl.load(bias + first + n, mask=kept, other=0.0).to(tl.float32)[None, :]
     at = y_at[:, None] + (tl.multiple_of(first, ALIGN) + n)[None, :]
@@ -104,14 +122,14 @@ def tile_sample(
     part = tl.program_id(1)
     which = tl.load(owners + e)
     first = tl.multiple_of(tl.load(outputs + 2 * which), ALIGN)
-    channel = tl.multiple_of(tl.load(chunks + 4 * e), ALIGN)
+    channel = tl.multiple_of(tl.load(chunks + 6 * e), ALIGN)
     n, k = tl.arange(0, BN), tl.arange(0, BK)
     lane = tl.arange(0, PIXELS * IMAGES)
     image = lane // PIXELS
     from_image = (part % image_parts) * images_each
     to_image = tl.minimum(from_image + images_each, images)
     from_block = (part // image_parts) * blocks_each
-    blocks = tl.where(tl.load(chunks + 4 * e + 1) > 0, blocks_each, 0)
+    blocks = tl.where(tl.load(chunks + 6 * e + 1) > 0, blocks_each, 0)
     acc = tl.zeros((BN, BK), dtype=tl.float32)
     for block in range(from_block, from_block + blocks):
         pixel = block * PIXELS + lane % PIXELS
@@ -121,8 +139,8 @@ def tile_sample(
         g_at, x_at = grad + start * g_image + first, x + start * x_image + channel
         if SPATIAL:
             above, left = pixel // wide, pixel % wide
-            in_y = above * stride_y + tl.load(chunks + 4 * e + 2)
-            in_x = left * stride_x + tl.load(chunks + 4 * e + 3)
+            in_y = above * stride_y + tl.load(chunks + 6 * e + 2)
+            in_x = left * stride_x + tl.load(chunks + 6 * e + 3)
             seen = held & (in_y >= 0) & (in_y < in_high) & (in_x >= 0) & (in_x < in_wide)
             g_at += above * g_row + left * g_pixel
             x_at += in_y * x_row + in_x * x_pixel
@@ -132,7 +150,7 @@ def tile_sample(
             if not EVEN_N:
                 g_mask = g_mask & (n < tl.load(outputs + 2 * which + 1))[:, None]
             if not EVEN_K:
-                x_mask = x_mask & (k < tl.load(chunks + 4 * e + 1))[None, :]
+                x_mask = x_mask & (k < tl.load(chunks + 6 * e + 1))[None, :]
             a = tl.load(g_at[None, :] + n[:, None], mask=g_mask, other=0.0)
             b = tl.load(x_at[:, None] + k[None, :], mask=x_mask, other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)

@@ -91,8 +91,11 @@ def _products(
             block = {"PRECISION": precision, "BN": n, "BK": k if prefix == "tile" else 16}
             for kind, fn in kernels.items():
                 how = config.choose(kind, n, dtypes[0], precision, 1 << 20, architecture)
+                own: dict[str, Any]
                 if kind == "product":
                     own = {"BIAS": True, "BP": how.positions}
+                    if prefix == "tile":
+                        own["IN_PLACE"] = ""
                 elif prefix == "tile":
                     own = {"PIXELS": how.positions, "IMAGES": 1}
                 else:
@@ -106,13 +109,19 @@ def _tiles(architecture: str) -> Iterator[Kernel]:
     kernels = {"product": gemm.tile_product, "sample": gemm.tile_sample}
     even = {"SPATIAL": True, "EVEN_N": True, "EVEN_K": True, "ALIGN": 16}
     for kernel in _products(kernels, "tile", architecture, **even):
+        known = kernel.constexprs
         yield kernel
         if kernel.name in ("tile_product_half_64", "tile_sample_half_64"):
-            ragged = {**kernel.constexprs, "EVEN_N": False, "EVEN_K": False, "ALIGN": 1}
+            ragged = {**known, "EVEN_N": False, "EVEN_K": False, "ALIGN": 1}
             ragged["BP" if "BP" in ragged else "PIXELS"] = config.SINGLE
             yield replace(kernel, name=kernel.name + "_ragged", constexprs=ragged)
-            linear = {**kernel.constexprs, "SPATIAL": False}
+        if kernel.name == "tile_sample_half_64":
+            linear = {**known, "SPATIAL": False}
             yield replace(kernel, name=kernel.name + "_linear", constexprs=linear)
+        if kernel.name in ("tile_product_half_64", "tile_product_half_128", "tile_product_tf32_64"):
+            for suffix, side in ("_linear", "k"), ("_linear_gradient", "n"):
+                linear = {**known, "SPATIAL": False, "IN_PLACE": side}
+                yield replace(kernel, name=kernel.name + suffix, constexprs=linear)
 
 
 def _shared(architecture: str) -> Iterator[Kernel]:

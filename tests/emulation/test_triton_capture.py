@@ -29,20 +29,30 @@ from sparsekd.ops.triton import gather_plans, shared_plans, tile_plans, tile_siz
 from sparsekd.ops.triton.tile_plans import Lists
 
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "bcsr": ({"layout": "bcsr"}, {"tile_product", "tile_sample"}),
-    "bcsr, stride": ({"layout": "bcsr", "stride": 2}, {"tile_product", "tile_sample"}),
-    "bcsr, groups": ({"layout": "bcsr", "groups": 2}, {"tile_product", "tile_sample"}),
+    "bcsr": ({"layout": "bcsr"}, {"tile_product", "tile_sample", "take_values"}),
+    "bcsr, stride": (
+        {"layout": "bcsr", "stride": 2},
+        {"tile_product", "tile_sample", "take_values"},
+    ),
+    "bcsr, groups": (
+        {"layout": "bcsr", "groups": 2},
+        {"tile_product", "tile_sample", "take_values"},
+    ),
+    "bcsr, one tap": (
+        {"layout": "bcsr", "kernel_size": 1, "stride": 2, "in_channels": 96, "out_channels": 80},
+        {"tile_product", "tile_sample"},
+    ),
     "fanin, wide": (
         {"layout": "fanin:16", "stride": 2},
-        {"shared_product", "shared_sample", "tile_product"},
+        {"shared_product", "shared_sample", "tile_product", "take_values"},
     ),
     "fanin, wide, groups": (
         {"layout": "fanin:16", "groups": 2, "sparsity": 0.8},
-        {"shared_product", "shared_sample", "row_product"},
+        {"shared_product", "shared_sample", "row_product", "take_values"},
     ),
     "fanin, blocks": (
         {"layout": "fanin:1x16", "stride": 2},
-        {"tile_product", "tile_sample", "shared_product"},
+        {"tile_product", "tile_sample", "shared_product", "take_values"},
     ),
     "fanin, narrow": ({"layout": "fanin", "stride": 2}, {"row_product", "row_sample"}),
     "nm": ({"layout": "nm"}, {"row_product", "row_sample"}),
@@ -51,8 +61,9 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 def layer_of(case: str) -> skd.nn.SparseConv2d:
-    options = {"sparsity": 0.5, "padding": 1, **CASES[case][0]}
-    return skd.make_capturable(skd.nn.SparseConv2d(32, 32, 3, seed=0, bias=False, **options))
+    sizes = {"in_channels": 32, "out_channels": 32, "kernel_size": 3, "padding": 1}
+    options = {"sparsity": 0.5, **sizes, **CASES[case][0]}
+    return skd.make_capturable(skd.nn.SparseConv2d(seed=0, bias=False, **options))
 
 
 def other_mask(layer: skd.nn.SparseModule, seed: int) -> Tensor:
@@ -171,7 +182,8 @@ def assert_recorded_steps_follow(
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_launches_follow_a_rewire(ptx, on_triton, monkeypatch, case: str) -> None:
     torch.manual_seed(0)
-    layer, x = layer_of(case), torch.randn(2, 32, 4, 3)
+    layer = layer_of(case)
+    x = torch.randn(2, layer.in_channels, 4, 3)
     assert_recorded_steps_follow(layer, conv_of(layer), x, other_mask(layer, 1), monkeypatch)
     assert set(on_triton) == CASES[case][1]
 
@@ -191,7 +203,7 @@ def test_recorded_launches_follow_tiles_that_spread(ptx, on_triton, monkeypatch)
     other, x = tiled(random_grid(32, 8, 3), 1, 16), torch.randn(3, 128, 1, 1)
     assert_recorded_steps_follow(layer, conv, x, other, monkeypatch)
     assert (int(found[0].lists[-1]), len(found[0].owners)) == (16, 16)
-    assert set(on_triton) == {"tile_product", "tile_sample", "shared_product"}
+    assert set(on_triton) == {"tile_product", "tile_sample", "shared_product", "take_values"}
 
 
 # -- room -----------------------------------------------------------------------------------------
@@ -247,7 +259,7 @@ def test_structures_of_equal_nnz_have_plans_of_equal_shapes(drawn) -> None:
         for lists in lists_of(new):
             used = lists.lists[-1]
             assert not lists.owners[used:].any()
-            assert (lists.slots[used:] == -1).all()
+            assert lists.slots is None or (lists.slots[used:] == -1).all()
             assert (lists.columns[used:] == (0 if lists.align else -1)).all()
 
 

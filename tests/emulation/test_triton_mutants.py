@@ -21,6 +21,7 @@ HEAD = """import triton
 import triton.language as tl
 from sparsekd.kernels.config import PLAIN
 from sparsekd.kernels.gather import _pixels
+from sparsekd.kernels.gemm import ROW
 
 
 """
@@ -35,6 +36,8 @@ TILES = LayerCase(
     layout="contiguous",
     tile=(16, 16),
 )
+RAGGED = dataclasses.replace(TILES, in_features=40)
+IN_PLACE = dataclasses.replace(TILES, in_features=64, out_features=40)
 ROWS = dataclasses.replace(TILES, out_features=7, tile=(1, 1))
 PADDED = dataclasses.replace(
     ROWS, in_features=5, kernel_size=(3, 3), map_size=(3, 4), options={"padding": 1}
@@ -50,11 +53,20 @@ MUTANTS = {
         gemm.tile_product, "element_ty), mask=mask)", "element_ty))", TILES, PtxError,
     ),
     "the chunk after": (
-        gemm.tile_product, "weight + e *", "weight + (e + 1) *", TILES, OutOfBounds,
+        gemm.tile_product, "weight + e *", "weight + (e + 1) *", RAGGED, OutOfBounds,
     ),
     "one chunk too few": (
         gemm.tile_product, "tl.load(lists + which + 1))", "tl.load(lists + which + 1) - 1)",
         TILES, WRONG,
+    ),
+    "the value after": (
+        gemm.tile_product, "weight + value + n", "weight + value + 1 + n", IN_PLACE, OutOfBounds,
+    ),
+    "rows of values a column apart": (
+        gemm.tile_product, "k[:, None] * step", "k[:, None] * (step - ROW)", IN_PLACE, WRONG,
+    ),
+    "no mask of values": (
+        gemm.tile_product, "b_at, mask=kept[None, :], other=0.0)", "b_at)", IN_PLACE, OutOfBounds,
     ),
     "one list for all programs": (gemm.tile_product, "program % count", "0", TILES, Race),
     "one place for all chunks": (gemm.tile_sample, "* entries + e)", "* entries)", TILES, Race),

@@ -16,6 +16,7 @@ LAUNCHES = (
     "shared_sample",
     "row_product",
     "row_sample",
+    "take_values",
 )
 
 

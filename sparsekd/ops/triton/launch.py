@@ -75,14 +75,18 @@ class Pixels(NamedTuple):
         return self._replace(data=data, high=size[0], wide=size[1], strides=strides)
 
 
-def pack_values(of: Tensor, lists: Lists) -> Tensor:
-    """Return values in the order of the kernel, zeros between them."""
-    packed = of.new_empty(lists.slots.shape)
+def take_values(of: Tensor, slots: Tensor) -> Tensor:
+    """Return values in the order of a kernel, zeros where a slot is -1."""
+    packed = of.new_empty(slots.shape)
     if packed.numel():
         grid = (ceil_div(packed.numel(), values.BLOCK),)
-        of = of.contiguous()
-        values.take_values[grid](of, lists.slots, packed, packed.numel(), BLOCK=values.BLOCK)
+        values.take_values[grid](of, slots, packed, packed.numel(), BLOCK=values.BLOCK)
     return packed
+
+
+def _weight(of: Tensor, lists: Lists) -> Tensor:
+    of = of.contiguous()
+    return of if lists.slots is None else take_values(of, lists.slots)
 
 
 def add_parts(partial: Tensor, places: Tensor | None, like: Tensor, nnz: int) -> Tensor:
@@ -99,7 +103,7 @@ def add_parts(partial: Tensor, places: Tensor | None, like: Tensor, nnz: int) ->
 
 def tile_product(
     lists: Lists,
-    weight: Tensor,
+    of: Tensor,
     bias: Tensor | None,
     x: Pixels,
     y: Pixels,
@@ -110,14 +114,14 @@ def tile_product(
 
     Args:
         lists: its chunks.
-        weight: packed values.
+        of: the weight, its values.
         bias: one per output channel, or None.
         x: the input.
         y: maps for the result, or every so many pixels of them.
         access: how the two meet.
         precision: of products in float32, "ieee" or "tf32".
     """
-    positions = y.images * y.high * y.wide
+    weight, positions = _weight(of, lists), y.images * y.high * y.wide
     count = lists.outputs.shape[0]
 
     def launch(how: config.Config) -> None:
@@ -127,7 +131,7 @@ def tile_product(
             count, positions, y.high, y.wide,
             *x.strides, x.high, x.wide, *access.stride, *y.strides,
             SPATIAL=access.spatial, BIAS=bias is not None, EVEN_N=lists.even[0],
-            EVEN_K=lists.even[1], ALIGN=lists.align, PRECISION=precision,
+            EVEN_K=lists.even[1], ALIGN=lists.align, IN_PLACE=lists.in_place, PRECISION=precision,
             BP=how.positions, BN=lists.n, BK=lists.k,
             num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
@@ -149,14 +153,15 @@ def tile_sample(lists: Lists, grad: Pixels, x: Pixels, access: Access, precision
     images, outputs = grad.images, grad.high * grad.wide
     how = _choose("sample", lists, x.data, x.channels, precision, images * outputs)
     pixels = min(how.positions, next_power_of_two(outputs))
-    most = _most_parts(lists.slots.numel(), grad.data, x.data)
-    parts = _Parts.of(lists.owners.shape[0], most, images, how.positions // pixels, outputs, pixels)
-    partial = x.data.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
+    most, chunks = _most_parts(lists.size, grad.data, x.data), lists.owners.shape[0]
+    parts = _Parts.of(chunks, most, images, how.positions // pixels, outputs, pixels)
+    shape = parts.number, chunks, lists.n, lists.k
+    partial = x.data.new_empty(shape, dtype=torch.float32)
 
     def launch(how: config.Config) -> None:
-        gemm.tile_sample[lists.owners.shape[0], parts.number](
+        gemm.tile_sample[chunks, parts.number](
             lists.owners, lists.outputs, lists.columns, grad.data, x.data, partial,
-            lists.owners.shape[0], images, outputs, grad.wide, *parts.sizes,
+            chunks, images, outputs, grad.wide, *parts.sizes,
             *grad.strides, *x.strides, x.high, x.wide, *access.stride,
             SPATIAL=access.spatial, EVEN_N=lists.even[0], EVEN_K=lists.even[1], ALIGN=lists.align,
             PRECISION=precision,
@@ -171,14 +176,14 @@ def tile_sample(lists: Lists, grad: Pixels, x: Pixels, access: Access, precision
 def shared_product(
     lists: Lists,
     window: Window,
-    weight: Tensor,
+    of: Tensor,
     bias: Tensor | None,
     x: Tensor,
     y: Tensor,
     precision: str,
 ) -> None:
     """Write a product whose columns are shared by lists of rows; maps are packed."""
-    lanes = x.shape[-1]
+    weight, lanes = _weight(of, lists), x.shape[-1]
     positions = window.height * window.width * lanes
     count = lists.outputs.shape[0]
 
@@ -202,9 +207,9 @@ def shared_sample(lists: Lists, starts: Tensor, grad: Tensor, x: Tensor, precisi
     how = _choose("sample", lists, x, lanes, precision, lanes * outputs)
     images = min(how.positions, next_power_of_two(lanes))
     chunks = lists.owners.shape[0]
-    most = _most_parts(lists.slots.numel(), grad, x)
+    most = _most_parts(lists.size, grad, x)
     parts = _Parts.of(chunks, most, lanes, images, outputs, how.positions // images)
-    partial = x.new_empty((parts.number, *lists.slots.shape), dtype=torch.float32)
+    partial = x.new_empty((parts.number, chunks, lists.n, lists.k), dtype=torch.float32)
 
     def launch(how: config.Config) -> None:
         gather.shared_sample[chunks, parts.number](

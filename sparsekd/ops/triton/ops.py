@@ -252,9 +252,8 @@ def _product(
     y = _channels_inner(x, shape)
     access = launch.Access(not _is_flat(conv), conv.stride)
     if y.numel():
-        weight = launch.pack_values(values, lists)
         inner = _inner(x, access), _inner(y, access)
-        launch.tile_product(lists, weight, bias, *inner, access, precision)
+        launch.tile_product(lists, values, bias, *inner, access, precision)
     return y.contiguous(memory_format=memory_format_of(x))
 
 
@@ -289,9 +288,8 @@ def _input_gradient(
     access = launch.Access(not _is_flat(conv), (1, 1))
     x, inner = _inner(grad, access), _inner(dx, access)
     for phase in phases if dx.numel() else ():
-        weight = launch.pack_values(values, phase.lists)
         y = inner.grid(phase.first, phase.pixels, conv.stride) if access.spatial else inner
-        launch.tile_product(phase.lists, weight, None, x, y, access, precision)
+        launch.tile_product(phase.lists, values, None, x, y, access, precision)
     return dx.contiguous(memory_format=memory_format_of(grad))
 
 

@@ -77,8 +77,7 @@ def gather(
     if y.numel() == 0:
         return
     if isinstance(plan, SharedPlan):
-        weight = launch.pack_values(values, plan.lists)
-        launch.shared_product(plan.lists, plan.window, weight, bias, x, y, precision)
+        launch.shared_product(plan.lists, plan.window, values, bias, x, y, precision)
     else:
         launch.row_product(plan, values, bias, x, y)
 

@@ -31,21 +31,28 @@ class Lists(NamedTuple):
     """A product cut into chunks, on the device; the kernels describe the tensors.
 
     `columns` is `chunks` of tiles, or `offsets` of columns that lie anywhere. `slots` int32
-    [E, n, k] are the values in the order of the kernel, -1 for zeros, and `places` int32 [values]
-    where each value went, for samples; a product has none. `even` and `align` are what the kernels
-    call EVEN_N, EVEN_K and ALIGN.
+    [E, n, k] are the values in the order of the kernel, -1 for zeros, unless it reads them
+    `in_place`, and `places` int32 [values] where the sums of a sample have each value; a product
+    has none. `even`, `align` and `in_place` are what the kernels call EVEN_N, EVEN_K, ALIGN and
+    IN_PLACE.
     """
 
     lists: Tensor
     outputs: Tensor
     owners: Tensor
     columns: Tensor
-    slots: Tensor
+    slots: Tensor | None
     places: Tensor
     n: int
     k: int
     even: tuple[bool, bool]
     align: int
+    in_place: str
+
+    @property
+    def size(self) -> int:
+        """How many values all chunks have, with their zeros."""
+        return self.columns.shape[0] * self.n * self.k
 
 
 class Phase(NamedTuple):
@@ -159,9 +166,9 @@ def well_filled(structure: Structure, conv: Conv, most: tuple[int, int]) -> list
 class _Cut(NamedTuple):
     """The values of a weight arranged in tiles, outputs of the product by inputs.
 
-    `key` names the tile and the tap of each value, `place` says where in the tile it is. There is
-    `room` for the tiles of every structure of as many values: what has a fixed size can change in
-    place.
+    `key` names the tile and the tap of each value, `place` says where in the tile it is, and
+    `in_place` how they lie in memory if kernels can read them there. There is `room` for the tiles
+    of every structure of as many values: what has a fixed size can change in place.
     """
 
     n_axis: Axis
@@ -170,6 +177,7 @@ class _Cut(NamedTuple):
     key: Tensor
     place: Tensor
     room: int
+    in_place: str
 
 
 def _cut(
@@ -199,7 +207,9 @@ def _cut(
     possible = _possible(axes, [s.full for s in sides], taps, len(col))
     room = min(possible, int(len(col) / (_HELD_FILL * n * k)))
     place = n_axis.within(out) * k + k_axis.within(into)
-    return _Cut(n_axis, k_axis, col % taps, key, place, room)
+    whole = taps == 1 and all(s.full for s in sides) and axes[1].even
+    in_place = ("n" if transposed else "k") if whole else ""
+    return _Cut(n_axis, k_axis, col % taps, key, place, room, in_place)
 
 
 def _possible(axes: list[Axis], full: list[bool], taps: int, values: int) -> int:
@@ -251,7 +261,14 @@ def _lists(
     tile, tap = found // taps, found % taps
     inputs = k_axis.parts * conv.groups
     n, k = power_of_two(n_axis.size), power_of_two(k_axis.size)
-    chunks = [k_axis.first_and_count(tile % inputs), *(each[tap, None] for each in offsets)]
+    # In row-major order the first value of a tile is the one in its first row and column.
+    value = torch.zeros_like(found).scatter_reduce(0, entry, slots, "amin", include_self=False)
+    step = structure.crow.diff()[structure.row[value]]
+    chunks = [
+        k_axis.first_and_count(tile % inputs),
+        *(each[tap, None] for each in offsets),
+        *(each[:, None] for each in (value, step)),
+    ]
     return upload_lists(
         structure,
         outputs=n_axis.first_and_count(torch.arange(n_axis.parts * conv.groups)),
@@ -264,6 +281,7 @@ def _lists(
         sampled=sampled,
         even=(n_axis.even, k_axis.even),
         align=math.gcd(n_axis.align, k_axis.align),
+        in_place=cut.in_place,
     )
 
 
@@ -280,6 +298,7 @@ def upload_lists(
     sampled: bool,
     even: tuple[bool, bool],
     align: int,
+    in_place: str = "",
 ) -> Lists:
     """Return lists with room for so many chunks.
 
@@ -291,8 +310,10 @@ def upload_lists(
             f"values: backend 'triton' supports weights of up to {_MOST_VALUES} values with the "
             f"zeros of ragged tiles, got {room * math.prod(shape)}"
         )
-    packed = torch.full((room, *shape), -1)
-    packed.view(-1)[places] = slots
+    packed = None
+    if not in_place:
+        packed = torch.full((room, *shape), -1)
+        packed.view(-1)[places] = slots
     lists = torch.zeros(len(outputs) + 1, dtype=torch.int64)
     lists[1:] = torch.bincount(owners, minlength=len(outputs)).cumsum(0)
     owners = F.pad(owners, (0, room - len(owners)))
@@ -301,5 +322,6 @@ def upload_lists(
         places = places[:0]
     up = structure.upload
     return Lists(
-        up(lists), up(outputs), up(owners), up(columns), up(packed), up(places), *shape, even, align
-    )
+        up(lists), up(outputs), up(owners), up(columns), None if packed is None else up(packed),
+        up(places), *shape, even, align, in_place,
+    )  # fmt: skip
