@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, ClassVar, TypeVar
 
@@ -21,6 +21,7 @@ from torch.autograd import Variable, forward_ad, profiler
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # noqa: F401
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode  # noqa: F401
 from torch.utils._pytree import tree_map_only as map_only  # noqa: F401
 
@@ -188,6 +189,50 @@ ATTENTION_OPS = (
 TRILINEAR_OP = "_trilinear"
 CUDNN_RNN_OP = "_cudnn_rnn"
 """Ops of aten that torch's FLOP counter does not know: of attention, nn.Bilinear, RNNs on GPUs."""
+
+
+# -- products with 2:4 weights ---------------------------------------------------------------------
+
+semi_structured_mm: Callable[..., Tensor] = torch._sparse_semi_structured_mm
+"""Multiply a 2:4 weight `[M, K]` by a matrix; on NVIDIA GPUs only, see `has_semi_structured`.
+
+Args:
+    packed: the kept values, float16 or bfloat16 `[M, K / 2]`, rows of 16 bytes' alignment.
+    metadata: where in its run of four each value lies, int16 `[M, K / 16]`, see `metadata_order`.
+    other: `[K, N]` of the dtype of `packed`, N a multiple of 8.
+
+Returns:
+    `[M, N]`, row-major; sums are float32.
+"""
+
+semi_structured_addmm: Callable[..., Tensor] = torch._sparse_semi_structured_addmm
+"""Do the same and add a vector `[M]`, the first argument, to every column."""
+
+
+@cache
+def has_semi_structured(device: torch.device) -> bool:
+    """Return whether torch has these kernels for a device.
+
+    They are CUTLASS's for sm_80, which torch builds on Linux and runs on compute capability 8.x.
+
+    Source: aten/src/ATen/native/sparse/cuda/SparseSemiStructuredOps.cu of PyTorch.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and sys.platform == "linux"
+        and torch.cuda.get_device_capability(device)[0] == 8
+    )
+
+
+def metadata_order(rows: int, words: int) -> Tensor:
+    """Return where each word of row-major metadata lies in what the kernels read, int64.
+
+    Args:
+        rows: of the weight, a multiple of 32.
+        words: of a row, each of 16 bits.
+    """
+    return _calculate_meta_reordering_scatter_offsets(rows, words, torch.int16, "cpu")
 
 
 # -- modules ---------------------------------------------------------------------------------------

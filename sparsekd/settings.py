@@ -38,7 +38,9 @@ class Setting(NamedTuple):
 
 
 TABLE: Mapping[str, Setting] = {
-    "SPARSEKD_BACKEND": Setting(("auto", "cpp", "dense", "reference", "triton", "cuda", "gpu")),
+    "SPARSEKD_BACKEND": Setting(
+        ("auto", "cpp", "dense", "reference", "triton", "cuda", "semi_structured", "gpu")
+    ),
     "SPARSEKD_ISA": Setting(("auto", "scalar", "generic", "avx2", "avx512")),
     "SPARSEKD_CACHE": Setting(("off",), folder=True),
     "SPARSEKD_TUNE": Setting(("on", "off")),

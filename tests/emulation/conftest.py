@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -15,7 +16,12 @@ from typing import Any
 
 import cuda_emulation
 import pytest
+import semi_structured_kernels
+import torch
 from cuda_emulation import ROOT, SOURCES, Emulated, OnPtx, bound, module_of, on_the_cpu
+
+from sparsekd import _torch
+from sparsekd.ops.dispatch import backends
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # Set in a process that runs under sanitizers, see test_sanitizers.py and test_races.py.
@@ -135,6 +141,22 @@ def on_triton(
         yield launches
     monkeypatch.undo()
     del sys.modules["sparsekd.ops.triton.ops"]  # it was importable only here
+
+
+@pytest.fixture
+def semi_structured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Let the backend "semi_structured" run on CPU tensors; count the calls of torch's kernels."""
+    entry = dataclasses.replace(backends.BACKENDS["semi_structured"], device="cpu")
+    monkeypatch.setitem(backends.BACKENDS, "semi_structured", entry)
+    monkeypatch.setattr(_torch, "has_semi_structured", lambda device: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        backends.load.cache_clear()
+        backends.module("semi_structured")
+    with semi_structured_kernels.decoded() as calls:
+        yield calls
+    del sys.modules["sparsekd.ops.semi_structured.ops"]  # it was importable only here
+    backends.load.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

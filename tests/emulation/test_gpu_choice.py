@@ -1,4 +1,4 @@
-"""CUDA tensors get the faster one of "cuda" and "triton", or what structure suits."""
+"""CUDA tensors get the fastest one of the backends that take a product, or what structure suits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton")
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 
+from semi_structured_kernels import mask_2to4, transposable_mask
 from triton.runtime.errors import OutOfResources
 from triton_backend import float32_products
 
@@ -72,7 +73,8 @@ class Stopwatch:
 
     def clock(self, run: partial) -> float:
         run()
-        name = "triton" if "triton" in run.func.__module__ else "cuda"
+        kinds = [name for name in ("triton", "semi_structured") if name in run.func.__module__]
+        name = kinds[0] if kinds else "cuda"
         self.timed.append(name)
         return self.milliseconds[name]
 
@@ -244,3 +246,122 @@ def test_info_names_the_file(on_gpu, any_size, monkeypatch, tmp_path: Path) -> N
     running("linear", linear_args())
     info = skd.ops.info()["gpu_choices"]
     assert info == {"path": str(tmp_path / "gpu.jsonl"), "known": 1}
+
+
+# -- torch's kernels for 2:4 weights, the third to choose from -------------------------------------
+
+
+def args_2to4(mask: Tensor, dtype: torch.dtype = torch.float16) -> tuple[Any, ...]:
+    topology = Topology.from_mask(mask)
+    x, values = torch.ones(5, 64, dtype=dtype), torch.ones(topology.nnz, dtype=dtype)
+    return x, values, topology.crow_indices, topology.col_indices, None, [64, 64]
+
+
+def permuted(mask: Tensor) -> Tensor:
+    order = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(0))
+    return mask.flatten()[order].view(mask.shape)
+
+
+def test_structure_sends_what_is_2to4_to_torch(on_gpu, semi_structured) -> None:
+    both, one = args_2to4(transposable_mask(64, 64)), args_2to4(mask_2to4(64, 64))
+    other = args_2to4(permuted(mask_2to4(64, 64)))
+    assert running("linear", both) == running("linear", one) == "semi_structured"
+    assert running("linear", other) == "cuda"
+    assert running("linear", args_2to4(mask_2to4(64, 64), torch.float32)) == "cuda"
+    assert running("linear_dgrad", (*both[:4], [64, 64])) == "semi_structured"
+    assert running("linear_dgrad", (*one[:4], [64, 64])) == "cuda"
+    assert running("linear_wgrad", (both[0], both[0], *both[2:4], [64, 64])) == "cuda"
+    assert decide("linear", both).reason == "structure of the weight"
+    y = skd.ops.linear(*both)
+    assert torch.equal(y, torch.full_like(y, 32.0))
+    assert semi_structured == {"mm": 1}
+
+
+@pytest.mark.parametrize("fastest", ["cuda", "triton", "semi_structured"])
+def test_the_fastest_of_three_runs_from_then_on(
+    on_gpu, semi_structured, any_size, monkeypatch, tmp_path: Path, fastest: str
+) -> None:
+    times = {"cuda": 3.0, "triton": 3.0, "semi_structured": 3.0, fastest: 1.25}
+    watch, path = Stopwatch(**times), tmp_path / "gpu.jsonl"
+    chooser = choose_with(monkeypatch, watch, path)
+    args = args_2to4(mask_2to4(64, 64))
+    for _ in range(3):
+        assert running("linear", args) == fastest
+    assert watch.timed == ["cuda", "triton", "semi_structured"]
+    assert dict(decide("linear", args).ms) == times
+    row = json.loads(path.read_text())
+    assert (row["backend"], row["semi_structured_ms"]) == (fastest, times["semi_structured"])
+    # A weight of the same density that is not 2:4 has a measurement of its own, of the two.
+    choose_with(monkeypatch, watch, path)
+    assert running("linear", args) == fastest
+    watch.timed.clear()
+    assert running("linear", args_2to4(permuted(mask_2to4(64, 64)))) == (
+        fastest if fastest == "triton" else "cuda"
+    )
+    assert watch.timed == ["cuda", "triton"]
+    assert len(chooser.store) == 1
+
+
+def test_one_that_is_nearly_the_fastest_is_not_displaced_by_the_slowest(
+    on_gpu, semi_structured, any_size, monkeypatch
+) -> None:
+    args = args_2to4(mask_2to4(64, 64))
+    for vendor, expected in ((1.04, "semi_structured"), (5.0, "cuda")):
+        choose_with(monkeypatch, Stopwatch(cuda=1.0, triton=1.02, semi_structured=vendor))
+        assert running("linear", args) == expected
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), UnsupportedError("no")])
+def test_what_could_not_be_measured_runs_on_the_kernels_that_need_no_copies(
+    on_gpu, semi_structured, any_size, monkeypatch, error: Exception
+) -> None:
+    watch = Stopwatch(cuda=2.0, triton=3.0, semi_structured=1.0)
+
+    def clock(run: partial) -> float:
+        if "semi_structured" in run.func.__module__:
+            raise error
+        return watch.clock(run)
+
+    chooser = choose_with(monkeypatch, lambda device: clock)
+    for _ in range(2):
+        assert running("linear", args_2to4(mask_2to4(64, 64))) == "cuda"
+    assert len(chooser.store) == 0
+
+
+def test_lines_of_old_are_read_and_stand_for_what_they_stood_for(
+    on_gpu, semi_structured, any_size, monkeypatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "gpu.jsonl"
+    watch = Stopwatch(cuda=1.0, triton=2.0, semi_structured=0.5)
+    choose_with(monkeypatch, watch, path)
+    plain, args = args_2to4(permuted(mask_2to4(64, 64))), args_2to4(mask_2to4(64, 64))
+    assert running("linear", plain) == "cuda"
+    row = json.loads(path.read_text())
+    assert row.pop("semi_structured_ms") is None
+    path.write_text(json.dumps(row) + "\n")
+    watch.timed.clear()
+    choose_with(monkeypatch, watch, path)
+    assert running("linear", plain) == "cuda"
+    assert watch.timed == []
+    assert running("linear", args) == "semi_structured"
+    assert watch.timed == ["cuda", "triton", "semi_structured"]
+
+
+def test_semi_structured_leaves_to_gpu_what_it_does_not_take(on_gpu, semi_structured) -> None:
+    args = args_2to4(transposable_mask(64, 64))
+    with skd.backend("semi_structured"):
+        assert running("linear", args) == "semi_structured"
+        assert running("linear_wgrad", (args[0], args[0], *args[2:4], [64, 64])) == "cuda"
+        assert running("linear", linear_args((16, 16))) == "triton"
+        assert running("linear", args_2to4(mask_2to4(64, 64), torch.float32)) == "cuda"
+        kept = skd.ops.grow_topk(torch.ones(64, 64), *args[2:4], 1)
+    assert kept.numel() == 1
+
+
+def test_where_one_of_two_can_run_it_runs_all_but_what_torch_takes(
+    on_gpu, semi_structured, monkeypatch
+) -> None:
+    monkeypatch.setattr(backends.module("gpu"), "chooser", lambda: None)
+    assert running("linear", args_2to4(mask_2to4(64, 64))) == "semi_structured"
+    other = decide("linear", args_2to4(permuted(mask_2to4(64, 64))))
+    assert (other.backend, other.reason) == ("cuda", "the only backend that can run here")

@@ -21,6 +21,9 @@ from sparsekd.ops.dispatch.cache_key import Key
 PRODUCTS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad", "linear", "linear_dgrad", "linear_wgrad")
 """The ops that compute with a weight, of which some backends choose each by its operands."""
 
+BY_STRUCTURE = "structure of the weight"
+"""The reason of a choice on a GPU that no measurement has made."""
+
 _OPTIONAL = ("sparsekd._C", "triton")  # modules that an installation may lack
 
 
@@ -56,7 +59,7 @@ class Backend:
         device: the device type it runs on, None for any.
         dtypes: the dtypes it takes, None for any floating one.
         how_to_get: what a user must do to have it.
-        extends: the backend that runs the ops it does not have.
+        extends: the backend that runs the ops it does not have, and products that it does not take.
     """
 
     name: str
@@ -69,6 +72,14 @@ class Backend:
     def supports(self, op: str) -> bool:
         """Return whether it has a function of its own for an op."""
         return op in vars(module(self.name))
+
+    def takes(self, op: str, args: tuple[Any, ...]) -> bool:
+        """Return whether its own function runs a product on these operands.
+
+        A module that has a function for some operands only has a function `takes` that says which.
+        """
+        among = getattr(module(self.name), "takes", None)
+        return self.supports(op) and (among is None or among(op, args))
 
     def function(self, op: str) -> Callable[..., Any]:
         """Return the function that runs an op: its own, or that of the backend it extends."""
@@ -91,6 +102,8 @@ class Backend:
             op: one of `PRODUCTS`.
             args: those of its schema.
         """
+        if self.extends is not None and not self.takes(op, args):
+            return BACKENDS[self.extends].decide(op, args)
         whole = f"whole_{op}"
         return Decision(
             self.name, self.function(op), self.function(whole) if self.supports(whole) else None
@@ -115,6 +128,7 @@ _CUDA = (
     "`SPARSEKD_CUDA=on pip install .` (needs nvcc on PATH or under CUDA_HOME); "
     f"or {ELSEWHERE}"
 )
+_SEMI_STRUCTURED = f"on Linux with an NVIDIA GPU of compute capability 8.x; or {ELSEWHERE}"
 _BUILD = "build the compiled module sparsekd._C with `pip install .` (needs a C++17 compiler)"
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,9 +142,13 @@ BACKENDS = {
         Backend("reference", "sparsekd.ops.reference", None, None, "it is always there"),
         Backend("triton", "sparsekd.ops.triton.ops", "cuda", _GPU_DTYPES, _TRITON, "reference"),
         Backend("cuda", "sparsekd.ops.cuda.ops", "cuda", _GPU_DTYPES, _CUDA, "reference"),
+        Backend(
+            "semi_structured", "sparsekd.ops.semi_structured.ops", "cuda", _GPU_DTYPES,
+            _SEMI_STRUCTURED, "gpu",
+        ),
         Choosing("gpu", "sparsekd.ops.dispatch.gpu", "cuda", _GPU_DTYPES, _CUDA, "reference"),
     )
-}
+}  # fmt: skip
 
 
 @cache
@@ -160,3 +178,8 @@ def module(name: str) -> Any:
             f"backend {name!r} cannot run here ({reason}): {BACKENDS[name].how_to_get}"
         )
     return loaded
+
+
+def can_take(name: str, op: str, args: tuple[Any, ...]) -> bool:
+    """Return whether a backend can run here, and takes a product on these operands."""
+    return load(name)[0] is not None and BACKENDS[name].takes(op, args)

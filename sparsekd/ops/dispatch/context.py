@@ -41,7 +41,8 @@ def backend(name: str) -> Iterator[None]:
         name: "auto" for whichever of "cpp" and "dense" measures faster, op by op; "cpp" for the
             sparse kernels and nothing else; "dense" for torch's kernels on a weight that is
             densified for each call; "reference"; "triton" or "cuda", and "gpu" for whichever of
-            them measures faster, op by op.
+            them measures faster, op by op; "semi_structured" for torch's kernels where a weight is
+            2:4 and they take the product, and "gpu" for the others.
 
     Raises:
         BackendError: there is no such backend, or it cannot run here; the message says how to get

@@ -1,6 +1,6 @@
-"""The backend "gpu" of CUDA tensors: csrc/cuda or Triton's kernels, whichever `gpu_chooser` takes.
+"""The backend "gpu" of CUDA tensors: csrc/cuda, Triton's or torch's kernels, as `gpu_chooser` says.
 
-Where only one of the two can run it runs everything.
+Where only one of the first two can run it runs everything but what torch's kernels take.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from sparsekd.errors import UnavailableError
-from sparsekd.ops.dispatch.backends import BACKENDS, PRODUCTS, Decision, load
+from sparsekd.ops.dispatch.backends import (
+    BACKENDS,
+    BY_STRUCTURE,
+    PRODUCTS,
+    Decision,
+    can_take,
+    load,
+)
 from sparsekd.ops.single import Single
 
 _missing = {name: reason for name in ("cuda", "triton") if (reason := load(name)[1])}
@@ -44,6 +51,8 @@ def decide(op: str, args: tuple[Any, ...]) -> Decision:
     choice = chooser()
     if choice is not None:
         return replace(choice.decide(op, args), run=_DECIDING[op])
+    if can_take("semi_structured", op, args):
+        return replace(BACKENDS["semi_structured"].decide(op, args), reason=BY_STRUCTURE)
     return replace(_there[0].decide(op, args), reason="the only backend that can run here")
 
 

@@ -1,9 +1,10 @@
-"""The choice between the two backends for CUDA tensors, by measurement or by structure.
+"""The choice between the backends for CUDA tensors, by measurement or by structure.
 
-A product on operands of a kind never seen before runs on both; the faster one is used from then on,
-in this process and, through a file, in every later one. Where nothing may be measured the structure
-of the weight decides: tiles, and columns shared by groups of rows where there are tensor cores for
-their dtype, go to Triton's kernels, the others to those of csrc/cuda.
+A product on operands of a kind never seen before runs on all that take it; the fastest one is used
+from then on, in this process and, through a file, in every later one. Where nothing may be measured
+the structure of the weight decides: what torch's kernels for 2:4 weights take goes to them, tiles,
+and columns shared by groups of rows where there are tensor cores for their dtype, to Triton's, the
+others to those of csrc/cuda.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from triton.runtime.errors import TritonError
 from sparsekd import cuda_library
 from sparsekd.errors import BackendError, UnsupportedError
 from sparsekd.ops.dispatch import cache_key
-from sparsekd.ops.dispatch.backends import BACKENDS, Decision, module
+from sparsekd.ops.dispatch.backends import BACKENDS, BY_STRUCTURE, Decision, can_take, module
 from sparsekd.ops.dispatch.cache_key import Key
 from sparsekd.ops.store import Store, path_of
 from sparsekd.ops.triton import tuning as triton_tuning
@@ -31,37 +32,54 @@ from sparsekd.ops.triton.tuning import Clock
 
 logger = logging.getLogger(__name__)
 
-CHOICES = ("cuda", "triton")
+KERNELS = ("cuda", "triton")
+"""The backends that take every product."""
+VENDOR = "semi_structured"
+"""The one that takes products with 2:4 weights, if it takes them at all."""
 LEAST_PRODUCTS = 1 << 26
 """Multiplications of the dense op below which a GPU takes microseconds either way."""
 _MOST_KNOWN = 4096
-_MEASURED = "measured, here or on similar work"
 _CLOSE = 1.05  # less than medians vary by
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The faster backend of a product, and the milliseconds of each."""
+    """The fastest backend of a product, and the milliseconds of each; None of one not asked."""
 
     backend: str
     cuda_ms: float
     triton_ms: float
+    semi_structured_ms: float | None = None
+
+    @property
+    def ms(self) -> dict[str, float]:
+        """Milliseconds by backend."""
+        times = {name: getattr(self, f"{name}_ms") for name in (*KERNELS, VENDOR)}
+        return {name: ms for name, ms in times.items() if ms is not None}
 
     @property
     def lead(self) -> float:
-        """How many times longer the slower one takes."""
-        return max(self.cuda_ms, self.triton_ms) / max(min(self.cuda_ms, self.triton_ms), 1e-6)
+        """How many times longer the second fastest one takes."""
+        first, second, *_ = sorted(self.ms.values())
+        return second / max(first, 1e-6)
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Measured:
         """Parse a line; raises ValueError, KeyError or TypeError if it is damaged."""
-        if row["backend"] not in CHOICES:
+        vendor = row.get(f"{VENDOR}_ms")  # lines of old have none
+        made = cls(
+            row["backend"],
+            float(row["cuda_ms"]),
+            float(row["triton_ms"]),
+            None if vendor is None else float(vendor),
+        )
+        if made.backend not in made.ms:
             raise ValueError("backend")
-        return cls(row["backend"], float(row["cuda_ms"]), float(row["triton_ms"]))
+        return made
 
 
 class Chooser:
-    """The choice between the two backends, by measurement where that is possible.
+    """The choice between the backends, by measurement where that is possible.
 
     Args:
         store: what was measured before.
@@ -88,14 +106,16 @@ class Chooser:
         size, nnz = math.prod(traits.conv.weight_shape), col.shape[0]
         step = cache_key.density_step(nnz / size) if nnz else None
         sizes = x.shape, x.stride(), other.shape, other.stride()
-        facts = op, sizes, x.dtype, x.device, *traits[1:], step
+        vendor = can_take(VENDOR, op, args)
+        facts = op, sizes, x.dtype, x.device, *traits[1:], vendor, step
         decision = self._known.get(facts)
         if decision is not None:
             return decision
         if len(self._known) >= _MOST_KNOWN:  # inputs of ever new shapes
             self._known.clear()
-        name = "triton" if traits.structured else "cuda"
-        by_structure = replace(BACKENDS[name].decide(op, args), reason="structure of the weight")
+        kernels = "triton" if traits.structured else "cuda"
+        name = VENDOR if vendor else kernels
+        by_structure = replace(BACKENDS[name].decide(op, args), reason=BY_STRUCTURE)
         if step is None or cache_key.products(op, args) < LEAST_PRODUCTS:
             return self._known.setdefault(facts, by_structure)
         with torch.cuda.device_of(x):
@@ -103,22 +123,25 @@ class Chooser:
             if clock is None:
                 return by_structure
             on = triton_tuning.name_of(x.device)
-            key = cache_key.key(op, args, traits.runs, traits.arithmetic)
+            words = [traits.arithmetic, *(["2:4"] if vendor else [])]
+            key = cache_key.key(op, args, traits.runs, *words)
             key = key._replace(kind=f"{key.kind} on {on}")
             with self._lock:  # measurements must not disturb each other
                 known = self.store.get(*key) or self._like(key)
                 if known is None:
+                    names = (*KERNELS, VENDOR) if vendor else KERNELS
                     with traits.structure.temporary_plans():
-                        known = self._measure(op, args, clock, name)
+                        known = self._measure(op, args, clock, names, name)
                     if known is not None:
                         known = self.store.add(*key, known)
                         logger.info("%s at density %.3g: %s", key.kind, nnz / size, known)
         if known is not None:
-            times = {"cuda": known.cuda_ms, "triton": known.triton_ms}
             fastest = BACKENDS[known.backend].decide(op, args)
             decision = replace(
-                fastest, reason="measured, here or on similar work", key=key, ms=times
+                fastest, reason="measured, here or on similar work", key=key, ms=known.ms
             )
+        elif vendor:  # it needs memory for copies, which the kernels do without
+            decision = replace(BACKENDS[kernels].decide(op, args), reason=BY_STRUCTURE)
         return self._known.setdefault(facts, decision or by_structure)
 
     def _like(self, key: Key) -> Measured | None:
@@ -131,20 +154,27 @@ class Chooser:
         return min(near, key=lambda found: found[0], default=(0.0, None))[1]
 
     def _measure(
-        self, op: str, args: tuple[Any, ...], clock: Clock, otherwise: str
+        self,
+        op: str,
+        args: tuple[Any, ...],
+        clock: Clock,
+        names: Sequence[str],
+        otherwise: str,
     ) -> Measured | None:
-        """Time both, or return None where one does not run here, be it for want of memory.
+        """Time backends, or return None where one does not run here, be it for want of memory.
 
-        Where they are too close to tell apart the backend is `otherwise`.
+        Where `otherwise` is too close to the fastest to tell apart, it is the one.
         """
-        calls = [partial(BACKENDS[name].function(op), *args) for name in CHOICES]
+        calls = {name: partial(BACKENDS[name].function(op), *args) for name in names}
         try:
-            cuda, triton = map(clock, calls)
+            times = {name: clock(call) for name, call in calls.items()}
         except (TritonError, BackendError, UnsupportedError, torch.OutOfMemoryError) as error:
             logger.warning("%s is not measured, its structure decides: %s", op, error)
             return None
-        measured = Measured("cuda" if cuda < triton else "triton", cuda, triton)
-        return measured if measured.lead > _CLOSE else replace(measured, backend=otherwise)
+        fastest = min(times, key=lambda name: times[name])
+        if times[otherwise] <= _CLOSE * times[fastest]:
+            fastest = otherwise
+        return Measured(fastest, **{f"{name}_ms": ms for name, ms in times.items()})
 
 
 def chooser() -> Chooser:

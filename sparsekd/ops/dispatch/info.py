@@ -22,8 +22,8 @@ def info() -> dict[str, Any]:
         `detail`), `cpp`, what the compiled module says of itself, and `choices`, the file of
         measured choices, how many of them this process knows and how many were too close to tell
         apart (empty without the module), `gpu_plans`, how much GPU kernels keep between calls, and
-        of a GPU `gpu_choices`, the same of choices between "cuda" and "triton", and `tuning`, of
-        the sizes that Triton's kernels run with (both empty without one).
+        of a GPU `gpu_choices`, the same of choices between its backends, and `tuning`, of the sizes
+        that Triton's kernels run with (both empty without one).
 
     Raises:
         SettingError: an environment variable of sparsekd has a value that it does not take.

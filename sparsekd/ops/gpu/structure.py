@@ -156,18 +156,23 @@ class Structure:
 
     def upload(self, indices: Tensor) -> Tensor:
         """Return indices as int32 on the device."""
-        _refuse_recording()
         if indices.numel() and int(indices.max()) >= _MOST_PIXELS:
             raise UnsupportedError(
                 f"x: backend 'cuda' supports fewer than {_MOST_PIXELS} pixels of all channels of "
                 f"an image together, padding included, got {int(indices.max()) + 1} or more"
             )
-        return indices.to(torch.int32).to(self._device)
+        return self.to_device(indices.to(torch.int32))
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of a plan on the device."""
+        _refuse_recording()
+        return tensor.to(self._device)
 
 
 def _refusal(key: Any, new: Any) -> str:
     what = key if isinstance(key, str) else key[0]
-    has = "has none, or too few values in each" if new is None else "has others in size or number"
+    missing, others = "has none, or too few values in each", "has others in size or number"
+    has = others if has_tensors(new) else missing
     return f"its CUDA graphs may have recorded {what}, of which the new structure {has}"
 
 
