@@ -39,7 +39,17 @@ class Setting(NamedTuple):
 
 TABLE: Mapping[str, Setting] = {
     "SPARSEKD_BACKEND": Setting(
-        ("auto", "cpp", "dense", "reference", "triton", "cuda", "semi_structured", "gpu")
+        (
+            "auto",
+            "cpp",
+            "dense",
+            "reference",
+            "triton",
+            "cuda",
+            "semi_structured",
+            "dense_cuda",
+            "gpu",
+        )
     ),
     "SPARSEKD_ISA": Setting(("auto", "scalar", "generic", "avx2", "avx512")),
     "SPARSEKD_CACHE": Setting(("off",), folder=True),

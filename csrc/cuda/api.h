@@ -7,7 +7,9 @@
 //   gather: y[row][output] = bias[row] + sum over the nonzeros k of the row of
 //           values[slots[k]] * x[pixel(k, output)]
 //   sample: dvalues[slots[k]] = sum over the outputs of grad[row(k)][output] * x[pixel(k, output)]
-// Infinity and NaN reach the results that have them among their terms inside the map, and no other.
+// Infinity and NaN reach the results that have them among their terms inside the map, and no other. The same
+// functions correct the results of kernels that multiply zeros, too: with a `check`, one number on the
+// device, they do all of this where it is not finite, and nothing where it is.
 //
 // Results are the same bit for bit for the same inputs and kind of GPU: no floating-point atomics, and work
 // is cut by sizes alone. Sums are in float32 and rounded once. Sizes are int64_t; rows, nonzeros, and the
@@ -56,14 +58,14 @@ typedef struct {
 // Computes `count` products of x, each with its axes y and x: values [nnz], bias [rows] or null.
 SPARSEKD_API int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t count,
                                       const sparsekd_cuda_product* products, const sparsekd_cuda_axis* axes,
-                                      const void* values, const void* bias, const sparsekd_cuda_maps* y,
-                                      void* stream);
+                                      const void* values, const void* bias, const float* check,
+                                      const sparsekd_cuda_maps* y, void* stream);
 
 // Computes dvalues [nnz] of a product's nonzeros as sums of `parts`, by way of partial [parts * nnz].
 SPARSEKD_API int sparsekd_cuda_sample(int64_t dtype, const sparsekd_cuda_maps* grad,
                                       const sparsekd_cuda_maps* x, const sparsekd_cuda_product* product,
                                       const sparsekd_cuda_axis* axes, int64_t nnz, int64_t parts,
-                                      float* partial, void* dvalues, void* stream);
+                                      float* partial, const float* check, void* dvalues, void* stream);
 
 // Growth ranks by keys: the larger key is the better score or, of equal scores, the lower position, whose
 // complement is the lower half of the key; 0 is a position that cannot grow.

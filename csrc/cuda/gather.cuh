@@ -75,6 +75,9 @@ __device__ inline void multiply_add(float (&sum)[kVec], float factor, Vector<T, 
 
 __device__ inline bool is_finite(float x) { return x - x == 0.0f; }
 
+// Whether there is a result, and it is finite.
+__device__ inline bool is_right(const float* check) { return check && is_finite(*check); }
+
 template <int kVec>
 __device__ inline bool are_finite(const float (&sum)[kVec]) {
   bool finite = true;
@@ -111,8 +114,9 @@ struct Taps {
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads, 2)
-    gather_kernel(Matrix<T> matrix, Patches patches, Maps<T> x, Maps<T> y) {
+    gather_kernel(Matrix<T> matrix, Patches patches, Maps<T> x, Maps<T> y, const float* check) {
   using V = Vector<T, kVec>;
+  if (is_right(check)) return;
   SPARSEKD_SHARED(V, tile, [kTileVectors]);
   SPARSEKD_SHARED(int32_t, window, [kTileVectors]);
   SPARSEKD_SHARED(Target, targets, [kWarp]);

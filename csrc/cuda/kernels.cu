@@ -152,7 +152,8 @@ int sparsekd_cuda_driver() {
 
 int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t count,
                          const sparsekd_cuda_product* products, const sparsekd_cuda_axis* axes,
-                         const void* values, const void* bias, const sparsekd_cuda_maps* y, void* stream) {
+                         const void* values, const void* bias, const float* check,
+                         const sparsekd_cuda_maps* y, void* stream) {
   for (int64_t i = 0; i < count; ++i)
     if (!valid(products[i], axes + 2 * i, *x, *y)) return cudaErrorInvalidValue;
   return by_vector(dtype, x->batch, [&](auto vector) -> int {
@@ -163,7 +164,7 @@ int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t cou
       const Patches patches = patches_of(products[i], axes + 2 * i);
       const Matrix<T> matrix = matrix_of<T>(products[i], values, bias);
       code = launch(gather_kernel<T, kVec>, patches.count(x->batch, kVec) * matrix.blocks(), dim3(kThreads),
-                    stream, matrix, patches, maps_of<T>(*x), maps_of<T>(*y));
+                    stream, matrix, patches, maps_of<T>(*x), maps_of<T>(*y), check);
     }
     return code;
   });
@@ -171,7 +172,7 @@ int sparsekd_cuda_gather(int64_t dtype, const sparsekd_cuda_maps* x, int64_t cou
 
 int sparsekd_cuda_sample(int64_t dtype, const sparsekd_cuda_maps* grad, const sparsekd_cuda_maps* x,
                          const sparsekd_cuda_product* product, const sparsekd_cuda_axis* axes, int64_t nnz,
-                         int64_t parts, float* partial, void* dvalues, void* stream) {
+                         int64_t parts, float* partial, const float* check, void* dvalues, void* stream) {
   if (!valid(*product, axes, *x, *grad) || !fit({double(nnz), double(parts) - 1}))
     return cudaErrorInvalidValue;
   return by_vector(dtype, x->batch, [&](auto vector) -> int {
@@ -180,11 +181,11 @@ int sparsekd_cuda_sample(int64_t dtype, const sparsekd_cuda_maps* grad, const sp
     const int code =
         launch(sample_kernel<T, kVec>, cells(*product) * parts, dim3(kThreads), stream,
                matrix_of<T>(*product, nullptr, nullptr), patches_of(*product, axes), maps_of<T>(*x),
-               maps_of<T>(*grad), static_cast<int32_t>(parts), static_cast<int32_t>(nnz), partial);
+               maps_of<T>(*grad), static_cast<int32_t>(parts), static_cast<int32_t>(nnz), partial, check);
     if (code != cudaSuccess) return code;
     return launch(add_parts_kernel<T>, ceil_div(nnz, kThreads), dim3(kThreads), stream,
                   static_cast<int32_t>(nnz), static_cast<int32_t>(parts), partial, product->slots,
-                  static_cast<T*>(dvalues));
+                  static_cast<T*>(dvalues), check);
   });
 }
 

@@ -53,8 +53,9 @@ __device__ inline float fold(float (&value)[kWarp], int lane) {
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads, 2)
     sample_kernel(Matrix<T> matrix, Patches patches, Maps<T> x, Maps<T> grad, int32_t parts, int32_t nnz,
-                  float* __restrict__ partial) {
+                  float* __restrict__ partial, const float* check) {
   using V = Vector<T, kVec>;
+  if (is_right(check)) return;
   SPARSEKD_SHARED(V, tile, [kTileVectors]);
   SPARSEKD_SHARED(V, upper, [kRowsAtOnce * kRowVectors]);
   SPARSEKD_SHARED(int32_t, window, [kTileVectors]);
@@ -134,7 +135,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Adds the parts, and puts each nonzero's gradient where its value is.
 template <class T>
 __global__ void add_parts_kernel(int32_t nnz, int32_t parts, const float* __restrict__ partial,
-                                 const int32_t* __restrict__ slots, T* __restrict__ dvalues) {
+                                 const int32_t* __restrict__ slots, T* __restrict__ dvalues,
+                                 const float* check) {
+  if (is_right(check)) return;
   const int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (k >= nnz) return;
   float sum = 0.0f;

@@ -144,6 +144,21 @@ def on_triton(
 
 
 @pytest.fixture
+def dense_cuda(
+    on_cuda: Emulated, emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Let the backend "dense_cuda" run on CPU tensors, and the emulated "cuda" correct it."""
+    entry = dataclasses.replace(backends.BACKENDS["dense_cuda"], device="cpu")
+    monkeypatch.setitem(backends.BACKENDS, "dense_cuda", entry)
+    monkeypatch.setitem(sys.modules, "sparsekd.ops.cuda.ops", emulated_module)
+    backends.load.cache_clear()
+    backends.module("dense_cuda")
+    yield
+    del sys.modules["sparsekd.ops.cuda.dense"]  # it was importable only here
+    backends.load.cache_clear()
+
+
+@pytest.fixture
 def semi_structured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Let the backend "semi_structured" run on CPU tensors; count the calls of torch's kernels."""
     entry = dataclasses.replace(backends.BACKENDS["semi_structured"], device="cpu")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import sparsekd as skd
 from sparsekd import Topology, functional
+from sparsekd.ops.dispatch import backends
 from sparsekd.testing import LayerCase, relative_error
 
 
@@ -48,12 +49,14 @@ def starts_of(matrix: Tensor) -> Tensor:
     return torch.cat([ends.new_zeros(1), ends])
 
 
-def assert_padding_meets_nothing(case: LayerCase, value: float, limit: float) -> None:
+def assert_padding_meets_nothing(
+    case: LayerCase, value: float, limit: float, backend: str = "cuda"
+) -> None:
     """Compare with the CPU what a number that is not finite reaches, at borders of the maps."""
     topology, values, x, _ = case.tensors()
     for spoilt in ("values", "x", "grad"):
         found = {}
-        for name in ("cpp", "cuda"):
+        for name in ("cpp", backend):
             given = {"values": values.clone(), "x": x.clone()}
             with skd.backend(name):
                 y = functional.conv2d(topology, values, x, **case.options)
@@ -63,8 +66,31 @@ def assert_padding_meets_nothing(case: LayerCase, value: float, limit: float) ->
                 y = functional.conv2d(topology, *leaves, **case.options)
                 found[name] = [y, *torch.autograd.grad(y, leaves, given["grad"])]
         assert not all(result.isfinite().all() for result in found["cpp"])
-        for ours, expected in zip(found["cuda"], found["cpp"], strict=True):
+        for ours, expected in zip(found[backend], found["cpp"], strict=True):
             assert torch.equal(ours.isnan(), expected.isnan()), spoilt
             assert torch.equal(ours.isinf(), expected.isinf()), spoilt
             same = expected.isfinite()
             assert relative_error(ours[same], expected[same].double()) < limit
+
+
+def assert_corrects_what_is_not_finite() -> None:
+    """Give results to correct to the backend "cuda": wrong ones stay where all of them is finite.
+
+    Whether that is so is found out by the kernels; the call is the same.
+    """
+    cuda = backends.module("cuda")
+    structure = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 2, 1]).int()
+    x, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([10.0, 20.0, 30.0])
+    grad, shape = torch.tensor([[1.0, -1.0]]), [2, 3]
+    for op, args, right in (
+        ("linear", (x, values, *structure, None, shape), [[70.0, 60.0]]),
+        ("linear_dgrad", (grad, values, *structure, shape), [[10.0, -30.0, 20.0]]),
+        ("linear_wgrad", (grad, x, *structure, shape), [1.0, 3.0, -2.0]),
+    ):
+        for wrong in (5.0, math.nan, math.inf):
+            result = torch.full_like(torch.tensor(right), 5.0)
+            result.view(-1)[-1] = wrong
+            before = result.clone()
+            corrected = getattr(cuda, op)(*args, correct=result)
+            assert corrected.data_ptr() == result.data_ptr()
+            assert torch.equal(corrected, before if wrong == 5.0 else torch.tensor(right)), op

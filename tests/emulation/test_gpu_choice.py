@@ -32,8 +32,8 @@ from sparsekd.ops.store import Store
 
 
 @pytest.fixture
-def on_gpu(on_cuda, on_triton, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run the test on the backend "gpu", on CPU tensors, with both of its backends emulated."""
+def on_gpu(on_cuda, dense_cuda, on_triton, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run the test on the backend "gpu", on CPU tensors, with our own of its backends emulated."""
     entry = dataclasses.replace(backends.BACKENDS["gpu"], device="cpu")
     monkeypatch.setitem(backends.BACKENDS, "gpu", entry)
     backends.load.cache_clear()
@@ -65,7 +65,7 @@ class Stopwatch:
     """
 
     def __init__(self, **milliseconds: float) -> None:
-        self.milliseconds = milliseconds
+        self.milliseconds = {"dense_cuda": 10.0, **milliseconds}
         self.timed: list[str] = []
 
     def __call__(self, device: torch.device) -> Callable[[partial], float]:
@@ -73,7 +73,8 @@ class Stopwatch:
 
     def clock(self, run: partial) -> float:
         run()
-        kinds = [name for name in ("triton", "semi_structured") if name in run.func.__module__]
+        parts = {"triton": "triton", "semi_structured": "semi_structured", "dense": "dense_cuda"}
+        kinds = [name for part, name in parts.items() if part in run.func.__module__]
         name = kinds[0] if kinds else "cuda"
         self.timed.append(name)
         return self.milliseconds[name]
@@ -143,9 +144,9 @@ def test_the_faster_one_runs_from_then_on(
     args = linear_args(tile)
     for _ in range(3):
         assert running("linear", args).endswith(faster)
-    assert watch.timed == ["cuda", "triton"]
+    assert watch.timed == ["cuda", "triton", "dense_cuda"]
     row = json.loads(path.read_text())
-    assert (row["backend"], row[f"{faster}_ms"], row[f"{slower}_ms"]) == (faster, 1.25, 2.5)
+    assert (row["backend"], row["ms"]) == (faster, watch.milliseconds)
     assert "linear float16 half weight=64x64" in row["kind"]
 
     watch.milliseconds[faster] = 5.0  # a process that comes later finds the file
@@ -153,7 +154,7 @@ def test_the_faster_one_runs_from_then_on(
         choose_with(monkeypatch, watch, path).store.get(row["kind"], tuple(row["step"])) is not None
     )
     assert running("linear", args).endswith(faster)
-    assert watch.timed == ["cuda", "triton"]
+    assert watch.timed == ["cuda", "triton", "dense_cuda"]
 
 
 def test_what_differs_in_time_is_measured_apart(on_gpu, any_size, monkeypatch) -> None:
@@ -170,7 +171,7 @@ def test_what_differs_in_time_is_measured_apart(on_gpu, any_size, monkeypatch) -
     running("linear", (x.repeat(20, 1), values, *rest))
     running("linear_wgrad", (x, x, *rest[:2], [64, 64]))
     assert len(chooser.store) == 6
-    assert len(watch.timed) == 12
+    assert len(watch.timed) == 18
 
 
 def test_a_clear_result_serves_inputs_of_like_size(on_gpu, any_size, monkeypatch) -> None:
@@ -179,7 +180,7 @@ def test_a_clear_result_serves_inputs_of_like_size(on_gpu, any_size, monkeypatch
     x, *rest = linear_args()
     for rows in range(5, 40):
         assert running("linear", (x[:1].repeat(rows, 1), *rest)) == "cuda"
-    assert watch.timed == ["cuda", "triton"]
+    assert watch.timed == ["cuda", "triton", "dense_cuda"]
 
 
 def test_structure_decides_between_equals(on_gpu, any_size, monkeypatch) -> None:
@@ -187,7 +188,7 @@ def test_structure_decides_between_equals(on_gpu, any_size, monkeypatch) -> None
         choose_with(monkeypatch, watch)
         assert running("linear", linear_args((16, 16))) == "triton"
         assert running("linear", linear_args((1, 1))) == "cuda"
-        assert watch.timed == ["cuda", "triton"] * 2
+        assert watch.timed == ["cuda", "triton", "dense_cuda"] * 2
 
 
 def test_the_way_not_taken_leaves_no_plans(on_gpu, any_size, monkeypatch) -> None:
@@ -233,12 +234,18 @@ def test_damaged_choices_are_skipped(on_gpu, any_size, monkeypatch, tmp_path: Pa
     choose_with(monkeypatch, watch, path)
     running("linear", linear_args())
     row = json.loads(path.read_text())
-    for damage in ({"backend": "dense"}, {"cuda_ms": None}, {"triton_ms": "fast"}):
+    for damage in (
+        {"backend": "dense"},
+        {"ms": 1.0},
+        {"ms": {"cuda": None}},
+        {"ms": {"cuda": "fast"}},
+        {"ms": {"cuda": 1.0, "mine": 2.0}},
+    ):
         path.write_text(json.dumps(row | damage) + "\n")
         watch.timed.clear()
         choose_with(monkeypatch, watch, path)
         assert running("linear", linear_args()) == "cuda"
-        assert watch.timed == ["cuda", "triton"]
+        assert watch.timed == ["cuda", "triton", "dense_cuda"]
 
 
 def test_info_names_the_file(on_gpu, any_size, monkeypatch, tmp_path: Path) -> None:
@@ -248,7 +255,39 @@ def test_info_names_the_file(on_gpu, any_size, monkeypatch, tmp_path: Path) -> N
     assert info == {"path": str(tmp_path / "gpu.jsonl"), "known": 1}
 
 
-# -- torch's kernels for 2:4 weights, the third to choose from -------------------------------------
+# -- torch's dense kernels -------------------------------------------------------------------------
+
+
+def test_a_weight_is_densified_where_that_is_fastest(on_gpu, any_size, monkeypatch) -> None:
+    args = linear_args()
+    sparse = skd.ops.linear(*args)
+    choose_with(monkeypatch, Stopwatch(cuda=3.0, triton=2.0, dense_cuda=1.0))
+    assert running("linear", args) == "dense_cuda"
+    torch.testing.assert_close(skd.ops.linear(*args), sparse, rtol=2e-3, atol=2e-3)
+
+
+def test_nothing_is_dense_that_is_not_clearly_faster(on_gpu, any_size, monkeypatch) -> None:
+    choose_with(monkeypatch, Stopwatch(cuda=3.0, triton=1.04, dense_cuda=1.0))
+    assert running("linear", linear_args((16, 16))) == "triton"
+    assert running("linear", linear_args((1, 1))) == "dense_cuda"
+
+
+def test_the_others_are_compared_where_there_is_no_memory_for_a_dense_weight(
+    on_gpu, any_size, monkeypatch, tmp_path: Path
+) -> None:
+    watch = Stopwatch(cuda=1.0, triton=2.0)
+
+    def clock(run: partial) -> float:
+        if "dense" in run.func.__module__:
+            raise torch.OutOfMemoryError("full")
+        return watch.clock(run)
+
+    choose_with(monkeypatch, lambda device: clock, tmp_path / "gpu.jsonl")
+    assert running("linear", linear_args()) == "cuda"
+    assert json.loads((tmp_path / "gpu.jsonl").read_text())["ms"] == {"cuda": 1.0, "triton": 2.0}
+
+
+# -- torch's kernels for 2:4 weights ---------------------------------------------------------------
 
 
 def args_2to4(mask: Tensor, dtype: torch.dtype = torch.float16) -> tuple[Any, ...]:
@@ -277,8 +316,8 @@ def test_structure_sends_what_is_2to4_to_torch(on_gpu, semi_structured) -> None:
     assert semi_structured == {"mm": 1}
 
 
-@pytest.mark.parametrize("fastest", ["cuda", "triton", "semi_structured"])
-def test_the_fastest_of_three_runs_from_then_on(
+@pytest.mark.parametrize("fastest", ["cuda", "triton", "semi_structured", "dense_cuda"])
+def test_the_fastest_of_all_runs_from_then_on(
     on_gpu, semi_structured, any_size, monkeypatch, tmp_path: Path, fastest: str
 ) -> None:
     times = {"cuda": 3.0, "triton": 3.0, "semi_structured": 3.0, fastest: 1.25}
@@ -287,18 +326,18 @@ def test_the_fastest_of_three_runs_from_then_on(
     args = args_2to4(mask_2to4(64, 64))
     for _ in range(3):
         assert running("linear", args) == fastest
-    assert watch.timed == ["cuda", "triton", "semi_structured"]
-    assert dict(decide("linear", args).ms) == times
+    assert watch.timed == ["cuda", "triton", "semi_structured", "dense_cuda"]
+    assert dict(decide("linear", args).ms) == watch.milliseconds
     row = json.loads(path.read_text())
-    assert (row["backend"], row["semi_structured_ms"]) == (fastest, times["semi_structured"])
-    # A weight of the same density that is not 2:4 has a measurement of its own, of the two.
+    assert (row["backend"], row["ms"]) == (fastest, watch.milliseconds)
+    # A weight of the same density that is not 2:4 has a measurement of its own, of the others.
     choose_with(monkeypatch, watch, path)
     assert running("linear", args) == fastest
     watch.timed.clear()
     assert running("linear", args_2to4(permuted(mask_2to4(64, 64)))) == (
-        fastest if fastest == "triton" else "cuda"
+        "cuda" if fastest == "semi_structured" else fastest
     )
-    assert watch.timed == ["cuda", "triton"]
+    assert watch.timed == ["cuda", "triton", "dense_cuda"]
     assert len(chooser.store) == 1
 
 
@@ -312,7 +351,7 @@ def test_one_that_is_nearly_the_fastest_is_not_displaced_by_the_slowest(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), UnsupportedError("no")])
-def test_what_could_not_be_measured_runs_on_the_kernels_that_need_no_copies(
+def test_torchs_kernels_are_out_of_the_race_where_they_do_not_run(
     on_gpu, semi_structured, any_size, monkeypatch, error: Exception
 ) -> None:
     watch = Stopwatch(cuda=2.0, triton=3.0, semi_structured=1.0)
@@ -322,29 +361,20 @@ def test_what_could_not_be_measured_runs_on_the_kernels_that_need_no_copies(
             raise error
         return watch.clock(run)
 
-    chooser = choose_with(monkeypatch, lambda device: clock)
-    for _ in range(2):
-        assert running("linear", args_2to4(mask_2to4(64, 64))) == "cuda"
-    assert len(chooser.store) == 0
+    choose_with(monkeypatch, lambda device: clock)
+    args = args_2to4(mask_2to4(64, 64))
+    assert running("linear", args) == "cuda"
+    assert dict(decide("linear", args).ms) == {"cuda": 2.0, "triton": 3.0, "dense_cuda": 10.0}
 
 
-def test_lines_of_old_are_read_and_stand_for_what_they_stood_for(
-    on_gpu, semi_structured, any_size, monkeypatch, tmp_path: Path
+def test_our_kernels_run_what_could_not_be_measured(
+    on_gpu, semi_structured, any_size, monkeypatch
 ) -> None:
-    path = tmp_path / "gpu.jsonl"
-    watch = Stopwatch(cuda=1.0, triton=2.0, semi_structured=0.5)
-    choose_with(monkeypatch, watch, path)
-    plain, args = args_2to4(permuted(mask_2to4(64, 64))), args_2to4(mask_2to4(64, 64))
-    assert running("linear", plain) == "cuda"
-    row = json.loads(path.read_text())
-    assert row.pop("semi_structured_ms") is None
-    path.write_text(json.dumps(row) + "\n")
-    watch.timed.clear()
-    choose_with(monkeypatch, watch, path)
-    assert running("linear", plain) == "cuda"
-    assert watch.timed == []
-    assert running("linear", args) == "semi_structured"
-    assert watch.timed == ["cuda", "triton", "semi_structured"]
+    def clock(run: partial) -> float:
+        raise torch.OutOfMemoryError("full")
+
+    choose_with(monkeypatch, lambda device: clock)
+    assert running("linear", args_2to4(mask_2to4(64, 64))) == "cuda"
 
 
 def test_semi_structured_leaves_to_gpu_what_it_does_not_take(on_gpu, semi_structured) -> None:
@@ -358,7 +388,7 @@ def test_semi_structured_leaves_to_gpu_what_it_does_not_take(on_gpu, semi_struct
     assert kept.numel() == 1
 
 
-def test_where_one_of_two_can_run_it_runs_all_but_what_torch_takes(
+def test_where_one_of_two_can_run_it_runs_all_but_what_is_2to4(
     on_gpu, semi_structured, monkeypatch
 ) -> None:
     monkeypatch.setattr(backends.module("gpu"), "chooser", lambda: None)

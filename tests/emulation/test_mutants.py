@@ -12,6 +12,7 @@ import pytest
 import torch
 from ptx_machine import Module, PtxError, Race, Uninitialised
 from structures import (
+    assert_corrects_what_is_not_finite,
     assert_indices,
     assert_padding_meets_nothing,
     assert_topology_says_what_the_mask_does,
@@ -72,6 +73,10 @@ def dilation() -> None:
 
 def borders() -> None:
     assert_padding_meets_nothing(MAPS, math.inf, 2e-5)
+
+
+def corrections() -> None:
+    assert_corrects_what_is_not_finite()
 
 
 def growth() -> None:
@@ -142,6 +147,16 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[], None], type[Exception]]] = 
     "channels of the first group": (
         "gather.cuh", "return block * kRows / rows_of_group * channels_of_group;", "return 0;",
         groups, WRONG,
+    ),
+    "results that stay as they are": (
+        "gather.cuh", "check && is_finite(*check)", "check", corrections, WRONG,
+    ),
+    "results that do not": (
+        "gather.cuh", "check && is_finite(*check)", "false", corrections, WRONG,
+    ),
+    "sums of parts that nobody has written": (
+        "sample.cuh", "const float* check) {\n  if (is_right(check)) return;\n  const int64_t k",
+        "const float* check) {\n  const int64_t k", corrections, WRONG,
     ),
     "padding in sums that are not finite": (
         "gather.cuh", "if (!maps.has(y, x)) return;",

@@ -329,7 +329,7 @@ def test_sizes_that_do_not_fit_are_refused(on_cuda) -> None:
     product = dict.fromkeys(Product._fields[:-1], 1) | dict.fromkeys(("starts", "places", "slots"))
 
     def gather(x=maps, y=maps, product=product, axis=axis) -> None:
-        args = [x.values()], 1, [product.values()], [axis.values()] * 2, None, None, [y.values()]
+        args = [x.values()], 1, [product.values()], [axis.values()] * 2, *[None] * 3, [y.values()]
         lists = [[*map(tuple, arg)] if isinstance(arg, list) else arg for arg in args]
         on_cuda.run("gather", torch.device("cpu"), torch.float32, *lists)
 

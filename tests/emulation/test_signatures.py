@@ -64,7 +64,7 @@ MAPS = (None, 1, 1, 1, 1, 1, 1, 1, 1)
 
 
 def gather(emulated, maps: Any = (MAPS,), products: Any = (), dtype: Any = torch.float32) -> None:
-    args = maps, len(products), products, (), None, None, (MAPS,)
+    args = maps, len(products), products, (), None, None, None, (MAPS,)
     emulated.run("gather", CPU, dtype, *args)
 
 

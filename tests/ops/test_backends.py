@@ -235,7 +235,7 @@ def test_without_a_gpu_the_cuda_backend_says_how_to_get_it() -> None:
 
 def test_info_names_every_backend() -> None:
     table = ops.info()["backends"]
-    gpu = {"triton", "cuda", "semi_structured", "gpu"}
+    gpu = {"triton", "cuda", "semi_structured", "dense_cuda", "gpu"}
     assert set(table) == {"auto", "cpp", "dense", "reference"} | gpu
     assert table["reference"]["available"]
     assert all(entry["available"] or entry["detail"] for entry in table.values())

@@ -21,13 +21,12 @@ from torch import Tensor
 
 import sparsekd._C as _C
 from sparsekd._torch import onednn_computes, without_autocast
-from sparsekd.ops import borders
+from sparsekd.ops import borders, dense_products
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.cpu import cpp
 from sparsekd.ops.memory_format import matrix, memory_format_of, rows_cols
 
 _below_autocast = without_autocast("cpu")
-_NONE = [0, 0]
 
 
 @cache
@@ -103,14 +102,6 @@ def _reaches_far(x_size: Sequence[int], y_size: Sequence[int], *conv: Any) -> bo
     return borders.reaches_far(borders.Geometry(x_size, y_size, *conv))
 
 
-def _symmetric(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Return the input and what is left of its padding, as torch has it: one number a side."""
-    top, bottom, left, right = padding
-    if top == bottom and left == right and x.numel():  # torch refuses maps without pixels
-        return x, [top, left]
-    return F.pad(x, (left, right, top, bottom)), _NONE
-
-
 @_product
 def conv2d(
     x: Tensor,
@@ -127,11 +118,8 @@ def conv2d(
     conv = weight_shape, stride, padding, dilation, groups
     if _reaches_far(x.shape[2:], conv2d_shape(x.shape, *conv)[2:], *conv):
         return cpp.conv2d(x, values, crow, col, bias, *conv)
-    layout = memory_format_of(x)
-    weight = _densify(values, crow, col, weight_shape, layout)
-    padded, sides = _symmetric(x, padding)
-    y = torch.convolution(padded, weight, bias, stride, sides, dilation, False, _NONE, groups)
-    return y.contiguous(memory_format=layout)
+    weight = _densify(values, crow, col, weight_shape, memory_format_of(x))
+    return dense_products.conv2d(x, weight, bias, *conv[1:])
 
 
 @_product
@@ -150,26 +138,8 @@ def conv2d_dgrad(
     conv = weight_shape, stride, padding, dilation, groups
     if _reaches_far(input_shape[2:], grad.shape[2:], *conv):
         return cpp.conv2d_dgrad(grad, values, crow, col, input_shape, *conv)
-    layout = memory_format_of(grad)
-    weight = _densify(values, crow, col, weight_shape, layout)
-    top, bottom, left, right = padding
-    high, wide = input_shape[2:]
-    if not high * wide:
-        return grad.new_empty(input_shape)
-    even = top == bottom and left == right
-    sides = [top, left] if even else _NONE
-    padded = (high, wide) if even else (high + top + bottom, wide + left + right)
-    # The transposed convolution is the same oneDNN kernel as torch's backward pass, without an
-    # input to be allocated just for its shape.
-    rest = [
-        padded[d] + 2 * sides[d]
-        - (grad.shape[2 + d] - 1) * stride[d] - dilation[d] * (weight_shape[2 + d] - 1) - 1
-        for d in (0, 1)
-    ]  # fmt: skip
-    dx = torch.convolution(grad, weight, None, stride, sides, dilation, True, rest, groups)
-    if not even:
-        dx = dx[:, :, top : top + high, left : left + wide]
-    return dx.contiguous(memory_format=layout)
+    weight = _densify(values, crow, col, weight_shape, memory_format_of(grad))
+    return dense_products.conv2d_dgrad(grad, weight, input_shape, *conv[1:])
 
 
 @_product
@@ -187,14 +157,7 @@ def conv2d_wgrad(
     conv = weight_shape, stride, padding, dilation, groups
     if _reaches_far(x.shape[2:], grad.shape[2:], *conv):
         return cpp.conv2d_wgrad(grad, x, crow, col, *conv)
-    # Only its shape and layout are read.
-    weight = torch.empty(weight_shape, dtype=x.dtype, memory_format=memory_format_of(x))
-    padded, sides = _symmetric(x, padding)
-    _, dweight, _ = torch.ops.aten.convolution_backward.default(
-        grad, padded, weight, None,
-        stride, sides, dilation, False, _NONE, groups, [False, True, False],
-    )  # fmt: skip
-    return _gather(dweight, crow, col)
+    return _gather(dense_products.conv2d_wgrad(grad, x, *conv), crow, col)
 
 
 @_product
@@ -250,7 +213,7 @@ def whole_conv2d(
         return None
     dtype = _computed_in(x.dtype)
     wide = x.to(dtype)
-    padded, sides = _symmetric(wide, padding)
+    padded, sides = dense_products.symmetric(wide, padding)
     weight = values.view(weight_shape).to(dtype)
     wide_bias = None if bias is None else bias.to(dtype)
     y = F.conv2d(padded, weight, wide_bias, stride, sides, dilation, groups)

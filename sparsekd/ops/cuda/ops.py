@@ -2,6 +2,9 @@
 
 Kernels accumulate in float32 and round once. Everything is queued on torch's current stream and
 nothing waits for the device, except where a structure is seen for the first time, and growth.
+
+Products take a result to `correct`, of kernels that multiply weights that are not stored, or
+padding, by zero: it is computed again if it is not finite throughout, which the device finds out.
 """
 
 from __future__ import annotations
@@ -43,26 +46,37 @@ def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+def _check(result: Tensor | None) -> Tensor | None:
+    """Return a number that is finite only if all of a result is."""
+    return None if result is None else result.sum(dtype=torch.float32)
+
+
 def _gather(
-    x: Tensor, products: Sequence[Product], values: Tensor, bias: Tensor | None, y: Tensor
+    x: Tensor,
+    products: Sequence[Product],
+    values: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    check: Tensor | None,
 ) -> Tensor:
     """Write the outputs that products name into y."""
     bias = None if bias is None else bias.contiguous()
     _library.run(
         "gather", x.device, x.dtype, [_maps(x)], len(products), [p[:-1] for p in products],
-        [axis for p in products for axis in p.axes], values.contiguous(), bias, [_maps(y)],
+        [axis for p in products for axis in p.axes], values.contiguous(), bias, check, [_maps(y)],
     )  # fmt: skip
     return y
 
 
-def _sample(grad: Tensor, x: Tensor, product: Product, nnz: int) -> Tensor:
-    """Return the gradients of the values."""
-    parts = product.parts(x)
+def _sample(
+    grad: Tensor, x: Tensor, product: Product, dvalues: Tensor, check: Tensor | None
+) -> Tensor:
+    """Write the gradients of the values."""
+    parts, nnz = product.parts(x), dvalues.shape[0]
     partial = x.new_empty(parts * nnz, dtype=torch.float32)
-    dvalues = x.new_empty(nnz)
     _library.run(
         "sample", x.device, x.dtype, [_maps(grad)], [_maps(x)], [product[:-1]], product.axes, nnz,
-        parts, partial, dvalues,
+        parts, partial, check, dvalues,
     )  # fmt: skip
     return dvalues
 
@@ -78,6 +92,8 @@ def conv2d(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    *,
+    correct: Tensor | None = None,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
     if plans.is_large(conv):
@@ -87,7 +103,8 @@ def conv2d(
     structure = structure_of(x, crow, col, weight_shape)
     shape = conv2d_shape(x.shape, *conv)
     product = plans.forward(structure, conv, x, shape[2:])
-    return _gather(x, [product], values, bias, _empty(x, shape))
+    y = _empty(x, shape) if correct is None else correct
+    return _gather(x, [product], values, bias, y, _check(correct))
 
 
 def conv2d_dgrad(
@@ -101,6 +118,8 @@ def conv2d_dgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    *,
+    correct: Tensor | None = None,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
     if plans.is_large(conv):
@@ -109,10 +128,12 @@ def conv2d_dgrad(
         )
     structure = structure_of(grad, crow, col, weight_shape)
     products = plans.input_gradient(structure, conv, grad, input_shape[2:])
-    dx = _empty(grad, input_shape)
-    if not covers(len(products), conv, input_shape[2:]):
-        dx.zero_()
-    return _gather(grad, products, values, None, dx)
+    dx = correct
+    if dx is None:
+        dx = _empty(grad, input_shape)
+        if not covers(len(products), conv, input_shape[2:]):
+            dx.zero_()
+    return _gather(grad, products, values, None, dx, _check(correct))
 
 
 def conv2d_wgrad(
@@ -125,6 +146,8 @@ def conv2d_wgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    *,
+    correct: Tensor | None = None,
 ) -> Tensor:
     conv = conv_of(weight_shape, stride, padding, dilation, groups)
     if plans.is_large(conv):
@@ -133,7 +156,8 @@ def conv2d_wgrad(
         )
     structure = structure_of(x, crow, col, weight_shape)
     product = plans.forward(structure, conv, x, grad.shape[2:])
-    return _sample(grad, x, product, structure.col.shape[0])
+    dvalues = x.new_empty(structure.col.shape[0]) if correct is None else correct
+    return _sample(grad, x, product, dvalues, _check(correct))
 
 
 def linear(
@@ -143,25 +167,41 @@ def linear(
     col: Tensor,
     bias: Tensor | None,
     weight_shape: list[int],
+    *,
+    correct: Tensor | None = None,
 ) -> Tensor:
-    shape = [*weight_shape, 1, 1]
-    y = conv2d(pixels(x), values, crow, col, bias, shape, *_POINTWISE)
+    shape, wrong = [*weight_shape, 1, 1], None if correct is None else pixels(correct)
+    y = conv2d(pixels(x), values, crow, col, bias, shape, *_POINTWISE, correct=wrong)
     return y.view(*x.shape[:-1], weight_shape[0])
 
 
 def linear_dgrad(
-    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    weight_shape: list[int],
+    *,
+    correct: Tensor | None = None,
 ) -> Tensor:
     images, shape = pixels(grad), [*weight_shape, 1, 1]
     input_shape = [images.shape[0], weight_shape[1], 1, 1]
-    dx = conv2d_dgrad(images, values, crow, col, input_shape, shape, *_POINTWISE)
+    wrong = None if correct is None else pixels(correct)
+    dx = conv2d_dgrad(images, values, crow, col, input_shape, shape, *_POINTWISE, correct=wrong)
     return dx.view(*grad.shape[:-1], weight_shape[1])
 
 
 def linear_wgrad(
-    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    weight_shape: list[int],
+    *,
+    correct: Tensor | None = None,
 ) -> Tensor:
-    return conv2d_wgrad(pixels(grad), pixels(x), crow, col, [*weight_shape, 1, 1], *_POINTWISE)
+    shape = [*weight_shape, 1, 1]
+    return conv2d_wgrad(pixels(grad), pixels(x), crow, col, shape, *_POINTWISE, correct=correct)
 
 
 class LargestK(FreePositions):

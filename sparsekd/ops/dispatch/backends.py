@@ -146,6 +146,7 @@ BACKENDS = {
             "semi_structured", "sparsekd.ops.semi_structured.ops", "cuda", _GPU_DTYPES,
             _SEMI_STRUCTURED, "gpu",
         ),
+        Backend("dense_cuda", "sparsekd.ops.cuda.dense", "cuda", _GPU_DTYPES, _CUDA, "gpu"),
         Choosing("gpu", "sparsekd.ops.dispatch.gpu", "cuda", _GPU_DTYPES, _CUDA, "reference"),
     )
 }  # fmt: skip

@@ -40,9 +40,10 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: "auto" for whichever of "cpp" and "dense" measures faster, op by op; "cpp" for the
             sparse kernels and nothing else; "dense" for torch's kernels on a weight that is
-            densified for each call; "reference"; "triton" or "cuda", and "gpu" for whichever of
-            them measures faster, op by op; "semi_structured" for torch's kernels where a weight is
-            2:4 and they take the product, and "gpu" for the others.
+            densified for each call; "reference". On GPUs, "triton" or "cuda" for the sparse kernels
+            and nothing else; "dense_cuda" for torch's on a weight that is densified for each call;
+            "semi_structured" for torch's where a weight is 2:4 and they take the product; "gpu" for
+            whichever of these measures fastest, op by op.
 
     Raises:
         BackendError: there is no such backend, or it cannot run here; the message says how to get

@@ -1,6 +1,6 @@
 """The backend "gpu" of CUDA tensors: csrc/cuda, Triton's or torch's kernels, as `gpu_chooser` says.
 
-Where only one of the first two can run it runs everything but what torch's kernels take.
+Where only one of the first two can run it runs everything but what torch's kernels for 2:4 take.
 """
 
 from __future__ import annotations

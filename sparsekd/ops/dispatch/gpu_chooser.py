@@ -1,10 +1,10 @@
 """The choice between the backends for CUDA tensors, by measurement or by structure.
 
-A product on operands of a kind never seen before runs on all that take it; the fastest one is used
-from then on, in this process and, through a file, in every later one. Where nothing may be measured
-the structure of the weight decides: what torch's kernels for 2:4 weights take goes to them, tiles,
-and columns shared by groups of rows where there are tensor cores for their dtype, to Triton's, the
-others to those of csrc/cuda.
+A product on operands of a kind never seen before runs on all that take it, torch's kernels with the
+weight made dense among them; the fastest one is used from then on, in this process and, through a
+file, in every later one. Where nothing may be measured the structure of the weight decides: what
+torch's kernels for 2:4 weights take goes to them, tiles, and columns shared by groups of rows where
+there are tensor cores for their dtype, to Triton's, the others to those of csrc/cuda.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,10 +32,9 @@ from sparsekd.ops.triton.tuning import Clock
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("cuda", "triton")
-"""The backends that take every product."""
-VENDOR = "semi_structured"
-"""The one that takes products with 2:4 weights, if it takes them at all."""
+SPARSE = ("cuda", "triton")
+"""The backends of this project's kernels, which take every product."""
+_2TO4, _DENSE = "semi_structured", "dense_cuda"  # torch's
 LEAST_PRODUCTS = 1 << 26
 """Multiplications of the dense op below which a GPU takes microseconds either way."""
 _MOST_KNOWN = 4096
@@ -44,36 +43,22 @@ _CLOSE = 1.05  # less than medians vary by
 
 @dataclass(frozen=True)
 class Measured:
-    """The fastest backend of a product, and the milliseconds of each; None of one not asked."""
+    """The fastest backend of a product, and the milliseconds of each that was measured."""
 
     backend: str
-    cuda_ms: float
-    triton_ms: float
-    semi_structured_ms: float | None = None
-
-    @property
-    def ms(self) -> dict[str, float]:
-        """Milliseconds by backend."""
-        times = {name: getattr(self, f"{name}_ms") for name in (*KERNELS, VENDOR)}
-        return {name: ms for name, ms in times.items() if ms is not None}
+    ms: dict[str, float]
 
     @property
     def lead(self) -> float:
-        """How many times longer the second fastest one takes."""
-        first, second, *_ = sorted(self.ms.values())
-        return second / max(first, 1e-6)
+        """How many times longer the second fastest one takes; 1 of a single one."""
+        times = sorted(self.ms.values())
+        return times[min(1, len(times) - 1)] / max(times[0], 1e-6)
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Measured:
         """Parse a line; raises ValueError, KeyError or TypeError if it is damaged."""
-        vendor = row.get(f"{VENDOR}_ms")  # lines of old have none
-        made = cls(
-            row["backend"],
-            float(row["cuda_ms"]),
-            float(row["triton_ms"]),
-            None if vendor is None else float(vendor),
-        )
-        if made.backend not in made.ms:
+        made = cls(row["backend"], {name: float(ms) for name, ms in dict(row["ms"]).items()})
+        if made.backend not in made.ms or not made.ms.keys() <= BACKENDS.keys():
             raise ValueError("backend")
         return made
 
@@ -106,15 +91,15 @@ class Chooser:
         size, nnz = math.prod(traits.conv.weight_shape), col.shape[0]
         step = cache_key.density_step(nnz / size) if nnz else None
         sizes = x.shape, x.stride(), other.shape, other.stride()
-        vendor = can_take(VENDOR, op, args)
-        facts = op, sizes, x.dtype, x.device, *traits[1:], vendor, step
+        is_2to4 = can_take(_2TO4, op, args)
+        facts = op, sizes, x.dtype, x.device, *traits[1:], is_2to4, step
         decision = self._known.get(facts)
         if decision is not None:
             return decision
         if len(self._known) >= _MOST_KNOWN:  # inputs of ever new shapes
             self._known.clear()
-        kernels = "triton" if traits.structured else "cuda"
-        name = VENDOR if vendor else kernels
+        sparse = "triton" if traits.structured else "cuda"
+        name = _2TO4 if is_2to4 else sparse
         by_structure = replace(BACKENDS[name].decide(op, args), reason=BY_STRUCTURE)
         if step is None or cache_key.products(op, args) < LEAST_PRODUCTS:
             return self._known.setdefault(facts, by_structure)
@@ -123,15 +108,14 @@ class Chooser:
             if clock is None:
                 return by_structure
             on = triton_tuning.name_of(x.device)
-            words = [traits.arithmetic, *(["2:4"] if vendor else [])]
+            words = [traits.arithmetic, *(["2:4"] if is_2to4 else [])]
             key = cache_key.key(op, args, traits.runs, *words)
             key = key._replace(kind=f"{key.kind} on {on}")
             with self._lock:  # measurements must not disturb each other
                 known = self.store.get(*key) or self._like(key)
                 if known is None:
-                    names = (*KERNELS, VENDOR) if vendor else KERNELS
                     with traits.structure.temporary_plans():
-                        known = self._measure(op, args, clock, names, name)
+                        known = self._measure(op, args, clock, name)
                     if known is not None:
                         known = self.store.add(*key, known)
                         logger.info("%s at density %.3g: %s", key.kind, nnz / size, known)
@@ -140,8 +124,8 @@ class Chooser:
             decision = replace(
                 fastest, reason="measured, here or on similar work", key=key, ms=known.ms
             )
-        elif vendor:  # it needs memory for copies, which the kernels do without
-            decision = replace(BACKENDS[kernels].decide(op, args), reason=BY_STRUCTURE)
+        elif is_2to4:  # it needs memory for copies, which our own kernels do without
+            decision = replace(BACKENDS[sparse].decide(op, args), reason=BY_STRUCTURE)
         return self._known.setdefault(facts, decision or by_structure)
 
     def _like(self, key: Key) -> Measured | None:
@@ -154,27 +138,26 @@ class Chooser:
         return min(near, key=lambda found: found[0], default=(0.0, None))[1]
 
     def _measure(
-        self,
-        op: str,
-        args: tuple[Any, ...],
-        clock: Clock,
-        names: Sequence[str],
-        otherwise: str,
+        self, op: str, args: tuple[Any, ...], clock: Clock, otherwise: str
     ) -> Measured | None:
-        """Time backends, or return None where one does not run here, be it for want of memory.
+        """Time the backends that take a product, but those of torch that lack memory for copies.
 
-        Where `otherwise` is too close to the fastest to tell apart, it is the one.
+        Where `otherwise` is too close to the fastest to tell apart, it is the one. None says that
+        one of our own does not run here.
         """
-        calls = {name: partial(BACKENDS[name].function(op), *args) for name in names}
-        try:
-            times = {name: clock(call) for name, call in calls.items()}
-        except (TritonError, BackendError, UnsupportedError, torch.OutOfMemoryError) as error:
-            logger.warning("%s is not measured, its structure decides: %s", op, error)
-            return None
+        times = {}
+        for name in (*SPARSE, *(n for n in (_2TO4, _DENSE) if can_take(n, op, args))):
+            try:
+                times[name] = clock(partial(BACKENDS[name].function(op), *args))
+            except (TritonError, BackendError, UnsupportedError, torch.OutOfMemoryError) as error:
+                if name in SPARSE:
+                    logger.warning("%s is not measured, its structure decides: %s", op, error)
+                    return None
+                logger.info("%s is not measured on %s: %s", op, name, error)
         fastest = min(times, key=lambda name: times[name])
-        if times[otherwise] <= _CLOSE * times[fastest]:
+        if times.get(otherwise, math.inf) <= _CLOSE * times[fastest]:
             fastest = otherwise
-        return Measured(fastest, **{f"{name}_ms": ms for name, ms in times.items()})
+        return Measured(fastest, times)
 
 
 def chooser() -> Chooser:

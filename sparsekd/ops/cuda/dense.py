@@ -1,0 +1,124 @@
+"""The dense GPU backend: each call densifies the weight and runs torch's own kernels.
+
+It is for layers with few zeros, and for those that tensor cores serve better whatever the weight.
+The dense weight, or its gradient, exists only during the call.
+
+Torch multiplies weights that are not stored, and padding, by zero. If that may have made NaN,
+because a result is not finite, csrc/cuda computes it again; the device finds out, nothing waits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsekd._torch import without_autocast
+from sparsekd.ops import dense_products
+from sparsekd.ops.borders import Geometry, reaches_far
+from sparsekd.ops.checks import conv2d_shape
+from sparsekd.ops.cuda import ops as cuda
+from sparsekd.ops.gpu.structure import Structure, structure_of
+from sparsekd.ops.memory_format import matrix
+
+_below_autocast = without_autocast("cuda")
+
+
+def _positions(structure: Structure) -> Tensor:
+    """Return where each nonzero is in the dense weight, int64 `[nnz]`."""
+
+    def make(made: Structure) -> Tensor:
+        return made.to_device(made.row.long() * made.size[1] + made.col)
+
+    return structure.plan("positions in the dense weight", make)
+
+
+def _densify(values: Tensor, structure: Structure, weight_shape: list[int]) -> Tensor:
+    weight = values.new_zeros(structure.size[0] * structure.size[1])
+    return weight.scatter_(0, _positions(structure), values).view(weight_shape)
+
+
+def _gather(dweight: Tensor, structure: Structure) -> Tensor:
+    return dweight.reshape(-1).index_select(0, _positions(structure))
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+    *conv: Any,
+) -> Tensor:
+    args = x, values, crow, col, bias, weight_shape, *conv
+    y_size = conv2d_shape(x.shape, weight_shape, *conv)[2:]
+    if reaches_far(Geometry(x.shape[2:], y_size, weight_shape, *conv)):
+        return cuda.conv2d(*args)
+    weight = _densify(values, structure_of(x, crow, col, weight_shape), weight_shape)
+    with _below_autocast():
+        y = dense_products.conv2d(x, weight, bias, *conv)
+        return cuda.conv2d(*args, correct=y)
+
+
+def conv2d_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    input_shape: list[int],
+    weight_shape: list[int],
+    *conv: Any,
+) -> Tensor:
+    args = grad, values, crow, col, input_shape, weight_shape, *conv
+    if reaches_far(Geometry(input_shape[2:], grad.shape[2:], weight_shape, *conv)):
+        return cuda.conv2d_dgrad(*args)
+    weight = _densify(values, structure_of(grad, crow, col, weight_shape), weight_shape)
+    with _below_autocast():
+        dx = dense_products.conv2d_dgrad(grad, weight, input_shape, *conv)
+        return cuda.conv2d_dgrad(*args, correct=dx)
+
+
+def conv2d_wgrad(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int], *conv: Any
+) -> Tensor:
+    args = grad, x, crow, col, weight_shape, *conv
+    if reaches_far(Geometry(x.shape[2:], grad.shape[2:], weight_shape, *conv)):
+        return cuda.conv2d_wgrad(*args)
+    structure = structure_of(x, crow, col, weight_shape)
+    with _below_autocast():
+        dvalues = _gather(dense_products.conv2d_wgrad(grad, x, weight_shape, *conv), structure)
+        return cuda.conv2d_wgrad(*args, correct=dvalues)
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+) -> Tensor:
+    weight = _densify(values, structure_of(x, crow, col, weight_shape), weight_shape)
+    with _below_autocast():
+        y = F.linear(x, weight, bias).contiguous()
+        return cuda.linear(x, values, crow, col, bias, weight_shape, correct=y)
+
+
+def linear_dgrad(
+    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+) -> Tensor:
+    weight = _densify(values, structure_of(grad, crow, col, weight_shape), weight_shape)
+    with _below_autocast():
+        dx = (grad @ weight).contiguous()
+        return cuda.linear_dgrad(grad, values, crow, col, weight_shape, correct=dx)
+
+
+def linear_wgrad(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int]
+) -> Tensor:
+    structure = structure_of(x, crow, col, weight_shape)
+    with _below_autocast():
+        dvalues = _gather(matrix(grad).T @ matrix(x), structure)
+        return cuda.linear_wgrad(grad, x, crow, col, weight_shape, correct=dvalues)
