@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -16,11 +17,12 @@ class Config(NamedTuple):
 _Table = dict[tuple[str, str], dict[int, tuple[int, int, int]]]
 
 # By kind, kind of arithmetic and channels of a block. Halves and TF32 feed tensor cores and want
-# large blocks behind a deep pipeline; float32 in full precision is bound by its multiply-adds.
+# large blocks behind a pipeline, whose every stage costs a program instructions before its loop;
+# float32 in full precision is bound by its multiply-adds.
 _TABLE: _Table = {
-    ("product", "half"): {16: (128, 4, 5), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
-    ("product", "tf32"): {16: (128, 4, 5), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
-    ("product", "ieee"): {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 8, 2)},
+    ("product", "half"): {16: (128, 4, 4), 32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 3)},
+    ("product", "tf32"): {16: (128, 4, 4), 32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 3)},
+    ("product", "ieee"): {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
     ("sample", "half"): {16: (64, 1, 3), 32: (64, 2, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
     ("sample", "tf32"): {16: (32, 1, 3), 32: (32, 2, 3), 64: (32, 2, 3), 128: (32, 4, 3)},
     ("sample", "ieee"): {16: (32, 2, 2), 32: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 1)},
@@ -30,16 +32,16 @@ _DIFFERENT: dict[str, _Table] = {
     # Tensor memory gives a thread a row of results. These numbers of warps keep it off the stack,
     # with every Triton from 3.6 on.
     "sm_10": {
-        ("product", "half"): {32: (128, 8, 4)},
+        ("product", "half"): {32: (128, 8, 3)},
         ("sample", "half"): {128: (64, 4, 3)},
     },
     # A compute unit has 64 KiB of shared memory: pipelines are as deep as lets two blocks share it.
     # Matrix cores multiply float32 in full precision too, so its sizes are those of TF32.
     "gfx": {
-        ("product", "half"): {64: (128, 4, 3), 128: (128, 8, 3)},
+        ("product", "half"): {64: (128, 4, 2), 128: (128, 8, 2)},
         ("sample", "half"): {128: (64, 8, 2)},
-        ("product", "tf32"): {32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 3)},
-        ("product", "ieee"): {16: (128, 4, 5), 32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 3)},
+        ("product", "tf32"): {32: (128, 4, 2), 64: (128, 4, 2), 128: (128, 8, 2)},
+        ("product", "ieee"): {16: (128, 4, 4), 32: (128, 4, 2), 64: (128, 4, 2), 128: (128, 8, 2)},
         ("sample", "tf32"): {128: (32, 4, 2)},
         ("sample", "ieee"): {16: (32, 1, 3), 32: (32, 2, 3), 64: (32, 2, 3), 128: (32, 4, 2)},
     },
@@ -52,6 +54,7 @@ PLAIN = (
     "out_origin", "out_row", "out_col", "row", "rows", "col", "cols", "width", "top", "left",
 )  # fmt: skip
 SINGLE = 32  # positions of a block where every element has an address of its own
+_SHORT = 3  # chunks: too few to fill a pipeline, whose start then costs more than it hides
 SMALLEST = 16  # side of the smallest matrix product on tensor cores
 _GROUP, _ROWS = 4, 64  # warps and rows that one instruction of newer tensor cores takes
 _MOST_POSITIONS, _MOST_WARPS = 256, 8
@@ -66,6 +69,7 @@ def choose(
     architecture: str,
     *,
     vectors: bool = True,
+    chunks: float = math.inf,
 ) -> Config:
     """Return the sizes for one call.
 
@@ -77,13 +81,15 @@ def choose(
         positions: how many there are in all; a block has no more than it needs.
         architecture: of the GPU, "sm_90" or "gfx942" for example.
         vectors: maps are read in vectors; single elements each take registers for an address.
+        chunks: that a product adds up in its loop, on average.
     """
     key = kind, precision if dtype == "fp32" else "half"
     own = (table for start, table in _DIFFERENT.items() if architecture.startswith(start))
     sizes = _TABLE[key] | next(own, {}).get(key, {})
     config = Config(*sizes[channels])
     most = config.positions if vectors else min(config.positions, SINGLE)
-    return config._replace(positions=min(most, power_of_two(positions)))
+    stages = min(config.num_stages, 2) if chunks <= _SHORT else config.num_stages
+    return config._replace(positions=min(most, power_of_two(positions)), num_stages=stages)
 
 
 def candidates(kind: str, base: Config, positions: int) -> tuple[Config, ...]:

@@ -57,13 +57,16 @@ def shared_product(
     live = p < positions
     reads, writes = _pixels(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
     x_at = x + reads
+    begin, end = tl.load(lists + which), tl.load(lists + which + 1)
+    # A turn ahead, as in gemm.py.
+    offset = tl.load(offsets + begin * BK + k, mask=k < (end - begin) * BK, other=-1)
     acc = tl.zeros((BP, BN), dtype=tl.float32)
-    for e in range(tl.load(lists + which), tl.load(lists + which + 1)):
-        offset = tl.load(offsets + e * BK + k)
+    for e in range(begin, end):
         mask = live[:, None] & (offset >= 0)[None, :]
         at = x_at[:, None] + (offset.to(tl.int64) * lanes)[None, :]
         a = tl.load(at, mask=mask, other=0.0)
         b = tl.load(weight + e * (BN * BK) + n[None, :] * BK + k[:, None])
+        offset = tl.load(offsets + (e + 1) * BK + k, mask=k < (end - e - 1) * BK, other=-1)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     row = tl.load(outputs + 2 * which) + n
     kept = n < tl.load(outputs + 2 * which + 1)
@@ -129,11 +132,17 @@ def row_product(
     live = p < positions
     reads, writes = _pixels(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
     x_at = x + reads
+    begin, end = tl.load(crow + row), tl.load(crow + row + 1)
+    # A turn ahead: an address then waits for no load of its own turn.
+    shift = tl.load(offset + begin, mask=begin < end, other=0)
+    value = tl.load(values + begin, mask=begin < end, other=0.0)
     acc = tl.zeros((BP,), dtype=tl.float32)
-    for j in range(tl.load(crow + row), tl.load(crow + row + 1)):
-        at = x_at + tl.load(offset + j).to(tl.int64) * lanes
-        value = tl.load(values + j).to(tl.float32)
-        acc += value * tl.load(at, mask=live, other=0.0).to(tl.float32)
+    for j in range(begin, end):
+        of_x = tl.load(x_at + shift.to(tl.int64) * lanes, mask=live, other=0.0)
+        factor, more = value.to(tl.float32), j + 1 < end
+        shift = tl.load(offset + j + 1, mask=more, other=0)
+        value = tl.load(values + j + 1, mask=more, other=0.0)
+        acc += factor * of_x.to(tl.float32)
     if BIAS:
         acc += tl.load(bias + row).to(tl.float32)
     at = y + row.to(tl.int64) * out_plane + writes

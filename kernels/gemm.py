@@ -39,6 +39,18 @@ from .config import PLAIN
 ROW = tl.constexpr(16)
 
 
+@triton.jit
+def _chunk(chunks, e, end, ALIGN: tl.constexpr):
+    """Return the numbers of a chunk, zeros for one that lies behind the last of its list."""
+    at, there = chunks + 6 * e, e < end
+    channel = tl.multiple_of(tl.load(at, mask=there, other=0), ALIGN)
+    size = tl.load(at + 1, mask=there, other=0)
+    dy, dx = tl.load(at + 2, mask=there, other=0), tl.load(at + 3, mask=there, other=0)
+    value = tl.multiple_of(tl.load(at + 4, mask=there, other=0), ROW)
+    step = tl.multiple_of(tl.load(at + 5, mask=there, other=0), ROW)
+    return channel, size, dy, dx, value, step
+
+
 # Vectors go along channels, so that the last, smaller batch needs no variant of its own.
 @triton.jit(do_not_specialize=(*PLAIN, "positions"))
 def tile_product(
@@ -46,61 +58,69 @@ def tile_product(
     count, positions, high, wide,
     x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
     y_image, y_row, y_pixel,
-    SPATIAL: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    ALIGN: tl.constexpr, IN_PLACE: tl.constexpr, PRECISION: tl.constexpr,
+    SPATIAL: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr, ALIGN: tl.constexpr, IN_PLACE: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one block of positions for one list of chunks."""
+    """Compute one block of positions for one list of chunks.
+
+    WHOLE says that positions of the result lie one behind the other, `y_pixel` apart, as they
+    always do unless SPATIAL.
+    """
     # Programs of all lists at the same positions run side by side and share the input in L2.
     program = tl.program_id(0)
     which = program % count
+    begin, end = tl.load(lists + which), tl.load(lists + which + 1)
+    first = tl.multiple_of(tl.load(outputs + 2 * which), ALIGN)
     p = (program // count) * BP + tl.arange(0, BP)
     n, k = tl.arange(0, BN), tl.arange(0, BK)
     live = p < positions
+    y_at = y + p.to(tl.int64) * y_pixel
     if SPATIAL:
-        left = p % wide
-        above = (p // wide) % high
-        image = (p // (wide * high)).to(tl.int64)
+        # Without signs, divisions and bounds take fewer instructions.
+        u, u_wide, u_high = p.to(tl.uint32), wide.to(tl.uint32), high.to(tl.uint32)
+        line = u // u_wide
+        image = line // u_high
+        left, above = (u - line * u_wide).to(tl.int32), (line - image * u_high).to(tl.int32)
         in_y, in_x = above * stride_y, left * stride_x
-        x_at = x + image * x_image + in_y * x_row + in_x * x_pixel
-        y_at = y + image * y_image + above * y_row + left * y_pixel
+        x_at = x + image.to(tl.int64) * x_image + in_y * x_row + in_x * x_pixel
+        if not WHOLE:
+            y_at = y + image.to(tl.int64) * y_image + above * y_row + left * y_pixel
+        in_y = tl.where(live, in_y, -(1 << 30))  # far outside
     else:
         x_at = x + p.to(tl.int64) * x_pixel
-        y_at = y + p.to(tl.int64) * y_pixel
-    first = tl.load(outputs + 2 * which)
     kept, held = tl.full((BN,), True, tl.int1), tl.full((BK,), True, tl.int1)
     if not EVEN_N:
         kept = n < tl.load(outputs + 2 * which + 1)
+    # A turn ahead: Triton has num_stages buffers where no address waits for a load of its own turn,
+    # else two, and on sm_80 one.
+    channel, size, dy, dx, value, step = _chunk(chunks, begin, end, ALIGN)
     acc = tl.zeros((BP, BN), dtype=tl.float32)
-    for e in range(tl.load(lists + which), tl.load(lists + which + 1)):
-        channel = tl.multiple_of(tl.load(chunks + 6 * e), ALIGN)
+    for e in range(begin, end):
         seen, offset = live, channel
         if SPATIAL:
-            dy, dx = tl.load(chunks + 6 * e + 2), tl.load(chunks + 6 * e + 3)
-            row, pixel = in_y + dy, in_x + dx
-            seen = live & (row >= 0) & (row < in_high) & (pixel >= 0) & (pixel < in_wide)
+            row, pixel = (in_y + dy).to(tl.uint32), (in_x + dx).to(tl.uint32)
+            # Negative numbers are large ones without their sign.
+            seen = (row < in_high.to(tl.uint32)) & (pixel < in_wide.to(tl.uint32))
             offset = channel + dy * x_row + dx * x_pixel
         if not EVEN_K:
-            held = k < tl.load(chunks + 6 * e + 1)
+            held = k < size
         mask = seen[:, None] & held[None, :]
         a = tl.load(x_at[:, None] + (offset + k)[None, :], mask=mask, other=0.0)
         if IN_PLACE == "":
             b = tl.load(weight + e * (BN * BK) + n[None, :] * BK + k[:, None])
+        elif IN_PLACE == "k":
+            b_at = weight + value + n[None, :] * step + k[:, None]
+            b = tl.load(b_at, mask=kept[None, :], other=0.0)
         else:
-            value = tl.multiple_of(tl.load(chunks + 6 * e + 4), ROW)
-            step = tl.multiple_of(tl.load(chunks + 6 * e + 5), ROW)
-            if IN_PLACE == "k":
-                b_at = weight + value + n[None, :] * step + k[:, None]
-                b = tl.load(b_at, mask=kept[None, :], other=0.0)
-            else:
-                b_at = weight + value + k[:, None] * step + n[None, :]
-                b = tl.load(b_at, mask=held[:, None], other=0.0)
+            b_at = weight + value + k[:, None] * step + n[None, :]
+            b = tl.load(b_at, mask=held[:, None], other=0.0)
+        channel, size, dy, dx, value, step = _chunk(chunks, e + 1, end, ALIGN)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     mask = live[:, None] & kept[None, :]
     if BIAS:
         acc += tl.load(bias + first + n, mask=kept, other=0.0).to(tl.float32)[None, :]
-    at = y_at[:, None] + (tl.multiple_of(first, ALIGN) + n)[None, :]
-    tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
+    tl.store(y_at[:, None] + (first + n)[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=PLAIN)

@@ -95,7 +95,7 @@ def _products(
                 if kind == "product":
                     own = {"BIAS": True, "BP": how.positions}
                     if prefix == "tile":
-                        own["IN_PLACE"] = ""
+                        own |= {"WHOLE": True, "IN_PLACE": ""}
                 elif prefix == "tile":
                     own = {"PIXELS": how.positions, "IMAGES": 1}
                 else:

@@ -21,7 +21,7 @@ HEAD = """import triton
 import triton.language as tl
 from sparsekd.kernels.config import PLAIN
 from sparsekd.kernels.gather import _pixels
-from sparsekd.kernels.gemm import ROW
+from sparsekd.kernels.gemm import ROW, _chunk
 
 
 """
@@ -39,9 +39,14 @@ TILES = LayerCase(
 RAGGED = dataclasses.replace(TILES, in_features=40)
 IN_PLACE = dataclasses.replace(TILES, in_features=64, out_features=40)
 ROWS = dataclasses.replace(TILES, out_features=7, tile=(1, 1))
+SHARED = dataclasses.replace(TILES, tile=(16, 1))
 PADDED = dataclasses.replace(
     ROWS, in_features=5, kernel_size=(3, 3), map_size=(3, 4), options={"padding": 1}
 )
+STRIDED = dataclasses.replace(
+    TILES, in_features=32, out_features=32, kernel_size=(3, 3), map_size=(6, 6),
+    options={"padding": 1, "stride": 2},
+)  # fmt: skip
 WRONG = AssertionError
 # The kernel, what is changed in it, the layer that runs, and how it must fail.
 MUTANTS = {
@@ -56,8 +61,7 @@ MUTANTS = {
         gemm.tile_product, "weight + e *", "weight + (e + 1) *", RAGGED, OutOfBounds,
     ),
     "one chunk too few": (
-        gemm.tile_product, "tl.load(lists + which + 1))", "tl.load(lists + which + 1) - 1)",
-        TILES, WRONG,
+        gemm.tile_product, "in range(begin, end)", "in range(begin, end - 1)", TILES, WRONG,
     ),
     "the value after": (
         gemm.tile_product, "weight + value + n", "weight + value + 1 + n", IN_PLACE, OutOfBounds,
@@ -68,8 +72,20 @@ MUTANTS = {
     "no mask of values": (
         gemm.tile_product, "b_at, mask=kept[None, :], other=0.0)", "b_at)", IN_PLACE, OutOfBounds,
     ),
+    "the place of the chunk after": (
+        gemm.tile_product, "e + 1, end", "e + 2, end", TILES, WRONG,
+    ),
+    "results of another layout": (
+        gemm.tile_product, "if not WHOLE", "if False", STRIDED, WRONG,
+    ),
     "one list for all programs": (gemm.tile_product, "program % count", "0", TILES, Race),
     "one place for all chunks": (gemm.tile_sample, "* entries + e)", "* entries)", TILES, Race),
+    "the columns of the chunk before": (
+        gather.shared_product, "(e + 1) * BK + k", "e * BK + k", SHARED, WRONG,
+    ),
+    "the input of the nonzero before": (
+        gather.row_product, "offset + j + 1", "offset + j", ROWS, WRONG,
+    ),
     "a row for two programs": (
         gather.row_product, "program // blocks)", "program // blocks // 2)", ROWS, Race,
     ),

@@ -103,7 +103,7 @@ def test_the_first_launch_tries_all_and_later_ones_use_the_fastest(
     watch = Stopwatch(lambda number: abs(number - 3) + 1.5)
     tune(watch, tmp_path / "tuned.jsonl")
     first = forward()
-    base = config.choose("product", 32, "fp16", "ieee", 144, "sm_80")
+    base = config.choose("product", 32, "fp16", "ieee", 144, "sm_80", chunks=1)
     tried = config.candidates("product", base, 144)
     assert [run.args[0] for _, run in watch.timed] == list(tried)
     assert {work.arithmetic for work, _ in watch.timed} == {"half"}
@@ -294,5 +294,15 @@ def test_layers_of_other_sizes_run_the_same_code(on_triton, ptx, monkeypatch) ->
         )  # fmt: skip
         sparse_results(case)
     number = Counter(name for name, _ in variants)
-    # one product has a bias, that of the input gradient has none
-    assert number == {"tile_product": 2, "tile_sample": 1, "take_values": 1, "add_parts": 1}
+    # One product has a bias, that of the input gradient has none; with a stride it writes every so
+    # many pixels.
+    assert number == {"tile_product": 3, "tile_sample": 1, "take_values": 1, "add_parts": 1}
+
+
+@pytest.mark.parametrize("dtype, precision", [("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")])
+def test_short_lists_fill_no_pipeline(dtype: str, precision: str) -> None:
+    sizes = "product", 64, dtype, precision, 5000, "sm_90"
+    stages = [config.choose(*sizes, chunks=chunks).num_stages for chunks in (0.1, 3.0, 3.1, 50.0)]
+    assert stages == [2, 2, 3, 3]
+    # The sizes that tuning starts from are part of what it remembers: the two are tuned apart.
+    assert len({config.choose(*sizes, chunks=chunks) for chunks in (1.0, 9.0)}) == 2

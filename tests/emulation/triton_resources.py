@@ -44,6 +44,7 @@ class Usage(NamedTuple):
     shared: int  # bytes of a block
     multiplies: int  # instructions for tensor cores
     threads: int
+    buffers: int  # of each operand that is copied ahead, the fewest; 0 where none is
 
 
 def compiled(kernel: Any, dtype: str, target: str) -> Any:
@@ -69,7 +70,9 @@ def usage(kernel: Any, dtype: str, target: str) -> Usage:
         report = _resource_usage(built.asm["cubin"])
         registers, spilled = _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report)
     multiplies = len(MATRIX_INSTRUCTION.findall(text))
-    return Usage(registers, spilled, built.metadata.shared, multiplies, threads)
+    copies = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", built.asm["ttgir"])
+    buffers = min(map(int, copies), default=0)
+    return Usage(registers, spilled, built.metadata.shared, multiplies, threads, buffers)
 
 
 def matrix_instructions(kernel: Any, dtype: str, target: str) -> set[str]:
@@ -115,6 +118,10 @@ if Version(triton.__version__) < Version("3.9"):
     }
 
 
+# Single elements of two bytes, for channels that fill no vector, cannot be copied ahead.
+NOT_PIPELINED = {"tile_sample_half_64_ragged"}
+
+
 def complaints(kernel: Any, dtype: str, target: str, used: Usage) -> list[str]:
     """Return what is wrong with a compiled kernel."""
     wrong = []
@@ -126,6 +133,10 @@ def complaints(kernel: Any, dtype: str, target: str, used: Usage) -> list[str]:
         wrong.append(f"{used.registers} registers of {used.threads} threads do not fit")
     if kernel.uses_mma and not used.multiplies:
         wrong.append("no instruction for tensor cores")
+    # A stage may be the product itself, which reads registers.
+    ahead = kernel.num_stages - 1 if kernel.uses_mma and target.startswith("sm") else 0
+    if used.buffers < ahead and kernel.name not in NOT_PIPELINED:
+        wrong.append(f"{used.buffers} buffers for {kernel.num_stages} stages")
     return [f"{kernel.name}, {dtype}, {target}: {what}" for what in wrong]
 
 

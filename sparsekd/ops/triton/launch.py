@@ -123,6 +123,8 @@ def tile_product(
     """
     weight, positions = _weight(of, lists), y.images * y.high * y.wide
     count = lists.outputs.shape[0]
+    image, row, pixel = y.strides
+    whole = row == y.wide * pixel and image == y.high * row
 
     def launch(how: config.Config) -> None:
         gemm.tile_product[count * ceil_div(positions, how.positions),](
@@ -130,7 +132,7 @@ def tile_product(
             weight, weight if bias is None else bias, x.data, y.data,
             count, positions, y.high, y.wide,
             *x.strides, x.high, x.wide, *access.stride, *y.strides,
-            SPATIAL=access.spatial, BIAS=bias is not None, EVEN_N=lists.even[0],
+            SPATIAL=access.spatial, WHOLE=whole, BIAS=bias is not None, EVEN_N=lists.even[0],
             EVEN_K=lists.even[1], ALIGN=lists.align, IN_PLACE=lists.in_place, PRECISION=precision,
             BP=how.positions, BN=lists.n, BK=lists.k,
             num_warps=how.num_warps, num_stages=how.num_stages,
@@ -298,7 +300,10 @@ def _choose(
     single = lists.align > 0 and not (lists.even[1] and lists.align * x.element_size() >= 16)
     vectors = not single and neighbours % 16 == 0  # what Triton asks of strides
     dtype, target = _DTYPES[x.dtype], architecture(x.device)
-    return config.choose(kind, lists.n, dtype, precision, positions, target, vectors=vectors)
+    chunks = lists.columns.shape[0] / lists.outputs.shape[0] if kind == "product" else math.inf
+    return config.choose(
+        kind, lists.n, dtype, precision, positions, target, vectors=vectors, chunks=chunks
+    )
 
 
 def _launch_tuned(
