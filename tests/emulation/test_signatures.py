@@ -100,3 +100,9 @@ def test_a_dtype_that_the_kernels_lack_is_refused(emulated) -> None:
 def test_a_declaration_of_another_style_is_refused(declaration: str) -> None:
     with pytest.raises(ValueError, match="cannot read"):
         signatures(f"SPARSEKD_API {declaration}")
+
+
+def test_structs_have_fields_of_64_bits(emulated) -> None:
+    """They are packed without gaps."""
+    with pytest.raises(ValueError, match="sparsekd_cuda_small: expected fields of 64 bits"):
+        signatures("typedef struct {\n  int64_t a;\n  int b;\n} sparsekd_cuda_small;")
