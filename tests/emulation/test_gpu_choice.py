@@ -272,14 +272,21 @@ def test_nothing_is_dense_that_is_not_clearly_faster(on_gpu, any_size, monkeypat
     assert running("linear", linear_args((1, 1))) == "dense_cuda"
 
 
-def test_the_others_are_compared_where_there_is_no_memory_for_a_dense_weight(
-    on_gpu, any_size, monkeypatch, tmp_path: Path
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN
+    ],
+)
+def test_the_others_are_compared_where_a_dense_weight_does_not_run(
+    on_gpu, any_size, monkeypatch, tmp_path: Path, error: Exception
 ) -> None:
     watch = Stopwatch(cuda=1.0, triton=2.0)
 
     def clock(run: partial) -> float:
         if "dense" in run.func.__module__:
-            raise torch.OutOfMemoryError("full")
+            raise error
         return watch.clock(run)
 
     choose_with(monkeypatch, lambda device: clock, tmp_path / "gpu.jsonl")

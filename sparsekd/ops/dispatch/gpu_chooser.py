@@ -39,6 +39,8 @@ LEAST_PRODUCTS = 1 << 26
 """Multiplications of the dense op below which a GPU takes microseconds either way."""
 _MOST_KNOWN = 4096
 _CLOSE = 1.05  # less than medians vary by
+_OURS = TritonError, BackendError, UnsupportedError, torch.OutOfMemoryError
+_TORCHS = RuntimeError  # by which torch passes on whatever its libraries refuse
 
 
 @dataclass(frozen=True)
@@ -140,16 +142,17 @@ class Chooser:
     def _measure(
         self, op: str, args: tuple[Any, ...], clock: Clock, otherwise: str
     ) -> Measured | None:
-        """Time the backends that take a product, but those of torch that lack memory for copies.
+        """Time the backends that take a product, but those of torch that refuse it here.
 
         Where `otherwise` is too close to the fastest to tell apart, it is the one. None says that
         one of our own does not run here.
         """
         times = {}
         for name in (*SPARSE, *(n for n in (_2TO4, _DENSE) if can_take(n, op, args))):
+            refusals = _OURS if name in SPARSE else _TORCHS
             try:
                 times[name] = clock(partial(BACKENDS[name].function(op), *args))
-            except (TritonError, BackendError, UnsupportedError, torch.OutOfMemoryError) as error:
+            except refusals as error:
                 if name in SPARSE:
                     logger.warning("%s is not measured, its structure decides: %s", op, error)
                     return None
