@@ -240,6 +240,8 @@ def test_damaged_choices_are_skipped(on_gpu, any_size, monkeypatch, tmp_path: Pa
         {"ms": {"cuda": None}},
         {"ms": {"cuda": "fast"}},
         {"ms": {"cuda": 1.0, "mine": 2.0}},
+        {"backend": "gpu", "ms": {"gpu": 1.0}},
+        {"backend": "cpp", "ms": {"cpp": 1.0}},
     ):
         path.write_text(json.dumps(row | damage) + "\n")
         watch.timed.clear()

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 SPARSE = ("cuda", "triton")
 """The backends of this project's kernels, which take every product."""
 _2TO4, _DENSE = "semi_structured", "dense_cuda"  # torch's
+_CHOICES = {*SPARSE, _2TO4, _DENSE}
 LEAST_PRODUCTS = 1 << 26
 """Multiplications of the dense op below which a GPU takes microseconds either way."""
 _MOST_KNOWN = 4096
@@ -60,7 +61,7 @@ class Measured:
     def of(cls, row: dict[str, Any]) -> Measured:
         """Parse a line; raises ValueError, KeyError or TypeError if it is damaged."""
         made = cls(row["backend"], {name: float(ms) for name, ms in dict(row["ms"]).items()})
-        if made.backend not in made.ms or not made.ms.keys() <= BACKENDS.keys():
+        if made.backend not in made.ms or not made.ms.keys() <= _CHOICES:
             raise ValueError("backend")
         return made
 
