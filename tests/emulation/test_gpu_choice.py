@@ -296,6 +296,23 @@ def test_the_others_are_compared_where_a_dense_weight_does_not_run(
     assert json.loads((tmp_path / "gpu.jsonl").read_text())["ms"] == {"cuda": 1.0, "triton": 2.0}
 
 
+def test_nothing_is_dense_where_results_must_be_reproducible(
+    on_gpu, any_size, monkeypatch, tmp_path: Path
+) -> None:
+    watch, path = Stopwatch(cuda=2.0, triton=3.0, dense_cuda=1.0), tmp_path / "gpu.jsonl"
+    args = linear_args()
+    for _ in range(2):  # the second time from the file
+        choose_with(monkeypatch, watch, path)
+        assert running("linear", args) == "dense_cuda"
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert running("linear", args) == "cuda"
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert running("linear", args) == "dense_cuda"
+    assert watch.timed == ["cuda", "triton", "dense_cuda", "cuda", "triton"]
+
+
 # -- torch's kernels for 2:4 weights ---------------------------------------------------------------
 
 

@@ -95,7 +95,8 @@ class Chooser:
         step = cache_key.density_step(nnz / size) if nnz else None
         sizes = x.shape, x.stride(), other.shape, other.stride()
         is_2to4 = can_take(_2TO4, op, args)
-        facts = op, sizes, x.dtype, x.device, *traits[1:], is_2to4, step
+        reproducible = torch.are_deterministic_algorithms_enabled()
+        facts = op, sizes, x.dtype, x.device, *traits[1:], is_2to4, reproducible, step
         decision = self._known.get(facts)
         if decision is not None:
             return decision
@@ -111,8 +112,9 @@ class Chooser:
             if clock is None:
                 return by_structure
             on = triton_tuning.name_of(x.device)
-            words = [traits.arithmetic, *(["2:4"] if is_2to4 else [])]
-            key = cache_key.key(op, args, traits.runs, *words)
+            words = {"2:4": is_2to4, "deterministic": reproducible}
+            facts_of_time = traits.arithmetic, *(word for word, said in words.items() if said)
+            key = cache_key.key(op, args, traits.runs, *facts_of_time)
             key = key._replace(kind=f"{key.kind} on {on}")
             with self._lock:  # measurements must not disturb each other
                 known = self.store.get(*key) or self._like(key)
@@ -148,8 +150,10 @@ class Chooser:
         Where `otherwise` is too close to the fastest to tell apart, it is the one. None says that
         one of our own does not run here.
         """
+        # cuBLAS and cuDNN add up in any order, or raise where torch is told that they must not.
+        torchs = (_2TO4,) if torch.are_deterministic_algorithms_enabled() else (_2TO4, _DENSE)
         times = {}
-        for name in (*SPARSE, *(n for n in (_2TO4, _DENSE) if can_take(n, op, args))):
+        for name in (*SPARSE, *(n for n in torchs if can_take(n, op, args))):
             refusals = _OURS if name in SPARSE else _TORCHS
             try:
                 times[name] = clock(partial(BACKENDS[name].function(op), *args))
