@@ -14,6 +14,7 @@ from structures import assert_corrects_what_is_not_finite, assert_padding_meets_
 import sparsekd as skd
 from sparsekd import Topology, ops
 from sparsekd.errors import BackendError, TopologyError
+from sparsekd.ops import dense_products
 from sparsekd.ops.gpu import structure as gpu_structure
 from sparsekd.testing import (
     assert_layer_matches_dense,
@@ -104,6 +105,21 @@ def test_one_bad_row_leaves_the_others_alone(on_cuda, on_dense, value: float) ->
     assert y[expected.isfinite()].eq(1).all()
     (dvalues,) = torch.autograd.grad(y.sum(), values)
     assert dvalues.isfinite().tolist() == [True, True, True, False, True, True]
+    assert on_cuda.repeats()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_pixels_that_no_tap_reaches_have_no_gradient(on_cuda, on_dense, monkeypatch, value) -> None:
+    """Also where torch's kernel multiplies a weight that is not finite by zeros between strides."""
+    exact = dense_products.conv2d_dgrad
+    monkeypatch.setattr(dense_products, "conv2d_dgrad", lambda *args: exact(*args) * math.nan)
+    structure = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 0], dtype=torch.int32)
+    conv = [2, 1, 1, 1], [2, 3], [0, 0, 0, 0], [1, 1], 1
+    grad, values = torch.ones(2, 2, 2, 2), torch.tensor([1.0, value])
+    expected = torch.zeros(2, 1, 3, 4)
+    expected[:, :, ::2, ::3] = value
+    dx = ops.conv2d_dgrad(grad, values, *structure, list(expected.shape), *conv)
+    torch.testing.assert_close(dx, expected, equal_nan=True, rtol=0, atol=0)
     assert on_cuda.repeats()
 
 

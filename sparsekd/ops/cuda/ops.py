@@ -128,12 +128,13 @@ def conv2d_dgrad(
         )
     structure = structure_of(grad, crow, col, weight_shape)
     products = plans.input_gradient(structure, conv, grad, input_shape[2:])
-    dx = correct
-    if dx is None:
-        dx = _empty(grad, input_shape)
-        if not covers(len(products), conv, input_shape[2:]):
+    dx, check = _empty(grad, input_shape) if correct is None else correct, _check(correct)
+    if not covers(len(products), conv, input_shape[2:]):
+        if check is None:
             dx.zero_()
-    return _gather(grad, products, values, None, dx, _check(correct))
+        else:
+            dx.masked_fill_(~check.isfinite(), 0.0)
+    return _gather(grad, products, values, None, dx, check)
 
 
 def conv2d_wgrad(
