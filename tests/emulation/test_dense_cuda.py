@@ -78,6 +78,20 @@ def test_padding_far_beyond_the_maps_is_not_allocated(on_dense) -> None:
     assert ops.conv2d_wgrad(expected, x, *structure, *conv).tolist() == [40.0]
 
 
+def test_large_kernels_are_computed_once(on_dense, monkeypatch) -> None:
+    """csrc/cuda has no room for their windows; torch's results could not be corrected."""
+    for name in ("conv2d", "conv2d_dgrad", "conv2d_wgrad"):
+        monkeypatch.setattr(dense_products, name, lambda *args: pytest.fail("densified"))
+    structure = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 41 * 41 - 1]).int()
+    conv = [1, 1, 41, 41], [1, 1], [0, 0, 0, 0], [1, 1], 1
+    x, values, grad = torch.ones(1, 1, 41, 42), torch.tensor([2.0, 3.0]), torch.ones(1, 1, 1, 2)
+    assert ops.conv2d(x, values, *structure, None, *conv).tolist() == [[[[5.0, 5.0]]]]
+    dx = torch.zeros(1, 1, 41, 42)
+    dx[..., 0, :2], dx[..., -1, -2:] = 2.0, 3.0
+    assert torch.equal(ops.conv2d_dgrad(grad, values, *structure, list(x.shape), *conv), dx)
+    assert ops.conv2d_wgrad(grad, x, *structure, *conv).tolist() == [2.0, 2.0]
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("batch", [1, 5])

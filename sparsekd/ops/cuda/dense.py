@@ -9,6 +9,7 @@ because a result is not finite, csrc/cuda computes it again; the device finds ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from sparsekd.ops import dense_products
 from sparsekd.ops.borders import Geometry, reaches_far
 from sparsekd.ops.checks import conv2d_shape
 from sparsekd.ops.cuda import ops as cuda
+from sparsekd.ops.cuda import plans
+from sparsekd.ops.gpu.convolution import conv_of
 from sparsekd.ops.gpu.structure import Structure, structure_of
 from sparsekd.ops.memory_format import matrix
 
@@ -43,6 +46,15 @@ def _gather(dweight: Tensor, structure: Structure) -> Tensor:
     return dweight.reshape(-1).index_select(0, _positions(structure))
 
 
+def _leaves(input_size: Sequence[int], output_size: Sequence[int], *conv: Any) -> bool:
+    """Return whether a convolution is left to the backend "cuda".
+
+    Kernels that it cannot correct it computes tap by tap, whatever torch's make of them; and those
+    would walk over all that stride and padding span, be it far more than the maps.
+    """
+    return plans.is_large(conv_of(*conv)) or reaches_far(Geometry(input_size, output_size, *conv))
+
+
 def conv2d(
     x: Tensor,
     values: Tensor,
@@ -54,7 +66,7 @@ def conv2d(
 ) -> Tensor:
     args = x, values, crow, col, bias, weight_shape, *conv
     y_size = conv2d_shape(x.shape, weight_shape, *conv)[2:]
-    if reaches_far(Geometry(x.shape[2:], y_size, weight_shape, *conv)):
+    if _leaves(x.shape[2:], y_size, weight_shape, *conv):
         return cuda.conv2d(*args)
     weight = _densify(values, structure_of(x, crow, col, weight_shape), weight_shape)
     with _below_autocast():
@@ -72,7 +84,7 @@ def conv2d_dgrad(
     *conv: Any,
 ) -> Tensor:
     args = grad, values, crow, col, input_shape, weight_shape, *conv
-    if reaches_far(Geometry(input_shape[2:], grad.shape[2:], weight_shape, *conv)):
+    if _leaves(input_shape[2:], grad.shape[2:], weight_shape, *conv):
         return cuda.conv2d_dgrad(*args)
     weight = _densify(values, structure_of(grad, crow, col, weight_shape), weight_shape)
     with _below_autocast():
@@ -84,7 +96,7 @@ def conv2d_wgrad(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, weight_shape: list[int], *conv: Any
 ) -> Tensor:
     args = grad, x, crow, col, weight_shape, *conv
-    if reaches_far(Geometry(x.shape[2:], grad.shape[2:], weight_shape, *conv)):
+    if _leaves(x.shape[2:], grad.shape[2:], weight_shape, *conv):
         return cuda.conv2d_wgrad(*args)
     structure = structure_of(x, crow, col, weight_shape)
     with _below_autocast():
