@@ -296,6 +296,38 @@ def test_the_others_are_compared_where_a_dense_weight_does_not_run(
     assert json.loads((tmp_path / "gpu.jsonl").read_text())["ms"] == {"cuda": 1.0, "triton": 2.0}
 
 
+def test_what_no_longer_fits_into_memory_runs_sparse(on_gpu, any_size, monkeypatch, caplog) -> None:
+    args, asked = linear_args(), []
+    sparse = skd.ops.linear(*args)
+    choose_with(monkeypatch, Stopwatch(cuda=2.0, triton=3.0, dense_cuda=1.0))
+    assert running("linear", args) == "dense_cuda"
+
+    def densify(*_: Any) -> Tensor:
+        asked.append(1)
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends.module("dense_cuda"), "_densify", densify)
+        assert torch.equal(skd.ops.linear(*args), sparse)
+    assert torch.equal(skd.ops.linear(*args), sparse)
+    assert running("linear", args) == "triton"  # as structure decides
+    assert len(asked) == 1
+    assert "linear runs on triton from now on: full" in caplog.text
+
+
+def test_memory_that_our_own_kernels_lack_is_an_error(on_gpu, any_size, monkeypatch) -> None:
+    choose_with(monkeypatch, Stopwatch(cuda=1.0, triton=2.0))
+    args = linear_args()
+    assert running("linear", args) == "cuda"
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(backends.module("cuda"), "_gather", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        skd.ops.linear(*args)
+
+
 def test_nothing_is_dense_where_results_must_be_reproducible(
     on_gpu, any_size, monkeypatch, tmp_path: Path
 ) -> None:

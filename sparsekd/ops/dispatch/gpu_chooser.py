@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from sparsekd import cuda_library
@@ -124,14 +125,32 @@ class Chooser:
                     if known is not None:
                         known = self.store.add(*key, known)
                         logger.info("%s at density %.3g: %s", key.kind, nnz / size, known)
-        if known is not None:
-            fastest = BACKENDS[known.backend].decide(op, args)
-            decision = replace(
-                fastest, reason="measured, here or on similar work", key=key, ms=known.ms
-            )
-        elif is_2to4:  # it needs memory for copies, which our own kernels do without
-            decision = replace(BACKENDS[sparse].decide(op, args), reason=BY_STRUCTURE)
-        return self._known.setdefault(facts, decision or by_structure)
+        ours = replace(BACKENDS[sparse].decide(op, args), reason=BY_STRUCTURE)
+        if known is None:  # those of torch need memory for copies, which our own do without
+            return self._known.setdefault(facts, ours)
+        fastest = BACKENDS[known.backend].decide(op, args)
+        if known.backend not in SPARSE:
+            fastest = replace(fastest, run=self._with_recourse(facts, fastest, ours))
+        decision = replace(
+            fastest, reason="measured, here or on similar work", key=key, ms=known.ms
+        )
+        return self._known.setdefault(facts, decision)
+
+    def _with_recourse(self, facts: Any, first: Decision, then: Decision) -> Callable[..., Tensor]:
+        """Return a function that runs a decision until memory is short, and from then on another.
+
+        A first step, which measures, has memory that later ones have given to the optimizer.
+        """
+
+        def run(*args: Any) -> Tensor:
+            try:
+                return first.run(*args)
+            except torch.OutOfMemoryError as error:
+                logger.warning("%s runs on %s from now on: %s", facts[0], then.backend, error)
+                self._known[facts] = then
+            return then.run(*args)
+
+        return run
 
     def _like(self, key: Key) -> Measured | None:
         """Return a clear result of nearly the same sizes and density, None if there is none."""
