@@ -190,6 +190,19 @@ def test_other_convolutions_are_left_to_others(on_semi_structured, change: dict[
     assert decide("conv2d", args).backend == "reference"
 
 
+def test_more_rows_than_a_grid_has_blocks_for_are_left_to_others(on_semi_structured) -> None:
+    """What is multiplied lies along y of the grid, where CUDA allows 65,535 blocks."""
+    mask = transposable_mask(64, 128)
+    args, shape = operands(mask), [64, 128, 1, 1]
+    grad = upper(args)
+    for rows, taken in ((65535 * 128, True), (65535 * 128 + 1, False)):
+        x, dy = args[0][:1].expand(rows, -1), grad[0][:1].expand(rows, -1)
+        assert backends.can_take("semi_structured", "linear", (x, *args[1:])) == taken
+        assert backends.can_take("semi_structured", "linear_dgrad", (dy, *grad[1:])) == taken
+    maps = torch.empty(1, 2**12, 2**11, 128, dtype=torch.float16, device="meta").permute(0, 3, 1, 2)
+    assert not backends.can_take("semi_structured", "conv2d", (maps, *args[1:5], shape, *POINT))
+
+
 def test_other_devices_are_left_to_others(on_semi_structured, monkeypatch) -> None:
     module = backends.module("semi_structured")
     monkeypatch.setattr(module, "has_semi_structured", lambda device: False)

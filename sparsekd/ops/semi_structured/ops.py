@@ -50,6 +50,7 @@ def takes(op: str, args: tuple[Any, ...]) -> bool:
         or not rows * cols
         or rows % plans.ROWS
         or cols % plans.COLS
+        or first.numel() > cols * plans.MOST_OTHER_ROWS
         or 2 * col.shape[0] != rows * cols
         or (conv and not _multiplies_pixels(first, weight_shape, *conv))
         or not has_semi_structured(first.device)

@@ -22,6 +22,11 @@ ROWS, COLS, OTHER_ROWS = 32, 64, 8
 
 Source: SparseSemiStructuredTensorCUTLASS of PyTorch, whose kernels these are, in 16 bits.
 """
+MOST_OTHER_ROWS = 65535 * 128
+"""The most rows of what a weight is multiplied with: a grid has 65,535 blocks along y, of 128.
+
+Source: SparseSemiStructuredOps.cu of PyTorch, and GemmIdentityThreadblockSwizzle of CUTLASS.
+"""
 _RUN, _KEPT = 4, 2
 _RUNS_OF_WORD = 4  # a run has four bits of metadata, a word 16
 
