@@ -59,6 +59,13 @@ def test_a_rewire_moves_no_plan(on_dense) -> None:
     assert any(torch.equal(plan, other.flatten().nonzero().squeeze(1)) for plan in after)
 
 
+def test_plans_take_24_bytes_a_nonzero(on_dense) -> None:
+    layer = skd.nn.SparseLinear(256, 256, sparsity=0.5, seed=0)
+    layer(torch.randn(8, 256, requires_grad=True)).sum().backward()
+    taken = {plan.data_ptr(): plan.nbytes for plan in plan_tensors()}
+    assert 24 <= sum(taken.values()) / layer.values.numel() < 25
+
+
 def test_crafted_indices_are_refused(on_dense) -> None:
     crow, col = (torch.tensor(i, dtype=torch.int32) for i in ([0, 2, 3, 3], [0, 4, 1]))
     with pytest.raises(TopologyError):
