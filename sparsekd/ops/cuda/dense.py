@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,27 +24,56 @@ from sparsekd.ops.cuda import ops as cuda
 from sparsekd.ops.cuda import plans
 from sparsekd.ops.gpu.convolution import conv_of
 from sparsekd.ops.gpu.structure import Structure, structure_of
-from sparsekd.ops.memory_format import matrix
+from sparsekd.ops.memory_format import matrix, memory_format_of
 
 _below_autocast = without_autocast("cuda")
 
 
-def _positions(structure: Structure) -> Tensor:
-    """Return where each nonzero is in the dense weight, int64 `[nnz]`."""
+def _positions(structure: Structure, channels: int) -> Tensor:
+    """Return where each nonzero is in the memory of the dense weight, int64 `[nnz]`.
+
+    Args:
+        structure: of the weight; it keeps the result.
+        channels: of a tap that lie side by side, all of them in channels_last, else 1.
+    """
 
     def make(made: Structure) -> Tensor:
-        return made.to_device(made.row.long() * made.size[1] + made.col)
+        taps, col = made.size[1] // channels, made.col.long()
+        if channels > 1:
+            col = col % taps * channels + col // taps
+        return made.to_device(made.row.long() * made.size[1] + col)
 
-    return structure.plan("positions in the dense weight", make)
+    return structure.plan(("positions in the dense weight", channels), make)
 
 
-def _densify(values: Tensor, structure: Structure, weight_shape: list[int]) -> Tensor:
-    weight = values.new_zeros(structure.size[0] * structure.size[1])
-    return weight.scatter_(0, _positions(structure), values).view(weight_shape)
+def _densify(
+    values: Tensor,
+    structure: Structure,
+    weight_shape: Sequence[int],
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    weight = torch.empty(
+        weight_shape, dtype=values.dtype, device=values.device, memory_format=layout
+    ).zero_()
+    memory, channels = _memory(weight)
+    memory.scatter_(0, _positions(structure, channels), values)
+    return weight
 
 
 def _gather(dweight: Tensor, structure: Structure) -> Tensor:
-    return dweight.reshape(-1).index_select(0, _positions(structure))
+    memory, channels = _memory(dweight)
+    return memory.index_select(0, _positions(structure, channels))
+
+
+def _memory(weight: Tensor) -> tuple[Tensor, int]:
+    """Return a weight as it lies in memory, and how many channels of a tap lie side by side.
+
+    It is a view of one that is contiguous or channels_last, and else a contiguous copy.
+    """
+    inner = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    if inner and not weight.is_contiguous():
+        return weight.permute(0, 2, 3, 1).reshape(-1), weight.shape[1]
+    return weight.reshape(-1), 1
 
 
 def _leaves(input_size: Sequence[int], output_size: Sequence[int], *conv: Any) -> bool:
@@ -68,7 +98,8 @@ def conv2d(
     y_size = conv2d_shape(x.shape, weight_shape, *conv)[2:]
     if _leaves(x.shape[2:], y_size, weight_shape, *conv):
         return cuda.conv2d(*args)
-    weight = _densify(values, structure_of(x, crow, col, weight_shape), weight_shape)
+    structure = structure_of(x, crow, col, weight_shape)
+    weight = _densify(values, structure, weight_shape, memory_format_of(x))
     with _below_autocast():
         y = dense_products.conv2d(x, weight, bias, *conv)
         return cuda.conv2d(*args, correct=y)
@@ -86,7 +117,8 @@ def conv2d_dgrad(
     args = grad, values, crow, col, input_shape, weight_shape, *conv
     if _leaves(input_shape[2:], grad.shape[2:], weight_shape, *conv):
         return cuda.conv2d_dgrad(*args)
-    weight = _densify(values, structure_of(grad, crow, col, weight_shape), weight_shape)
+    structure = structure_of(grad, crow, col, weight_shape)
+    weight = _densify(values, structure, weight_shape, memory_format_of(grad))
     with _below_autocast():
         dx = dense_products.conv2d_dgrad(grad, weight, input_shape, *conv)
         return cuda.conv2d_dgrad(*args, correct=dx)
