@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+import sparsekd as skd
 from sparsekd.bench.cases import LayerCase
 from sparsekd.layouts import Layout
+from sparsekd.testing import available_backends
 
 _TF32 = torch.float16  # rounds as TF32 does, to eleven bits
 
@@ -28,6 +30,7 @@ class GpuCompetitor:
         channels_last: memory layout of maps and dense weights.
         storage: "weight" for torch's own layers and for ours, or what torch converts a masked
             matrix to for inference: "bsr" or "2:4".
+        backend: of sparsekd that runs on a GPU; "gpu" is free to run dense.
     """
 
     name: str
@@ -37,6 +40,7 @@ class GpuCompetitor:
     tf32: bool = False
     channels_last: bool = True
     storage: str = "weight"
+    backend: str | None = None
 
     @property
     def sparse(self) -> bool:
@@ -63,22 +67,25 @@ class GpuCompetitor:
             return f"{self.storage} weights are timed on GPUs"
         if case.kind == "linear" and not self.channels_last:
             return "a matrix has one layout"
+        if device.type == "cuda" and self.backend not in (None, *available_backends()):
+            return f"the backend {self.backend} cannot run here"
         if self.tf32 and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
             return "TF32 needs compute capability 8.0"
         return None
 
     def rules(self) -> AbstractContextManager[Any]:
-        """Return a context with TF32 on or off in which cuDNN chooses by measurement."""
-        return _rules(self.tf32) if torch.cuda.is_available() else nullcontext()
+        """Return a context of its backend and of TF32, in which cuDNN chooses by measurement."""
+        return _rules(self.tf32, self.backend) if torch.cuda.is_available() else nullcontext()
 
 
 @contextmanager
-def _rules(tf32: bool) -> Iterator[None]:
+def _rules(tf32: bool, backend: str | None) -> Iterator[None]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, tf32, tf32
     try:
-        yield
+        with skd.backend(backend) if backend else nullcontext():
+            yield
     finally:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
@@ -86,6 +93,7 @@ def _rules(tf32: bool) -> Iterator[None]:
 EXACT = GpuCompetitor("exact", "dense, float64", dtype=torch.float64, channels_last=False)
 _BF16 = torch.bfloat16
 CSR, _BCSR, _FANIN = Layout("csr"), Layout("bcsr", block=32), Layout("fanin", group=32, block=16)
+_24 = Layout("nm")
 COMPETITORS = {
     competitor.name: competitor
     for competitor in (
@@ -94,11 +102,15 @@ COMPETITORS = {
         GpuCompetitor("dense_tf32", "dense, TF32", tf32=True),
         GpuCompetitor("dense_bf16", "dense, bfloat16", dtype=_BF16),
         GpuCompetitor("torch_bsr", "torch BSR 32, bfloat16", _BCSR, _BF16, storage="bsr"),
-        GpuCompetitor("torch_24", "torch 2:4, bfloat16", Layout("nm"), _BF16, storage="2:4"),
-        GpuCompetitor("csr_fp32", "sparsekd csr, float32", CSR),
-        GpuCompetitor("csr_bf16", "sparsekd csr, bfloat16", CSR, _BF16),
-        GpuCompetitor("bcsr_tf32", "sparsekd bcsr 32, TF32", _BCSR, tf32=True),
-        GpuCompetitor("bcsr_bf16", "sparsekd bcsr 32, bfloat16", _BCSR, _BF16),
-        GpuCompetitor("fanin_bf16", "sparsekd fanin 32x16, bfloat16", _FANIN, _BF16),
+        GpuCompetitor("torch_24", "torch 2:4, bfloat16", _24, _BF16, storage="2:4"),
+        GpuCompetitor("csr_fp32", "sparsekd csr, float32", CSR, backend="cuda"),
+        GpuCompetitor("csr_bf16", "sparsekd csr, bfloat16", CSR, _BF16, backend="cuda"),
+        GpuCompetitor("gpu_bf16", "sparsekd csr, bfloat16, chosen", CSR, _BF16, backend="gpu"),
+        GpuCompetitor("bcsr_tf32", "sparsekd bcsr 32, TF32", _BCSR, tf32=True, backend="triton"),
+        GpuCompetitor("bcsr_bf16", "sparsekd bcsr 32, bfloat16", _BCSR, _BF16, backend="triton"),
+        GpuCompetitor(
+            "fanin_bf16", "sparsekd fanin 32x16, bfloat16", _FANIN, _BF16, backend="triton"
+        ),
+        GpuCompetitor("nm_bf16", "sparsekd 2:4, bfloat16, chosen", _24, _BF16, backend="gpu"),
     )
 }

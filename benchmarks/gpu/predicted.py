@@ -57,7 +57,7 @@ def _kernels(one: GpuCompetitor) -> tuple[Kernel, Kernel] | None:
     """Return the kernel of products, and that of weight gradients."""
     if one.layout is None:
         return dense, dense
-    if one.ours and one.layout.name == "csr":
+    if one.ours and one.layout.name == "csr" and one.backend == "cuda":
         return gather, sample
     if one.ours and one.layout.name == "bcsr":
         return tile_product(one.layout.tile[0]), tile_sample(one.layout.tile[0])
