@@ -20,6 +20,7 @@ import semi_structured_kernels
 import torch
 from cuda_emulation import ROOT, SOURCES, Emulated, OnPtx, bound, module_of, on_the_cpu
 
+import sparsekd as skd
 from sparsekd import _torch
 from sparsekd.ops.dispatch import backends
 
@@ -159,6 +160,28 @@ def dense_cuda(
 
 
 @pytest.fixture
+def on_gpu(on_cuda, dense_cuda, on_triton, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run the test on the backend "gpu", on CPU tensors, with our own of its backends emulated."""
+    import gpu_choice  # which needs Triton
+
+    entry = dataclasses.replace(backends.BACKENDS["gpu"], device="cpu")
+    monkeypatch.setitem(backends.BACKENDS, "gpu", entry)
+    backends.load.cache_clear()
+    gpu_choice.choose_with(monkeypatch, lambda device: None)
+    with skd.backend("gpu"):
+        yield
+    del sys.modules["sparsekd.ops.dispatch.gpu"]
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure products however small."""
+    from sparsekd.ops.dispatch import gpu_chooser  # which needs Triton
+
+    monkeypatch.setattr(gpu_chooser, "LEAST_PRODUCTS", 1)
+
+
+@pytest.fixture
 def semi_structured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Let the backend "semi_structured" run on CPU tensors; count the calls of torch's kernels."""
     entry = dataclasses.replace(backends.BACKENDS["semi_structured"], device="cpu")
@@ -172,6 +195,15 @@ def semi_structured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield calls
     del sys.modules["sparsekd.ops.semi_structured.ops"]  # it was importable only here
     backends.load.cache_clear()
+
+
+@pytest.fixture
+def on_semi_structured(semi_structured, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Run the test on the backend; what it does not take runs on "reference"."""
+    entry = dataclasses.replace(backends.BACKENDS["semi_structured"], extends="reference")
+    monkeypatch.setitem(backends.BACKENDS, "semi_structured", entry)
+    with skd.backend("semi_structured"):
+        yield semi_structured
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,10 +10,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
+
+from sparsekd import Topology
 
 _PAIRS = list(itertools.combinations(range(4), 2))
 _RUNS = torch.tensor([[place in kept for place in range(4)] for kept in _PAIRS])
@@ -83,3 +86,24 @@ def _product(packed: Tensor, metadata: Tensor, other: Tensor) -> Tensor:
     stored = sparse_semi_structured_to_dense_cutlass(torch.ones_like(packed), metadata)
     columns = stored.nonzero()[:, 1].view(rows, kept)
     return torch.einsum("rk,rkn->rn", packed.float(), other.float()[columns])
+
+
+def operands(
+    mask: Tensor, dtype: torch.dtype = torch.float16, rows: int = 5, seed: int = 1
+) -> tuple[Any, ...]:
+    """Return those of a linear layer, without a bias."""
+    topology = Topology.from_mask(mask)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, mask.shape[1], generator=generator).to(dtype)
+    values = torch.randn(topology.nnz, generator=generator).to(dtype)
+    indices = topology.crow_indices, topology.col_indices
+    return x, values, *indices, None, list(mask.shape)
+
+
+def moved(mask: Tensor, fro: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """Return a mask with a nonzero moved."""
+    assert mask[fro]
+    assert not mask[to]
+    mask = mask.clone()
+    mask[fro], mask[to] = False, True
+    return mask
