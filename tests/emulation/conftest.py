@@ -22,6 +22,7 @@ from cuda_emulation import ROOT, SOURCES, Emulated, OnPtx, bound, module_of, on_
 
 import sparsekd as skd
 from sparsekd import _torch
+from sparsekd.ops import cuda
 from sparsekd.ops.dispatch import backends
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -151,11 +152,14 @@ def dense_cuda(
     """Let the backend "dense_cuda" run on CPU tensors, and the emulated "cuda" correct it."""
     entry = dataclasses.replace(backends.BACKENDS["dense_cuda"], device="cpu")
     monkeypatch.setitem(backends.BACKENDS, "dense_cuda", entry)
+    # Imported anew, as where there is a GPU another test may have done it, with the real ones.
     monkeypatch.setitem(sys.modules, "sparsekd.ops.cuda.ops", emulated_module)
+    monkeypatch.setattr(cuda, "ops", emulated_module, raising=False)
+    monkeypatch.delitem(sys.modules, "sparsekd.ops.cuda.dense", raising=False)
     backends.load.cache_clear()
     backends.module("dense_cuda")
     yield
-    del sys.modules["sparsekd.ops.cuda.dense"]  # it was importable only here
+    del sys.modules["sparsekd.ops.cuda.dense"]
     backends.load.cache_clear()
 
 
@@ -187,13 +191,14 @@ def semi_structured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     entry = dataclasses.replace(backends.BACKENDS["semi_structured"], device="cpu")
     monkeypatch.setitem(backends.BACKENDS, "semi_structured", entry)
     monkeypatch.setattr(_torch, "has_semi_structured", lambda device: True)
+    monkeypatch.delitem(sys.modules, "sparsekd.ops.semi_structured.ops", raising=False)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         backends.load.cache_clear()
         backends.module("semi_structured")
     with semi_structured_kernels.decoded() as calls:
         yield calls
-    del sys.modules["sparsekd.ops.semi_structured.ops"]  # it was importable only here
+    del sys.modules["sparsekd.ops.semi_structured.ops"]
     backends.load.cache_clear()
 
 
