@@ -322,6 +322,9 @@ def main() -> None:
     results["fingerprint"] = replicas.fingerprint(network()[0].topology)
     torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
     dist.destroy_process_group()
+    # A thread of gloo may still hold tensors of the last collective, and dropping them without an
+    # interpreter aborts the process: https://github.com/pytorch/pytorch/pull/179291
+    os._exit(0)
 
 
 if __name__ == "__main__":

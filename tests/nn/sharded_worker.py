@@ -190,6 +190,9 @@ def main() -> None:
     results = {scenario.__name__: scenario(rank, world) for scenario in scenarios}
     torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
     dist.destroy_process_group()
+    # A thread of gloo may still hold tensors of the last collective, and dropping them without an
+    # interpreter aborts the process: https://github.com/pytorch/pytorch/pull/179291
+    os._exit(0)
 
 
 if __name__ == "__main__":
