@@ -86,10 +86,7 @@ def conv2d(
     col: Tensor,
     bias: Tensor | None,
     weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    *_conv: Any,
 ) -> Tensor:
     y = linear(_channels_last(x), values, crow, col, bias, weight_shape)
     return y.permute(0, 3, 1, 2)
@@ -102,10 +99,7 @@ def conv2d_dgrad(
     col: Tensor,
     input_shape: list[int],
     weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    *_conv: Any,
 ) -> Tensor:
     dx = linear_dgrad(_channels_last(grad), values, crow, col, weight_shape)
     return dx.permute(0, 3, 1, 2)
