@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.ops.gpu.convolution import AxisPhase, Conv, axis_phases, taps
+from sparsekd.ops.gpu.convolution import AxisPhase, Conv, input_phases, taps
 from sparsekd.ops.gpu.sizes import ceil_div, next_power_of_two
 from sparsekd.ops.gpu.structure import Structure
 
@@ -221,11 +221,8 @@ def _forward_lines(conv: Conv, output_size: Sequence[int]) -> list[_Line]:
 def _input_gradient(
     structure: Structure, conv: Conv, input_size: Sequence[int], images: int
 ) -> tuple[Product, ...]:
-    rows, channels, *kernel = conv.weight_shape
-    phases = [
-        axis_phases(input_size[d], conv.padding[2 * d], kernel[d], conv.stride[d], conv.dilation[d])
-        for d in (0, 1)
-    ]
+    rows, channels = conv.weight_shape[:2]
+    phases = input_phases(conv, input_size)
     channel, i, j = taps(structure, conv)
     shape = channels * conv.groups, max(channels, 1), rows // conv.groups
     products = []

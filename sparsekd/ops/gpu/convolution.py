@@ -44,8 +44,21 @@ class AxisPhase(NamedTuple):
     output: Tensor
 
 
-def axis_phases(size: int, before: int, kernel: int, stride: int, dilation: int) -> list[AxisPhase]:
-    """Return the phases of an axis that taps reach; a stride longer than the kernel has others."""
+def input_phases(conv: Conv, size: Sequence[int]) -> list[list[AxisPhase]]:
+    """Return the phases of an input of a size, along y and along x, that taps reach.
+
+    A stride longer than the kernel has others.
+    """
+    before, kernel = conv.padding[::2], conv.weight_shape[2:]
+    return [
+        _axis_phases(size[d], before[d], kernel[d], conv.stride[d], conv.dilation[d])
+        for d in (0, 1)
+    ]
+
+
+def _axis_phases(
+    size: int, before: int, kernel: int, stride: int, dilation: int
+) -> list[AxisPhase]:
     taps = torch.arange(kernel) * dilation
     reached = set(((taps - before) % stride).tolist())
     found = []

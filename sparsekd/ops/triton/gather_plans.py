@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.ops.gpu.convolution import AxisPhase, Conv, axis_phases, taps
+from sparsekd.ops.gpu.convolution import AxisPhase, Conv, input_phases, taps
 from sparsekd.ops.gpu.structure import Structure
 
 
@@ -94,12 +94,7 @@ def _forward(
 def _input_gradient(
     structure: Structure, conv: Conv, input_size: Sequence[int], output_size: Sequence[int]
 ) -> InputGradient:
-    channels, *kernel = conv.weight_shape[1:]
-    before = conv.padding[0], conv.padding[2]
-    axes = [
-        axis_phases(input_size[d], before[d], kernel[d], conv.stride[d], conv.dilation[d])
-        for d in (0, 1)
-    ]
+    channels, axes = conv.weight_shape[1], input_phases(conv, input_size)
     (top, bottom), (left, right) = (
         _reach(axis, size) for axis, size in zip(axes, output_size, strict=True)
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.errors import UnsupportedError
-from sparsekd.ops.gpu.convolution import Conv, axis_phases
+from sparsekd.ops.gpu.convolution import Conv, input_phases
 from sparsekd.ops.gpu.structure import Structure
 from sparsekd.ops.triton.tile_size import SMALLEST, Axis, find_runs, power_of_two, side
 
@@ -120,10 +120,7 @@ def input_gradient(
 def _input_gradient(
     structure: Structure, conv: Conv, size: tuple[int, int], cut: _Cut
 ) -> tuple[Phase, ...]:
-    before, kernel = (conv.padding[0], conv.padding[2]), conv.weight_shape[2:]
-    down, across = (
-        axis_phases(size[d], before[d], kernel[d], conv.stride[d], conv.dilation[d]) for d in (0, 1)
-    )
+    down, across = input_phases(conv, size)
     i, j = _taps(conv)
     found = []
     for y in down:
