@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
@@ -15,7 +14,7 @@ def test_a_signal_becomes_a_request(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
         stop.check()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         with pytest.raises(Interrupted, match=number.name):
             stop.check()
     assert signal.getsignal(number) is before
@@ -26,8 +25,8 @@ def test_a_second_signal_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with StopRequest():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
