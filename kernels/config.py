@@ -51,7 +51,8 @@ _DIFFERENT: dict[str, _Table] = {
 PLAIN = (
     "count", "entries", "nnz", "parts", "images", "pixels", "images_each", "blocks_each",
     "image_parts", "high", "wide", "in_high", "in_wide", "stride_y", "stride_x", "in_row", "in_col",
-    "out_origin", "out_row", "out_col", "row", "rows", "col", "cols", "width", "top", "left",
+    "out_origin", "out_row", "out_col", "row", "rows", "col", "cols", "width", "top", "bottom",
+    "left", "right",
 )  # fmt: skip
 SINGLE = 32  # positions of a block where every element has an address of its own
 _SHORT = 3  # chunks: too few to fill a pipeline, whose start then costs more than it hides
@@ -90,6 +91,22 @@ def choose(
     most = config.positions if vectors else min(config.positions, SINGLE)
     stages = min(config.num_stages, 2) if chunks <= _SHORT else config.num_stages
     return config._replace(positions=min(most, power_of_two(positions)), num_stages=stages)
+
+
+def most_registers(how: Config, channels: int, arithmetic: str, architecture: str) -> int | None:
+    """Return how many registers a thread of a product may take, None where the compiler decides.
+
+    Shared memory of an H100 has room for two of the largest blocks, 64 sums in each thread of eight
+    warps. So have its registers if a thread takes no more than these and as many others.
+
+    Args:
+        how: the sizes.
+        channels: of a block.
+        arithmetic: "half", "tf32" or "ieee".
+        architecture: of the GPU.
+    """
+    largest = how.num_warps == 8 and how.positions * channels == 64 * 8 * 32
+    return 128 if architecture == "sm_90" and largest and arithmetic != "ieee" else None
 
 
 def candidates(kind: str, base: Config, positions: int) -> tuple[Config, ...]:

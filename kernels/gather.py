@@ -5,7 +5,8 @@ images, and a nonzero is one number, the offset in pixels from where the output 
 reads. Neighbouring positions are neighbours in memory, whatever the columns are, and borders need
 no test. A product writes into a packed map too: output (y, x) of a row reads from pixel `y * in_row
 + x * in_col` and goes to pixel `out_origin + y * out_row + x * out_col`. A sample finds what an
-output reads in a table, `starts` int32 [outputs]; its VECTOR divides the number of images.
+output reads in a table, `starts` int32 [outputs]; its VECTOR divides the number of images. PADDED
+says that inputs, `in_high` x `in_wide` pixels, have padding: `top` rows, `left` columns and so on.
 
 Rows that share their columns come in lists of at most BN, their columns in chunks of BK:
 
@@ -30,6 +31,7 @@ import triton
 import triton.language as tl
 
 from .config import PLAIN
+from .exact import LANES, are_nan, has_nan
 
 
 @triton.jit
@@ -42,11 +44,59 @@ def _pixels(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col):
     return reads, writes
 
 
+@triton.jit
+def _is_inside(pixel, in_high, in_wide, top, bottom, left, right):
+    """Return which pixels of a packed map are those of the map itself, not of its padding."""
+    y, x = pixel // in_wide % in_high, pixel % in_wide
+    return (y >= top) & (y < in_high - bottom) & (x >= left) & (x < in_wide - right)
+
+
+@triton.jit
+def _product_again(
+    lists, outputs, offsets, weight, bias, x, y,
+    count, positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col,
+    top, bottom, left, right, in_high, in_wide, out_plane,
+    BIAS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute the results of a program again that are NaN, without the padding."""
+    program, lane = tl.program_id(0), tl.arange(0, LANES)
+    which = program % count
+    begin, end = tl.load(lists + which), tl.load(lists + which + 1)
+    first, size = tl.load(outputs + 2 * which), tl.load(outputs + 2 * which + 1)
+    for turn in tl.range(0, size * tl.cdiv(BP, LANES), num_stages=1):
+        block, n = turn // size * LANES + lane, turn % size
+        p = program // count * BP + block
+        live = (block < BP) & (p < positions)
+        reads, writes = _pixels(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
+        pixel = (reads // lanes).to(tl.int32)
+        y_at = y + writes + (first + n).to(tl.int64) * out_plane
+        written = tl.load(y_at, mask=live, other=0.0).to(tl.float32)
+        if has_nan(written):
+            wanted, acc = written != written, tl.zeros((LANES,), dtype=tl.float32)
+            e = begin
+            while e < end:
+                for k in tl.range(0, BK, num_stages=1):
+                    offset = tl.load(offsets + e * BK + k)
+                    if offset >= 0:
+                        seen = live & _is_inside(
+                            pixel + offset, in_high, in_wide, top, bottom, left, right
+                        )
+                        a = tl.load(x + reads + offset.to(tl.int64) * lanes, mask=seen, other=0.0)
+                        b = tl.load(weight + e * (BN * BK) + n * BK + k).to(tl.float32)
+                        acc += tl.where(seen, a.to(tl.float32) * b, 0.0)
+                e = tl.where(are_nan(acc, wanted), end, e + 1)
+            if BIAS:
+                acc += tl.load(bias + first + n).to(tl.float32)
+            tl.debug_barrier()  # by now all threads have read what is written over
+            tl.store(y_at, acc.to(y.dtype.element_ty), mask=wanted)
+
+
 @triton.jit(do_not_specialize=PLAIN)
 def shared_product(
     lists, outputs, offsets, weight, bias, x, y,
-    count, positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col, out_plane,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    count, positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col,
+    top, bottom, left, right, in_high, in_wide, out_plane,
+    BIAS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of positions for one list of rows."""
@@ -68,19 +118,51 @@ def shared_product(
         b = tl.load(weight + e * (BN * BK) + n[None, :] * BK + k[:, None])
         offset = tl.load(offsets + (e + 1) * BK + k, mask=k < (end - e - 1) * BK, other=-1)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    spoilt = PADDED and has_nan(acc)
     row = tl.load(outputs + 2 * which) + n
     kept = n < tl.load(outputs + 2 * which + 1)
     if BIAS:
         acc += tl.load(bias + row, mask=kept, other=0.0).to(tl.float32)[None, :]
     at = y + writes[:, None] + (row.to(tl.int64) * out_plane)[None, :]
     tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & kept[None, :])
+    if spoilt:
+        tl.debug_barrier()
+        _product_again(
+            lists, outputs, offsets, weight, bias, x, y,
+            count, positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col,
+            top, bottom, left, right, in_high, in_wide, out_plane,
+            BIAS, BP, BN, BK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sample_again(
+    starts, grad, x, column, lanes, from_output, to_output, from_image, to_image,
+    top, bottom, left, right, in_high, in_wide,
+):  # fmt: skip
+    """Return one sum of a sample, without the padding."""
+    lane, images = tl.arange(0, LANES), to_image - from_image
+    acc = tl.zeros((LANES,), dtype=tl.float32)
+    j, last = from_output * images, to_output * images
+    while j < last:
+        there = j + lane < last
+        output, image = (j + lane) // images, from_image + (j + lane) % images
+        pixel = tl.load(starts + output, mask=there, other=0) + column
+        term = there & _is_inside(pixel, in_high, in_wide, top, bottom, left, right)
+        a = tl.load(grad + output.to(tl.int64) * lanes + image, mask=term, other=0.0)
+        b = tl.load(x + pixel.to(tl.int64) * lanes + image, mask=term, other=0.0)
+        acc += a.to(tl.float32) * b.to(tl.float32)
+        j = tl.where(has_nan(acc), last, j + LANES)
+    return tl.sum(acc)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def shared_sample(
     owners, outputs, offsets, starts, grad, x, partial,
     entries, count, lanes, images_each, blocks_each, image_parts,
-    PRECISION: tl.constexpr, PIXELS: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr,
+    top, bottom, left, right, in_high, in_wide,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of one chunk over one part of the positions, into `partial`.
@@ -116,13 +198,29 @@ def shared_sample(
             x_at += IMAGES
     at = partial + (part.to(tl.int64) * entries + e) * (BN * BK)
     tl.store(at + n[:, None] * BK + k[None, :], acc)
+    if PADDED and has_nan(acc):
+        tl.debug_barrier()
+        first = tl.load(outputs + 2 * which)
+        to_output = tl.minimum((from_block + blocks_each) * PIXELS, count)
+        for j in tl.range(0, tl.load(outputs + 2 * which + 1) * BK, num_stages=1):
+            written, column = tl.load(at + j), tl.load(offsets + e * BK + j % BK)
+            if (written != written) & (column >= 0):
+                row_at = grad + (first + j // BK).to(tl.int64) * count * lanes
+                again = _sample_again(
+                    starts, row_at, x, column, lanes,
+                    from_block * PIXELS, to_output, from_image, to_image,
+                    top, bottom, left, right, in_high, in_wide,
+                )  # fmt: skip
+                tl.debug_barrier()  # by now all threads have read what is written over
+                tl.store(at + j, again)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def row_product(
     crow, offset, order, values, bias, x, y,
-    positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col, out_plane,
-    BIAS: tl.constexpr, BP: tl.constexpr,
+    positions, lanes, wide, in_row, in_col, out_origin, out_row, out_col,
+    top, bottom, left, right, in_high, in_wide, out_plane,
+    BIAS: tl.constexpr, PADDED: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of positions of one row, nonzero by nonzero; the longest rows first."""
     program = tl.program_id(0)
@@ -143,6 +241,19 @@ def row_product(
         shift = tl.load(offset + j + 1, mask=more, other=0)
         value = tl.load(values + j + 1, mask=more, other=0.0)
         acc += factor * of_x.to(tl.float32)
+    if PADDED and has_nan(tl.where(live, acc, 0.0)):
+        wanted, again = live & (acc != acc), tl.zeros((BP,), dtype=tl.float32)
+        pixel = p // lanes
+        first = pixel // wide * in_row + pixel % wide * in_col
+        j = begin
+        while j < end:
+            column = tl.load(offset + j)
+            seen = _is_inside(first + column, in_high, in_wide, top, bottom, left, right)
+            of_x = tl.load(x_at + column.to(tl.int64) * lanes, mask=seen & live, other=0.0)
+            term = tl.load(values + j).to(tl.float32) * of_x.to(tl.float32)
+            again += tl.where(seen, term, 0.0)
+            j = tl.where(are_nan(again, wanted), end, j + 1)
+        acc = tl.where(wanted, again, acc)
     if BIAS:
         acc += tl.load(bias + row).to(tl.float32)
     at = y + row.to(tl.int64) * out_plane + writes
@@ -153,6 +264,8 @@ def row_product(
 def row_sample(
     nonzero_row, offset, starts, grad, x, partial,
     nnz, count, lanes, images_each, blocks_each, image_parts,
+    top, bottom, left, right, in_high, in_wide,
+    PADDED: tl.constexpr,
     PIXELS: tl.constexpr, IMAGES: tl.constexpr, VECTOR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of BN nonzeros over one part of the positions, as shared_sample does.
@@ -181,4 +294,20 @@ def row_sample(
             acc += a * b
             g_at += IMAGES
             x_at += IMAGES
-    tl.store(partial + part.to(tl.int64) * nnz + nonzero, tl.sum(acc, axis=1), mask=kept)
+    total, at = tl.sum(acc, axis=1), partial + part.to(tl.int64) * nnz
+    tl.store(at + nonzero, total, mask=kept)
+    if PADDED and has_nan(total):
+        tl.debug_barrier()
+        first = tl.program_id(0) * BN
+        to_output = tl.minimum((from_block + blocks_each) * PIXELS, count)
+        for j in tl.range(first, tl.minimum(first + BN, nnz), num_stages=1):
+            written = tl.load(at + j)
+            if written != written:
+                row_at = grad + tl.load(nonzero_row + j).to(tl.int64) * count * lanes
+                again = _sample_again(
+                    starts, row_at, x, tl.load(offset + j), lanes,
+                    from_block * PIXELS, to_output, from_image, to_image,
+                    top, bottom, left, right, in_high, in_wide,
+                )  # fmt: skip
+                tl.debug_barrier()  # by now all threads have read what is written over
+                tl.store(at + j, again)

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 
 from .config import PLAIN
+from .exact import LANES, are_nan, has_nan
 
 ROW = tl.constexpr(16)
 
@@ -51,21 +52,99 @@ def _chunk(chunks, e, end, ALIGN: tl.constexpr):
     return channel, size, dy, dx, value, step
 
 
-# Vectors go along channels, so that the last, smaller batch needs no variant of its own.
-@triton.jit(do_not_specialize=(*PLAIN, "positions"))
-def tile_product(
-    lists, outputs, chunks, weight, bias, x, y,
+@triton.jit
+def _places(
+    p, live, high, wide, x_image, x_row, x_pixel, stride_y, stride_x, y_image, y_row, y_pixel,
+    SPATIAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Return row and column of the input that positions start from, where it is, and the output."""
+    in_y, in_x = p, p
+    from_x, to_y = p.to(tl.int64) * x_pixel, p.to(tl.int64) * y_pixel
+    if SPATIAL:
+        # Without signs, divisions and bounds take fewer instructions.
+        u, u_wide, u_high = p.to(tl.uint32), wide.to(tl.uint32), high.to(tl.uint32)
+        line = u // u_wide
+        image = line // u_high
+        left, above = (u - line * u_wide).to(tl.int32), (line - image * u_high).to(tl.int32)
+        in_y, in_x = above * stride_y, left * stride_x
+        from_x = image.to(tl.int64) * x_image + in_y * x_row + in_x * x_pixel
+        if not WHOLE:
+            to_y = image.to(tl.int64) * y_image + above * y_row + left * y_pixel
+        in_y = tl.where(live, in_y, -(1 << 30))  # far outside
+    return in_y, in_x, from_x, to_y
+
+
+@triton.jit
+def _product_again(
+    lists, outputs, chunks, slots, weight, bias, x, y,
     count, positions, high, wide,
     x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
     y_image, y_row, y_pixel,
-    SPATIAL: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr, ALIGN: tl.constexpr, IN_PLACE: tl.constexpr, PRECISION: tl.constexpr,
+    SPATIAL: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, IN_PLACE: tl.constexpr,
+    FILLED: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute the results of a program again that are NaN, without what is no term."""
+    program, lane = tl.program_id(0), tl.arange(0, LANES)
+    which = program % count
+    begin, end = tl.load(lists + which), tl.load(lists + which + 1)
+    first, size = tl.load(outputs + 2 * which), tl.load(outputs + 2 * which + 1)
+    for turn in tl.range(0, size * tl.cdiv(BP, LANES), num_stages=1):
+        block, n = turn // size * LANES + lane, turn % size
+        p = program // count * BP + block
+        live = (block < BP) & (p < positions)
+        in_y, in_x, from_x, to_y = _places(
+            p, live, high, wide, x_image, x_row, x_pixel, stride_y, stride_x,
+            y_image, y_row, y_pixel, SPATIAL, WHOLE,
+        )  # fmt: skip
+        y_at = y + to_y + (first + n)
+        written = tl.load(y_at, mask=live, other=0.0).to(tl.float32)
+        if has_nan(written):
+            wanted, acc = written != written, tl.zeros((LANES,), dtype=tl.float32)
+            e = begin
+            while e < end:
+                channel, held, dy, dx, value, step = _chunk(chunks, e, end, 1)
+                seen, offset = live, channel
+                if SPATIAL:
+                    row, pixel = in_y + dy, in_x + dx
+                    seen = (row >= 0) & (row < in_high) & (pixel >= 0) & (pixel < in_wide)
+                    offset += dy * x_row + dx * x_pixel
+                at, apart = e * (BN * BK) + n * BK, 1
+                if IN_PLACE == "k":
+                    at = value + n * step
+                elif IN_PLACE == "n":
+                    at, apart = value + n, step
+                for k in tl.range(0, held, num_stages=1):
+                    is_term = True
+                    if FILLED:
+                        is_term = tl.load(slots + at + k) >= 0
+                    if is_term:
+                        a = tl.load(x + from_x + (offset + k), mask=seen, other=0.0)
+                        b = tl.load(weight + at + k * apart).to(tl.float32)
+                        acc += tl.where(seen, a.to(tl.float32) * b, 0.0)
+                e = tl.where(are_nan(acc, wanted), end, e + 1)
+            if BIAS:
+                acc += tl.load(bias + first + n).to(tl.float32)
+            tl.debug_barrier()  # by now all threads have read what is written over
+            tl.store(y_at, acc.to(y.dtype.element_ty), mask=wanted)
+
+
+# Vectors go along channels, so that the last, smaller batch needs no variant of its own.
+@triton.jit(do_not_specialize=(*PLAIN, "positions"))
+def tile_product(
+    lists, outputs, chunks, slots, weight, bias, x, y,
+    count, positions, high, wide,
+    x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
+    y_image, y_row, y_pixel,
+    SPATIAL: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr, IN_PLACE: tl.constexpr,
+    FILLED: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of positions for one list of chunks.
 
     WHOLE says that positions of the result lie one behind the other, `y_pixel` apart, as they
-    always do unless SPATIAL.
+    always do unless SPATIAL. PADDED says that some input pixels may lie outside the map, FILLED
+    that chunks have zeros where `slots` [E, BN, BK] is -1.
     """
     # Programs of all lists at the same positions run side by side and share the input in L2.
     program = tl.program_id(0)
@@ -75,20 +154,11 @@ def tile_product(
     p = (program // count) * BP + tl.arange(0, BP)
     n, k = tl.arange(0, BN), tl.arange(0, BK)
     live = p < positions
-    y_at = y + p.to(tl.int64) * y_pixel
-    if SPATIAL:
-        # Without signs, divisions and bounds take fewer instructions.
-        u, u_wide, u_high = p.to(tl.uint32), wide.to(tl.uint32), high.to(tl.uint32)
-        line = u // u_wide
-        image = line // u_high
-        left, above = (u - line * u_wide).to(tl.int32), (line - image * u_high).to(tl.int32)
-        in_y, in_x = above * stride_y, left * stride_x
-        x_at = x + image.to(tl.int64) * x_image + in_y * x_row + in_x * x_pixel
-        if not WHOLE:
-            y_at = y + image.to(tl.int64) * y_image + above * y_row + left * y_pixel
-        in_y = tl.where(live, in_y, -(1 << 30))  # far outside
-    else:
-        x_at = x + p.to(tl.int64) * x_pixel
+    in_y, in_x, from_x, to_y = _places(
+        p, live, high, wide, x_image, x_row, x_pixel, stride_y, stride_x, y_image, y_row, y_pixel,
+        SPATIAL, WHOLE,
+    )  # fmt: skip
+    x_at, y_at = x + from_x, y + to_y
     kept, held = tl.full((BN,), True, tl.int1), tl.full((BK,), True, tl.int1)
     if not EVEN_N:
         kept = n < tl.load(outputs + 2 * which + 1)
@@ -117,10 +187,20 @@ def tile_product(
             b = tl.load(b_at, mask=held[:, None], other=0.0)
         channel, size, dy, dx, value, step = _chunk(chunks, e + 1, end, ALIGN)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    spoilt = (PADDED or FILLED) and has_nan(acc)
     mask = live[:, None] & kept[None, :]
     if BIAS:
         acc += tl.load(bias + first + n, mask=kept, other=0.0).to(tl.float32)[None, :]
     tl.store(y_at[:, None] + (first + n)[None, :], acc.to(y.dtype.element_ty), mask=mask)
+    if spoilt:
+        tl.debug_barrier()
+        _product_again(
+            lists, outputs, chunks, slots, weight, bias, x, y,
+            count, positions, high, wide,
+            x_image, x_row, x_pixel, in_high, in_wide, stride_y, stride_x,
+            y_image, y_row, y_pixel,
+            SPATIAL, WHOLE, BIAS, IN_PLACE, FILLED, BP, BN, BK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -166,7 +246,8 @@ def tile_sample(
             x_at += in_y * x_row + in_x * x_pixel
         for i in range(from_image, to_image, IMAGES):
             here = i + image < to_image
-            g_mask, x_mask = (held & here)[None, :], (seen & here)[:, None]
+            # Of the output gradient too, only what meets an input: it may be infinite.
+            g_mask, x_mask = (seen & here)[None, :], (seen & here)[:, None]
             if not EVEN_N:
                 g_mask = g_mask & (n < tl.load(outputs + 2 * which + 1))[:, None]
             if not EVEN_K:

@@ -38,6 +38,7 @@ class Kernel:
         num_stages: of the software pipeline.
         dtypes: of the tensors it is compiled for, in Triton's names.
         uses_mma: it must multiply on tensor cores.
+        registers: the most that a thread may take, None where the compiler decides.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kernel:
     num_stages: int
     dtypes: tuple[str, ...] = FLOATS
     uses_mma: bool = False
+    registers: int | None = None
 
     def signature(self, dtype: str) -> dict[str, str]:
         """Return the type of each argument, in order, for tensors of a dtype."""
@@ -92,17 +94,22 @@ def _products(
             for kind, fn in kernels.items():
                 how = config.choose(kind, n, dtypes[0], precision, 1 << 20, architecture)
                 own: dict[str, Any]
+                registers = None
                 if kind == "product":
+                    registers = config.most_registers(how, n, label, architecture)
                     own = {"BIAS": True, "BP": how.positions}
                     if prefix == "tile":
-                        own |= {"WHOLE": True, "IN_PLACE": ""}
+                        own |= {"WHOLE": True, "IN_PLACE": "", "FILLED": False}
+                    own |= {"PADDED": True}
                 elif prefix == "tile":
                     own = {"PIXELS": how.positions, "IMAGES": 1}
                 else:
                     own = {"PIXELS": 1, "IMAGES": how.positions, "VECTOR": 16}
+                    own |= {"PADDED": True}
                 name, mma = f"{prefix}_{kind}_{label}_{n}", label != "ieee"
                 known = {**constexprs, **block, **own}
-                yield Kernel(name, fn, known, how.num_warps, how.num_stages, dtypes, mma)
+                warps, stages = how.num_warps, how.num_stages
+                yield Kernel(name, fn, known, warps, stages, dtypes, mma, registers)
 
 
 def _tiles(architecture: str) -> Iterator[Kernel]:
@@ -115,12 +122,15 @@ def _tiles(architecture: str) -> Iterator[Kernel]:
             ragged = {**known, "EVEN_N": False, "EVEN_K": False, "ALIGN": 1}
             ragged["BP" if "BP" in ragged else "PIXELS"] = config.SINGLE
             yield replace(kernel, name=kernel.name + "_ragged", constexprs=ragged)
+        if kernel.name == "tile_product_half_16":
+            filled = {**known, "FILLED": True}
+            yield replace(kernel, name=kernel.name + "_filled", constexprs=filled)
         if kernel.name == "tile_sample_half_64":
             linear = {**known, "SPATIAL": False}
             yield replace(kernel, name=kernel.name + "_linear", constexprs=linear)
         if kernel.name in ("tile_product_half_64", "tile_product_half_128", "tile_product_tf32_64"):
             for suffix, side in ("_linear", "k"), ("_linear_gradient", "n"):
-                linear = {**known, "SPATIAL": False, "IN_PLACE": side}
+                linear = {**known, "SPATIAL": False, "PADDED": False, "IN_PLACE": side}
                 yield replace(kernel, name=kernel.name + suffix, constexprs=linear)
 
 
@@ -147,8 +157,8 @@ def _moves() -> Iterator[Kernel]:
             yield Kernel(name + suffix, pack.move_maps, known, 4, 1, dtypes)
 
 
-_ROW_PRODUCT = {"BIAS": True, "BP": 512}
-_ROW_SAMPLE = {"PIXELS": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}
+_ROW_PRODUCT = {"BIAS": True, "PADDED": True, "BP": 512}
+_ROW_SAMPLE = {"PADDED": True, "PIXELS": 1, "IMAGES": 128, "VECTOR": 16, "BN": 8}
 
 _EXCLUDE = {"TAKEN": grow.TAKEN, "BLOCK": grow.BLOCK}
 

@@ -53,17 +53,20 @@ def assert_padding_meets_nothing(
     case: LayerCase, value: float, limit: float, backend: str = "cuda"
 ) -> None:
     """Compare with the CPU what a number that is not finite reaches, at borders of the maps."""
-    topology, values, x, _ = case.tensors()
-    for spoilt in ("values", "x", "grad"):
+    topology, values, x, bias = case.tensors()
+    product = functional.conv2d if case.kernel_size else functional.linear
+    y = product(topology, values, x, bias, **case.options)
+    grad = torch.linspace(-1, 1, y.numel(), dtype=x.dtype).view(y.shape)
+    operands = {"values": values, "x": x, "grad": grad, "bias": bias}
+    for spoilt in [name for name, tensor in operands.items() if tensor is not None]:
         found = {}
         for name in ("cpp", backend):
-            given = {"values": values.clone(), "x": x.clone()}
+            given = {key: None if t is None else t.clone() for key, t in operands.items()}
+            for corner in (0, -1):
+                given[spoilt][(corner,) * given[spoilt].ndim] = value
+            leaves = [given["values"].requires_grad_(), given["x"].requires_grad_()]
             with skd.backend(name):
-                y = functional.conv2d(topology, values, x, **case.options)
-                given["grad"] = torch.linspace(-1, 1, y.numel(), dtype=x.dtype).view(y.shape)
-                given[spoilt].view(-1)[0] = given[spoilt].view(-1)[-1] = value
-                leaves = [given["values"].requires_grad_(), given["x"].requires_grad_()]
-                y = functional.conv2d(topology, *leaves, **case.options)
+                y = product(topology, *leaves, given["bias"], **case.options)
                 found[name] = [y, *torch.autograd.grad(y, leaves, given["grad"])]
         assert not all(result.isfinite().all() for result in found["cpp"])
         for ours, expected in zip(found[backend], found["cpp"], strict=True):

@@ -116,9 +116,12 @@ def test_all_sizes_that_tuning_tries_add_up_by_the_same_instructions(
     used = set()
     for how in config.candidates(kind, base, 1 << 20):
         sizes = {**known, "BP": how.positions} if block else known
+        label = kernel.name.split("_")[2]
+        registers = config.most_registers(how, known["BN"], label, target) if block else None
         tried = dataclasses.replace(
-            kernel, constexprs=sizes, num_warps=how.num_warps, num_stages=how.num_stages
-        )
+            kernel, constexprs=sizes, num_warps=how.num_warps, num_stages=how.num_stages,
+            registers=registers,
+        )  # fmt: skip
         used.add(frozenset(matrix_instructions(tried, kernel.dtypes[0], target)))
     assert len(used) == 1
     # AMD's matrix cores multiply float32 in full precision too.

@@ -29,7 +29,8 @@ def test_interpreted_kernels_pass() -> None:
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    files = [HERE / f"test_{name}.py" for name in ("triton_ops", "triton_packing", "growth")]
+    names = "triton_ops", "triton_infinity", "triton_packing", "growth"
+    files = [HERE / f"test_{name}.py" for name in names]
     # Of the tests of growth those of the backend "triton".
     command = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", "not cuda"]
     done = subprocess.run(

@@ -5,26 +5,22 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
+import triton
 from ptx_machine import OutOfBounds, PtxError, Race
+from structures import assert_padding_meets_nothing
 
 from sparsekd.kernels import gather, gemm, pack
 from sparsekd.testing import LayerCase, assert_layer_matches_dense
 
-HEAD = """import triton
-import triton.language as tl
-from sparsekd.kernels.config import PLAIN
-from sparsekd.kernels.gather import _pixels
-from sparsekd.kernels.gemm import ROW, _chunk
-
-
-"""
 TILES = LayerCase(
     seed=3,
     in_features=48,
@@ -76,7 +72,7 @@ MUTANTS = {
         gemm.tile_product, "e + 1, end", "e + 2, end", TILES, WRONG,
     ),
     "results of another layout": (
-        gemm.tile_product, "if not WHOLE", "if False", STRIDED, WRONG,
+        gemm._places, "if not WHOLE", "if False", STRIDED, WRONG,
     ),
     "one list for all programs": (gemm.tile_product, "program % count", "0", TILES, Race),
     "one place for all chunks": (gemm.tile_sample, "* entries + e)", "* entries)", TILES, Race),
@@ -92,7 +88,7 @@ MUTANTS = {
     "no mask of a row": (
         gather.row_product, "element_ty), mask=live)", "element_ty))", ROWS, PtxError,
     ),
-    "no mask of nonzeros": (gather.row_sample, "axis=1), mask=kept)", "axis=1))", ROWS, PtxError),
+    "no mask of nonzeros": (gather.row_sample, " total, mask=kept)", " total)", ROWS, PtxError),
     "no mask of packed maps": (
         pack.move_maps, "other=0.0), mask=bounds)", "other=0.0))", ROWS, Race,
     ),
@@ -101,21 +97,93 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_planted_mistake_is_found(name: str, on_triton, tmp_path: Path, monkeypatch) -> None:
-    kernel, before, after, case, failure = MUTANTS[name]
-    text, function = inspect.getsource(kernel.fn), kernel.fn.__name__
+STRIDED_ROWS = dataclasses.replace(
+    PADDED, out_features=9, map_size=(4, 5), options={"padding": (1, 2), "stride": (1, 2)}
+)
+STRIDED_SHARED = dataclasses.replace(
+    STRIDED_ROWS, in_features=10, out_features=32, density=0.4, tile=(32, 1)
+)
+FILLED = dataclasses.replace(TILES, in_features=32, out_features=32, tile=(1, 16))
+INSIDE = "there & _is_inside(pixel, in_high, in_wide, top, bottom, left, right)"
+# The same, of what is computed again where numbers are infinite.
+OF_INFINITY = {
+    "padding of tiles that counts": (
+        gemm._product_again, "tl.where(seen, a.to(tl.float32) * b, 0.0)", "a.to(tl.float32) * b",
+        STRIDED, WRONG,
+    ),
+    "zeros of tiles that count": (
+        gemm._product_again, "tl.load(slots + at + k) >= 0", "True", FILLED, WRONG,
+    ),
+    "the results before": (
+        gemm._product_again, "y + to_y + (first + n)", "y + to_y + first", FILLED, WRONG,
+    ),
+    "read while others write": (
+        gemm.tile_product, "tl.debug_barrier()", "pass", STRIDED, Race,
+    ),
+    "no bias": (gemm._product_again, "if BIAS", "if False", STRIDED, WRONG),
+    "gradients that meet padding": (
+        gemm.tile_sample, "(seen & here)[None, :], ", "(held & here)[None, :], ", STRIDED, WRONG,
+    ),
+    "padding of shared columns that counts": (
+        gather._product_again, "tl.where(seen, a.to(tl.float32) * b, 0.0)", "a.to(tl.float32) * b",
+        STRIDED_SHARED, WRONG,
+    ),
+    "no bias of shared columns": (
+        gather._product_again, "if BIAS", "if False", STRIDED_SHARED, WRONG,
+    ),
+    "padding of shared columns that is sampled": (
+        gather._sample_again, INSIDE, "there", STRIDED_SHARED, WRONG,
+    ),
+    "padding of rows that counts": (
+        gather.row_product, "tl.where(seen, term, 0.0)", "term", STRIDED_ROWS, WRONG,
+    ),
+    "padding of rows that is sampled": (
+        gather._sample_again, INSIDE, "there", STRIDED_ROWS, WRONG,
+    ),
+    "padding on one side": (
+        gather._is_inside, "& (x < in_wide - right)", "", STRIDED_ROWS, WRONG,
+    ),
+    "nothing is computed again": (
+        gather.row_sample, "has_nan(total)", "(total.shape[0] < 0)", STRIDED_ROWS, WRONG,
+    ),
+}  # fmt: skip
+
+
+def plant(
+    kernel: Any, before: str, after: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run a changed kernel, or what it calls, in the place of its module's."""
+    text = inspect.getsource(kernel.fn)
     assert text.count(before) == 1, "the planted text has to be there, once"
-    path = tmp_path / "mutant.py"
-    path.write_text(HEAD + text.replace(before, after))
+    home = next(home for home in (gather, gemm, pack) if home.__name__ == kernel.fn.__module__)
+    path = folder / "mutant.py"
+    whole = inspect.getsource(home).replace(text, text.replace(before, after))
+    path.write_text(whole.replace("from .", "from sparsekd.kernels."))
     spec = importlib.util.spec_from_file_location("mutant", path)
     assert spec is not None
     assert spec.loader is not None
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
+    for name, function in vars(mutant).items():
+        if isinstance(function, triton.JITFunction):
+            monkeypatch.setattr(home, name, function)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_found(name: str, on_triton, tmp_path: Path, monkeypatch) -> None:
+    *mistake, case, failure = MUTANTS[name]
     assert_layer_matches_dense(case)
-    home = next(home for home in (gather, gemm, pack) if home.__name__ == kernel.fn.__module__)
-    monkeypatch.setattr(home, function, getattr(mutant, function))
+    plant(*mistake, tmp_path, monkeypatch)
     with pytest.raises(failure):
         assert_layer_matches_dense(case)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", OF_INFINITY)
+def test_a_mistake_with_infinity_is_found(name: str, on_triton, tmp_path: Path, monkeypatch):
+    *mistake, case, failure = OF_INFINITY[name]
+    assert_padding_meets_nothing(case, math.inf, 2e-5, "triton")
+    plant(*mistake, tmp_path, monkeypatch)
+    with pytest.raises(failure):
+        assert_padding_meets_nothing(case, math.inf, 2e-5, "triton")

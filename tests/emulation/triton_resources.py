@@ -54,6 +54,8 @@ def compiled(kernel: Any, dtype: str, target: str) -> Any:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned()}
     source = ASTSource(kernel.fn, signature, kernel.constexprs, aligned)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    if kernel.registers:
+        options["maxnreg"] = kernel.registers
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -107,6 +109,13 @@ SPILLS = {
     # Single elements, each with an address: only for channels that fill no vector.
     ("tile_sample_half_64_ragged", "fp16", "gfx942"): 16,
     ("tile_sample_half_64_ragged", "bf16", "gfx942"): 16,
+    # Two registers outside of the inner loop, for what computes results again.
+    ("tile_product_half_64_ragged", "fp16", "gfx942"): 8,
+    ("tile_product_half_64_ragged", "bf16", "gfx942"): 8,
+    ("tile_product_tf32_64", "fp32", "sm_80"): 8,
+    ("tile_product_ieee_32", "fp32", "sm_80"): 8,
+    ("shared_sample_half_16", "fp16", "sm_80"): 8,
+    ("shared_sample_half_16", "bf16", "sm_80"): 8,
 }
 if Version(triton.__version__) < Version("3.9"):
     # A few addresses, put aside outside of the inner loop.

@@ -23,7 +23,8 @@ class Window(NamedTuple):
     """The outputs of a product: how many, and where in their maps they and their inputs are.
 
     `in_row` and `in_col` are the steps in the packed input from one output to the next, `out_row`
-    and `out_col` those in the output, from `out_origin` on; see kernels/gather.py.
+    and `out_col` those in the output, from `out_origin` on; `top` to `right` are the padding of the
+    packed input. See kernels/gather.py.
     """
 
     height: int
@@ -33,6 +34,15 @@ class Window(NamedTuple):
     out_origin: int
     out_row: int
     out_col: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def padding(self) -> tuple[int, int, int, int]:
+        """How far the packed input reaches beyond its map: top, bottom, left, right."""
+        return self.top, self.bottom, self.left, self.right
 
 
 class GatherPlan(NamedTuple):
@@ -87,7 +97,8 @@ def _forward(
     channel, i, j = taps(structure, conv)
     offset = (channel * high + i * conv.dilation[0]) * wide + j * conv.dilation[1]
     in_row, in_col = conv.stride[0] * wide, conv.stride[1]
-    window = Window(output_size[0], output_size[1], in_row, in_col, 0, output_size[1], 1)
+    steps = in_row, in_col, 0, output_size[1], 1
+    window = Window(output_size[0], output_size[1], *steps, *conv.padding)
     return _plan(structure, structure.crow, offset, None, window)
 
 
@@ -113,6 +124,7 @@ def _input_gradient(
                 down.pixels, across.pixels, wide, 1,
                 down.first * input_size[1] + across.first,
                 conv.stride[0] * input_size[1], conv.stride[1],
+                top, bottom, left, right,
             )  # fmt: skip
             phases.append(_plan(structure, crow, offset, slots, window))
     return InputGradient((top, bottom, left, right), tuple(phases))

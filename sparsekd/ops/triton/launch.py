@@ -29,10 +29,12 @@ _ROW_POSITIONS, _ROW_SAMPLE, _ROW_NONZEROS = 512, 128, 8
 class Access(NamedTuple):
     """Where output (y, x) of a tile product or sample finds its input.
 
-    `spatial` is False where positions are simply rows of features.
+    `spatial` is False where positions are simply rows of features, `padded` where all inputs lie
+    inside of their maps.
     """
 
     spatial: bool
+    padded: bool
     stride: tuple[int, ...]
 
 
@@ -125,17 +127,19 @@ def tile_product(
     count = lists.outputs.shape[0]
     image, row, pixel = y.strides
     whole = row == y.wide * pixel and image == y.high * row
+    slots = lists.slots if lists.filled else lists.lists  # which nothing reads
 
     def launch(how: config.Config) -> None:
         gemm.tile_product[count * ceil_div(positions, how.positions),](
-            lists.lists, lists.outputs, lists.columns,
+            lists.lists, lists.outputs, lists.columns, slots,
             weight, weight if bias is None else bias, x.data, y.data,
             count, positions, y.high, y.wide,
             *x.strides, x.high, x.wide, *access.stride, *y.strides,
-            SPATIAL=access.spatial, WHOLE=whole, BIAS=bias is not None, EVEN_N=lists.even[0],
-            EVEN_K=lists.even[1], ALIGN=lists.align, IN_PLACE=lists.in_place, PRECISION=precision,
+            SPATIAL=access.spatial, PADDED=access.padded, WHOLE=whole, BIAS=bias is not None,
+            EVEN_N=lists.even[0], EVEN_K=lists.even[1], ALIGN=lists.align,
+            IN_PLACE=lists.in_place, FILLED=lists.filled, PRECISION=precision,
             BP=how.positions, BN=lists.n, BK=lists.k,
-            num_warps=how.num_warps, num_stages=how.num_stages,
+            **_sizes(how, lists, x.data, precision),
         )  # fmt: skip
 
     how = _choose("product", lists, x.data, x.channels, precision, positions)
@@ -193,17 +197,19 @@ def shared_product(
         gather.shared_product[count * ceil_div(positions, how.positions),](
             lists.lists, lists.outputs, lists.columns,
             weight, weight if bias is None else bias, x, y,
-            count, positions, lanes, *window[1:], y[0].numel(),
-            BIAS=bias is not None, PRECISION=precision,
+            count, positions, lanes, *window[1:], *x.shape[1:3], y[0].numel(),
+            BIAS=bias is not None, PADDED=any(window.padding), PRECISION=precision,
             BP=how.positions, BN=lists.n, BK=lists.k,
-            num_warps=how.num_warps, num_stages=how.num_stages,
+            **_sizes(how, lists, x, precision),
         )  # fmt: skip
 
     how = _choose("product", lists, x, lanes, precision, positions)
     _launch_tuned("shared_product", lists, x, precision, positions, how, launch)
 
 
-def shared_sample(lists: Lists, starts: Tensor, grad: Tensor, x: Tensor, precision: str) -> Tensor:
+def shared_sample(
+    lists: Lists, window: Window, starts: Tensor, grad: Tensor, x: Tensor, precision: str
+) -> Tensor:
     """Return the gradient of packed values in parts, float32 `[parts, E, n, k]`."""
     lanes, outputs = x.shape[-1], starts.shape[0]
     how = _choose("sample", lists, x, lanes, precision, lanes * outputs)
@@ -216,9 +222,9 @@ def shared_sample(lists: Lists, starts: Tensor, grad: Tensor, x: Tensor, precisi
     def launch(how: config.Config) -> None:
         gather.shared_sample[chunks, parts.number](
             lists.owners, lists.outputs, lists.columns, starts, grad, x, partial,
-            chunks, outputs, lanes, *parts.sizes,
-            PRECISION=precision, PIXELS=how.positions // images, IMAGES=images,
-            VECTOR=math.gcd(lanes, images, 16),
+            chunks, outputs, lanes, *parts.sizes, *window.padding, *x.shape[1:3],
+            PADDED=any(window.padding), PRECISION=precision,
+            PIXELS=how.positions // images, IMAGES=images, VECTOR=math.gcd(lanes, images, 16),
             BN=lists.n, BK=lists.k, num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
 
@@ -234,12 +240,13 @@ def row_product(plan: GatherPlan, of: Tensor, bias: Tensor | None, x: Tensor, y:
     of = of.contiguous() if plan.slots is None else of.index_select(0, plan.slots)
     gather.row_product[rows * ceil_div(positions, block),](
         plan.crow, plan.offset, plan.order, of, of if bias is None else bias, x, y,
-        positions, lanes, *plan.window[1:], y[0].numel(),
-        BIAS=bias is not None, BP=block, num_warps=_warps(block, x), num_stages=3,
+        positions, lanes, *plan.window[1:], *x.shape[1:3], y[0].numel(),
+        BIAS=bias is not None, PADDED=any(plan.window.padding),
+        BP=block, num_warps=_warps(block, x), num_stages=3,
     )  # fmt: skip
 
 
-def row_sample(rows: Tensor, offset: Tensor, starts: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+def row_sample(rows: Tensor, plan: GatherPlan, starts: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of each value in parts, float32 `[parts, nnz]`."""
     lanes, outputs, nnz = x.shape[-1], starts.shape[0], rows.shape[0]
     images = min(_ROW_SAMPLE, next_power_of_two(lanes))
@@ -248,7 +255,8 @@ def row_sample(rows: Tensor, offset: Tensor, starts: Tensor, grad: Tensor, x: Te
     parts = _Parts.of(programs, _most_parts(nnz, grad, x), lanes, images, outputs, together)
     partial = x.new_empty((parts.number, nnz), dtype=torch.float32)
     gather.row_sample[programs, parts.number](
-        rows, offset, starts, grad, x, partial, nnz, outputs, lanes, *parts.sizes,
+        rows, plan.offset, starts, grad, x, partial, nnz, outputs, lanes, *parts.sizes,
+        *plan.window.padding, *x.shape[1:3], PADDED=any(plan.window.padding),
         PIXELS=together, IMAGES=images, VECTOR=math.gcd(lanes, images, 16),
         BN=_ROW_NONZEROS, num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -306,6 +314,19 @@ def _choose(
     )
 
 
+def _arithmetic(x: Tensor, precision: str) -> str:
+    """Return how products multiply: "half", or in float32 the precision."""
+    return precision if x.dtype == torch.float32 else "half"
+
+
+def _sizes(how: config.Config, lists: Lists, x: Tensor, precision: str) -> dict[str, int]:
+    """Return what Triton is told of the threads of a product."""
+    sizes = {"num_warps": how.num_warps, "num_stages": how.num_stages}
+    kind = _arithmetic(x, precision)
+    registers = config.most_registers(how, lists.n, kind, architecture(x.device))
+    return sizes if registers is None else {**sizes, "maxnreg": registers}
+
+
 def _launch_tuned(
     kernel: str,
     lists: Lists,
@@ -316,8 +337,7 @@ def _launch_tuned(
     launch: Launch,
 ) -> None:
     """Make a launch with the sizes that were measured for it, where any were."""
-    arithmetic = precision if x.dtype == torch.float32 else "half"
-    work = Work(kernel, arithmetic, (lists.n, lists.k), positions, x.device)
+    work = Work(kernel, _arithmetic(x, precision), (lists.n, lists.k), positions, x.device)
     launch(tuner().sizes(work, base, launch))
 
 

@@ -250,7 +250,7 @@ def _product(
             packed_maps.gather(plan, values, bias, packed, y, precision)
             return packed_maps.unpack(y, memory_format_of(x))
     y = _channels_inner(x, shape)
-    access = launch.Access(not _is_flat(conv), conv.stride)
+    access = launch.Access(not _is_flat(conv), any(conv.padding), conv.stride)
     if y.numel():
         inner = _inner(x, access), _inner(y, access)
         launch.tile_product(lists, values, bias, *inner, access, precision)
@@ -285,7 +285,7 @@ def _input_gradient(
     dx = _channels_inner(grad, input_shape)
     if not covers(len(phases), conv, size):
         dx.zero_()
-    access = launch.Access(not _is_flat(conv), (1, 1))
+    access = launch.Access(not _is_flat(conv), _is_padded(conv), (1, 1))
     x, inner = _inner(grad, access), _inner(dx, access)
     for phase in phases if dx.numel() else ():
         y = inner.grid(phase.first, phase.pixels, conv.stride) if access.spatial else inner
@@ -306,7 +306,7 @@ def _sample(grad: Tensor, x: Tensor, structure: Structure, conv: Conv, precision
             maps = packed_maps.pack(grad, _NO_PADDING), packed_maps.pack(x, conv.padding)
             plan = grouped or gather_plans.forward(structure, conv, *sizes)
             return packed_maps.gather_sample(structure, plan, *maps, precision)
-    access = launch.Access(not _is_flat(conv), conv.stride)
+    access = launch.Access(not _is_flat(conv), any(conv.padding), conv.stride)
     inner = _inner(grad, access), _inner(x, access)
     partial = launch.tile_sample(lists, *inner, access, precision)
     return launch.add_parts(partial, lists.places, x, nnz)
@@ -330,3 +330,8 @@ def _channels_inner(like: Tensor, shape: Sequence[int]) -> Tensor:
 def _is_flat(conv: Conv) -> bool:
     """Return whether each output reads the input pixel of its own number and no other."""
     return conv.weight_shape[2:] == (1, 1) and conv.stride == (1, 1) and conv.padding == _NO_PADDING
+
+
+def _is_padded(conv: Conv) -> bool:
+    """Return whether taps of the input gradient may read outside of the output gradient."""
+    return conv.weight_shape[2:] != (1, 1) or any(conv.padding)

@@ -89,9 +89,9 @@ def gather_sample(
     window, nnz = plan.window, structure.col.shape[0]
     starts = structure.plan(("starts", window), lambda made: made.upload(_starts(window)))
     if isinstance(plan, SharedPlan):
-        partial = launch.shared_sample(plan.lists, starts, grad, x, precision)
+        partial = launch.shared_sample(plan.lists, window, starts, grad, x, precision)
         return launch.add_parts(partial, plan.lists.places, x, nnz)
-    partial = launch.row_sample(structure.rows(), plan.offset, starts, grad, x)
+    partial = launch.row_sample(structure.rows(), plan, starts, grad, x)
     return launch.add_parts(partial, None, x, nnz)
 
 

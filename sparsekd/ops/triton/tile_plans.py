@@ -33,8 +33,8 @@ class Lists(NamedTuple):
     `columns` is `chunks` of tiles, or `offsets` of columns that lie anywhere. `slots` int32
     [E, n, k] are the values in the order of the kernel, -1 for zeros, unless it reads them
     `in_place`, and `places` int32 [values] where the sums of a sample have each value; a product
-    has none. `even`, `align` and `in_place` are what the kernels call EVEN_N, EVEN_K, ALIGN and
-    IN_PLACE.
+    has none. `even`, `align`, `in_place` and `filled` are what the kernels call EVEN_N, EVEN_K,
+    ALIGN, IN_PLACE and FILLED.
     """
 
     lists: Tensor
@@ -48,6 +48,7 @@ class Lists(NamedTuple):
     even: tuple[bool, bool]
     align: int
     in_place: str
+    filled: bool
 
     @property
     def size(self) -> int:
@@ -163,9 +164,10 @@ def well_filled(structure: Structure, conv: Conv, most: tuple[int, int]) -> list
 class _Cut(NamedTuple):
     """The values of a weight arranged in tiles, outputs of the product by inputs.
 
-    `key` names the tile and the tap of each value, `place` says where in the tile it is, and
-    `in_place` how they lie in memory if kernels can read them there. There is `room` for the tiles
-    of every structure of as many values: what has a fixed size can change in place.
+    `key` names the tile and the tap of each value, `place` says where in the tile it is, `in_place`
+    how they lie in memory if kernels can read them there, and `filled` whether zeros make up for
+    values that tiles lack. There is `room` for the tiles of every structure of as many values: what
+    has a fixed size can change in place.
     """
 
     n_axis: Axis
@@ -175,6 +177,7 @@ class _Cut(NamedTuple):
     place: Tensor
     room: int
     in_place: str
+    filled: bool
 
 
 def _cut(
@@ -204,9 +207,9 @@ def _cut(
     possible = _possible(axes, [s.full for s in sides], taps, len(col))
     room = min(possible, int(len(col) / (_HELD_FILL * n * k)))
     place = n_axis.within(out) * k + k_axis.within(into)
-    whole = taps == 1 and all(s.full for s in sides) and axes[1].even
+    whole = taps == 1 and not padded and axes[1].even
     in_place = ("n" if transposed else "k") if whole else ""
-    return _Cut(n_axis, k_axis, col % taps, key, place, room, in_place)
+    return _Cut(n_axis, k_axis, col % taps, key, place, room, in_place, padded)
 
 
 def _possible(axes: list[Axis], full: list[bool], taps: int, values: int) -> int:
@@ -279,6 +282,7 @@ def _lists(
         even=(n_axis.even, k_axis.even),
         align=math.gcd(n_axis.align, k_axis.align),
         in_place=cut.in_place,
+        filled=cut.filled,
     )
 
 
@@ -296,6 +300,7 @@ def upload_lists(
     even: tuple[bool, bool],
     align: int,
     in_place: str = "",
+    filled: bool = False,
 ) -> Lists:
     """Return lists with room for so many chunks.
 
@@ -320,5 +325,5 @@ def upload_lists(
     up = structure.upload
     return Lists(
         up(lists), up(outputs), up(owners), up(columns), None if packed is None else up(packed),
-        up(places), *shape, even, align, in_place,
+        up(places), *shape, even, align, in_place, filled,
     )  # fmt: skip
