@@ -17,6 +17,7 @@ BUILDERS: dict[str, Builder] = {}
 # Modifiers that change nothing here: subnormals are kept, as sm_80 does without .ftz, and what is
 # approximate on a GPU is rounded to nearest.
 ROUNDINGS = {"rn", "approx", "full", "rna"}
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)  # that of all arithmetic in float32
 
 
 def opcode(*names: str) -> Callable[[Builder], Builder]:
@@ -62,6 +63,22 @@ def _extreme(choose: Callable, propagate: bool) -> Callable[[Array, Array], Arra
     return compute
 
 
+def _with_one_nan(compute: Callable[..., Array], type_: str) -> Callable[..., Array]:
+    """Return the function with the NaN of GPUs in float32, whatever the operands are.
+
+    That of the host tells operands apart, as which one comes first. Halves have one when written.
+    """
+    if type_ != "f32":
+        return compute
+
+    def canonical(*operands: Array) -> Array:
+        result = compute(*operands)
+        wrong = np.isnan(result)
+        return np.where(wrong, NAN, result) if wrong.any() else result
+
+    return canonical
+
+
 FLOAT_PAIRS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 INTEGER_PAIRS = {
     "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum,
@@ -81,7 +98,7 @@ def _pair(o: Operands) -> Step:
         choose = np.minimum if op == "min" else np.maximum
         return function(o, _extreme(choose, "NaN" in o.instruction.modifiers), [type_] * 2, type_)
     only(o, *ROUNDINGS)
-    return function(o, FLOAT_PAIRS[op], [type_, type_], type_)
+    return function(o, _with_one_nan(FLOAT_PAIRS[op], type_), [type_, type_], type_)
 
 
 @opcode("mul", "mad", "fma")
@@ -90,10 +107,11 @@ def _multiply(o: Operands) -> Step:
     if type_ in FORMATS:
         only(o, *ROUNDINGS)
         if op == "mul":
-            return function(o, np.multiply, [type_, type_], type_)
+            return function(o, _with_one_nan(np.multiply, type_), [type_, type_], type_)
         if type_ == "f64":
             raise o.unsupported()
-        return function(o, lambda a, b, c: fma(a, b, c, type_), [type_] * 3, type_)
+        fused = _with_one_nan(lambda a, b, c: fma(a, b, c, type_), type_)
+        return function(o, fused, [type_] * 3, type_)
     only(o, "lo", "hi", "wide")
     to, product = type_, np.multiply
     if "wide" in modifiers:

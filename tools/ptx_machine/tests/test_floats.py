@@ -92,6 +92,22 @@ def test_a_fused_multiply_add_in_float64_first_would_be_wrong() -> None:
     assert found[0] == exact != twice
 
 
+@pytest.mark.parametrize("type_", FLOATS)
+@pytest.mark.parametrize("name, count", [("add", 2), ("sub", 2), ("mul", 2), ("fma.rn", 3)])
+def test_arithmetic_has_one_nan(type_: str, name: str, count: int) -> None:
+    """Else threads that add up the same numbers in other orders would seem to differ."""
+    nans, infinity = {
+        "f16": ([0x7E01, 0xFE00, 0x7E55, 0xFFFF], 0x7C00),
+        "bf16": ([0x7FC1, 0xFFC0, 0x7FD5, 0xFFFF], 0x7F80),
+        "f32": ([0x7FC00001, 0xFFC00000, 0x7FD55555, 0xFFFFFFFF], 0x7F800000),
+    }[type_]
+    dtype = np.dtype("u4" if type_ == "f32" else "u2")
+    inputs = [np.resize(np.array(nans, dtype), N), *[np.full(N, infinity, dtype)] * (count - 1)]
+    for order in (inputs, inputs[::-1]):
+        text = f"{name}.{type_} %d, " + ", ".join(f"%a{i}" for i in range(count)) + ";"
+        assert set(execute(text, order, dtype).tolist()) == {0x7FFFFFFF >> 8 * (4 - dtype.itemsize)}
+
+
 @pytest.mark.parametrize("type_", ["f16", "bf16"])
 def test_halves_from_float32(type_: str) -> None:
     x = floats("f32", 5)
