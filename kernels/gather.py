@@ -6,7 +6,8 @@ reads. Neighbouring positions are neighbours in memory, whatever the columns are
 no test. A product writes into a packed map too: output (y, x) of a row reads from pixel `y * in_row
 + x * in_col` and goes to pixel `out_origin + y * out_row + x * out_col`. A sample finds what an
 output reads in a table, `starts` int32 [outputs]; its VECTOR divides the number of images. PADDED
-says that inputs, `in_high` x `in_wide` pixels, have padding: `top` rows, `left` columns and so on.
+says that inputs, `in_high` x `in_wide` pixels, have padding: `top` rows, `left` columns and so on;
+its zeros make NaN of infinite factors, see exact.py.
 
 Rows that share their columns come in lists of at most BN, their columns in chunks of BK:
 

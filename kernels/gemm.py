@@ -16,8 +16,9 @@ they are inputs. That side is never ragged, and rows start at multiples of ROW. 
 taps alternate, so that vectors could not be read; such weights are packed, and IN_PLACE is "".
 
 The input pixel of output (y, x) at offset (dy, dx) is (y * stride_y + dy, x * stride_x + dx); one
-outside the map counts as zero. Lists and chunks start at channels that are multiples of ALIGN.
-EVEN_N says that no list is ragged, EVEN_K that no chunk is; their channels then need no mask.
+outside the map counts as zero, and makes NaN of an infinite weight: see exact.py. Lists and chunks
+start at channels that are multiples of ALIGN. EVEN_N says that no list is ragged, EVEN_K that no
+chunk is; their channels then need no mask.
 
 A program of a product keeps BP x BN float32 sums in registers over all chunks of a list, and loads
 BP x BK inputs and BN x BK weights a chunk for one `tl.dot`. A program of a sample keeps the BN x BK
