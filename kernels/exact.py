@@ -28,3 +28,21 @@ def has_nan(sums):
 def are_nan(sums, wanted):
     """Return whether all sums that are wanted are NaN, which no term changes any more."""
     return tl.min(tl.where(wanted, (sums != sums).to(tl.int32), 1)) == 1
+
+
+@triton.jit
+def results_of(turn, outputs, count, positions, BP: tl.constexpr):
+    """Return the positions of a program's turn, which of them there are, and the output channel.
+
+    Its results are those of `outputs` channels at BP positions, each turn LANES of one channel.
+    """
+    block = turn // outputs * LANES + tl.arange(0, LANES)
+    p = tl.program_id(0) // count * BP + block
+    return p, (block < BP) & (p < positions), turn % outputs
+
+
+@triton.jit
+def rewrite(at, sums, wanted):
+    """Write results over those that are wanted, once all threads of the program have read them."""
+    tl.debug_barrier()
+    tl.store(at, sums.to(at.dtype.element_ty), mask=wanted)

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from .config import PLAIN
-from .exact import LANES, are_nan, has_nan
+from .exact import LANES, are_nan, has_nan, results_of, rewrite
 
 
 @triton.jit
@@ -60,14 +60,11 @@ def _product_again(
     BIAS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute the results of a program again that are NaN, without the padding."""
-    program, lane = tl.program_id(0), tl.arange(0, LANES)
-    which = program % count
+    which = tl.program_id(0) % count
     begin, end = tl.load(lists + which), tl.load(lists + which + 1)
     first, size = tl.load(outputs + 2 * which), tl.load(outputs + 2 * which + 1)
     for turn in tl.range(0, size * tl.cdiv(BP, LANES), num_stages=1):
-        block, n = turn // size * LANES + lane, turn % size
-        p = program // count * BP + block
-        live = (block < BP) & (p < positions)
+        p, live, n = results_of(turn, size, count, positions, BP)
         reads, writes = _pixels(p, lanes, wide, in_row, in_col, out_origin, out_row, out_col)
         pixel = (reads // lanes).to(tl.int32)
         y_at = y + writes + (first + n).to(tl.int64) * out_plane
@@ -88,8 +85,7 @@ def _product_again(
                 e = tl.where(are_nan(acc, wanted), end, e + 1)
             if BIAS:
                 acc += tl.load(bias + first + n).to(tl.float32)
-            tl.debug_barrier()  # by now all threads have read what is written over
-            tl.store(y_at, acc.to(y.dtype.element_ty), mask=wanted)
+            rewrite(y_at, acc, wanted)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -138,23 +134,25 @@ def shared_product(
 
 @triton.jit
 def _sample_again(
-    starts, grad, x, column, lanes, from_output, to_output, from_image, to_image,
+    at, starts, grad, x, column, lanes, from_output, to_output, from_image, to_image,
     top, bottom, left, right, in_high, in_wide,
 ):  # fmt: skip
-    """Return one sum of a sample, without the padding."""
-    lane, images = tl.arange(0, LANES), to_image - from_image
-    acc = tl.zeros((LANES,), dtype=tl.float32)
-    j, last = from_output * images, to_output * images
-    while j < last:
-        there = j + lane < last
-        output, image = (j + lane) // images, from_image + (j + lane) % images
-        pixel = tl.load(starts + output, mask=there, other=0) + column
-        term = there & _is_inside(pixel, in_high, in_wide, top, bottom, left, right)
-        a = tl.load(grad + output.to(tl.int64) * lanes + image, mask=term, other=0.0)
-        b = tl.load(x + pixel.to(tl.int64) * lanes + image, mask=term, other=0.0)
-        acc += a.to(tl.float32) * b.to(tl.float32)
-        j = tl.where(has_nan(acc), last, j + LANES)
-    return tl.sum(acc)
+    """Compute one sum of a sample again if it is NaN, without the padding."""
+    written = tl.load(at)
+    if written != written:
+        lane, images = tl.arange(0, LANES), to_image - from_image
+        acc = tl.zeros((LANES,), dtype=tl.float32)
+        j, last = from_output * images, to_output * images
+        while j < last:
+            there = j + lane < last
+            output, image = (j + lane) // images, from_image + (j + lane) % images
+            pixel = tl.load(starts + output, mask=there, other=0) + column
+            term = there & _is_inside(pixel, in_high, in_wide, top, bottom, left, right)
+            a = tl.load(grad + output.to(tl.int64) * lanes + image, mask=term, other=0.0)
+            b = tl.load(x + pixel.to(tl.int64) * lanes + image, mask=term, other=0.0)
+            acc += a.to(tl.float32) * b.to(tl.float32)
+            j = tl.where(has_nan(acc), last, j + LANES)
+        rewrite(at, tl.sum(acc), True)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -204,16 +202,14 @@ def shared_sample(
         first = tl.load(outputs + 2 * which)
         to_output = tl.minimum((from_block + blocks_each) * PIXELS, count)
         for j in tl.range(0, tl.load(outputs + 2 * which + 1) * BK, num_stages=1):
-            written, column = tl.load(at + j), tl.load(offsets + e * BK + j % BK)
-            if (written != written) & (column >= 0):
+            column = tl.load(offsets + e * BK + j % BK)
+            if column >= 0:
                 row_at = grad + (first + j // BK).to(tl.int64) * count * lanes
-                again = _sample_again(
-                    starts, row_at, x, column, lanes,
+                _sample_again(
+                    at + j, starts, row_at, x, column, lanes,
                     from_block * PIXELS, to_output, from_image, to_image,
                     top, bottom, left, right, in_high, in_wide,
                 )  # fmt: skip
-                tl.debug_barrier()  # by now all threads have read what is written over
-                tl.store(at + j, again)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -302,13 +298,9 @@ def row_sample(
         first = tl.program_id(0) * BN
         to_output = tl.minimum((from_block + blocks_each) * PIXELS, count)
         for j in tl.range(first, tl.minimum(first + BN, nnz), num_stages=1):
-            written = tl.load(at + j)
-            if written != written:
-                row_at = grad + tl.load(nonzero_row + j).to(tl.int64) * count * lanes
-                again = _sample_again(
-                    starts, row_at, x, tl.load(offset + j), lanes,
-                    from_block * PIXELS, to_output, from_image, to_image,
-                    top, bottom, left, right, in_high, in_wide,
-                )  # fmt: skip
-                tl.debug_barrier()  # by now all threads have read what is written over
-                tl.store(at + j, again)
+            row_at = grad + tl.load(nonzero_row + j).to(tl.int64) * count * lanes
+            _sample_again(
+                at + j, starts, row_at, x, tl.load(offset + j), lanes,
+                from_block * PIXELS, to_output, from_image, to_image,
+                top, bottom, left, right, in_high, in_wide,
+            )  # fmt: skip

@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 
 from .config import PLAIN
-from .exact import LANES, are_nan, has_nan
+from .exact import LANES, are_nan, has_nan, results_of, rewrite
 
 ROW = tl.constexpr(16)
 
@@ -85,14 +85,11 @@ def _product_again(
     FILLED: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute the results of a program again that are NaN, without what is no term."""
-    program, lane = tl.program_id(0), tl.arange(0, LANES)
-    which = program % count
+    which = tl.program_id(0) % count
     begin, end = tl.load(lists + which), tl.load(lists + which + 1)
     first, size = tl.load(outputs + 2 * which), tl.load(outputs + 2 * which + 1)
     for turn in tl.range(0, size * tl.cdiv(BP, LANES), num_stages=1):
-        block, n = turn // size * LANES + lane, turn % size
-        p = program // count * BP + block
-        live = (block < BP) & (p < positions)
+        p, live, n = results_of(turn, size, count, positions, BP)
         in_y, in_x, from_x, to_y = _places(
             p, live, high, wide, x_image, x_row, x_pixel, stride_y, stride_x,
             y_image, y_row, y_pixel, SPATIAL, WHOLE,
@@ -125,8 +122,7 @@ def _product_again(
                 e = tl.where(are_nan(acc, wanted), end, e + 1)
             if BIAS:
                 acc += tl.load(bias + first + n).to(tl.float32)
-            tl.debug_barrier()  # by now all threads have read what is written over
-            tl.store(y_at, acc.to(y.dtype.element_ty), mask=wanted)
+            rewrite(y_at, acc, wanted)
 
 
 # Vectors go along channels, so that the last, smaller batch needs no variant of its own.

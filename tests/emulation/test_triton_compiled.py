@@ -22,6 +22,7 @@ from triton_resources import (
 
 from sparsekd.kernels import config, instances
 from sparsekd.kernels.config import Config
+from sparsekd.kernels.table import HALVES
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = instances("sm_80")
@@ -113,10 +114,10 @@ def test_all_sizes_that_tuning_tries_add_up_by_the_same_instructions(
     known = kernel.constexprs
     positions = known["BP"] if block else known.get("PIXELS", 1) * known["IMAGES"]
     base = Config(positions, kernel.num_warps, kernel.num_stages)
+    label = "half" if kernel.dtypes == HALVES else known["PRECISION"]
     used = set()
     for how in config.candidates(kind, base, 1 << 20):
         sizes = {**known, "BP": how.positions} if block else known
-        label = kernel.name.split("_")[2]
         registers = config.most_registers(how, known["BN"], label, target) if block else None
         tried = dataclasses.replace(
             kernel, constexprs=sizes, num_warps=how.num_warps, num_stages=how.num_stages,

@@ -109,7 +109,7 @@ SPILLS = {
     # Single elements, each with an address: only for channels that fill no vector.
     ("tile_sample_half_64_ragged", "fp16", "gfx942"): 16,
     ("tile_sample_half_64_ragged", "bf16", "gfx942"): 16,
-    # Two registers outside of the inner loop, for what computes results again.
+    # A few registers outside of the inner loop, for what computes results again.
     ("tile_product_half_64_ragged", "fp16", "gfx942"): 8,
     ("tile_product_half_64_ragged", "bf16", "gfx942"): 8,
     ("tile_product_tf32_64", "fp32", "sm_80"): 8,
